@@ -1,0 +1,40 @@
+"""Adding gradients to ``p.grad`` the way autograd does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Deliver(torch.autograd.Function):
+    """A node whose backward hands finished gradients to the parameters' accumulators.
+
+    Through autograd, so that tensor hooks and post-accumulate hooks fire; through a Function rather
+    than ``torch.autograd.backward(params, grads)``, because there the caller's references make
+    every accumulator copy the gradient it could have kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, box: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.box = box
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients = tuple(ctx.box)
+        ctx.box.clear()
+        return (None, *gradients)
+
+
+def accumulate(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """Add each gradient to its parameter's ``grad``, firing the parameter's hooks.
+
+    The list is emptied, so that a parameter without a ``grad`` takes the tensor over uncopied.
+    """
+    parameters = [p for p, _ in gradients]
+    box = [g for _, g in gradients]
+    gradients.clear()
+    if parameters:
+        _Deliver.apply(box, *parameters).backward()

@@ -1,0 +1,210 @@
+"""Batches: how inputs reach the model, how two batches are checked and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Batch: TypeAlias = tuple[Any, Any]
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model(x)`` for a tensor, ``model(*x)`` for a tuple, ``model(**x)`` for a dict."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors of a nest of tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def unpack(batch: Any, name: str) -> Batch:
+    """Check that ``batch`` is a pair (inputs, targets) whose tensors can be used."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        kind = type(batch).__name__
+        length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
+        raise TypeError(f"{name}: expected a pair (inputs, targets), got {kind}{length}")
+    inputs, targets = batch
+    found = list(tensors(inputs))
+    if not found:
+        raise TypeError(
+            f"{name}: inputs must be a tensor, or a tuple or dict with at least one tensor, "
+            f"got {type(inputs).__name__}"
+        )
+    for x in found:
+        if x.requires_grad:
+            raise ValueError(
+                f"{name}: an input of shape {tuple(x.shape)} requires grad; gradients flow to "
+                "parameters only, pass x.detach()"
+            )
+        if x.is_inference():
+            raise ValueError(
+                f"{name}: an input of shape {tuple(x.shape)} was made under torch.inference_mode; "
+                "pass x.clone() made outside of it"
+            )
+    return inputs, targets
+
+
+def _tree_spec(tree: Any) -> tuple[list[Any], Any]:
+    if isinstance(tree, Tensor):
+        return [tree], None
+    return pytree.tree_flatten(tree)
+
+
+def describe(tree: Any) -> tuple[Any, ...]:
+    """A hashable description of a nest of tensors: structure, shapes, dtypes and devices."""
+    if isinstance(tree, Tensor):
+        return (tree.shape, tree.dtype, tree.device, tree.is_contiguous())
+    leaves, spec = pytree.tree_flatten(tree)
+    parts = tuple(
+        (x.shape, x.dtype, x.device, x.is_contiguous()) if isinstance(x, Tensor) else repr(x)
+        for x in leaves
+    )
+    return (str(spec), parts)
+
+
+def check_same_kind(train: Any, clean: Any) -> None:
+    """Raise if training and clean inputs differ in structure, dtype or device."""
+    a, spec_a = _tree_spec(train)
+    b, spec_b = _tree_spec(clean)
+    if spec_a != spec_b or len(a) != len(b):
+        raise ValueError(
+            "inputs of the training and the clean batch differ in structure: "
+            f"{_structure(train)} and {_structure(clean)}"
+        )
+    for x, y in zip(a, b, strict=True):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            continue
+        if x.device != y.device:
+            raise ValueError(
+                f"training inputs are on {x.device}, clean inputs on {y.device}; "
+                "move both to the model's device"
+            )
+        if x.dtype != y.dtype:
+            raise ValueError(f"training inputs have dtype {x.dtype}, clean inputs {y.dtype}")
+
+
+def _structure(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return "a dict with keys " + ", ".join(sorted(map(str, tree)))
+    if isinstance(tree, (tuple, list)):
+        return f"a {type(tree).__name__} of {len(tree)}"
+    return f"a {type(tree).__name__}"
+
+
+def merge(train: Any, clean: Any, n: int, m: int) -> Any | None:
+    """Concatenate [train; clean] along dimension 0; None where that is not possible or not safe.
+
+    A tensor is batched if its ``size(0)`` is n in the training and m in the clean batch; every
+    other leaf (a mask, a number) must be equal in both and is passed once. With n = m an equal
+    tensor beside the first could be either, so it is not merged.
+    """
+    if isinstance(train, Tensor) and isinstance(clean, Tensor):
+        return _merge_leaf(train, clean, n, m, first=True)
+    a, spec = pytree.tree_flatten(train)
+    b = pytree.tree_leaves(clean)
+    merged = []
+    first = True
+    for x, y in zip(a, b, strict=True):
+        one = _merge_leaf(x, y, n, m, first=first)
+        if one is None and x is not None:
+            return None
+        first = first and not isinstance(x, Tensor)
+        merged.append(one)
+    return pytree.tree_unflatten(merged, spec)
+
+
+def _merge_leaf(x: Any, y: Any, n: int, m: int, *, first: bool) -> Any | None:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        if x.dim() and y.dim() and x.size(0) == n and y.size(0) == m:
+            if x.shape[1:] != y.shape[1:] or (n == m and not first and torch.equal(x, y)):
+                return None
+            return torch.cat([x, y])
+        return x if x.shape == y.shape and torch.equal(x, y) else None
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return None
+    return x if x is y or x == y else None
+
+
+def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
+    """Cut merged outputs into the rows of the training and of the clean batch.
+
+    None where some output tensor has no dimension 0 of size n + m: it cannot be cut.
+    """
+    if isinstance(outputs, Tensor):
+        if outputs.dim() == 0 or outputs.size(0) != n + m:
+            return None
+        return outputs[:n], outputs[n:]
+    leaves, spec = pytree.tree_flatten(outputs)
+    train, clean = [], []
+    for x in leaves:
+        if not isinstance(x, Tensor):
+            train.append(x)
+            clean.append(x)
+            continue
+        if x.dim() == 0 or x.size(0) != n + m:
+            return None
+        train.append(x[:n])
+        clean.append(x[n:])
+    return pytree.tree_unflatten(train, spec), pytree.tree_unflatten(clean, spec)
+
+
+def batch_size(inputs: Any, targets: Any, name: str) -> int:
+    """The number of examples: dimension 0 of the first tensor of targets, else of inputs."""
+    size: int | None = None
+    for tree in (targets, inputs):
+        for x in tensors(tree):
+            if x.dim():
+                size = x.size(0)
+                break
+        if size is not None:
+            break
+    if size is None:
+        raise ValueError(f"{name}: no tensor with a batch dimension among inputs and targets")
+    if size == 0:
+        raise ValueError(f"{name}: the batch is empty; give at least one example")
+    first = next((x for x in tensors(inputs) if x.dim()), None)
+    if first is not None and not any(size in x.shape[:1] for x in tensors(inputs)):
+        raise ValueError(
+            f"{name}: inputs have {first.size(0)} examples (shape {tuple(first.shape)}), "
+            f"targets have {size}"
+        )
+    return size
+
+
+def per_example_losses(loss_fn: LossFn, outputs: Any, targets: Any, size: int, name: str) -> Tensor:
+    """Call ``loss_fn`` and check that it returned one unreduced loss an example."""
+    losses = loss_fn(outputs, targets)
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            f"{name}: loss_fn must return a tensor of shape ({size},), "
+            f"got {type(losses).__name__}"
+        )
+    if losses.shape != (size,):
+        hint = (
+            "give unreduced losses, for example "
+            'F.cross_entropy(outputs, targets, reduction="none")'
+        )
+        if losses.dim() > 1 and losses.size(0) == size:
+            hint += ", and sum or average what belongs to one example: losses.flatten(1).sum(1)"
+        raise ValueError(
+            f"{name}: loss_fn must return one loss for each of the {size} examples, shape "
+            f"({size},), got shape {tuple(losses.shape)}; {hint}"
+        )
+    if not losses.is_floating_point():
+        raise TypeError(f"{name}: loss_fn must return floating losses, got {losses.dtype}")
+    return losses

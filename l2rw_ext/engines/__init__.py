@@ -1,0 +1,1 @@
+"""Three exact ways to the same scores, one interface."""

@@ -1,0 +1,84 @@
+"""The interface that all engines share."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..batch import LossFn, forward, per_example_losses
+
+
+class NotExactError(RuntimeError):
+    """An engine would give wrong numbers for this model; the message names what decided it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step's work: the model, its losses and the two checked batches."""
+
+    model: nn.Module
+    loss_fn: LossFn
+    clean_loss_fn: LossFn
+    inputs: Any
+    targets: Any
+    clean_inputs: Any
+    clean_targets: Any
+    n: int
+    m: int
+    parameters: list[nn.Parameter]
+
+    def losses(self, outputs: Any) -> Tensor:
+        """Unreduced training losses of the model's outputs, shape (n,)."""
+        return per_example_losses(self.loss_fn, outputs, self.targets, self.n, "training batch")
+
+    def clean_losses(self, outputs: Any) -> Tensor:
+        """Unreduced clean losses of the model's outputs, shape (m,)."""
+        return per_example_losses(
+            self.clean_loss_fn, outputs, self.clean_targets, self.m, "clean batch"
+        )
+
+    def forward_train(self) -> Tensor:
+        """One forward of the training batch, to its losses."""
+        return self.losses(forward(self.model, self.inputs))
+
+    def forward_clean(self) -> Tensor:
+        """One forward of the clean batch, to its losses."""
+        return self.clean_losses(forward(self.model, self.clean_inputs))
+
+
+class Scored(abc.ABC):
+    """What a score pass leaves behind: scores, losses, and all that the weighted gradient needs."""
+
+    scores: Tensor
+    """u, shape (n,), accumulation dtype; not finite where an example is excluded."""
+    losses: Tensor
+    """Training losses, shape (n,), detached."""
+    clean_loss: Tensor
+    """Mean clean loss, shape (), detached."""
+
+    @abc.abstractmethod
+    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+        """(p, d/dp Σ w_i f_i) for every parameter that the training losses reach.
+
+        ``weights`` has shape (n,); None stands for weights that are all zero.
+        """
+
+
+class Engine(abc.ABC):
+    """A way to compute Eq. 7 exactly."""
+
+    name: str
+
+    @abc.abstractmethod
+    def score(self, task: Task) -> Scored:
+        """Run the score pass.
+
+        Buffers and generators are put back by the caller after an error; on success the engine
+        leaves the buffers of one plain training forward. No gradient of a leaf is touched.
+
+        Raises:
+            NotExactError: the numbers would be wrong for this model.
+        """

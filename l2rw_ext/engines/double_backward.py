@@ -1,0 +1,79 @@
+"""Algorithm 1 as printed: a backward through a backward, for anything twice differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import reference
+from ..preserve import Buffers
+from .base import Engine, Scored, Task
+
+
+class DoubleBackward(Engine):
+    """Steps 4-13 of Algorithm 1; the look-ahead step has α = 1, which cancels in Eq. 9.
+
+    Attention runs on the math kernel, because the fused ones have no second derivative.
+    """
+
+    name = "double_backward"
+
+    def score(self, task: Task) -> Scored:
+        """Scores by Eq. 4-7; see :class:`Engine`."""
+        before = Buffers.of(task.model)
+        with sdpa_kernel(SDPBackend.MATH):
+            losses = task.forward_train()
+            if not losses.requires_grad:
+                raise ValueError(
+                    "training batch: the losses do not depend on any trainable parameter"
+                )
+            finite = losses.detach().isfinite()
+            if not finite.all():
+                bad = (~finite).nonzero().flatten().tolist()
+                raise ValueError(
+                    f"training batch: losses of examples {bad[:8]} are not finite; this engine "
+                    "mixes examples in one backward and cannot leave them out"
+                )
+            after_training = Buffers.of(task.model)
+            before.restore()
+            epsilon = torch.zeros(
+                losses.shape,
+                dtype=torch.promote_types(losses.dtype, torch.float32),
+                device=losses.device,
+                requires_grad=True,
+            )
+            stepped = reference.look_ahead(task.model, losses, epsilon)
+            clean_loss = reference.clean_objective(
+                task.model, task.clean_losses, task.clean_inputs, stepped
+            )
+            if clean_loss.requires_grad:
+                (gradient,) = torch.autograd.grad(
+                    clean_loss, epsilon, allow_unused=True, retain_graph=True
+                )
+            else:
+                gradient = None
+            after_training.restore()
+        scores = torch.zeros_like(epsilon) if gradient is None else -gradient
+        return _Scored(task, losses, scores.detach(), clean_loss.detach())
+
+
+class _Scored(Scored):
+    def __init__(self, task: Task, losses: Tensor, scores: Tensor, clean_loss: Tensor) -> None:
+        self._parameters = task.parameters
+        self._attached = losses
+        self.scores = scores
+        self.losses = losses.detach()
+        self.clean_loss = clean_loss
+
+    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+        """Step 13 of Algorithm 1, through the graph of the one training forward."""
+        if weights is None:
+            seeds = torch.zeros_like(self._attached)
+        else:
+            seeds = weights.to(self._attached.dtype)
+        gradients = torch.autograd.grad(
+            self._attached, self._parameters, grad_outputs=seeds, allow_unused=True
+        )
+        pairs = zip(self._parameters, gradients, strict=True)
+        return [(p, g) for p, g in pairs if g is not None]

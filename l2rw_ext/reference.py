@@ -1,0 +1,216 @@
+"""The paper, equation by equation, in plain PyTorch: the oracle of all tests.
+
+Nothing here is fast. Two independent ways lead to the scores u: :func:`meta_scores` differentiates
+through the look-ahead step (Eq. 4-7, Algorithm 1), :func:`single_gradient_scores` forms the inner
+products <∇f_i, v> of Eq. 12 one example at a time, which needs first derivatives only.
+
+Scaling: f_i is the unreduced loss of training example i, and v is the gradient of the *mean* clean
+loss. Scores are u = -∂/∂ε (1/m) Σ_j f'_j with α = η = 1; both cancel in Eq. 9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch, LossFn, forward
+from .preserve import Buffers
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require grad, by name; a tied parameter once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def sgd_step(parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:
+    """Eq. 3 (and Eq. 5): θ - α ∇, out of place and differentiable."""
+    return [p - lr * g for p, g in zip(parameters, gradients, strict=True)]
+
+
+def perturbed_loss(losses: Tensor, epsilon: Tensor) -> Tensor:
+    """Eq. 4, summed as in Eq. 5: Σ_i ε_i f_i for losses and ε of shape (n,)."""
+    return (epsilon * losses).sum()
+
+
+def look_ahead(
+    model: nn.Module, losses: Tensor, epsilon: Tensor, lr: float = 1.0
+) -> dict[str, Tensor]:
+    """Eq. 5: θ̂(ε) = θ - α ∇_θ Σ_i ε_i f_i(θ), differentiable in ε, by parameter name."""
+    named = trainable(model)
+    gradients = torch.autograd.grad(
+        perturbed_loss(losses, epsilon), list(named.values()), create_graph=True, allow_unused=True
+    )
+    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), gradients)]
+    stepped = sgd_step(list(named.values()), zeros, lr)
+    return dict(zip(named, stepped, strict=True))
+
+
+def clean_objective(
+    model: nn.Module,
+    losses_of: Callable[[Any], Tensor],
+    inputs: Any,
+    parameters: Mapping[str, Tensor],
+) -> Tensor:
+    """Eq. 6's objective: the mean clean loss (1/m) Σ_j f'_j at the given parameters.
+
+    ``losses_of`` maps the model's outputs on ``inputs`` to the clean losses, shape (m,).
+    """
+    if isinstance(inputs, dict):
+        outputs = torch.func.functional_call(model, dict(parameters), (), inputs)
+    else:
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        outputs = torch.func.functional_call(model, dict(parameters), args)
+    return losses_of(outputs).mean()
+
+
+def meta_scores(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Batch,
+    clean: Batch,
+    *,
+    clean_loss_fn: LossFn | None = None,
+) -> Tensor:
+    """Eq. 7 with α = η = 1: u_i = -∂/∂ε_i of the clean objective at ε = 0, by double backward.
+
+    Args:
+        model: any twice differentiable module; its buffers end as after one training forward.
+        loss_fn: (outputs, targets) -> unreduced losses of shape (n,).
+        batch: (inputs, targets) of n training examples.
+        clean: (inputs, targets) of m clean examples.
+        clean_loss_fn: losses of the clean batch; default ``loss_fn``.
+
+    Returns:
+        u, shape (n,), in the dtype of the losses.
+    """
+    buffers = Buffers.of(model)
+    inputs, targets = batch
+    losses = loss_fn(forward(model, inputs), targets)
+    after_training = Buffers.of(model)
+    buffers.restore()
+    epsilon = torch.zeros_like(losses, requires_grad=True)
+    stepped = look_ahead(model, losses, epsilon)
+    clean_inputs, clean_targets = clean
+    loss_of_clean = clean_loss_fn or loss_fn
+    objective = clean_objective(
+        model, lambda outputs: loss_of_clean(outputs, clean_targets), clean_inputs, stepped
+    )
+    (gradient,) = torch.autograd.grad(objective, epsilon)
+    after_training.restore()
+    return -gradient
+
+
+def clean_direction(
+    model: nn.Module, loss_fn: LossFn, clean: Batch
+) -> dict[str, Tensor]:
+    """v = d/dθ (1/m) Σ_j f'_j(θ), by parameter name; zero where the clean loss does not reach."""
+    inputs, targets = clean
+    named = trainable(model)
+    objective = loss_fn(forward(model, inputs), targets).mean()
+    gradients = torch.autograd.grad(objective, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(named.items(), gradients, strict=True)
+    }
+
+
+def single_gradient_scores(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Batch,
+    clean: Batch,
+    *,
+    clean_loss_fn: LossFn | None = None,
+) -> Tensor:
+    """Eq. 12 without its layers: u_i = <∇f_i, v>, one backward for each training example.
+
+    The training forward is one forward of the whole batch, so that a model that couples examples
+    (BatchNorm in train mode) is scored with the semantics of Algorithm 1. Arguments and result as
+    in :func:`meta_scores`.
+    """
+    buffers = Buffers.of(model)
+    direction = clean_direction(model, clean_loss_fn or loss_fn, clean)
+    buffers.restore()
+    inputs, targets = batch
+    losses = loss_fn(forward(model, inputs), targets)
+    named = trainable(model)
+    scores = []
+    for i in range(losses.numel()):
+        gradients = torch.autograd.grad(
+            losses[i], list(named.values()), retain_graph=True, allow_unused=True
+        )
+        terms = [
+            (g * v).sum()
+            for g, v in zip(gradients, direction.values(), strict=True)
+            if g is not None
+        ]
+        scores.append(torch.stack(terms).sum())
+    return torch.stack(scores).detach()
+
+
+def mlp_scores(
+    layer_inputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    clean_layer_inputs: Sequence[Tensor],
+    clean_gradients: Sequence[Tensor],
+    *,
+    bias: bool = True,
+) -> Tensor:
+    """Eq. 12 as printed: u_i = Σ_l Σ_j (z̃'_jl·z̃_il + 1)(g'_jl·g_il), the 1 being the bias.
+
+    Args:
+        layer_inputs: z̃ of each layer, shape (n, d_in).
+        gradients: g of each layer, of the summed training losses, shape (n, d_out).
+        clean_layer_inputs: z̃' of each layer, shape (m, d_in).
+        clean_gradients: g' of each layer, of the mean clean loss, shape (m, d_out).
+        bias: whether the layers have one.
+    """
+    total: Tensor | None = None
+    for z, g, zc, gc in zip(
+        layer_inputs, gradients, clean_layer_inputs, clean_gradients, strict=True
+    ):
+        term = ((z @ zc.T + (1 if bias else 0)) * (g @ gc.T)).sum(1)
+        total = term if total is None else total + term
+    if total is None:
+        raise ValueError("mlp_scores: no layers given")
+    return total
+
+
+def rectify(scores: Tensor) -> Tensor:
+    """Eq. 8: w̃ = max(u, 0)."""
+    return scores.clamp(min=0)
+
+
+def normalize(rectified: Tensor) -> Tensor:
+    """Eq. 9: w = w̃ / (Σ w̃ + δ(Σ w̃)), δ(0) = 1: the weights sum to one or are all zero."""
+    total = rectified.sum()
+    return rectified / (total + (total == 0).to(total.dtype))
+
+
+def weights_from_scores(scores: Tensor) -> Tensor:
+    """Eq. 8 and 9."""
+    return normalize(rectify(scores))
+
+
+def random_weights(n: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Eq. 16: rectified Gaussian weights that sum to one (the RANDOM baseline), shape (n,)."""
+    return normalize(rectify(torch.randn(n, generator=generator)))
+
+
+def weighted_gradient(
+    model: nn.Module, loss_fn: LossFn, batch: Batch, weights: Tensor
+) -> dict[str, Tensor | None]:
+    """d/dθ Σ_i w_i f_i by name; examples with w_i = 0 are left out; None where nothing reaches."""
+    inputs, targets = batch
+    losses = loss_fn(forward(model, inputs), targets)
+    named = trainable(model)
+    kept = weights != 0
+    gradients = torch.autograd.grad(
+        (losses[kept] * weights[kept].to(losses.dtype)).sum(),
+        list(named.values()),
+        allow_unused=True,
+    )
+    return dict(zip(named, gradients, strict=True))
