@@ -1,0 +1,57 @@
+# L2RW_CUDA=AUTO|ON|OFF decides whether _ops_cuda.so is built: AUTO builds it where nvcc is found.
+# Whether this machine has a GPU plays no part.
+
+if(NOT DEFINED L2RW_CUDA)
+  set(L2RW_CUDA "AUTO")
+  if(DEFINED ENV{L2RW_CUDA})
+    set(L2RW_CUDA "$ENV{L2RW_CUDA}")
+  endif()
+endif()
+if(NOT L2RW_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "L2RW_CUDA is '${L2RW_CUDA}'; it must be AUTO, ON or OFF.")
+endif()
+
+set(L2RW_WITH_CUDA OFF)
+if(NOT L2RW_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(L2RW_WITH_CUDA ON)
+  elseif(L2RW_CUDA STREQUAL "ON")
+    message(
+      FATAL_ERROR
+      "L2RW_CUDA=ON needs nvcc, and none was found: put it on PATH, set CUDACXX to it, or choose L2RW_CUDA=OFF."
+    )
+  endif()
+endif()
+
+if(L2RW_WITH_CUDA)
+  set(CMAKE_CUDA_ARCHITECTURES "${L2RW_CUDA_ARCHITECTURES}")
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  enable_language(CUDA)
+  set(L2RW_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
+  string(REPLACE ";" " " L2RW_CUDA_ARCHITECTURES_BUILT "${L2RW_CUDA_ARCHITECTURES}")
+  string(REGEX MATCH "^[0-9]+" _nvcc_major "${L2RW_CUDA_VERSION}")
+  if(NOT L2RW_TORCH_CUDA STREQUAL "none" AND NOT L2RW_TORCH_CUDA MATCHES "^${_nvcc_major}\\.")
+    message(
+      WARNING
+      "nvcc is ${L2RW_CUDA_VERSION} and this torch is built for CUDA ${L2RW_TORCH_CUDA}: _ops_cuda.so will not be loaded with it."
+    )
+  endif()
+  message(STATUS "CUDA ${L2RW_CUDA_VERSION}, architectures ${L2RW_CUDA_ARCHITECTURES_BUILT}")
+else()
+  set(L2RW_CUDA_VERSION "")
+  set(L2RW_CUDA_ARCHITECTURES_BUILT "")
+  message(STATUS "CUDA operators are not built (L2RW_CUDA=${L2RW_CUDA})")
+endif()
+
+function(l2rw_configure_cuda_library target)
+  set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  target_compile_definitions(${target} PRIVATE USE_CUDA)
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>")
+  # libtorch.so pulls libtorch_cuda.so into scope, where the stream and error functions of the shim
+  # are. Nothing refers to libtorch.so itself, so a default link would drop it.
+  target_link_options(${target} PRIVATE "LINKER:--no-as-needed")
+  target_link_libraries(${target} PRIVATE torch)
+endfunction()

@@ -1,0 +1,77 @@
+"""Loads the compiled operators and remembers what was loaded, or why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import torch
+
+from l2rw_ext import _C
+
+__all__ = ["BUILD_INFO", "LIBRARIES", "Library", "cuda_unavailable_reason"]
+
+BUILD_INFO = _C.build_info()
+
+# An editable install keeps the compiled files apart from the Python sources.
+_FOLDER = pathlib.Path(_C.__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """One operator library of the package.
+
+    Attributes:
+        name: file name, such as ``_ops.so``.
+        path: where it lies, or None where this build has none.
+        loaded: whether its operators are registered.
+        reason: why it is not loaded; empty where it is.
+    """
+
+    name: str
+    path: pathlib.Path | None
+    loaded: bool
+    reason: str
+
+
+def _load_cpu() -> Library:
+    path = _FOLDER / "_ops.so"
+    if not path.exists():
+        raise ImportError(f"l2rw_ext is not completely installed: {path} is missing; reinstall it")
+    torch.ops.load_library(str(path))
+    return Library("_ops.so", path, True, "")
+
+
+def _load_cuda() -> Library:
+    name = "_ops_cuda.so"
+    path = _FOLDER / name
+    if not path.exists():
+        reason = (
+            "this build has no CUDA operators; rebuild with nvcc: "
+            "L2RW_CUDA=ON pip install --no-build-isolation ."
+        )
+        return Library(name, None, False, reason)
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+        return Library(name, path, False, reason)
+    built = BUILD_INFO["cuda_version"]
+    if torch.version.cuda.split(".")[0] != built.split(".")[0]:
+        reason = (
+            f"it is built with CUDA {built} and torch with CUDA {torch.version.cuda}; "
+            f"rebuild with nvcc {torch.version.cuda.split('.')[0]}: "
+            "L2RW_CUDA=ON pip install --no-build-isolation ."
+        )
+        return Library(name, path, False, reason)
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Library(name, path, False, f"the dynamic linker refused it: {error}")
+    return Library(name, path, True, "")
+
+
+LIBRARIES = (_load_cpu(), _load_cuda())
+
+
+def cuda_unavailable_reason() -> str:
+    """Why operators do not run on CUDA tensors; empty where they do."""
+    return LIBRARIES[1].reason
