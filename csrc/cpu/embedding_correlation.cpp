@@ -6,28 +6,12 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/row_kernels.h"
 
 namespace l2rw {
 namespace {
 
 constexpr const char* kOperation = "embedding_correlation";
-
-template <class T, class V>
-accumulation_t<T> dot(const T* g, int64_t g_stride, const V* v, int64_t v_stride, int64_t width) {
-  using A = accumulation_t<T>;
-  A sum = 0;
-  if (g_stride == 1 && v_stride == 1) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < width; ++c) {
-      sum += static_cast<A>(g[c]) * static_cast<A>(v[c]);
-    }
-  } else {
-    for (int64_t c = 0; c < width; ++c) {
-      sum += static_cast<A>(g[c * g_stride]) * static_cast<A>(v[c * v_stride]);
-    }
-  }
-  return sum;
-}
 
 template <class T, class V, class I>
 void correlate(const Tensor& index, const Tensor& g, const Tensor& direction, const Tensor& u) {
@@ -41,12 +25,13 @@ void correlate(const Tensor& index, const Tensor& g, const Tensor& direction, co
           A sum = 0;
           for (int64_t t = 0; t < positions; ++t) {
             const int64_t row = data<I>(index)[i * index.stride(0) + t * index.stride(1)];
-            sum +=
-                dot(data<T>(g) + i * g.stride(0) + t * g.stride(1),
-                    g.stride(2),
-                    data<V>(direction) + row * direction.stride(0),
-                    direction.stride(1),
-                    width);
+            sum += L2RW_ISA_CALL(
+                dot,
+                data<T>(g) + i * g.stride(0) + t * g.stride(1),
+                g.stride(2),
+                data<V>(direction) + row * direction.stride(0),
+                direction.stride(1),
+                width);
           }
           data<A>(u)[i] = sum;
         }

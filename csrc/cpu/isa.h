@@ -12,14 +12,28 @@ Isa cpu_isa();
 
 }  // namespace l2rw
 
-// Calls `function` from the namespace of the instruction set in use:
-// L2RW_ISA_CALL(function, arguments...).
+// L2RW_FOR_EACH_ISA(declarations...) declares the same functions in the namespace of every
+// instruction set; L2RW_ISA_CALL(function, arguments...) calls the one of the instruction set in
+// use.
 #ifdef L2RW_X86_ISA
-#define L2RW_ISA_CALL(function, ...)                                                   \
-  (::l2rw::cpu_isa() == ::l2rw::Isa::avx512                                            \
-       ? ::l2rw::avx512::function(__VA_ARGS__)                                         \
-       : (::l2rw::cpu_isa() == ::l2rw::Isa::avx2 ? ::l2rw::avx2::function(__VA_ARGS__) \
-                                                 : ::l2rw::baseline::function(__VA_ARGS__)))
+#define L2RW_FOR_EACH_ISA(...) \
+  namespace l2rw::baseline {   \
+  __VA_ARGS__                  \
+  }                            \
+  namespace l2rw::avx2 {       \
+  __VA_ARGS__                  \
+  }                            \
+  namespace l2rw::avx512 {     \
+  __VA_ARGS__                  \
+  }
+#define L2RW_ISA_CALL(function, ...)                                                \
+  (::l2rw::cpu_isa() == ::l2rw::Isa::avx512 ? ::l2rw::avx512::function(__VA_ARGS__) \
+   : ::l2rw::cpu_isa() == ::l2rw::Isa::avx2 ? ::l2rw::avx2::function(__VA_ARGS__)   \
+                                            : ::l2rw::baseline::function(__VA_ARGS__))
 #else
+#define L2RW_FOR_EACH_ISA(...) \
+  namespace l2rw::baseline {   \
+  __VA_ARGS__                  \
+  }
 #define L2RW_ISA_CALL(function, ...) ::l2rw::baseline::function(__VA_ARGS__)
 #endif

@@ -6,11 +6,40 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/row_kernels.h"
 
 namespace l2rw {
 namespace {
 
 constexpr const char* kOperation = "scale_rows";
+
+// [k, a, b] from g [n, a, b] with the given strides of a and b, b running fastest.
+template <class T>
+void scale_examples(
+    const Tensor& g,
+    const Tensor& weights,
+    const Tensor& active,
+    const Tensor& scaled,
+    int64_t outer,
+    int64_t outer_stride,
+    int64_t inner,
+    int64_t inner_stride) {
+  using A = accumulation_t<T>;
+  const int64_t* const rows = data<int64_t>(active);
+  const int64_t row_step = active.stride(0);
+  const bool narrow = weights.scalar_type() == g.scalar_type();
+  const int64_t grain = std::max<int64_t>(1, 32768 / inner);
+  torch::stable::parallel_for(0, active.size(0) * outer, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t row = rows[run / outer * row_step];
+      const int64_t at = row * weights.stride(0);
+      const A weight = narrow ? static_cast<A>(data<T>(weights)[at]) : data<A>(weights)[at];
+      const T* from = data<T>(g) + row * g.stride(0) + run % outer * outer_stride;
+      T* to = data<T>(scaled) + run * inner;
+      L2RW_ISA_CALL(scale, from, inner_stride, weight, to, inner);
+    }
+  });
+}
 
 }  // namespace
 
@@ -29,12 +58,10 @@ Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) 
       dtype_name(active.scalar_type()));
   const int64_t n = g.size(0);
   const int64_t positions = g.size(1);
-  const int64_t width = g.size(2);
+  const int64_t channels = g.size(2);
   const int64_t k = active.size(0);
-  const int64_t* const rows = data<int64_t>(active);
-  const int64_t row_stride = active.stride(0);
   for (int64_t a = 0; a < k; ++a) {
-    const int64_t row = rows[a * row_stride];
+    const int64_t row = data<int64_t>(active)[a * active.stride(0)];
     check(
         row >= 0 && row < n,
         kOperation,
@@ -47,39 +74,23 @@ Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) 
         " examples");
   }
 
-  Tensor scaled = torch::stable::new_empty(g, {k, positions, width});
-  if (scaled.numel() == 0) {
-    return scaled;
-  }
-  dispatch_floating(g.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = accumulation_t<T>;
-    const T* const source = data<T>(g);
-    T* const target = data<T>(scaled);
-    const bool narrow = weights.scalar_type() == g.scalar_type();
-    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width));
-    torch::stable::parallel_for(0, k * positions, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t row = rows[r / positions * row_stride];
-        const A w = narrow ? static_cast<A>(data<T>(weights)[row * weights.stride(0)])
-                           : data<A>(weights)[row * weights.stride(0)];
-        const T* from = source + row * g.stride(0) + r % positions * g.stride(1);
-        T* to = target + r * width;
-        const int64_t stride = g.stride(2);
-        if (stride == 1) {
-#pragma omp simd
-          for (int64_t c = 0; c < width; ++c) {
-            to[c] = static_cast<T>(w * static_cast<A>(from[c]));
-          }
-        } else {
-          for (int64_t c = 0; c < width; ++c) {
-            to[c] = static_cast<T>(w * static_cast<A>(from[c * stride]));
-          }
-        }
+  // The dimension that lies side by side in g does so in the result: no transposition on the way.
+  const bool by_channel = g.stride(1) == 1 && g.stride(2) != 1;
+  const Sizes shape = by_channel ? Sizes{k, channels, positions} : Sizes{k, positions, channels};
+  Tensor scaled = torch::stable::new_empty(g, shape);
+  if (scaled.numel() > 0) {
+    dispatch_floating(g.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      if (by_channel) {
+        scale_examples<T>(
+            g, weights, active, scaled, channels, g.stride(2), positions, g.stride(1));
+      } else {
+        scale_examples<T>(
+            g, weights, active, scaled, positions, g.stride(1), channels, g.stride(2));
       }
     });
-  });
-  return scaled;
+  }
+  return by_channel ? torch::stable::transpose(scaled, 1, 2) : scaled;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) { m.impl("scale_rows", TORCH_BOX(&scale_rows)); }

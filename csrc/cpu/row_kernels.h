@@ -1,0 +1,55 @@
+#pragma once
+
+// The inner loops of the operators that read each number once: raw pointers and strides (counted in
+// elements), no tensors. T is an element type, A its accumulation type.
+
+#include <cstdint>
+
+#include "checks.h"
+#include "cpu/isa.h"
+
+namespace l2rw {
+
+// One example of an affine layer. An absent mean or rstd points at one 0 or 1 with strides of zero.
+template <class T>
+struct AffineExample {
+  using A = accumulation_t<T>;
+  const T* x;  // [T, d]
+  int64_t x_position, x_channel;
+  const T* g;  // [T, d]
+  int64_t g_position, g_channel;
+  const A* mean;  // [T, d]
+  int64_t mean_position, mean_channel;
+  const A* rstd;  // [T, d]
+  int64_t rstd_position, rstd_channel;
+  int64_t positions, channels;
+};
+
+}  // namespace l2rw
+
+L2RW_FOR_EACH_ISA(
+    // gradient[c] = sum_t g_tc (x_tc - mean_tc) rstd_tc; gradient_bias[c] = sum_t g_tc.
+    template <class T> void affine_gradient(
+        const AffineExample<T>& example,
+        accumulation_t<T>* gradient,        // [d], contiguous
+        accumulation_t<T>* gradient_bias);  // [d], contiguous
+
+    // sum_c a_c b_c.
+    template <class T, class V>
+    accumulation_t<T> dot(
+        const T* a, int64_t a_stride, const V* b, int64_t b_stride, int64_t count);
+
+    // to_c = weight from_c, `to` contiguous.
+    template <class T>
+    void scale(const T* from, int64_t stride, accumulation_t<T> weight, T* to, int64_t count);
+
+    // to_c = sum_r weights_r from_rc over `rows` rows of which the starts are given, `to`
+    // contiguous.
+    template <class T>
+    void combine(
+        const T* const* from,
+        int64_t stride,
+        const accumulation_t<T>* weights,
+        int64_t rows,
+        accumulation_t<T>* to,
+        int64_t count);)
