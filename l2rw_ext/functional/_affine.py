@@ -1,0 +1,97 @@
+"""The Function of the layers that scale and shift: normalization and broadcast parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ._perturbation import add_term, along, apply, example_sum, fused, rows
+
+
+def _term(x: Tensor, V: Tensor | None, V_b: Tensor | None) -> Tensor:
+    V_b = None if V_b is None else V_b.to(x.dtype)
+    if V is None:
+        assert V_b is not None
+        return V_b
+    V = V.to(x.dtype)
+    return x * V if V_b is None else torch.addcmul(V_b, x, V)
+
+
+def _correlation(
+    x: Tensor, g: Tensor, V: Tensor | None, V_b: Tensor | None, example_dim: int
+) -> Tensor:
+    some = V if V is not None else V_b
+    assert some is not None
+    offset = g.dim() - some.dim()
+    kept = [d for d in range(g.dim()) if d >= offset and some.shape[d - offset] != 1]
+    return ops.affine_correlation(
+        rows(x, example_dim, kept),
+        rows(g, example_dim, kept),
+        None,
+        None,
+        None if V is None else V.flatten(),
+        None if V_b is None else V_b.flatten(),
+    )
+
+
+class _Affine(torch.autograd.Function):
+    """y_i + ε_i (x_i V + V_b), where V and V_b broadcast to y, the same for all examples."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        y: Tensor,  # [*s]
+        x: Tensor,  # [*s]
+        eps: Tensor,  # [n]
+        V: Tensor | None,  # broadcasts to [*s]
+        V_b: Tensor | None,  # as V
+        example_dim: int,
+    ) -> Tensor:
+        return add_term(y, eps, _term(x, V, V_b), example_dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, x, eps, V, V_b, ctx.example_dim = inputs
+        ctx.save_for_backward(None if V is None else x, eps, V, V_b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, eps, V, V_b = ctx.saved_tensors
+        _, need_x, need_eps, need_V, need_b, _ = ctx.needs_input_grad
+        dim = ctx.example_dim
+        # Without V no term depends on x; g stands in for it.
+        x = g if x is None else x
+        grad_x = grad_eps = grad_V = grad_b = None
+        if need_eps:
+            if fused():
+                u = _correlation(x, g, V, V_b, dim)
+            else:
+                u = example_sum(g, _term(x, V, V_b), dim)
+            grad_eps = u.to(eps.dtype)
+        if need_x or need_V or need_b:
+            scaled = g * along(eps, g, dim)
+            if need_x and V is not None:
+                grad_x = scaled * V.to(g.dtype)
+            if need_V:
+                grad_V = (scaled * x).sum_to_size(V.shape).to(V.dtype)
+            if need_b:
+                grad_b = scaled.sum_to_size(V_b.shape).to(V_b.dtype)
+        return g, grad_x, grad_eps, grad_V, grad_b, None
+
+
+def add_affine(
+    y: Tensor,
+    x: Tensor,
+    eps: Tensor,
+    V: Tensor | None,
+    V_b: Tensor | None,
+    example_dim: int,
+) -> Tensor:
+    """Returns y_i + ε_i (x_i V + V_b); without V and V_b the layer has nothing to perturb."""
+    if V is None and V_b is None:
+        return y
+    return apply(_Affine, y, x.to(y.dtype), eps, V, V_b, example_dim)
