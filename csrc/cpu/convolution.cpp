@@ -1,0 +1,483 @@
+#include "cpu/convolution.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/isa.h"
+
+namespace l2rw {
+namespace {
+
+// Bytes of packed input and output gradient that all tiles pass over before the next ones: what the
+// first-level cache holds.
+constexpr int64_t kBlockBytes = 24 * 1024;
+// The same for planes, in numbers of one plane.
+constexpr int64_t kPlaneBlock = 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
+// Pieces of at most `most`, as equal as can be: calls body(first, count).
+template <class Body>
+void split_evenly(int64_t size, int64_t most, const Body& body) {
+  const int64_t pieces = ceil_div(size, most);
+  for (int64_t i = 0, first = 0; i < pieces; ++i) {
+    const int64_t count = (size - first) / (pieces - i);
+    body(first, count);
+    first += count;
+  }
+}
+
+// Loads a tile of rows x vectors needs for one product, at least one: a load costs what a product
+// does.
+double loads_per_product(int64_t rows, int64_t vectors, double cost_of_vector) {
+  return std::max(
+      1.0, (static_cast<double>(rows) + cost_of_vector * vectors) / (1.0 * rows * vectors));
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  switch (cpu_isa()) {
+#ifdef L2RW_X86_ISA
+    case Isa::avx512:
+      return avx512::kernels_f32;
+    case Isa::avx2:
+      return avx2::kernels_f32;
+#endif
+    default:
+      return baseline::kernels_f32;
+  }
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  switch (cpu_isa()) {
+#ifdef L2RW_X86_ISA
+    case Isa::avx512:
+      return avx512::kernels_f64;
+    case Isa::avx2:
+      return avx2::kernels_f64;
+#endif
+    default:
+      return baseline::kernels_f64;
+  }
+}
+
+template <class T>
+Buffer<T>::Buffer(int64_t size)
+    : data_(static_cast<T*>(::operator new(sizeof(T) * std::max<int64_t>(size, 1), std::align_val_t{64}))) {
+  std::memset(data_, 0, sizeof(T) * size);
+}
+
+template <class T>
+GradientPlan<T>::GradientPlan(const Convolution& convolution, int64_t slots)
+    : conv_(convolution), kernels_(kernels<T>()), slots_(slots) {
+  choose_form();
+  if (form_ == Form::planar) {
+    lay_out_planes();
+  } else {
+    lay_out_channels();
+  }
+}
+
+template <class T>
+void GradientPlan<T>::choose_form() {
+  const int64_t lanes = kernels_.lanes;
+  const double products = 1.0 * conv_.taps() * conv_.pixels();
+  int64_t vectors = kMaxVectors;
+  while (kernels_.max_rows[vectors] == 0) {
+    --vectors;
+  }
+  const auto channel_cost = [&](int64_t broadcast, int64_t wide, int64_t columns) {
+    const int64_t v = std::min<int64_t>(columns, 3);
+    const int64_t r = std::min<int64_t>(broadcast, kernels_.max_rows[v]);
+    return products * broadcast * ceil_div(wide, lanes) * loads_per_product(r, v, 1.0);
+  };
+  const double by_input = channel_cost(
+      conv_.outputs, conv_.inputs, conv_.taps() * ceil_div(conv_.inputs, lanes));
+  const double by_output = channel_cost(
+      conv_.inputs * (conv_.dilation[2] == 1 ? conv_.kernel[2] : 1),
+      conv_.outputs,
+      ceil_div(conv_.outputs, lanes));
+  // Vectors of planes start anywhere, and most then lie in two cache lines.
+  int64_t length = 1;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t extent = ceil_div(conv_.in[d] + 2 * conv_.padding[d], conv_.stride[d]);
+    length *= d == 0 ? conv_.out[d] : extent;
+  }
+  const int64_t planar_columns = std::min<int64_t>(conv_.inputs * conv_.taps(), kMaxVectors);
+  const double planar = 1.0 * conv_.outputs * conv_.inputs * conv_.taps() *
+      (ceil_div(length, lanes) *
+           loads_per_product(
+               std::min(conv_.outputs, kernels_.max_planar_rows[planar_columns]),
+               planar_columns,
+               2.0) +
+       6);
+  form_ = by_input <= by_output && by_input <= planar ? Form::by_input
+      : by_output <= planar                           ? Form::by_output
+                                                      : Form::planar;
+}
+
+template <class T>
+int64_t GradientPlan<T>::tap_offset(int64_t tap) const {
+  const int64_t at[3] = {
+      tap / (conv_.kernel[1] * conv_.kernel[2]),
+      tap / conv_.kernel[2] % conv_.kernel[1],
+      tap % conv_.kernel[2]};
+  int64_t pixel = 0;
+  int64_t phase = 0;
+  for (int d = 0; d < 3; ++d) {
+    const int64_t shift = at[d] * conv_.dilation[d];
+    const int64_t phases = form_ == Form::planar ? conv_.stride[d] : 1;
+    pixel = pixel * padded_[d] + shift / phases;
+    phase = phase * phases + shift % phases;
+  }
+  return phase * padded_[0] * padded_[1] * padded_[2] + pixel;
+}
+
+template <class T>
+void GradientPlan<T>::lay_out_channels() {
+  const int64_t lanes = kernels_.lanes;
+  const int64_t taps = conv_.taps();
+  const bool by_input = form_ == Form::by_input;
+  for (int d = 0; d < 3; ++d) {
+    padded_[d] = conv_.in[d] + 2 * conv_.padding[d];
+  }
+  input_pitch_ = by_input ? round_up(conv_.inputs, lanes) : conv_.inputs;
+  output_pitch_ = by_input ? conv_.outputs : round_up(conv_.outputs, lanes);
+  input_size_ = round_up(padded_[0] * padded_[1] * padded_[2] * input_pitch_, lanes);
+  output_size_ = round_up(conv_.pixels() * output_pitch_, lanes);
+  matrix_rows_ = by_input ? conv_.outputs : taps * conv_.inputs;
+  matrix_row_ = by_input ? taps * input_pitch_ : output_pitch_;
+
+  // Columns: all vectors of the matrix, by their start in the packed b side.
+  const int64_t vectors = matrix_row_ / lanes;
+  int64_t widest = kMaxVectors;
+  while (kernels_.max_rows[widest] == 0) {
+    --widest;
+  }
+  widest = std::min<int64_t>(widest, 3);
+  split_evenly(vectors, widest, [&](int64_t first, int64_t count) {
+    Tiles tile{first, count, {}};
+    for (int64_t v = 0; v < count; ++v) {
+      const int64_t column = (first + v) * lanes;
+      tile.offset[v] = by_input
+          ? tap_offset(column / input_pitch_) * input_pitch_ + column % input_pitch_
+          : column;
+    }
+    columns_.push_back(tile);
+  });
+  // Rows: runs of numbers that lie side by side in the packed a side. By output, these are the
+  // channels of the taps of one kernel row.
+  const int64_t most = kernels_.max_rows[std::min(vectors, widest)];
+  const int64_t taps_in_run = conv_.dilation[2] == 1 ? conv_.kernel[2] : 1;
+  const int64_t run = by_input ? conv_.outputs : taps_in_run * conv_.inputs;
+  for (int64_t start = 0; start < matrix_rows_; start += run) {
+    const int64_t offset = by_input ? 0 : tap_offset(start / conv_.inputs) * input_pitch_;
+    split_evenly(run, most, [&](int64_t first, int64_t count) {
+      rows_.push_back({start + first, count, {offset + first}});
+    });
+  }
+
+  // Pixels: rows of the output, one after the other where both sides allow it.
+  const int64_t input_step = conv_.stride[2] * input_pitch_;
+  const auto input_pixel = [&](int64_t d, int64_t h) {
+    return ((d * conv_.stride[0] * padded_[1] + h * conv_.stride[1]) * padded_[2]) * input_pitch_;
+  };
+  const int64_t image_rows = conv_.out[0] * conv_.out[1];
+  bool seamless = true;
+  for (int64_t row = 0; row < image_rows; ++row) {
+    seamless = seamless &&
+        input_pixel(row / conv_.out[1], row % conv_.out[1]) == row * conv_.out[2] * input_step;
+  }
+  rows_per_example_ = seamless ? 1 : image_rows;
+  row_width_ = conv_.pixels() / rows_per_example_;
+  step_a_ = by_input ? output_pitch_ : input_step;
+  step_b_ = by_input ? input_step : output_pitch_;
+  for (int64_t e = 0; e < slots_; ++e) {
+    for (int64_t row = 0; row < rows_per_example_; ++row) {
+      const int64_t in =
+          e * input_size_ + (seamless ? 0 : input_pixel(row / conv_.out[1], row % conv_.out[1]));
+      const int64_t out = e * output_size_ + row * row_width_ * output_pitch_;
+      row_starts_a_.push_back(by_input ? out : in);
+      row_starts_b_.push_back(by_input ? in : out);
+    }
+  }
+  const int64_t bytes = sizeof(T) *
+      (output_pitch_ + conv_.stride[1] * conv_.stride[2] * input_pitch_);
+  block_pixels_ = std::max<int64_t>(kBlockBytes / bytes, 16);
+}
+
+template <class T>
+void GradientPlan<T>::lay_out_planes() {
+  const int64_t lanes = kernels_.lanes;
+  int64_t phases = 1;
+  for (int d = 0; d < 3; ++d) {
+    padded_[d] = ceil_div(conv_.in[d] + 2 * conv_.padding[d], conv_.stride[d]);
+    phases *= conv_.stride[d];
+  }
+  plane_length_ = round_up(
+      ((conv_.out[0] - 1) * padded_[1] + conv_.out[1] - 1) * padded_[2] + conv_.out[2], lanes);
+  input_pitch_ = phases * padded_[0] * padded_[1] * padded_[2];
+  output_pitch_ = plane_length_;
+  input_size_ = round_up(conv_.inputs * input_pitch_ + lanes, lanes);
+  output_size_ = conv_.outputs * output_pitch_;
+  matrix_rows_ = conv_.outputs;
+  matrix_row_ = conv_.inputs * conv_.taps();
+  split_evenly(matrix_row_, kMaxVectors, [&](int64_t first, int64_t count) {
+    Tiles tile{first, count, {}};
+    for (int64_t v = 0; v < count; ++v) {
+      tile.offset[v] = (first + v) / conv_.taps() * input_pitch_ +
+          tap_offset((first + v) % conv_.taps());
+    }
+    columns_.push_back(tile);
+  });
+  const int64_t most = kernels_.max_planar_rows[std::min<int64_t>(matrix_row_, kMaxVectors)];
+  split_evenly(matrix_rows_, most, [&](int64_t first, int64_t count) {
+    rows_.push_back({first, count, {first * output_pitch_}});
+  });
+}
+
+template <class T>
+void GradientPlan<T>::pack_input(const Image& z, int64_t example, int64_t channel, T* to) const {
+  const auto* in = conv_.in;
+  const int64_t element = z.element == Element::f64 ? 8 : z.element == Element::f32 ? 4 : 2;
+  const char* from = static_cast<const char*>(z.at(example, channel));
+  if (form_ != Form::planar) {
+    const bool seamless = padded_[1] == in[1] && padded_[2] == in[2] &&
+        z.space[1] == in[2] * z.space[2] && z.space[0] == in[1] * z.space[1];
+    const int64_t width = seamless ? in[0] * in[1] * in[2] : in[2];
+    for (int64_t d = 0; d < (seamless ? 1 : in[0]); ++d) {
+      for (int64_t h = 0; h < (seamless ? 1 : in[1]); ++h) {
+        const int64_t pixel =
+            ((d + conv_.padding[0]) * padded_[1] + h + conv_.padding[1]) * padded_[2] +
+            conv_.padding[2];
+        kernels_.transpose(
+            to + pixel * input_pitch_,
+            input_pitch_,
+            from + element * (d * z.space[0] + h * z.space[1]),
+            z.element,
+            z.channel,
+            z.space[2],
+            conv_.inputs,
+            width,
+            T(1));
+      }
+    }
+    return;
+  }
+  // Column w of the padded input belongs to phase w % stride, at place w / stride.
+  const int64_t phase_size = padded_[0] * padded_[1] * padded_[2];
+  const auto* stride = conv_.stride;
+  for (int64_t c = 0; c < conv_.inputs; ++c) {
+    for (int64_t d = conv_.padding[0]; d < in[0] + conv_.padding[0]; ++d) {
+      for (int64_t h = conv_.padding[1]; h < in[1] + conv_.padding[1]; ++h) {
+        const char* line = from +
+            element *
+                (c * z.channel + (d - conv_.padding[0]) * z.space[0] +
+                 (h - conv_.padding[1]) * z.space[1]);
+        for (int64_t w = 0; w < std::min(stride[2], in[2]); ++w) {
+          const int64_t column = w + conv_.padding[2];
+          const int64_t phase =
+              (d % stride[0] * stride[1] + h % stride[1]) * stride[2] + column % stride[2];
+          kernels_.transpose(
+              to + c * input_pitch_ + phase * phase_size +
+                  (d / stride[0] * padded_[1] + h / stride[1]) * padded_[2] + column / stride[2],
+              0,
+              line + element * w * z.space[2],
+              z.element,
+              z.space[2] * stride[2],
+              0,
+              ceil_div(in[2] - w, stride[2]),
+              1,
+              T(1));
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void GradientPlan<T>::pack_output(
+    const Image& g,
+    int64_t example,
+    int64_t channel,
+    T scale,
+    T* to) const {
+  const auto* out = conv_.out;
+  const int64_t element = g.element == Element::f64 ? 8 : g.element == Element::f32 ? 4 : 2;
+  const char* from = static_cast<const char*>(g.at(example, channel));
+  if (form_ != Form::planar) {
+    const bool seamless =
+        g.space[1] == out[2] * g.space[2] && g.space[0] == out[1] * g.space[1];
+    const int64_t width = seamless ? conv_.pixels() : out[2];
+    for (int64_t d = 0; d < (seamless ? 1 : out[0]); ++d) {
+      for (int64_t h = 0; h < (seamless ? 1 : out[1]); ++h) {
+        kernels_.transpose(
+            to + (d * out[1] + h) * out[2] * output_pitch_,
+            output_pitch_,
+            from + element * (d * g.space[0] + h * g.space[1]),
+            g.element,
+            g.channel,
+            g.space[2],
+            conv_.outputs,
+            width,
+            scale);
+      }
+    }
+    return;
+  }
+  for (int64_t o = 0; o < conv_.outputs; ++o) {
+    for (int64_t d = 0; d < out[0]; ++d) {
+      for (int64_t h = 0; h < out[1]; ++h) {
+        kernels_.transpose(
+            to + o * output_pitch_ + (d * padded_[1] + h) * padded_[2],
+            0,
+            from + element * (o * g.channel + d * g.space[0] + h * g.space[1]),
+            g.element,
+            g.space[2],
+            0,
+            out[2],
+            1,
+            scale);
+      }
+    }
+  }
+}
+
+template <class T>
+void GradientPlan<T>::multiply(const T* input, const T* output, int64_t examples, T* matrix) const {
+  if (form_ == Form::planar) {
+    for (int64_t e = 0; e < examples; ++e) {
+      multiply_planes(input + e * input_size_, output + e * output_size_, matrix);
+    }
+  } else {
+    multiply_channels(input, output, examples, matrix);
+  }
+}
+
+template <class T>
+void GradientPlan<T>::multiply_channels(
+    const T* input,
+    const T* output,
+    int64_t examples,
+    T* matrix) const {
+  const T* a = form_ == Form::by_input ? output : input;
+  const T* b = form_ == Form::by_input ? input : output;
+  const auto pass = [&](const PixelRows<T>& pixels, int64_t skip) {
+    for (const Tiles& row : rows_) {
+      for (const Tiles& column : columns_) {
+        const T* vectors[kMaxVectors];
+        for (int64_t v = 0; v < column.count; ++v) {
+          vectors[v] = b + column.offset[v] + skip * step_b_;
+        }
+        kernels_.channel_tile[column.count][row.count](
+            a + row.offset[0] + skip * step_a_,
+            vectors,
+            pixels,
+            matrix + row.first * matrix_row_ + column.first * kernels_.lanes,
+            matrix_row_);
+      }
+    }
+  };
+  const int64_t rows = examples * rows_per_example_;
+  if (row_width_ <= block_pixels_) {
+    split_evenly(rows, std::max<int64_t>(block_pixels_ / row_width_, 1), [&](int64_t first, int64_t count) {
+      pass(
+          {row_starts_a_.data() + first, row_starts_b_.data() + first, count, row_width_, step_a_, step_b_},
+          0);
+    });
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    split_evenly(row_width_, block_pixels_, [&](int64_t first, int64_t count) {
+      pass(
+          {row_starts_a_.data() + row, row_starts_b_.data() + row, 1, count, step_a_, step_b_},
+          first);
+    });
+  }
+}
+
+template <class T>
+void GradientPlan<T>::multiply_planes(const T* input, const T* output, T* matrix) const {
+  for (int64_t start = 0; start < plane_length_; start += kPlaneBlock) {
+    const int64_t length = std::min(kPlaneBlock, plane_length_ - start);
+    for (const Tiles& row : rows_) {
+      for (const Tiles& column : columns_) {
+        const T* vectors[kMaxVectors];
+        for (int64_t v = 0; v < column.count; ++v) {
+          vectors[v] = input + column.offset[v] + start;
+        }
+        kernels_.planar_tile[column.count][row.count](
+            output + row.offset[0] + start,
+            output_pitch_,
+            vectors,
+            length,
+            matrix + row.first * matrix_row_ + column.first,
+            matrix_row_);
+      }
+    }
+  }
+}
+
+template <class T>
+void GradientPlan<T>::sum_pixels(const T* output, T* sums) const {
+  if (form_ != Form::planar) {
+    kernels_.column_sums(output, output_pitch_, conv_.pixels(), conv_.outputs, sums);
+    return;
+  }
+  for (int64_t o = 0; o < conv_.outputs; ++o) {
+    sums[o] += kernels_.sum(output + o * output_pitch_, plane_length_);
+  }
+}
+
+template <class T>
+void GradientPlan<T>::to_gradient(const T* matrix, T* gradient) const {
+  constexpr Element element = sizeof(T) == 8 ? Element::f64 : Element::f32;
+  const int64_t taps = conv_.taps();
+  const int64_t row = conv_.inputs * taps;
+  if (form_ == Form::planar) {
+    std::copy(matrix, matrix + matrix_size(), gradient);
+  } else if (form_ == Form::by_input) {
+    for (int64_t o = 0; o < conv_.outputs; ++o) {
+      kernels_.transpose(
+          gradient + o * row, taps, matrix + o * matrix_row_, element, input_pitch_, 1, taps,
+          conv_.inputs, T(1));
+    }
+  } else {
+    for (int64_t c = 0; c < conv_.inputs; ++c) {
+      kernels_.transpose(
+          gradient + c * taps, row, matrix + c * matrix_row_, element, conv_.inputs * matrix_row_,
+          1, taps, conv_.outputs, T(1));
+    }
+  }
+}
+
+template <class T>
+void GradientPlan<T>::from_gradient(const T* gradient, T* matrix) const {
+  const int64_t taps = conv_.taps();
+  for (int64_t o = 0; o < conv_.outputs; ++o) {
+    for (int64_t c = 0; c < conv_.inputs; ++c) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t at = form_ == Form::by_input ? o * matrix_row_ + tap * input_pitch_ + c
+            : form_ == Form::by_output             ? (tap * conv_.inputs + c) * matrix_row_ + o
+                                                   : o * matrix_row_ + c * taps + tap;
+        matrix[at] = *gradient++;
+      }
+    }
+  }
+}
+
+template class Buffer<float>;
+template class Buffer<double>;
+template class GradientPlan<float>;
+template class GradientPlan<double>;
+
+}  // namespace l2rw

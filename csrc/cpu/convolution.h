@@ -1,0 +1,137 @@
+#pragma once
+
+// Gradients of single examples of a convolution with respect to its kernel, as matrix products over
+// the output pixels. How the products are blocked: docs/kernels.md.
+
+#include <cstdint>
+#include <new>
+#include <vector>
+
+#include "cpu/isa/kernels.h"
+
+namespace l2rw {
+
+// A convolution of one to three spatial dimensions, written as one of three.
+struct Convolution {
+  int64_t examples;
+  int64_t groups;
+  int64_t inputs;   // channels of one group
+  int64_t outputs;  // channels of one group
+  int64_t in[3];
+  int64_t out[3];
+  int64_t kernel[3];
+  int64_t stride[3];
+  int64_t padding[3];
+  int64_t dilation[3];
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t pixels() const { return out[0] * out[1] * out[2]; }
+};
+
+// A tensor (examples, channels, depth, height, width); strides in elements.
+struct Image {
+  const void* data;
+  Element element;
+  int64_t example;
+  int64_t channel;
+  int64_t space[3];
+
+  // Where channel `c` of example `i` starts.
+  const void* at(int64_t i, int64_t c) const {
+    const int64_t size = element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
+    return static_cast<const char*>(data) + size * (i * example + c * channel);
+  }
+};
+
+// Zeroed memory that vectors may be loaded from.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size);
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// The kernels of the instruction set in use.
+template <class T>
+const Kernels<T>& kernels();
+
+// How one group of one example is multiplied. The product is kept as a matrix of its own layout
+// (`matrix_size` numbers); `to_gradient` and `from_gradient` translate from and to (outputs, inputs,
+// taps).
+template <class T>
+class GradientPlan {
+ public:
+  // `slots`: examples that may be packed at a time.
+  GradientPlan(const Convolution& convolution, int64_t slots);
+
+  int64_t input_size() const { return input_size_; }    // numbers of a packed example's input
+  int64_t output_size() const { return output_size_; }  // and of its output gradient
+  // Numbers to allocate for `slots` packed examples.
+  int64_t input_buffer() const { return slots_ * input_size_ + kernels_.lanes; }
+  int64_t output_buffer() const { return slots_ * output_size_ + kernels_.lanes; }
+  int64_t matrix_size() const { return matrix_rows_ * matrix_row_; }
+
+  void pack_input(const Image& z, int64_t example, int64_t channel, T* to) const;
+  void pack_output(const Image& g, int64_t example, int64_t channel, T scale, T* to) const;
+
+  // matrix += sum over `examples` packed examples.
+  void multiply(
+      const T* input,  // [examples * input_size]
+      const T* output,  // [examples * output_size]
+      int64_t examples,
+      T* matrix) const;
+
+  // sums[o] += sum of the packed output gradient over pixels.
+  void sum_pixels(const T* output, T* sums) const;
+
+  void to_gradient(const T* matrix, T* gradient) const;
+  void from_gradient(const T* gradient, T* matrix) const;
+
+ private:
+  // What lies along a vector: input channels, output channels, or the pixels of a channel.
+  enum class Form { by_input, by_output, planar };
+  struct Tiles {
+    int64_t first;  // row or column of the matrix, in vectors for columns of channel forms
+    int64_t count;
+    int64_t offset[kMaxVectors];  // where the operands start
+  };
+
+  void choose_form();
+  void lay_out_channels();
+  void lay_out_planes();
+  int64_t tap_offset(int64_t tap) const;
+  void multiply_channels(const T* input, const T* output, int64_t examples, T* matrix) const;
+  void multiply_planes(const T* input, const T* output, T* matrix) const;
+
+  Convolution conv_;
+  const Kernels<T>& kernels_;
+  int64_t slots_;
+  Form form_;
+  int64_t padded_[3];  // extents of the packed input; planar: of one phase
+  int64_t input_pitch_;  // from one pixel to the next; planar: from one channel to the next
+  int64_t output_pitch_;
+  int64_t input_size_;
+  int64_t output_size_;
+  int64_t matrix_rows_;
+  int64_t matrix_row_;
+  int64_t plane_length_;
+  std::vector<Tiles> rows_;
+  std::vector<Tiles> columns_;
+  // Row starts of the packed examples, and their common width and steps.
+  std::vector<int64_t> row_starts_a_;
+  std::vector<int64_t> row_starts_b_;
+  int64_t row_width_;
+  int64_t rows_per_example_;
+  int64_t step_a_;
+  int64_t step_b_;
+  int64_t block_pixels_;
+};
+
+}  // namespace l2rw

@@ -1,0 +1,166 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "correlation.h"
+#include "cpu/convolution_arguments.h"
+#include "cpu/example_products.h"
+
+namespace l2rw {
+namespace {
+
+// Calls body(T{}) with the accumulation type of a dtype.
+template <class Body>
+void with_accumulation_type(ScalarType dtype, const Body& body) {
+  if (dtype == ScalarType::Double) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> example_gradients(
+    const Convolution& conv,
+    const Tensor& z,
+    const Image& z_image,
+    const Image& g_image,
+    const Sizes& gradient_shape,  // [O, C / groups, *k]
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  const ScalarType dtype = z.scalar_type();
+  const int64_t outputs = conv.groups * conv.outputs;
+  Sizes shape = gradient_shape;
+  shape.insert(shape.begin(), conv.examples);
+  Tensor gradients = torch::stable::new_empty(z, shape);
+  Tensor bias_gradients = torch::stable::new_empty(z, {conv.examples, outputs});
+  Tensor scores = torch::stable::new_empty(z, {conv.examples}, accumulation_dtype(dtype));
+  if (conv.pixels() == 0 || conv.inputs * conv.outputs == 0) {
+    torch::stable::zero_(gradients);
+    torch::stable::zero_(bias_gradients);
+    torch::stable::zero_(scores);
+  }
+  with_accumulation_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<T> v = values_of<T>(direction);
+    const std::vector<T> v_bias = values_of<T>(direction_bias);
+    if (conv.pixels() == 0 || outputs == 0) {
+      return;
+    }
+    form_example_products<T>(
+        conv,
+        z_image,
+        g_image,
+        {v.empty() ? nullptr : v.data(),
+         v_bias.empty() ? nullptr : v_bias.data(),
+         data<T>(scores),
+         conv.inputs == 0 ? nullptr : gradients.data_ptr(),
+         bias_gradients.data_ptr()});
+  });
+  return {gradients, bias_gradients, scores};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> conv_example_gradients(
+    const Tensor& z,
+    const Tensor& g,
+    const Sizes& kernel_size,
+    const Sizes& stride,
+    const Sizes& padding,
+    const Sizes& dilation,
+    int64_t groups,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* kOperation = "conv_example_gradients";
+  const Convolution conv =
+      check_convolution(kOperation, z, g, kernel_size, stride, padding, dilation, groups);
+  check_direction(kOperation, z, conv, kernel_size, direction, direction_bias);
+  Sizes shape{g.size(1), conv.inputs};
+  shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
+  return example_gradients(conv, z, image_of(z), image_of(g), shape, direction, direction_bias);
+}
+
+std::tuple<Tensor, Tensor> conv_weighted_gradient(
+    const Tensor& z,
+    const Tensor& g,
+    const OptionalTensor& weights,
+    const Sizes& kernel_size,
+    const Sizes& stride,
+    const Sizes& padding,
+    const Sizes& dilation,
+    int64_t groups) {
+  constexpr const char* kOperation = "conv_weighted_gradient";
+  const Convolution conv =
+      check_convolution(kOperation, z, g, kernel_size, stride, padding, dilation, groups);
+  if (weights) {
+    check_same_or_accumulation(kOperation, {"z", z}, {"weights", *weights});
+    check_dim(kOperation, {"weights", *weights}, 1);
+    check_size(kOperation, {"weights", *weights}, 0, conv.examples, "examples of z");
+  }
+  const ScalarType accumulation = accumulation_dtype(z.scalar_type());
+  Sizes shape{g.size(1), conv.inputs};
+  shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
+  Tensor gradient = torch::stable::new_empty(z, shape, accumulation);
+  Tensor bias_gradient = torch::stable::new_empty(z, {g.size(1)}, accumulation);
+  if (conv.pixels() == 0 || conv.outputs == 0) {
+    return {torch::stable::zero_(gradient), torch::stable::zero_(bias_gradient)};
+  }
+  with_accumulation_type(accumulation, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<T> w = values_of<T>(weights);
+    form_weighted_sum<T>(
+        conv,
+        image_of(z),
+        image_of(g),
+        weights ? w.data() : nullptr,
+        data<T>(gradient),
+        data<T>(bias_gradient));
+  });
+  return {gradient, bias_gradient};
+}
+
+// A linear layer is a convolution of width T with a kernel of one.
+std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
+    const Tensor& z,
+    const Tensor& g,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* kOperation = "linear_example_gradients";
+  check_dim(kOperation, {"z", z}, 3);
+  check_dim(kOperation, {"g", g}, 3);
+  check_floating(kOperation, {"z", z});
+  check_same(kOperation, {"z", z}, {"g", g});
+  check_size(kOperation, {"g", g}, 0, z.size(0), "examples of z");
+  check_size(kOperation, {"g", g}, 1, z.size(1), "positions of z");
+  if (direction) {
+    check_same_or_accumulation(kOperation, {"z", z}, {"direction", *direction});
+    check_dim(kOperation, {"direction", *direction}, 2);
+    check_size(kOperation, {"direction", *direction}, 0, g.size(2), "width of g");
+    check_size(kOperation, {"direction", *direction}, 1, z.size(2), "width of z");
+  }
+  if (direction_bias) {
+    check_same_or_accumulation(kOperation, {"z", z}, {"direction_bias", *direction_bias});
+    check_dim(kOperation, {"direction_bias", *direction_bias}, 1);
+    check_size(kOperation, {"direction_bias", *direction_bias}, 0, g.size(2), "width of g");
+  }
+  const int64_t positions = z.size(1);
+  const Convolution conv{
+      z.size(0), 1, z.size(2), g.size(2), {1, 1, positions}, {1, 1, positions},
+      {1, 1, 1}, {1, 1, 1},    {0, 0, 0}, {1, 1, 1}};
+  const auto image = [&](const Tensor& tensor) {
+    Image result = image_of(tensor);
+    std::swap(result.channel, result.space[2]);
+    result.space[0] = result.space[1] = positions * result.space[2];
+    return result;
+  };
+  return example_gradients(
+      conv, z, image(z), image(g), {g.size(2), z.size(2)}, direction, direction_bias);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
+  m.impl("linear_example_gradients", TORCH_BOX(&linear_example_gradients));
+  m.impl("conv_example_gradients", TORCH_BOX(&conv_example_gradients));
+  m.impl("conv_weighted_gradient", TORCH_BOX(&conv_weighted_gradient));
+}
+
+}  // namespace l2rw

@@ -1,0 +1,232 @@
+#include "cpu/example_products.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+
+namespace l2rw {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::stable::parallel_for;
+
+// Multiply-adds below which a thread is not worth starting.
+constexpr double kGrain = 1e5;
+// Bytes of packed examples that are multiplied together.
+constexpr int64_t kBatchBytes = 256 * 1024;
+
+// Examples are shared out among the threads; where there are fewer of them than threads, so are the
+// groups and equal parts of the output channels of a group.
+struct Units {
+  Convolution conv;  // of one unit
+  int64_t parts;     // of a group
+  int64_t count;     // units of an example
+  int64_t weights;   // numbers of a unit's gradient
+
+  int64_t input_channel(int64_t unit) const { return unit / parts * conv.inputs; }
+  int64_t output_channel(int64_t unit) const { return unit * conv.outputs; }
+  int64_t grain() const {
+    const double work = 1.0 * weights * conv.pixels();
+    return std::max<int64_t>(1, static_cast<int64_t>(kGrain / std::max(work, 1.0)));
+  }
+};
+
+Units divide(const Convolution& convolution, int64_t threads) {
+  Units units{convolution, 1, convolution.groups, 0};
+  const int64_t wanted = threads / std::max<int64_t>(convolution.examples * convolution.groups, 1);
+  for (int64_t parts = 2; parts <= wanted && convolution.outputs / parts >= 8; ++parts) {
+    if (convolution.outputs % parts == 0) {
+      units.parts = parts;
+    }
+  }
+  units.conv.outputs = convolution.outputs / units.parts;
+  units.count = convolution.groups * units.parts;
+  units.weights = units.conv.outputs * convolution.inputs * convolution.taps();
+  return units;
+}
+
+// Writes `size` numbers to place `at` of an array of `element`.
+template <class T>
+void write(void* to, Element element, int64_t at, const T* values, int64_t size) {
+  const auto copy = [&](auto* typed) { std::copy(values, values + size, typed + at); };
+  switch (element) {
+    case Element::f64:
+      return copy(static_cast<double*>(to));
+    case Element::f32:
+      return copy(static_cast<float*>(to));
+    case Element::bf16:
+      return copy(static_cast<BFloat16*>(to));
+    case Element::f16:
+      return copy(static_cast<Half*>(to));
+  }
+}
+
+}  // namespace
+
+template <class T>
+void form_example_products(
+    const Convolution& convolution,
+    const Image& z,
+    const Image& g,
+    const ExampleProducts<T>& products) {
+  constexpr Element own = sizeof(T) == 8 ? Element::f64 : Element::f32;
+  const Units units = divide(convolution, torch::stable::get_num_threads());
+  const GradientPlan<T> plan(units.conv, 1);
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t outputs = units.conv.outputs;
+
+  Buffer<T> directions(products.direction != nullptr ? units.count * plan.matrix_size() : 0);
+  if (products.direction != nullptr) {
+    for (int64_t unit = 0; unit < units.count; ++unit) {
+      plan.from_gradient(
+          products.direction + unit * units.weights,
+          directions.data() + unit * plan.matrix_size());
+    }
+  }
+  Buffer<T> partial_scores(convolution.examples * units.count);
+  const int64_t work = convolution.examples * units.count;
+  parallel_for(0, work, units.grain(), [&](int64_t begin, int64_t end) {
+    Buffer<T> input(plan.input_buffer());
+    Buffer<T> output(plan.output_buffer());
+    Buffer<T> matrix(plan.matrix_size());
+    Buffer<T> gradient(z.element == own ? 0 : units.weights);
+    Buffer<T> sums(outputs);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item / units.count;
+      const int64_t unit = item % units.count;
+      plan.pack_input(z, i, units.input_channel(unit), input.data());
+      plan.pack_output(g, i, units.output_channel(unit), T(1), output.data());
+      std::fill_n(matrix.data(), plan.matrix_size(), T(0));
+      plan.multiply(input.data(), output.data(), 1, matrix.data());
+      T score = 0;
+      if (products.direction != nullptr) {
+        score = kernel.dot(
+            matrix.data(), directions.data() + unit * plan.matrix_size(), plan.matrix_size());
+      }
+      if (products.gradients != nullptr) {
+        if (z.element == own) {
+          plan.to_gradient(
+              matrix.data(), static_cast<T*>(products.gradients) + item * units.weights);
+        } else {
+          plan.to_gradient(matrix.data(), gradient.data());
+          write(products.gradients, z.element, item * units.weights, gradient.data(), units.weights);
+        }
+      }
+      if (products.direction_bias != nullptr || products.bias_gradients != nullptr) {
+        std::fill_n(sums.data(), outputs, T(0));
+        plan.sum_pixels(output.data(), sums.data());
+        if (products.direction_bias != nullptr) {
+          score += kernel.dot(
+              sums.data(), products.direction_bias + units.output_channel(unit), outputs);
+        }
+        if (products.bias_gradients != nullptr) {
+          write(products.bias_gradients, z.element, item * outputs, sums.data(), outputs);
+        }
+      }
+      partial_scores.data()[item] = score;
+    }
+  });
+  if (products.scores != nullptr) {
+    for (int64_t i = 0; i < convolution.examples; ++i) {
+      products.scores[i] = kernel.sum(partial_scores.data() + i * units.count, units.count);
+    }
+  }
+}
+
+template <class T>
+void form_weighted_sum(
+    const Convolution& convolution,
+    const Image& z,
+    const Image& g,
+    const T* weights,
+    T* gradient,
+    T* bias_gradient) {
+  std::vector<int64_t> active;
+  for (int64_t i = 0; i < convolution.examples; ++i) {
+    if (weights == nullptr || weights[i] != T(0)) {
+      active.push_back(i);
+    }
+  }
+  const int64_t count = static_cast<int64_t>(active.size());
+  const int64_t threads = torch::stable::get_num_threads();
+  Convolution active_convolution = convolution;
+  active_convolution.examples = count;
+  const Units units = divide(active_convolution, threads);
+  // Each share of the examples has sums of its own; with many units one share keeps all threads busy.
+  const int64_t shares =
+      units.count >= 4 * threads ? 1 : std::max<int64_t>(std::min(count, threads), 1);
+
+  const GradientPlan<T> single(units.conv, 1);
+  const int64_t bytes = sizeof(T) * (single.input_size() + single.output_size());
+  const int64_t batch =
+      std::clamp<int64_t>(kBatchBytes / bytes, 1, std::max<int64_t>(count / shares, 1));
+  const GradientPlan<T> plan(units.conv, batch);
+  const Kernels<T>& kernel = kernels<T>();
+  const int64_t outputs = units.conv.outputs;
+  const int64_t matrix = plan.matrix_size();
+  Buffer<T> matrices(units.count * shares * matrix);
+  Buffer<T> sums(units.count * shares * outputs);
+  const int64_t work = units.count * shares;
+  const int64_t grain = std::max<int64_t>(units.grain() * shares / std::max<int64_t>(count, 1), 1);
+  parallel_for(0, work, grain, [&](int64_t begin, int64_t end) {
+    Buffer<T> input(plan.input_buffer());
+    Buffer<T> output(plan.output_buffer());
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t unit = item / shares;
+      const int64_t share = item % shares;
+      const int64_t last = (share + 1) * count / shares;
+      for (int64_t first = share * count / shares; first < last; first += batch) {
+        const int64_t examples = std::min(batch, last - first);
+        for (int64_t e = 0; e < examples; ++e) {
+          const int64_t i = active[first + e];
+          T* packed = output.data() + e * plan.output_size();
+          plan.pack_input(z, i, units.input_channel(unit), input.data() + e * plan.input_size());
+          plan.pack_output(
+              g, i, units.output_channel(unit), weights == nullptr ? T(1) : weights[i], packed);
+          plan.sum_pixels(packed, sums.data() + item * outputs);
+        }
+        plan.multiply(input.data(), output.data(), examples, matrices.data() + item * matrix);
+      }
+    }
+  });
+  for (int64_t unit = 0; unit < units.count; ++unit) {
+    T* total = matrices.data() + unit * shares * matrix;
+    T* total_sums = sums.data() + unit * shares * outputs;
+    for (int64_t share = 1; share < shares; ++share) {
+      kernel.column_sums(total + share * matrix, matrix, 1, matrix, total);
+      kernel.column_sums(total_sums + share * outputs, outputs, 1, outputs, total_sums);
+    }
+    plan.to_gradient(total, gradient + unit * units.weights);
+    std::copy_n(total_sums, outputs, bias_gradient + unit * outputs);
+  }
+}
+
+template void form_example_products(
+    const Convolution&,
+    const Image&,
+    const Image&,
+    const ExampleProducts<float>&);
+template void form_example_products(
+    const Convolution&,
+    const Image&,
+    const Image&,
+    const ExampleProducts<double>&);
+template void form_weighted_sum(
+    const Convolution&,
+    const Image&,
+    const Image&,
+    const float*,
+    float*,
+    float*);
+template void form_weighted_sum(
+    const Convolution&,
+    const Image&,
+    const Image&,
+    const double*,
+    double*,
+    double*);
+
+}  // namespace l2rw

@@ -1,0 +1,89 @@
+#pragma once
+
+// The inner loops of the convolutions and of the small matrix products, compiled once per
+// instruction set (kernels.cpp). They know pointers, sizes and strides alone. docs/kernels.md says
+// how they are put together.
+
+#include <cstdint>
+
+namespace l2rw {
+
+// What a source of packing may hold.
+enum class Element { f64, f32, bf16, f16 };
+
+constexpr int kMaxVectors = 4;  // vectors of the b side in one tile
+constexpr int kMaxRows = 16;    // rows of the a side in one tile
+
+// The pixels a tile sums over: `count` rows of `width` pixels.
+template <class T>
+struct PixelRows {
+  const int64_t* a;  // [count], where the rows start in a
+  const int64_t* b;  // [count], and in b
+  int64_t count;
+  int64_t width;
+  int64_t step_a;  // from one pixel of a row to the next
+  int64_t step_b;
+};
+
+template <class T>
+struct Kernels {
+  int64_t lanes;                      // L, numbers in a vector
+  // Rows of a tile that is this many vectors wide; 0: there is none.
+  int64_t max_rows[kMaxVectors + 1];
+  int64_t max_planar_rows[kMaxVectors + 1];
+
+  // out[r * ld + v * L + l] += sum over pixels of a[.. + r] * b[v][.. + l], r < R, v < V.
+  using ChannelTile = void (*)(
+      const T* a,
+      const T* const* b,  // [V]
+      const PixelRows<T>& pixels,
+      T* out,
+      int64_t ld);
+  ChannelTile channel_tile[kMaxVectors + 1][kMaxRows + 1];  // [V][R]
+
+  // out[r * ld + v] += sum_{s < length} a[r * lda + s] * b[v][s], r < R, v < V; L divides length.
+  using PlanarTile = void (*)(
+      const T* a,
+      int64_t lda,
+      const T* const* b,  // [V]
+      int64_t length,
+      T* out,
+      int64_t ld);
+  PlanarTile planar_tile[kMaxVectors + 1][kMaxRows + 1];  // [V][R]
+
+  // to[j * to_row + i] = scale * from[i * from_row + j * from_column], i < rows, j < columns.
+  void (*transpose)(
+      T* to,
+      int64_t to_row,
+      const void* from,
+      Element element,
+      int64_t from_row,
+      int64_t from_column,
+      int64_t rows,
+      int64_t columns,
+      T scale);
+
+  // sum a[i], i < size.
+  T (*sum)(const T* a, int64_t size);
+
+  // sum a[i] * b[i], i < size.
+  T (*dot)(const T* a, const T* b, int64_t size);
+
+  // out[c] += sum_{p < rows} a[p * lda + c], c < columns.
+  void (*column_sums)(const T* a, int64_t lda, int64_t rows, int64_t columns, T* out);
+};
+
+namespace baseline {
+extern const Kernels<float> kernels_f32;
+extern const Kernels<double> kernels_f64;
+}  // namespace baseline
+namespace avx2 {
+extern const Kernels<float> kernels_f32;
+extern const Kernels<double> kernels_f64;
+}  // namespace avx2
+namespace avx512 {
+extern const Kernels<float> kernels_f32;
+extern const Kernels<double> kernels_f64;
+}  // namespace avx512
+
+}  // namespace l2rw
