@@ -38,7 +38,7 @@ def _load_cpu() -> Library:
     path = _FOLDER / "_ops.so"
     if not path.exists():
         raise ImportError(f"l2rw_ext is not completely installed: {path} is missing; reinstall it")
-    torch.ops.load_library(str(path))
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     return Library("_ops.so", path, True, "")
 
 
@@ -63,7 +63,7 @@ def _load_cuda() -> Library:
         )
         return Library(name, path, False, reason)
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return Library(name, path, False, f"the dynamic linker refused it: {error}")
     return Library(name, path, True, "")
