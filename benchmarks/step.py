@@ -1,0 +1,260 @@
+"""``python -m benchmarks step``: time of one training step, every method against the plain one.
+
+All methods run in one process, one step of each in turn, and each method's scores, weights and
+gradient are compared with the float64 oracle before its time counts. Times are medians; ratios are
+over a plain step on the union of both batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import record
+from .cases import CASES, Case, CaseSpec, default_cases, make_case
+from .methods import METHODS, YARDSTICK, Method, Outcome, Step
+from .operations import operation_bound
+from .oracle import Oracle, gradient_error, oracle, relative_error
+
+# A float32 method may have twice the error of float32 double backward plus this.
+ERROR_FLOOR = 1e-6
+
+
+@dataclass
+class Candidate:
+    """A method on its own copy of the case, and what is known of it so far."""
+
+    method: Method
+    status: str
+    reason: str = ""
+    case: Case | None = None
+    step: Step | None = None
+    engine: str | None = None
+    errors: dict[str, float] | None = None
+    times: list[float] | None = None
+
+
+def _clear(case: Case) -> None:
+    for p in case.model.parameters():
+        p.grad = None
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def compare(case: Case, outcome: Outcome, truth: Oracle) -> dict[str, float]:
+    """Relative errors of scores, weights and the weighted gradient in ``p.grad``."""
+    if outcome.scores is None or outcome.weights is None:
+        raise ValueError("compare: a plain step has no scores")
+    return {
+        "scores": relative_error(outcome.scores, truth.scores),
+        "weights": relative_error(outcome.weights, truth.weights),
+        "gradient": gradient_error(case.model, truth.gradient),
+    }
+
+
+def error_limits(case: Case, truth: Oracle) -> dict[str, float]:
+    """What a float32 method may differ from the oracle: twice double backward's error plus 1e-6."""
+    own = case.copy()
+    outcome = METHODS["double_backward"].prepare(own)()
+    return {k: 2 * v + ERROR_FLOOR for k, v in compare(own, outcome, truth).items()}
+
+
+def prepare(case: Case, method: Method, truth: Oracle, limits: dict[str, float]) -> Candidate:
+    """Make a method ready and hold it to the oracle; a wrong one is not timed."""
+    if not method.available:
+        return Candidate(method, "not installed", f"{method.requires} is not installed")
+    own = case.copy()
+    try:
+        step = method.prepare(own)
+        _clear(own)
+        outcome = step()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return Candidate(method, "failed", reason)
+    candidate = Candidate(method, "ok", "", own, step, outcome.engine)
+    if method.kind != "plain":
+        candidate.errors = compare(own, outcome, truth)
+        off = {k: v for k, v in candidate.errors.items() if not v <= limits[k]}
+        if method.kind == "approximate":
+            candidate.status = "approximate"
+        elif off:
+            candidate.status = "wrong"
+            candidate.reason = ", ".join(
+                f"{k} error {v:.1e}, allowed {limits[k]:.1e}" for k, v in off.items()
+            )
+    return candidate
+
+
+def time_interleaved(
+    candidates: Sequence[Candidate], repeats: int, warmup: int, device: str
+) -> None:
+    """One step of each method in turn, starting one further each round, medians later."""
+    timed = [c for c in candidates if c.status in ("ok", "approximate")]
+    for c in timed:
+        c.times = []
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for repeat in range(-warmup, repeats):
+            gc.collect()
+            for k in range(len(timed)):
+                c = timed[(k + repeat) % len(timed)]
+                if c.case is None or c.step is None or c.times is None:
+                    continue
+                _clear(c.case)
+                _synchronize(device)
+                start = time.perf_counter()
+                c.step()
+                _synchronize(device)
+                elapsed = time.perf_counter() - start
+                if repeat >= 0:
+                    c.times.append(elapsed)
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _row(c: Candidate, yardstick: Candidate) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": c.method.name,
+        "label": c.method.label,
+        "kind": c.method.kind,
+        "status": c.status,
+    }
+    if c.reason:
+        row["reason"] = c.reason
+    if c.engine:
+        row["engine"] = c.engine
+    if c.errors:
+        row["errors"] = c.errors
+    if c.times and yardstick.times:
+        pairs = [a / b for a, b in zip(c.times, yardstick.times, strict=True)]
+        low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+        row["seconds"] = statistics.median(c.times)
+        row["seconds_min"] = min(c.times)
+        row["ratio"] = statistics.median(c.times) / statistics.median(yardstick.times)
+        row["ratio_quartiles"] = [low, high]
+    return row
+
+
+def run_case(
+    spec: CaseSpec,
+    methods: Sequence[Method],
+    *,
+    repeats: int = 15,
+    warmup: int = 2,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Check and time ``methods`` on one case; the result is one entry of the report's ``cases``."""
+    case = make_case(spec)
+    truth = oracle(case)
+    case.rho = truth.rho
+    bound = operation_bound(case)
+    case = case.to(device)
+    if not any(method.name == YARDSTICK for method in methods):
+        methods = [METHODS[YARDSTICK], *methods]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limits = error_limits(case, truth)
+        candidates = [prepare(case, method, truth, limits) for method in methods]
+        time_interleaved(candidates, repeats, warmup, device)
+    yardstick = next(c for c in candidates if c.method.name == YARDSTICK)
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "n": spec.n,
+        "m": spec.m,
+        "rho": case.rho,
+        "operation_bound": bound,
+        "repeats": repeats,
+        "error_limits": limits,
+        "methods": [_row(c, yardstick) for c in candidates],
+    }
+
+
+def table(entry: dict[str, Any]) -> Table:
+    """One case as a table."""
+    out = Table(
+        title=f"{entry['title']}   ρ {entry['rho']:.2f}, "
+        f"operation count allows {entry['operation_bound']:.2f}",
+        title_justify="left",
+    )
+    out.add_column("method")
+    for name in ("ms", "ratio", "quartiles", "score error"):
+        out.add_column(name, justify="right", no_wrap=True)
+    out.add_column("note")
+    for row in entry["methods"]:
+        errors = row.get("errors")
+        timed = "ratio" in row
+        notes = [row.get("engine", ""), "" if row["status"] == "ok" else row["status"]]
+        out.add_row(
+            row["label"],
+            f"{1e3 * row['seconds']:.2f}" if timed else "-",
+            f"{row['ratio']:.2f}" if timed else "-",
+            "{:.2f}-{:.2f}".format(*row["ratio_quartiles"]) if timed else "",
+            f"{errors['scores']:.0e}" if errors else "",
+            ": ".join(part for part in (*notes, row.get("reason", "")) if part),
+            style="bold" if row["name"] == "l2rw_ext" else None,
+        )
+    return out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``step``."""
+    parser.add_argument("--case", nargs="+", choices=list(CASES), metavar="NAME", dest="cases")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:K")
+    parser.add_argument("--repeats", type=record.positive, default=15)
+    parser.add_argument("--warmup", type=record.positive, default=2)
+    parser.add_argument("--threads", type=record.positive, help="default: torch's choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="record the results")
+    parser.epilog = f"cases: {', '.join(CASES)}. methods: {', '.join(METHODS)}."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; the exit status is 1 where this package's own result is wrong."""
+    record.check_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    methods = [METHODS[name] for name in args.methods or METHODS]
+    report = record.header("step", args.device, sys.argv[1:])
+    report["cases"] = []
+    console = Console()
+    names = args.cases or default_cases()
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True
+    ) as progress:
+        task = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(task, description=CASES[name].title)
+            entry = run_case(
+                CASES[name],
+                methods,
+                repeats=args.repeats,
+                warmup=args.warmup,
+                device=args.device,
+            )
+            report["cases"].append(entry)
+            progress.console.print(table(entry))
+            progress.advance(task)
+    if args.json:
+        record.write(args.json, report)
+        console.print(f"recorded in {args.json}")
+    ours = [r for e in report["cases"] for r in e["methods"] if r["name"] == "l2rw_ext"]
+    return 1 if any(r["status"] != "ok" for r in ours) else 0
