@@ -33,6 +33,17 @@ function(l2rw_add_isa_object target)
     target_compile_options(${object} PRIVATE ${_isa_flags_${isa}})
     l2rw_set_warnings(${object})
     target_link_libraries(${target} PRIVATE ${object})
+    if(NOT isa STREQUAL "baseline")
+      add_custom_command(
+        TARGET ${target}
+        PRE_LINK
+        COMMAND
+          ${CMAKE_COMMAND} "-DNM=${CMAKE_NM}" -DISA=${isa}
+          "-DOBJECTS=$<JOIN:$<TARGET_OBJECTS:${object}>,|>" -P
+          "${PROJECT_SOURCE_DIR}/cmake/CheckInstructionSets.cmake"
+        VERBATIM
+      )
+    endif()
   endforeach()
   list(LENGTH L2RW_INSTRUCTION_SETS count)
   if(count GREATER 1)

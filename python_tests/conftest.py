@@ -1,0 +1,47 @@
+"""Fixtures and rules that all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "l2rw",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("l2rw")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() or os.environ.get("L2RW_REQUIRE_CUDA") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where a GPU is required, a skipped CUDA test is a failure."""
+    report = yield
+    required = os.environ.get("L2RW_REQUIRE_CUDA") == "1"
+    if required and report.skipped and item.get_closest_marker("cuda"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} was skipped, and L2RW_REQUIRE_CUDA=1"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)

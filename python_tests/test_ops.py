@@ -1,0 +1,360 @@
+"""Every operator against a plain float64 composition, and how it behaves when misused."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operator_cases import OPERATORS, Arguments, Draw, call, lay_out, sample
+from tolerances import SCORES, TOLERANCES
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from l2rw_ext import ops
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CORRELATIONS = tuple(name for name in OPERATORS if name.endswith("_correlation"))
+OTHERS = tuple(name for name in OPERATORS if not name.endswith("_correlation"))
+# Results that are scores although the operator's first result is a gradient.
+SCORE_RESULT = {"linear_example_gradients": 2, "conv_example_gradients": 2}
+
+every_operator = pytest.mark.parametrize("name", OPERATORS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def convert(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
+    """The arguments with the function applied to the floating tensors."""
+    return tuple(
+        function(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    )
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1] for name in names if name.startswith("l2rw_ext::")}
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def test_every_registered_operator_is_tested() -> None:
+    assert registered() == set(OPERATORS) == set(TOLERANCES) == set(ops.__all__)
+
+
+@every_dtype
+@every_operator
+@given(data=st.data())
+def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    seed = data.draw(st.integers(0, 2**16))
+    draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
+    arguments = OPERATORS[name].arguments(draw)
+    before = convert(arguments, Tensor.clone)
+
+    results = call(name, arguments)
+
+    plain = OPERATORS[name].plain
+    expected = plain(*convert(arguments, Tensor.double))
+    bounds = plain(*convert(arguments, lambda a: a.double().abs()), sign=-1)
+    assert len(results) == len(expected)
+    for k, (result, exact, bound) in enumerate(zip(results, expected, bounds, strict=True)):
+        scores = k == SCORE_RESULT.get(name)
+        tolerance = (SCORES if scores else TOLERANCES[name])[dtype]
+        stored = name in ("scale_rows", "normalize_weights", *SCORE_RESULT) and not scores
+        assert result.dtype == (dtype if stored else accumulation(dtype))
+        assert result.shape == exact.shape
+        # The smallest numbers of a dtype have fewer digits.
+        floor = torch.finfo(result.dtype).tiny
+        assert ((result.double() - exact).abs() <= tolerance * bound.abs() + floor).all()
+    for argument, copy in zip(arguments, before, strict=True):
+        if isinstance(argument, Tensor):
+            assert torch.equal(argument, copy)
+
+
+@pytest.mark.parametrize("name", ["conv_correlation", *OTHERS[1:3]])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_channels_last_images(name: str, layout: str) -> None:
+    arguments = sample(name, torch.float64)
+    images = tuple(
+        lay_out(a, layout) if isinstance(a, Tensor) and a.dim() == 4 else a for a in arguments
+    )
+    for result, expected in zip(call(name, images), call(name, arguments), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("optional", [True, False], ids=["all", "required"])
+@every_operator
+def test_opcheck(name: str, optional: bool) -> None:
+    operator = getattr(torch.ops.l2rw_ext, name).default
+    arguments = sample(name, optional=optional)
+    if name in CORRELATIONS:
+        arguments = convert(arguments, lambda a: a.detach().requires_grad_())
+    torch.library.opcheck(operator, arguments)
+
+
+@every_operator
+def test_deterministic(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def large(a: Tensor) -> Tensor:
+        return torch.randn(a.shape, generator=generator).abs()
+
+    arguments = convert(sample(name), large)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        first = call(name, arguments)
+        for _ in range(5):
+            again = call(name, arguments)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_examples_without_weight_are_not_read() -> None:
+    w = torch.tensor([0.0, 2.0])
+    for name in ("conv_weighted_gradient", "weighted_sum"):
+        arguments = list(sample(name))
+        arguments[1 if name == "weighted_sum" else 2] = w
+        expected = call(name, tuple(arguments))
+        for k in range(2):
+            if isinstance(arguments[k], Tensor) and arguments[k].dim() > 1:
+                arguments[k] = arguments[k].clone()
+                arguments[k][0] = math.nan
+        for result, exact in zip(call(name, tuple(arguments)), expected, strict=True):
+            assert torch.equal(result, exact)
+
+
+@every_dtype
+def test_normalize_weights_of_unusual_scores(dtype: torch.dtype) -> None:
+    def weights(*scores: float) -> list[float]:
+        return ops.normalize_weights(torch.tensor(scores, dtype=dtype)).tolist()
+
+    huge = torch.finfo(dtype).max
+    assert weights() == []
+    assert weights(-1.0, 0.0, -math.inf) == [0, 0, 0]
+    assert weights(math.nan, 3.0, math.inf, 1.0, -2.0) == [0, 0.75, 0, 0.25, 0]
+    assert weights(huge, huge, -huge, huge, huge) == [0.25, 0.25, 0, 0.25, 0.25]
+    smallest = torch.finfo(dtype).smallest_normal
+    assert weights(smallest, smallest) == [0.5, 0.5]
+
+
+def test_scale_rows_keeps_positions_side_by_side() -> None:
+    g = torch.randn(3, 4, 5)
+    w, active = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 2])
+    assert ops.scale_rows(g, w, active).stride() == (20, 5, 1)
+    by_channel = ops.scale_rows(lay_out(g, "transposed"), w, active)
+    assert by_channel.stride() == (20, 1, 4)
+    assert torch.equal(by_channel, ops.scale_rows(g, w, active))
+
+
+# Errors
+
+
+def named_arguments(name: str) -> list[str]:
+    schema = getattr(torch.ops.l2rw_ext, name).default._schema
+    return [argument.name for argument in schema.arguments]
+
+
+def shape_text(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def wrong(name: str) -> Iterator[tuple[str, Arguments, tuple[str, ...]]]:
+    """Arguments of which one does not fit, and what the message must say."""
+    arguments = sample(name)
+    for k, argument in enumerate(arguments):
+        if not isinstance(argument, Tensor):
+            continue
+        label = named_arguments(name)[k]
+
+        def replaced(other: Tensor, k: int = k) -> Arguments:
+            return (*arguments[:k], other, *arguments[k + 1 :])
+
+        yield f"{label} dtype", replaced(argument.to(torch.int16)), (label, "Short")
+        if argument.is_floating_point() and len(arguments) > 1:
+            yield f"{label} float64", replaced(argument.double()), ("float64", "float32")
+        deeper = argument[None, None, None]
+        if (name, label) != ("weighted_sum", "gradients"):
+            yield f"{label} rank", replaced(deeper), (label, shape_text(deeper))
+        if argument.dim() and (name, label) not in (
+            ("scale_rows", "active"),
+            ("normalize_weights", "u"),
+        ):
+            longer = torch.cat([argument, argument[:1]])
+            yield f"{label} examples", replaced(longer), ("got", "size")
+
+
+@every_operator
+def test_messages_name_operator_argument_and_value(name: str) -> None:
+    for what, arguments, words in wrong(name):
+        with pytest.raises(RuntimeError) as error:
+            call(name, arguments)
+        message = str(error.value)
+        for word in (f"l2rw_ext::{name}: ", *words):
+            assert word in message, f"{what}: {word!r} is not in {message!r}"
+
+
+def test_rows_out_of_range() -> None:
+    g, V = torch.ones(1, 2, 3), torch.ones(4, 3)
+    for row in (4, -1):
+        with pytest.raises(
+            RuntimeError, match=rf"index\[0, 1\] is {row}, and direction has 4 rows"
+        ):
+            ops.embedding_correlation(torch.tensor([[0, row]]), g, V)
+        with pytest.raises(RuntimeError, match=rf"active\[1\] is {row}, and g has 1 examples"):
+            ops.scale_rows(g, torch.ones(1), torch.tensor([0, row]))
+
+
+@every_operator
+def test_cuda_tensors_without_cuda_kernels(name: str) -> None:
+    operator = getattr(torch.ops.l2rw_ext, name).default
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"l2rw_ext::{name}", "CUDA") and (
+        torch.cuda.is_available()
+    ):
+        pytest.skip("this operator runs on CUDA here")
+    with pytest.raises(NotImplementedError, match=f"l2rw_ext::{name} cannot run on CUDA tensors: "):
+        operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *sample(name))
+
+
+# Autograd
+
+
+@pytest.mark.parametrize("optional", [True, False], ids=["all", "required"])
+@pytest.mark.parametrize("name", CORRELATIONS)
+def test_correlations_differentiate_twice(name: str, optional: bool) -> None:
+    arguments = sample(name, torch.float64, optional)
+    arguments = convert(arguments, lambda a: a.detach().clone().requires_grad_())
+    if not any(isinstance(a, Tensor) and a.requires_grad for a in arguments[2:]):
+        arguments = (arguments[0].detach(), arguments[1], *arguments[2:])
+
+    def scores(*tensors: Tensor) -> Tensor:
+        return call(name, tensors)[0]
+
+    assert torch.autograd.gradcheck(scores, arguments)
+    assert torch.autograd.gradgradcheck(scores, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CORRELATIONS)
+def test_gradients_have_the_dtype_of_their_argument(name: str, dtype: torch.dtype) -> None:
+    arguments = convert(sample(name, dtype), lambda a: a.detach().requires_grad_())
+    exact = convert(sample(name, dtype), lambda a: a.detach().double().requires_grad_())
+    call(name, arguments)[0].sum().backward()
+    call(name, exact)[0].sum().backward()
+    for argument, other in zip(arguments, exact, strict=True):
+        if isinstance(argument, Tensor) and argument.requires_grad:
+            assert argument.grad is not None
+            assert argument.grad.dtype == dtype
+            relative = (argument.grad.double() - other.grad).norm() / other.grad.norm()
+            assert relative <= (2.0**-8 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_operators_refuse_to_be_differentiated(name: str) -> None:
+    arguments = convert(sample(name), lambda a: a.detach().requires_grad_())
+    result = call(name, arguments)[0]
+    with pytest.raises(NotImplementedError, match=f"l2rw_ext::{name} has no derivative"):
+        result.sum().backward()
+
+
+@every_operator
+def test_forward_mode_raises(name: str) -> None:
+    arguments = sample(name)
+    position = next(
+        k for k, a in enumerate(arguments) if isinstance(a, Tensor) and a.is_floating_point()
+    )
+
+    def function(tensor: Tensor) -> Any:
+        return call(name, (*arguments[:position], tensor, *arguments[position + 1 :]))
+
+    tensor = arguments[position]
+    message = f"l2rw_ext::{name} has no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(function, (tensor,), (torch.ones_like(tensor),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        function(forward_ad.make_dual(tensor, torch.ones_like(tensor)))
+    with forward_ad.dual_level():
+        function(tensor)
+
+
+@every_operator
+def test_vmap_is_a_loop(name: str) -> None:
+    arguments = sample(name)
+    batched = tuple(
+        torch.stack([a, a.flip(0)]) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments
+    )
+    where = tuple(0 if isinstance(a, Tensor) and a.is_floating_point() else None for a in arguments)
+    results = torch.vmap(lambda *a: call(name, a), where)(*batched)
+    for k in range(2):
+        single = tuple(a[k] if dim == 0 else a for a, dim in zip(batched, where, strict=True))
+        for result, expected in zip(results, call(name, single), strict=True):
+            torch.testing.assert_close(result[k], expected)
+
+
+@pytest.mark.parametrize("name", CORRELATIONS)
+def test_functorch_gradients_are_right_or_raise(name: str) -> None:
+    arguments = sample(name, torch.float64)
+    expected = torch.autograd.grad(
+        call(name, (arguments[0], arguments[1].requires_grad_(), *arguments[2:]))[0].sum(),
+        arguments[1],
+    )[0]
+    g = arguments[1].detach()
+    try:
+        gradient = torch.func.grad(
+            lambda g: call(name, (arguments[0], g, *arguments[2:]))[0].sum()
+        )(g)
+    except RuntimeError as error:
+        assert "setup_context" in str(error)  # noqa: PT017
+    else:
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("name", ["dense_correlation", "affine_correlation", "scale_rows"])
+def test_compiles_without_a_graph_break(name: str) -> None:
+    arguments = sample(name)
+    compiled = torch.compile(
+        lambda *a: call(name, a), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for result, expected in zip(compiled(*arguments), call(name, arguments), strict=True):
+        assert torch.equal(result, expected)
+        assert result.stride() == expected.stride()
+
+
+def test_meta_tensors() -> None:
+    for name in OPERATORS:
+        arguments = tuple(
+            a.to("meta") if isinstance(a, Tensor) else a for a in sample(name, torch.bfloat16)
+        )
+        expected = call(name, sample(name, torch.bfloat16))
+        for result, real in zip(call(name, arguments), expected, strict=True):
+            assert (result.shape, result.dtype) == (real.shape, real.dtype)
+
+
+def test_docstring_examples() -> None:
+    result = doctest.testmod(ops)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.cuda
+@every_dtype
+@given(n=st.integers(0, 700))
+@settings(max_examples=10)
+def test_normalize_weights_on_cuda(dtype: torch.dtype, n: int) -> None:
+    u = torch.randn(n, dtype=dtype)
+    expected = ops.normalize_weights(u)
+    result = ops.normalize_weights(u.cuda()).cpu()
+    torch.testing.assert_close(result, expected)
