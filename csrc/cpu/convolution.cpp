@@ -11,16 +11,14 @@ namespace {
 // Bytes of packed input and output gradient that all tiles pass over before the next ones: what the
 // first-level cache holds.
 constexpr int64_t kBlockBytes = 24 * 1024;
-// The same for planes, in numbers of one plane.
+// Vectors in a tile of a channel form. Three leave registers for enough rows.
+constexpr int64_t kChannelVectors = 3;
+// What kBlockBytes is for channels, in numbers of one plane.
 constexpr int64_t kPlaneBlock = 1024;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Pieces of at most `most`, as equal as can be: calls body(first, count).
 template <class Body>
@@ -31,6 +29,11 @@ void split_evenly(int64_t size, int64_t most, const Body& body) {
     body(first, count);
     first += count;
   }
+}
+
+// The largest of those pieces, or 1.
+int64_t widest_piece(int64_t size, int64_t most) {
+  return size == 0 ? 1 : ceil_div(size, ceil_div(size, most));
 }
 
 // Loads a tile of rows x vectors needs for one product, at least one: a load costs what a product
@@ -72,7 +75,9 @@ const Kernels<double>& kernels<double>() {
 
 template <class T>
 Buffer<T>::Buffer(int64_t size)
-    : data_(static_cast<T*>(::operator new(sizeof(T) * std::max<int64_t>(size, 1), std::align_val_t{64}))) {
+    : data_(
+          static_cast<T*>(
+              ::operator new(sizeof(T) * std::max<int64_t>(size, 1), std::align_val_t{64}))) {
   std::memset(data_, 0, sizeof(T) * size);
 }
 
@@ -91,38 +96,38 @@ template <class T>
 void GradientPlan<T>::choose_form() {
   const int64_t lanes = kernels_.lanes;
   const double products = 1.0 * conv_.taps() * conv_.pixels();
-  int64_t vectors = kMaxVectors;
-  while (kernels_.max_rows[vectors] == 0) {
-    --vectors;
-  }
-  const auto channel_cost = [&](int64_t broadcast, int64_t wide, int64_t columns) {
-    const int64_t v = std::min<int64_t>(columns, 3);
-    const int64_t r = std::min<int64_t>(broadcast, kernels_.max_rows[v]);
+  // `run` of the `broadcast` channels and taps lie side by side.
+  const auto channel_cost = [&](int64_t broadcast, int64_t run, int64_t wide, int64_t columns) {
+    const int64_t v = widest_piece(columns, kChannelVectors);
+    const int64_t r = std::min(run, kernels_.max_rows[v]);
     return products * broadcast * ceil_div(wide, lanes) * loads_per_product(r, v, 1.0);
   };
   const double by_input = channel_cost(
-      conv_.outputs, conv_.inputs, conv_.taps() * ceil_div(conv_.inputs, lanes));
+      conv_.outputs, conv_.outputs, conv_.inputs, conv_.taps() * ceil_div(conv_.inputs, lanes));
   const double by_output = channel_cost(
-      conv_.inputs * (conv_.dilation[2] == 1 ? conv_.kernel[2] : 1),
-      conv_.outputs,
-      ceil_div(conv_.outputs, lanes));
+      conv_.inputs, conv_.inputs * taps_in_run(), conv_.outputs, ceil_div(conv_.outputs, lanes));
   // Vectors of planes start anywhere, and most then lie in two cache lines.
   int64_t length = 1;
   for (int d = 0; d < 3; ++d) {
     const int64_t extent = ceil_div(conv_.in[d] + 2 * conv_.padding[d], conv_.stride[d]);
     length *= d == 0 ? conv_.out[d] : extent;
   }
-  const int64_t planar_columns = std::min<int64_t>(conv_.inputs * conv_.taps(), kMaxVectors);
+  const int64_t planar_columns = widest_piece(conv_.inputs * conv_.taps(), kMaxVectors);
   const double planar = 1.0 * conv_.outputs * conv_.inputs * conv_.taps() *
-      (ceil_div(length, lanes) *
-           loads_per_product(
-               std::min(conv_.outputs, kernels_.max_planar_rows[planar_columns]),
-               planar_columns,
-               2.0) +
-       6);
+                        (ceil_div(length, lanes) *
+                             loads_per_product(
+                                 std::min(conv_.outputs, kernels_.max_planar_rows[planar_columns]),
+                                 planar_columns,
+                                 2.0) +
+                         6);
   form_ = by_input <= by_output && by_input <= planar ? Form::by_input
-      : by_output <= planar                           ? Form::by_output
+          : by_output <= planar                       ? Form::by_output
                                                       : Form::planar;
+}
+
+template <class T>
+int64_t GradientPlan<T>::taps_in_run() const {
+  return conv_.dilation[2] == 1 ? conv_.kernel[2] : 1;
 }
 
 template <class T>
@@ -159,26 +164,20 @@ void GradientPlan<T>::lay_out_channels() {
 
   // Columns: all vectors of the matrix, by their start in the packed b side.
   const int64_t vectors = matrix_row_ / lanes;
-  int64_t widest = kMaxVectors;
-  while (kernels_.max_rows[widest] == 0) {
-    --widest;
-  }
-  widest = std::min<int64_t>(widest, 3);
-  split_evenly(vectors, widest, [&](int64_t first, int64_t count) {
+  split_evenly(vectors, kChannelVectors, [&](int64_t first, int64_t count) {
     Tiles tile{first, count, {}};
     for (int64_t v = 0; v < count; ++v) {
       const int64_t column = (first + v) * lanes;
-      tile.offset[v] = by_input
-          ? tap_offset(column / input_pitch_) * input_pitch_ + column % input_pitch_
-          : column;
+      tile.offset[v] =
+          by_input ? tap_offset(column / input_pitch_) * input_pitch_ + column % input_pitch_
+                   : column;
     }
     columns_.push_back(tile);
   });
   // Rows: runs of numbers that lie side by side in the packed a side. By output, these are the
   // channels of the taps of one kernel row.
-  const int64_t most = kernels_.max_rows[std::min(vectors, widest)];
-  const int64_t taps_in_run = conv_.dilation[2] == 1 ? conv_.kernel[2] : 1;
-  const int64_t run = by_input ? conv_.outputs : taps_in_run * conv_.inputs;
+  const int64_t most = kernels_.max_rows[widest_piece(vectors, kChannelVectors)];
+  const int64_t run = by_input ? conv_.outputs : taps_in_run() * conv_.inputs;
   for (int64_t start = 0; start < matrix_rows_; start += run) {
     const int64_t offset = by_input ? 0 : tap_offset(start / conv_.inputs) * input_pitch_;
     split_evenly(run, most, [&](int64_t first, int64_t count) {
@@ -194,8 +193,8 @@ void GradientPlan<T>::lay_out_channels() {
   const int64_t image_rows = conv_.out[0] * conv_.out[1];
   bool seamless = true;
   for (int64_t row = 0; row < image_rows; ++row) {
-    seamless = seamless &&
-        input_pixel(row / conv_.out[1], row % conv_.out[1]) == row * conv_.out[2] * input_step;
+    seamless = seamless && input_pixel(row / conv_.out[1], row % conv_.out[1]) ==
+                               row * conv_.out[2] * input_step;
   }
   rows_per_example_ = seamless ? 1 : image_rows;
   row_width_ = conv_.pixels() / rows_per_example_;
@@ -210,8 +209,8 @@ void GradientPlan<T>::lay_out_channels() {
       row_starts_b_.push_back(by_input ? in : out);
     }
   }
-  const int64_t bytes = sizeof(T) *
-      (output_pitch_ + conv_.stride[1] * conv_.stride[2] * input_pitch_);
+  const int64_t bytes =
+      sizeof(T) * (output_pitch_ + conv_.stride[1] * conv_.stride[2] * input_pitch_);
   block_pixels_ = std::max<int64_t>(kBlockBytes / bytes, 16);
 }
 
@@ -234,12 +233,12 @@ void GradientPlan<T>::lay_out_planes() {
   split_evenly(matrix_row_, kMaxVectors, [&](int64_t first, int64_t count) {
     Tiles tile{first, count, {}};
     for (int64_t v = 0; v < count; ++v) {
-      tile.offset[v] = (first + v) / conv_.taps() * input_pitch_ +
-          tap_offset((first + v) % conv_.taps());
+      tile.offset[v] =
+          (first + v) / conv_.taps() * input_pitch_ + tap_offset((first + v) % conv_.taps());
     }
     columns_.push_back(tile);
   });
-  const int64_t most = kernels_.max_planar_rows[std::min<int64_t>(matrix_row_, kMaxVectors)];
+  const int64_t most = kernels_.max_planar_rows[widest_piece(matrix_row_, kMaxVectors)];
   split_evenly(matrix_rows_, most, [&](int64_t first, int64_t count) {
     rows_.push_back({first, count, {first * output_pitch_}});
   });
@@ -252,7 +251,7 @@ void GradientPlan<T>::pack_input(const Image& z, int64_t example, int64_t channe
   const char* from = static_cast<const char*>(z.at(example, channel));
   if (form_ != Form::planar) {
     const bool seamless = padded_[1] == in[1] && padded_[2] == in[2] &&
-        z.space[1] == in[2] * z.space[2] && z.space[0] == in[1] * z.space[1];
+                          z.space[1] == in[2] * z.space[2] && z.space[0] == in[1] * z.space[1];
     const int64_t width = seamless ? in[0] * in[1] * in[2] : in[2];
     for (int64_t d = 0; d < (seamless ? 1 : in[0]); ++d) {
       for (int64_t h = 0; h < (seamless ? 1 : in[1]); ++h) {
@@ -273,30 +272,28 @@ void GradientPlan<T>::pack_input(const Image& z, int64_t example, int64_t channe
     }
     return;
   }
-  // Column w of the padded input belongs to phase w % stride, at place w / stride.
+  // Place p of the padded input is place p / stride of phase p % stride.
   const int64_t phase_size = padded_[0] * padded_[1] * padded_[2];
   const auto* stride = conv_.stride;
+  const auto* padding = conv_.padding;
   for (int64_t c = 0; c < conv_.inputs; ++c) {
-    for (int64_t d = conv_.padding[0]; d < in[0] + conv_.padding[0]; ++d) {
-      for (int64_t h = conv_.padding[1]; h < in[1] + conv_.padding[1]; ++h) {
-        const char* line = from +
-            element *
-                (c * z.channel + (d - conv_.padding[0]) * z.space[0] +
-                 (h - conv_.padding[1]) * z.space[1]);
+    for (int64_t d = 0; d < in[0]; ++d) {
+      for (int64_t h = 0; h < std::min(stride[1], in[1]); ++h) {
         for (int64_t w = 0; w < std::min(stride[2], in[2]); ++w) {
-          const int64_t column = w + conv_.padding[2];
+          const int64_t at[3] = {d + padding[0], h + padding[1], w + padding[2]};
           const int64_t phase =
-              (d % stride[0] * stride[1] + h % stride[1]) * stride[2] + column % stride[2];
+              (at[0] % stride[0] * stride[1] + at[1] % stride[1]) * stride[2] + at[2] % stride[2];
+          const int64_t place =
+              (at[0] / stride[0] * padded_[1] + at[1] / stride[1]) * padded_[2] + at[2] / stride[2];
           kernels_.transpose(
-              to + c * input_pitch_ + phase * phase_size +
-                  (d / stride[0] * padded_[1] + h / stride[1]) * padded_[2] + column / stride[2],
-              0,
-              line + element * w * z.space[2],
+              to + c * input_pitch_ + phase * phase_size + place,
+              padded_[2],
+              from + element * (c * z.channel + d * z.space[0] + h * z.space[1] + w * z.space[2]),
               z.element,
-              z.space[2] * stride[2],
-              0,
+              stride[2] * z.space[2],
+              stride[1] * z.space[1],
               ceil_div(in[2] - w, stride[2]),
-              1,
+              ceil_div(in[1] - h, stride[1]),
               T(1));
         }
       }
@@ -306,17 +303,12 @@ void GradientPlan<T>::pack_input(const Image& z, int64_t example, int64_t channe
 
 template <class T>
 void GradientPlan<T>::pack_output(
-    const Image& g,
-    int64_t example,
-    int64_t channel,
-    T scale,
-    T* to) const {
+    const Image& g, int64_t example, int64_t channel, T scale, T* to) const {
   const auto* out = conv_.out;
   const int64_t element = g.element == Element::f64 ? 8 : g.element == Element::f32 ? 4 : 2;
   const char* from = static_cast<const char*>(g.at(example, channel));
   if (form_ != Form::planar) {
-    const bool seamless =
-        g.space[1] == out[2] * g.space[2] && g.space[0] == out[1] * g.space[1];
+    const bool seamless = g.space[1] == out[2] * g.space[2] && g.space[0] == out[1] * g.space[1];
     const int64_t width = seamless ? conv_.pixels() : out[2];
     for (int64_t d = 0; d < (seamless ? 1 : out[0]); ++d) {
       for (int64_t h = 0; h < (seamless ? 1 : out[1]); ++h) {
@@ -336,18 +328,16 @@ void GradientPlan<T>::pack_output(
   }
   for (int64_t o = 0; o < conv_.outputs; ++o) {
     for (int64_t d = 0; d < out[0]; ++d) {
-      for (int64_t h = 0; h < out[1]; ++h) {
-        kernels_.transpose(
-            to + o * output_pitch_ + (d * padded_[1] + h) * padded_[2],
-            0,
-            from + element * (o * g.channel + d * g.space[0] + h * g.space[1]),
-            g.element,
-            g.space[2],
-            0,
-            out[2],
-            1,
-            scale);
-      }
+      kernels_.transpose(
+          to + o * output_pitch_ + d * padded_[1] * padded_[2],
+          padded_[2],
+          from + element * (o * g.channel + d * g.space[0]),
+          g.element,
+          g.space[2],
+          g.space[1],
+          out[2],
+          out[1],
+          scale);
     }
   }
 }
@@ -365,10 +355,7 @@ void GradientPlan<T>::multiply(const T* input, const T* output, int64_t examples
 
 template <class T>
 void GradientPlan<T>::multiply_channels(
-    const T* input,
-    const T* output,
-    int64_t examples,
-    T* matrix) const {
+    const T* input, const T* output, int64_t examples, T* matrix) const {
   const T* a = form_ == Form::by_input ? output : input;
   const T* b = form_ == Form::by_input ? input : output;
   const auto pass = [&](const PixelRows<T>& pixels, int64_t skip) {
@@ -389,11 +376,17 @@ void GradientPlan<T>::multiply_channels(
   };
   const int64_t rows = examples * rows_per_example_;
   if (row_width_ <= block_pixels_) {
-    split_evenly(rows, std::max<int64_t>(block_pixels_ / row_width_, 1), [&](int64_t first, int64_t count) {
-      pass(
-          {row_starts_a_.data() + first, row_starts_b_.data() + first, count, row_width_, step_a_, step_b_},
-          0);
-    });
+    split_evenly(
+        rows, std::max<int64_t>(block_pixels_ / row_width_, 1), [&](int64_t first, int64_t count) {
+          pass(
+              {row_starts_a_.data() + first,
+               row_starts_b_.data() + first,
+               count,
+               row_width_,
+               step_a_,
+               step_b_},
+              0);
+        });
     return;
   }
   for (int64_t row = 0; row < rows; ++row) {
@@ -448,29 +441,64 @@ void GradientPlan<T>::to_gradient(const T* matrix, T* gradient) const {
   } else if (form_ == Form::by_input) {
     for (int64_t o = 0; o < conv_.outputs; ++o) {
       kernels_.transpose(
-          gradient + o * row, taps, matrix + o * matrix_row_, element, input_pitch_, 1, taps,
-          conv_.inputs, T(1));
+          gradient + o * row,
+          taps,
+          matrix + o * matrix_row_,
+          element,
+          input_pitch_,
+          1,
+          taps,
+          conv_.inputs,
+          T(1));
     }
   } else {
     for (int64_t c = 0; c < conv_.inputs; ++c) {
       kernels_.transpose(
-          gradient + c * taps, row, matrix + c * matrix_row_, element, conv_.inputs * matrix_row_,
-          1, taps, conv_.outputs, T(1));
+          gradient + c * taps,
+          row,
+          matrix + c * matrix_row_,
+          element,
+          conv_.inputs * matrix_row_,
+          1,
+          taps,
+          conv_.outputs,
+          T(1));
     }
   }
 }
 
 template <class T>
 void GradientPlan<T>::from_gradient(const T* gradient, T* matrix) const {
+  constexpr Element element = sizeof(T) == 8 ? Element::f64 : Element::f32;
   const int64_t taps = conv_.taps();
-  for (int64_t o = 0; o < conv_.outputs; ++o) {
+  const int64_t row = conv_.inputs * taps;
+  if (form_ == Form::planar) {
+    std::copy(gradient, gradient + matrix_size(), matrix);
+  } else if (form_ == Form::by_input) {
+    for (int64_t o = 0; o < conv_.outputs; ++o) {
+      kernels_.transpose(
+          matrix + o * matrix_row_,
+          input_pitch_,
+          gradient + o * row,
+          element,
+          taps,
+          1,
+          conv_.inputs,
+          taps,
+          T(1));
+    }
+  } else {
     for (int64_t c = 0; c < conv_.inputs; ++c) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t at = form_ == Form::by_input ? o * matrix_row_ + tap * input_pitch_ + c
-            : form_ == Form::by_output             ? (tap * conv_.inputs + c) * matrix_row_ + o
-                                                   : o * matrix_row_ + c * taps + tap;
-        matrix[at] = *gradient++;
-      }
+      kernels_.transpose(
+          matrix + c * matrix_row_,
+          conv_.inputs * matrix_row_,
+          gradient + c * taps,
+          element,
+          row,
+          1,
+          conv_.outputs,
+          taps,
+          T(1));
     }
   }
 }

@@ -63,8 +63,8 @@ template <class T>
 const Kernels<T>& kernels();
 
 // How one group of one example is multiplied. The product is kept as a matrix of its own layout
-// (`matrix_size` numbers); `to_gradient` and `from_gradient` translate from and to (outputs, inputs,
-// taps).
+// (`matrix_size` numbers); `to_gradient` and `from_gradient` translate from and to (outputs,
+// inputs, taps).
 template <class T>
 class GradientPlan {
  public:
@@ -83,7 +83,7 @@ class GradientPlan {
 
   // matrix += sum over `examples` packed examples.
   void multiply(
-      const T* input,  // [examples * input_size]
+      const T* input,   // [examples * input_size]
       const T* output,  // [examples * output_size]
       int64_t examples,
       T* matrix) const;
@@ -106,6 +106,7 @@ class GradientPlan {
   void choose_form();
   void lay_out_channels();
   void lay_out_planes();
+  int64_t taps_in_run() const;  // taps of a kernel row that lie side by side in the packed input
   int64_t tap_offset(int64_t tap) const;
   void multiply_channels(const T* input, const T* output, int64_t examples, T* matrix) const;
   void multiply_planes(const T* input, const T* output, T* matrix) const;
@@ -114,7 +115,7 @@ class GradientPlan {
   const Kernels<T>& kernels_;
   int64_t slots_;
   Form form_;
-  int64_t padded_[3];  // extents of the packed input; planar: of one phase
+  int64_t padded_[3];    // extents of the packed input; planar: of one phase
   int64_t input_pitch_;  // from one pixel to the next; planar: from one channel to the next
   int64_t output_pitch_;
   int64_t input_size_;

@@ -1,5 +1,7 @@
 #include "cpu/convolution_arguments.h"
 
+#include <algorithm>
+
 #include "checks.h"
 
 namespace l2rw {
@@ -16,11 +18,7 @@ std::string text_of(const Sizes& sizes) {
 }
 
 void check_sizes(
-    const char* operation,
-    const char* name,
-    const Sizes& sizes,
-    int64_t dims,
-    int64_t least) {
+    const char* operation, const char* name, const Sizes& sizes, int64_t dims, int64_t least) {
   check(
       static_cast<int64_t>(sizes.size()) == dims,
       operation,
@@ -31,8 +29,7 @@ void check_sizes(
       ", one for each spatial dimension of z, got ",
       text_of(sizes));
   for (const int64_t size : sizes) {
-    check(
-        size >= least, operation, name, " must be at least ", least, ", got ", text_of(sizes));
+    check(size >= least, operation, name, " must be at least ", least, ", got ", text_of(sizes));
   }
 }
 
@@ -70,8 +67,17 @@ Convolution check_convolution(
       g.size(1),
       "), got ",
       groups);
-  Convolution conv{z.size(0), groups, z.size(1) / groups, g.size(1) / groups, {1, 1, 1}, {1, 1, 1},
-                   {1, 1, 1}, {1, 1, 1},  {0, 0, 0},     {1, 1, 1}};
+  Convolution conv{
+      z.size(0),
+      groups,
+      z.size(1) / groups,
+      g.size(1) / groups,
+      {1, 1, 1},
+      {1, 1, 1},
+      {1, 1, 1},
+      {1, 1, 1},
+      {0, 0, 0},
+      {1, 1, 1}};
   for (int64_t d = 0; d < dims; ++d) {
     const int64_t to = 3 - dims + d;
     conv.in[to] = z.size(2 + d);
@@ -117,10 +123,10 @@ Image image_of(const Tensor& tensor) {
   const int64_t dims = tensor.dim() - 2;
   Image image{
       tensor.data_ptr(),
-      dtype == ScalarType::Double         ? Element::f64
-          : dtype == ScalarType::Float    ? Element::f32
-          : dtype == ScalarType::BFloat16 ? Element::bf16
-                                          : Element::f16,
+      dtype == ScalarType::Double     ? Element::f64
+      : dtype == ScalarType::Float    ? Element::f32
+      : dtype == ScalarType::BFloat16 ? Element::bf16
+                                      : Element::f16,
       tensor.stride(0),
       tensor.stride(1),
       {0, 0, 0}};
@@ -149,6 +155,10 @@ std::vector<T> values_of(const OptionalTensor& tensor) {
   dispatch_floating(source.scalar_type(), [&](auto element) {
     using S = decltype(element);
     const S* from = data<S>(source);
+    if (source.is_contiguous()) {
+      std::copy(from, from + source.numel(), values.begin());
+      return;
+    }
     std::vector<int64_t> index(dims, 0);
     int64_t offset = 0;
     for (T& value : values) {

@@ -7,6 +7,16 @@
 
 namespace l2rw {
 
+// Calls body(T{}) with the accumulation type of a dtype.
+template <class Body>
+void with_accumulation_type(torch::headeronly::ScalarType dtype, const Body& body) {
+  if (dtype == torch::headeronly::ScalarType::Double) {
+    body(double{});
+  } else {
+    body(float{});
+  }
+}
+
 // Checks z [n, C, *s], g [n, O, *p] and the geometry, and fills in one convolution of three spatial
 // dimensions (missing ones have size 1). `kernel_size`: *k.
 Convolution check_convolution(

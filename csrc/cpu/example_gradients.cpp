@@ -9,16 +9,6 @@
 namespace l2rw {
 namespace {
 
-// Calls body(T{}) with the accumulation type of a dtype.
-template <class Body>
-void with_accumulation_type(ScalarType dtype, const Body& body) {
-  if (dtype == ScalarType::Double) {
-    body(double{});
-  } else {
-    body(float{});
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> example_gradients(
     const Convolution& conv,
     const Tensor& z,
@@ -50,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> example_gradients(
         conv,
         z_image,
         g_image,
-        {v.empty() ? nullptr : v.data(),
-         v_bias.empty() ? nullptr : v_bias.data(),
+        {direction ? v.data() : nullptr,
+         direction_bias ? v_bias.data() : nullptr,
          data<T>(scores),
          conv.inputs == 0 ? nullptr : gradients.data_ptr(),
          bias_gradients.data_ptr()});
@@ -145,8 +135,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
   }
   const int64_t positions = z.size(1);
   const Convolution conv{
-      z.size(0), 1, z.size(2), g.size(2), {1, 1, positions}, {1, 1, positions},
-      {1, 1, 1}, {1, 1, 1},    {0, 0, 0}, {1, 1, 1}};
+      z.size(0),
+      1,
+      z.size(2),
+      g.size(2),
+      {1, 1, positions},
+      {1, 1, positions},
+      {1, 1, 1},
+      {1, 1, 1},
+      {0, 0, 0},
+      {1, 1, 1}};
   const auto image = [&](const Tensor& tensor) {
     Image result = image_of(tensor);
     std::swap(result.channel, result.space[2]);

@@ -82,8 +82,7 @@ void form_example_products(
   if (products.direction != nullptr) {
     for (int64_t unit = 0; unit < units.count; ++unit) {
       plan.from_gradient(
-          products.direction + unit * units.weights,
-          directions.data() + unit * plan.matrix_size());
+          products.direction + unit * units.weights, directions.data() + unit * plan.matrix_size());
     }
   }
   Buffer<T> partial_scores(convolution.examples * units.count);
@@ -112,7 +111,8 @@ void form_example_products(
               matrix.data(), static_cast<T*>(products.gradients) + item * units.weights);
         } else {
           plan.to_gradient(matrix.data(), gradient.data());
-          write(products.gradients, z.element, item * units.weights, gradient.data(), units.weights);
+          write(
+              products.gradients, z.element, item * units.weights, gradient.data(), units.weights);
         }
       }
       if (products.direction_bias != nullptr || products.bias_gradients != nullptr) {
@@ -155,7 +155,8 @@ void form_weighted_sum(
   Convolution active_convolution = convolution;
   active_convolution.examples = count;
   const Units units = divide(active_convolution, threads);
-  // Each share of the examples has sums of its own; with many units one share keeps all threads busy.
+  // Each share of the examples has sums of its own; with many units one share keeps all threads
+  // busy.
   const int64_t shares =
       units.count >= 4 * threads ? 1 : std::max<int64_t>(std::min(count, threads), 1);
 
@@ -205,28 +206,12 @@ void form_weighted_sum(
 }
 
 template void form_example_products(
-    const Convolution&,
-    const Image&,
-    const Image&,
-    const ExampleProducts<float>&);
+    const Convolution&, const Image&, const Image&, const ExampleProducts<float>&);
 template void form_example_products(
-    const Convolution&,
-    const Image&,
-    const Image&,
-    const ExampleProducts<double>&);
+    const Convolution&, const Image&, const Image&, const ExampleProducts<double>&);
 template void form_weighted_sum(
-    const Convolution&,
-    const Image&,
-    const Image&,
-    const float*,
-    float*,
-    float*);
+    const Convolution&, const Image&, const Image&, const float*, float*, float*);
 template void form_weighted_sum(
-    const Convolution&,
-    const Image&,
-    const Image&,
-    const double*,
-    double*,
-    double*);
+    const Convolution&, const Image&, const Image&, const double*, double*, double*);
 
 }  // namespace l2rw

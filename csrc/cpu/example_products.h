@@ -1,8 +1,8 @@
 #pragma once
 
 // What the operators make of the gradients of single examples: the gradients themselves, their
-// product with a direction, their weighted sum. Shared by convolutions and (as convolutions of width
-// T with a kernel of one) linear layers.
+// product with a direction, their weighted sum. Shared by convolutions and (as convolutions of
+// width T with a kernel of one) linear layers.
 
 #include "cpu/convolution.h"
 
@@ -11,11 +11,11 @@ namespace l2rw {
 // Any pointer may be null: that part is then not formed, or counts as zero.
 template <class T>
 struct ExampleProducts {
-  const T* direction;  // [O, C / groups, taps]
+  const T* direction;       // [O, C / groups, taps]
   const T* direction_bias;  // [O]
-  T* scores;  // [n], u_i = <V, G_i> + <V_b, Gb_i>
-  void* gradients;  // [n, O, C / groups, taps], of the element type of z
-  void* bias_gradients;  // [n, O], of the element type of z
+  T* scores;                // [n], u_i = <V, G_i> + <V_b, Gb_i>
+  void* gradients;          // [n, O, C / groups, taps], of the element type of z
+  void* bias_gradients;     // [n, O], of the element type of z
 };
 
 template <class T>
@@ -31,8 +31,8 @@ void form_weighted_sum(
     const Convolution& convolution,
     const Image& z,
     const Image& g,
-    const T* weights,  // [n] or null
-    T* gradient,  // [O, C / groups, taps]
+    const T* weights,   // [n] or null
+    T* gradient,        // [O, C / groups, taps]
     T* bias_gradient);  // [O]
 
 }  // namespace l2rw

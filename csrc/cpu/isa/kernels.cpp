@@ -18,7 +18,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int64_t kRowsByVectors[kMaxVectors + 1] = {0, 16, 12, 8, 6};
+constexpr int64_t kRowsByVectors[kMaxVectors + 1] = {0, 16, 12, 8, 0};
 constexpr int64_t kPlanarRowsByVectors[kMaxVectors + 1] = {0, 6, 6, 6, 6};
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
@@ -117,13 +117,7 @@ inline float horizontal_sum<float>(Vector<float> value) {
 #endif
 
 template <class T, int R, int V>
-void planar_tile(
-    const T* a,
-    int64_t lda,
-    const T* const* b,
-    int64_t length,
-    T* out,
-    int64_t ld) {
+void planar_tile(const T* a, int64_t lda, const T* const* b, int64_t length, T* out, int64_t ld) {
   Vector<T> sum[R][V] = {};
   const T* y[V];
   for (int v = 0; v < V; ++v) {
@@ -239,12 +233,8 @@ inline void transpose_block(
   }
 }
 #elif defined(__AVX2__)
-inline __m256i first_lanes(int64_t count) {
-  return _mm256_cmpgt_epi32(
-      _mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-// An 8 x 8 block of which `rows` x `columns` numbers are there.
+// An 8 x 8 block of which `rows` x `columns` numbers are there. Masked stores are slow on some
+// processors: partial blocks go number by number.
 inline void transpose_block(
     float* to,
     int64_t to_row,
@@ -253,14 +243,19 @@ inline void transpose_block(
     int64_t rows,
     int64_t columns,
     float scale) {
-  const __m256i column_mask = first_lanes(columns);
-  const __m256i row_mask = first_lanes(rows);
+  if (rows < 8 || columns < 8) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        to[j * to_row + i] = scale * from[i * from_row + j];
+      }
+    }
+    return;
+  }
   const __m256 factor = _mm256_set1_ps(scale);
   __m256 r[8], t[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    r[i] = i < rows ? _mm256_mul_ps(factor, _mm256_maskload_ps(from + i * from_row, column_mask))
-                    : _mm256_setzero_ps();
+    r[i] = _mm256_mul_ps(factor, _mm256_loadu_ps(from + i * from_row));
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
@@ -277,17 +272,26 @@ inline void transpose_block(
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    t[j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x20);
-    t[4 + j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x31);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    if (i < columns) {
-      _mm256_maskstore_ps(to + i * to_row, row_mask, t[i]);
-    }
+    _mm256_storeu_ps(to + j * to_row, _mm256_permute2f128_ps(r[j], r[4 + j], 0x20));
+    _mm256_storeu_ps(to + (4 + j) * to_row, _mm256_permute2f128_ps(r[j], r[4 + j], 0x31));
   }
 }
 #endif
+
+template <class T>
+inline void copy_scaled(T* to, const T* from, int64_t size, T scale) {
+  constexpr int64_t L = kLanes<T>;
+  if (size < L) {
+    for (int64_t i = 0; i < size; ++i) {
+      to[i] = scale * from[i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < size - L; i += L) {
+    store(to + i, scale * load(from + i));
+  }
+  store(to + size - L, scale * load(from + size - L));  // overlaps the one before
+}
 
 template <class T>
 void transpose(
@@ -301,18 +305,13 @@ void transpose(
     int64_t columns,
     T scale) {
   constexpr Element own = sizeof(T) == 8 ? Element::f64 : Element::f32;
-  if (element == own && from_row == 1) {  // already in the order of the result
+  if (element == own && (from_row == 1 || (rows == 1 && to_row == 1 && from_column == 1))) {
+    // Already in the order of the result.
     const T* source = static_cast<const T*>(from);
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t i = 0; i < rows; ++i) {
-        to[j * to_row + i] = scale * source[j * from_column + i];
-      }
-    }
-    return;
-  }
-  if (element == own && from_column == 1 && to_row == 1 && rows == 1) {
-    for (int64_t j = 0; j < columns; ++j) {
-      to[j] = scale * static_cast<const T*>(from)[j];
+    const int64_t lines = from_row == 1 ? columns : 1;
+    const int64_t size = from_row == 1 ? rows : columns;
+    for (int64_t j = 0; j < lines; ++j) {
+      copy_scaled(to + j * to_row, source + j * from_column, size, scale);
     }
     return;
   }

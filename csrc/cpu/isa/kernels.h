@@ -27,7 +27,7 @@ struct PixelRows {
 
 template <class T>
 struct Kernels {
-  int64_t lanes;                      // L, numbers in a vector
+  int64_t lanes;  // L, numbers in a vector
   // Rows of a tile that is this many vectors wide; 0: there is none.
   int64_t max_rows[kMaxVectors + 1];
   int64_t max_planar_rows[kMaxVectors + 1];
