@@ -1,4 +1,20 @@
 """Exact and cheap example weights of "Learning to Reweight Examples" for PyTorch models."""
 
-from l2rw_ext import _loader as _loader
-from l2rw_ext import ops as ops
+from . import _loader as _loader
+from . import functional, ops, reference
+from .cycle import CleanBatches
+from .engines.base import NotExactError
+from .plan import Explanation
+from .result import Step
+from .reweighter import Reweighter
+
+__all__ = [
+    "CleanBatches",
+    "Explanation",
+    "NotExactError",
+    "Reweighter",
+    "Step",
+    "functional",
+    "ops",
+    "reference",
+]

@@ -191,13 +191,11 @@ def per_example_losses(loss_fn: LossFn, outputs: Any, targets: Any, size: int, n
     losses = loss_fn(outputs, targets)
     if not isinstance(losses, Tensor):
         raise TypeError(
-            f"{name}: loss_fn must return a tensor of shape ({size},), "
-            f"got {type(losses).__name__}"
+            f"{name}: loss_fn must return a tensor of shape ({size},), got {type(losses).__name__}"
         )
     if losses.shape != (size,):
         hint = (
-            "give unreduced losses, for example "
-            'F.cross_entropy(outputs, targets, reduction="none")'
+            'give unreduced losses, for example F.cross_entropy(outputs, targets, reduction="none")'
         )
         if losses.dim() > 1 and losses.size(0) == size:
             hint += ", and sum or average what belongs to one example: losses.flatten(1).sum(1)"

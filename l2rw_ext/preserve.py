@@ -67,20 +67,27 @@ class Generators:
             torch.cuda.set_rng_state(state, device)
 
 
-@contextlib.contextmanager
-def preserved(model: nn.Module, *, always: bool) -> Iterator[Buffers]:
-    """Leave buffers and generators as they were if the body raises, or ``always``.
+class Snapshot:
+    """Buffers and generators as they were before a step."""
 
-    Yields the copy of the buffers, for engines that run more than one forward.
-    """
-    buffers = Buffers.of(model)
-    generators = Generators({p.device for p in model.parameters()})
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = Buffers.of(model)
+        self.generators = Generators({p.device for p in model.parameters()})
+
+    def restore(self) -> None:
+        """Put both back."""
+        self.buffers.restore()
+        self.generators.restore()
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module, *, always: bool) -> Iterator[Snapshot]:
+    """Leave buffers and generators as they were if the body raises, or ``always``."""
+    snapshot = Snapshot(model)
     try:
-        yield buffers
+        yield snapshot
     except BaseException:
-        buffers.restore()
-        generators.restore()
+        snapshot.restore()
         raise
     if always:
-        buffers.restore()
-        generators.restore()
+        snapshot.restore()

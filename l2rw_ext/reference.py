@@ -103,9 +103,7 @@ def meta_scores(
     return -gradient
 
 
-def clean_direction(
-    model: nn.Module, loss_fn: LossFn, clean: Batch
-) -> dict[str, Tensor]:
+def clean_direction(model: nn.Module, loss_fn: LossFn, clean: Batch) -> dict[str, Tensor]:
     """v = d/dθ (1/m) Σ_j f'_j(θ), by parameter name; zero where the clean loss does not reach."""
     inputs, targets = clean
     named = trainable(model)

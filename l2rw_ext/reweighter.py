@@ -15,7 +15,7 @@ from .engines.base import Engine, NotExactError, Scored, Task
 from .engines.double_backward import DoubleBackward
 from .engines.layerwise import Layerwise
 from .plan import Explanation
-from .preserve import preserved
+from .preserve import Snapshot, preserved
 from .result import Step, clean_loss_error
 
 EngineName = Literal["auto", "layerwise", "double_backward"]
@@ -112,8 +112,8 @@ class Reweighter:
         After an error the model, its buffers, its gradients and torch's generators are as before.
         """
         task = self._task(batch, clean)
-        with preserved(task.model, always=False):
-            engine, scored = self._score(task)
+        with preserved(task.model, always=False) as snapshot:
+            engine, scored = self._score(task, snapshot)
             step, weights = self._weigh(engine, scored)
             gradients = None if weights is _SKIP else scored.weighted_gradients(weights)
         if gradients is not None:
@@ -127,8 +127,8 @@ class Reweighter:
         degenerate step are zeros.
         """
         task = self._task(batch, clean)
-        with preserved(task.model, always=True):
-            engine, scored = self._score(task)
+        with preserved(task.model, always=True) as snapshot:
+            engine, scored = self._score(task, snapshot)
             step, _ = self._weigh(engine, scored)
         return step.weights
 
@@ -139,15 +139,15 @@ class Reweighter:
         ``dict(result)``-like data from its ``as_dict()``.
         """
         task = self._task(batch, clean)
-        with preserved(task.model, always=True):
+        with preserved(task.model, always=True) as snapshot:
             if self.engine == "double_backward":
-                return Explanation.forced(task, "double_backward")
+                return Explanation.double_backward(task, "asked for by engine='double_backward'")
             try:
-                return self._layerwise.explain(task)
+                return self._layerwise.explain(task, snapshot)
             except NotExactError as error:
                 if self.engine == "layerwise":
                     raise
-                return Explanation.fallback(task, "double_backward", str(error))
+                return Explanation.double_backward(task, str(error))
 
     def _task(self, batch: Any, clean: Any) -> Task:
         if torch.is_inference_mode_enabled():
@@ -178,17 +178,16 @@ class Reweighter:
             parameters,
         )
 
-    def _score(self, task: Task) -> tuple[Engine, Scored]:
+    def _score(self, task: Task, snapshot: Snapshot) -> tuple[Engine, Scored]:
         if self.engine == "double_backward":
-            return self._double_backward, self._double_backward.score(task)
+            return self._double_backward, self._double_backward.score(task, snapshot)
         if self.engine == "layerwise":
-            return self._layerwise, self._layerwise.score(task)
-        with preserved(task.model, always=False) as before:
-            try:
-                return self._layerwise, self._layerwise.score(task)
-            except NotExactError as error:
-                before.restore()
-                reason = str(error)
+            return self._layerwise, self._layerwise.score(task, snapshot)
+        try:
+            return self._layerwise, self._layerwise.score(task, snapshot)
+        except NotExactError as error:
+            reason = str(error)
+        snapshot.restore()
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(
@@ -196,7 +195,7 @@ class Reweighter:
                 "three times slower",
                 stacklevel=4,
             )
-        return self._double_backward, self._double_backward.score(task)
+        return self._double_backward, self._double_backward.score(task, snapshot)
 
     def _weigh(self, engine: Engine, scored: Scored) -> tuple[Step, Tensor | None]:
         """The step's result, and the weights for the gradient: None for zeros, or ``_SKIP``."""
@@ -205,6 +204,11 @@ class Reweighter:
         if not deferred and not clean_loss.isfinite():
             raise clean_loss_error(clean_loss)
         excluded = ~(scored.losses.isfinite() & scored.scores.isfinite())
+        if not deferred and bool((excluded & scored.losses.isfinite()).all()):
+            raise ValueError(
+                "no score is finite, although the losses are: the gradient of the clean loss "
+                "overflowed. No gradient was accumulated"
+            )
         usable = scored.scores.masked_fill(excluded, 0)
         weights = ops.normalize_weights(usable)
         if deferred:

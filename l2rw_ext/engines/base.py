@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..batch import LossFn, forward, per_example_losses
+from ..preserve import Snapshot
 
 
 class NotExactError(RuntimeError):
@@ -73,11 +74,12 @@ class Engine(abc.ABC):
     name: str
 
     @abc.abstractmethod
-    def score(self, task: Task) -> Scored:
+    def score(self, task: Task, snapshot: Snapshot) -> Scored:
         """Run the score pass.
 
-        Buffers and generators are put back by the caller after an error; on success the engine
-        leaves the buffers of one plain training forward. No gradient of a leaf is touched.
+        ``snapshot`` is the state before the step, to which the caller returns after an error. On
+        success the buffers are those of one plain training forward. No gradient of a leaf is
+        touched.
 
         Raises:
             NotExactError: the numbers would be wrong for this model.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
-from ..preserve import Buffers
+from ..preserve import Buffers, Snapshot
 from .base import Engine, Scored, Task
 
 
@@ -19,9 +19,8 @@ class DoubleBackward(Engine):
 
     name = "double_backward"
 
-    def score(self, task: Task) -> Scored:
+    def score(self, task: Task, snapshot: Snapshot) -> Scored:
         """Scores by Eq. 4-7; see :class:`Engine`."""
-        before = Buffers.of(task.model)
         with sdpa_kernel(SDPBackend.MATH):
             losses = task.forward_train()
             if not losses.requires_grad:
@@ -36,7 +35,7 @@ class DoubleBackward(Engine):
                     "mixes examples in one backward and cannot leave them out"
                 )
             after_training = Buffers.of(task.model)
-            before.restore()
+            snapshot.buffers.restore()
             epsilon = torch.zeros(
                 losses.shape,
                 dtype=torch.promote_types(losses.dtype, torch.float32),

@@ -1,0 +1,111 @@
+"""Cycling a small clean set for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset, default_collate
+
+
+class CleanBatches:
+    """Clean batches without end, in an order that depends on the seed alone.
+
+    The set is drawn without replacement, reshuffled after each pass; a batch may span two passes,
+    so that all batches have the same size, and a set smaller than the batch is repeated in it.
+
+    Args:
+        data: a map-style dataset of (input, target) pairs, or a pair (inputs, targets) of tensors
+            (or nests of tensors) whose dimension 0 counts examples.
+        batch_size: m; default the whole set.
+        seed: of the order; no global generator is used or advanced.
+        device: where the batches go; default where the data is.
+
+    Raises:
+        ValueError: the set is empty, its tensors disagree in length, or ``batch_size`` < 1.
+
+    Example:
+        >>> import torch
+        >>> from l2rw_ext import CleanBatches
+        >>> clean = iter(CleanBatches((torch.arange(3.0), torch.arange(3)), batch_size=2, seed=0))
+        >>> next(clean)[0].shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._data = data
+        self._size = _length(data)
+        if self._size == 0:
+            raise ValueError("data: the clean set is empty")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = self._size if batch_size is None else batch_size
+        self.seed = seed
+        self.device = device
+        self._drawn = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        positions = range(self._drawn, self._drawn + self.batch_size)
+        self._drawn += self.batch_size
+        return self._take([self._index(p) for p in positions])
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the cycle stands, for a checkpoint."""
+        return {"seed": self.seed, "drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where another cycle over the same set stood."""
+        self.seed, self._drawn = state["seed"], state["drawn"]
+
+    def _index(self, position: int) -> int:
+        turn, place = divmod(position, self._size)
+        if getattr(self, "_turn", None) != (self.seed, turn):
+            generator = torch.Generator(device="cpu").manual_seed(hash((self.seed, turn)) % 2**63)
+            order = torch.randperm(self._size, generator=generator, device="cpu")
+            self._order: list[int] = order.tolist()
+            self._turn = (self.seed, turn)
+        return self._order[place]
+
+    def _take(self, indices: list[int]) -> Any:
+        if isinstance(self._data, (tuple, list)):
+            batch = tree_map(lambda x: _rows(x, indices), tuple(self._data))
+        else:
+            batch = tuple(default_collate([self._data[i] for i in indices]))
+        if self.device is None:
+            return batch
+        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, batch)
+
+
+def _rows(x: Any, indices: list[int]) -> Any:
+    return x[torch.tensor(indices, device=x.device)] if isinstance(x, Tensor) else x
+
+
+def _length(data: Any) -> int:
+    if isinstance(data, (tuple, list)):
+        if len(data) != 2:
+            raise ValueError(f"data: expected a pair (inputs, targets), got {len(data)} parts")
+        lengths: list[int] = []
+        tree_map(lambda x: lengths.append(len(x)) if isinstance(x, Tensor) else None, tuple(data))
+        if not lengths:
+            raise ValueError("data: no tensor among inputs and targets")
+        if len(set(lengths)) > 1:
+            raise ValueError(f"data: inputs and targets differ in length: {sorted(set(lengths))}")
+        return lengths[0]
+    if isinstance(data, Dataset) or (isinstance(data, Sized) and hasattr(data, "__getitem__")):
+        if not isinstance(data, Sized):
+            raise ValueError("data: the dataset has no length; a map-style dataset is needed")
+        return len(data)
+    raise ValueError(f"data: expected a dataset or a pair of tensors, got {type(data).__name__}")

@@ -1,0 +1,322 @@
+"""Eq. 12 layer by layer: one first-order backward, no second pass for the weighted gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import describe, forward, merge, split, tensors
+from ..interception import Interception, check_graph, inside, sources
+from ..plan import Explanation, Plan, UsePlan, choose_form
+from ..preserve import Snapshot
+from ..rules.base import Size, Use
+from .base import Engine, NotExactError, Scored, Task
+from .derived import Leaves
+from .probe import Probe, same_rows, seeds, with_other_clean_rows, with_other_training_rows
+from .scoring import CleanRecorder, Recorder, Scoring, StalePlanError
+
+Key = tuple[Any, ...]
+
+
+class _NotMergeable(Exception):
+    """The two batches cannot go through one forward; the message says why."""
+
+
+class Layerwise(Engine):
+    """Sums per-layer products; exact where each loss depends on its own rows alone.
+
+    That is found out, not assumed: see ``interception.check_graph`` and ``probe``. What the first
+    step on batches of some shape learns is kept in a plan and checked again at steps 16, 256, ...
+    """
+
+    name = "layerwise"
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[Key, bool], Plan] = {}
+        self._refused: dict[Key, str] = {}
+        self._separate: dict[Key, str] = {}
+
+    def score(self, task: Task, snapshot: Snapshot) -> Scored:
+        """See :class:`~l2rw_ext.engines.base.Engine`."""
+        scoring, _ = self._planned(task, snapshot, fresh=False)
+        return scoring
+
+    def explain(self, task: Task, snapshot: Snapshot) -> Explanation:
+        """The plan for this model and these batches, made anew."""
+        _, plan = self._planned(task, snapshot, fresh=True)
+        return Explanation.layerwise(task, plan)
+
+    def _planned(self, task: Task, snapshot: Snapshot, *, fresh: bool) -> tuple[Scoring, Plan]:
+        key = _key(task)
+        if key in self._refused:
+            raise NotExactError(self._refused[key])
+        try:
+            try:
+                return self._attempt(task, snapshot, key, fresh)
+            except StalePlanError:
+                snapshot.restore()
+                return self._attempt(task, snapshot, key, True)
+        except NotExactError as error:
+            self._refused[key] = str(error)
+            raise
+
+    def _attempt(
+        self, task: Task, snapshot: Snapshot, key: Key, fresh: bool
+    ) -> tuple[Scoring, Plan]:
+        why = self._separate.get(key)
+        if why is None:
+            inputs = merge(task.inputs, task.clean_inputs, task.n, task.m)
+            if inputs is not None:
+                try:
+                    return self._merged(task, snapshot, inputs, key, fresh)
+                except _NotMergeable as reason:
+                    snapshot.restore()
+                    why = self._separate[key] = str(reason)
+            else:
+                why = "the inputs of the two batches do not agree in shape"
+        return self._two_passes(task, snapshot, key, why, fresh)
+
+    def _merged(
+        self, task: Task, snapshot: Snapshot, inputs: Any, key: Key, fresh: bool
+    ) -> tuple[Scoring, Plan]:
+        """One forward and one data-only backward over [train; clean]."""
+        leaves = Leaves(task.parameters)
+        scoring = Scoring(task, leaves)
+        interception = Interception(task.model, scoring)
+        losses, clean_losses = _merged_losses(task, inputs, interception)
+        plan = None if fresh else self._plans.get((key, True))
+        if plan is None or plan.due():
+            _check_mergeable(task, snapshot, inputs, losses, clean_losses)
+        reached = _reached(interception, [losses, clean_losses])
+        _require_grad(losses)
+        scoring.start(losses, clean_losses.mean(), reached)
+        seeded = [
+            (losses, losses.isfinite().to(losses.dtype)),
+            (clean_losses, torch.full_like(clean_losses, 1 / task.m)),
+        ]
+        plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=True)
+        self._plans[key, True] = plan
+        return scoring, plan
+
+    def _two_passes(
+        self, task: Task, snapshot: Snapshot, key: Key, why: str, fresh: bool
+    ) -> tuple[Scoring, Plan]:
+        """The clean batch first, to its direction; then the training batch."""
+        leaves = Leaves(task.parameters)
+        recorder = CleanRecorder()
+        interception = Interception(task.model, recorder)
+        interception.part = "clean"
+        with interception:
+            clean_losses = task.forward_clean()
+        clean_loss = clean_losses.mean().detach()
+        reached = _reached(interception, [clean_losses])
+        recorder.arm()
+        if clean_losses.requires_grad:
+            seed = torch.full_like(clean_losses, 1 / task.m)
+            _run_backward(interception, [(clean_losses, seed)], retain=False)
+        _check_reported(recorder, reached)
+        directions = leaves.pull_back(recorder.totals.values())
+        del clean_losses, interception, recorder
+        snapshot.buffers.restore()
+
+        scoring = Scoring(task, leaves, directions)
+        interception = Interception(task.model, scoring)
+        interception.part = "train"
+        with interception:
+            losses = task.forward_train()
+        reached = _reached(interception, [losses])
+        _require_grad(losses)
+        scoring.start(losses, clean_loss, reached)
+        seeded = [(losses, losses.detach().isfinite().to(losses.dtype))]
+        plan = None if fresh else self._plans.get((key, False))
+        plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=False)
+        plan.why_separate = why
+        self._plans[key, False] = plan
+        return scoring, plan
+
+    def _backward(
+        self,
+        task: Task,
+        interception: Interception,
+        scoring: Scoring,
+        seeded: list[tuple[Tensor, Tensor]],
+        plan: Plan | None,
+        leaves: Leaves,
+        *,
+        merged: bool,
+    ) -> Plan:
+        """The backward under a plan; where there is none that fits, one that also makes it."""
+        reached = scoring.reached
+        signatures = [_signature(use, interception) for use in reached]
+        if plan is not None:
+            fits = [use.signature for use in plan.uses] == signatures
+            if fits and plan.certain and not plan.due():
+                scoring.follow(plan)
+                _run_backward(interception, seeded, retain=False)
+                _check_reported(scoring, reached)
+                scoring.finish()
+                plan.steps += 1
+                return plan
+        _run_backward(interception, seeded, retain=True)
+        _check_reported(scoring, reached)
+        plain = {index: (use, g) for index, (use, _, g) in scoring.reports.items()}
+        probe = _probe(task, plain, seeded[0][0].device, merged)
+        scoring.probe = probe
+        _run_backward(interception, _with_seeds(seeded, probe, merged), retain=False)
+        scoring.probe = None
+        steps = 0 if plan is None else plan.steps
+        plan = Plan(merged, certain=probe.certain, steps=steps + 1)
+        counts: dict[int, int] = {}
+        for use in reached:
+            for root in use.roots:
+                for source in () if root is None else sources(root):
+                    counts[source] = counts.get(source, 0) + 1
+        for use, signature in zip(reached, signatures, strict=True):
+            plan.uses.append(_plan_use(use, signature, probe, interception, leaves, counts, task))
+        scoring.follow(plan)
+        scoring.finish()
+        return plan
+
+
+def _key(task: Task) -> Key:
+    """What a plan depends on, apart from the operations it finds."""
+    return (
+        task.n,
+        task.m,
+        describe(task.inputs),
+        describe(task.clean_inputs),
+        tuple(module.training for module in task.model.modules()),
+        tuple(map(id, task.parameters)),
+    )
+
+
+def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
+    names = interception.names
+    return (
+        use.operation,
+        use.part,
+        use.shape,
+        *(None if r is None else names.get(id(r), r.shape) for r in use.roots),
+    )
+
+
+def _plan_use(
+    use: Use,
+    signature: tuple[Any, ...],
+    probe: Probe,
+    interception: Interception,
+    leaves: Leaves,
+    counts: dict[int, int],
+    task: Task,
+) -> UsePlan:
+    roots = [root for root in use.roots if root is not None]
+    joint = use.part != "merged" or any(r not in leaves or counts[id(r)] > 1 for r in roots)
+    rows = probe.maps.get(use.index)
+    positions = 1 if rows is None else rows.positions
+    size = Size(task.n, task.m, positions, positions)
+    form, costs = choose_form(use, size, without=("factored",) if joint else ())
+    names = dict.fromkeys(interception.name_of(root) for root in roots)
+    return UsePlan(", ".join(names), signature, rows, form, joint, costs, use.operation, use.shape)
+
+
+def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple[Tensor, Tensor]:
+    interception.part = "merged"
+    with interception:
+        outputs = forward(task.model, inputs)
+        parts = split(outputs, task.n, task.m)
+        if parts is None:
+            raise _NotMergeable("an output has no dimension 0 that counts examples")
+        interception.part = "train"
+        losses = task.losses(parts[0])
+        interception.part = "clean"
+        clean_losses = task.clean_losses(parts[1])
+    return losses, clean_losses
+
+
+def _check_mergeable(
+    task: Task, snapshot: Snapshot, inputs: Any, losses: Tensor, clean_losses: Tensor
+) -> None:
+    """Whether neither batch sees the other, in values as well as in gradients.
+
+    A statistic of the batch that carries no gradient (``x - x.mean(0)`` on the inputs, a detached
+    mean) would differ between a merged forward and two. With other clean rows, the same masks and
+    the same buffers the training losses must stay the same, and the other way round.
+
+    Raises:
+        _NotMergeable: they do not, or the forward writes to buffers.
+    """
+    if snapshot.buffers.changed():
+        raise _NotMergeable("the forward writes to buffers")
+    after = Snapshot(task.model)
+    try:
+        for replaced, of_train in (
+            (with_other_clean_rows(inputs, task.n, task.m), True),
+            (with_other_training_rows(inputs, task.n, task.m), False),
+        ):
+            snapshot.restore()
+            outputs = split(forward(task.model, replaced), task.n, task.m)
+            assert outputs is not None
+            if of_train:
+                same = same_rows(losses.detach(), task.losses(outputs[0]).detach())
+            else:
+                same = same_rows(clean_losses.detach(), task.clean_losses(outputs[1]).detach())
+            if not same:
+                raise _NotMergeable("an example's output depends on the rest of its batch")
+    finally:
+        after.restore()
+
+
+def _reached(interception: Interception, losses: list[Tensor]) -> list[Use]:
+    indices = check_graph(interception, losses)
+    return [use for use in interception.uses if use.index in indices]
+
+
+def _require_grad(losses: Tensor) -> None:
+    if not losses.requires_grad:
+        raise ValueError("training batch: the losses do not depend on any trainable parameter")
+
+
+def _run_backward(
+    interception: Interception, seeded: list[tuple[Tensor, Tensor]], *, retain: bool
+) -> None:
+    outputs = [(x, seed) for x, seed in seeded if x.requires_grad]
+
+    arguments = (
+        [x for x, _ in outputs],
+        [interception.token],
+        [seed for _, seed in outputs],
+        retain,
+    )
+    if interception.saved_tensor_hooks:
+        with interception.recompute():
+            inside(torch.autograd.grad)(*arguments, allow_unused=True)
+    else:
+        torch.autograd.grad(*arguments, allow_unused=True)
+
+
+def _check_reported(recorder: Recorder, reached: list[Use]) -> None:
+    for use in reached:
+        if use.index not in recorder.reported:
+            raise NotExactError(
+                f"the backward did not pass through {use.operation} on {use.shape}, which the "
+                "losses reach"
+            )
+
+
+def _probe(
+    task: Task, plain: dict[int, tuple[Use, Tensor]], device: torch.device, merged: bool
+) -> Probe:
+    r = seeds(task.n + task.m if merged else task.n, device)
+    return Probe(plain, {"merged": r, "train": r[: task.n], "clean": r[task.n :]})
+
+
+def _with_seeds(
+    seeded: list[tuple[Tensor, Tensor]], probe: Probe, merged: bool
+) -> list[tuple[Tensor, Tensor]]:
+    parts = ("train", "clean") if merged else ("train",)
+    return [
+        (x, seed * probe.seeds[part].to(seed.dtype))
+        for part, (x, seed) in zip(parts, seeded, strict=True)
+    ]

@@ -1,0 +1,297 @@
+"""From reports of the backward to scores, and from weights to gradients."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..plan import Plan, UsePlan
+from ..rules.base import Roots, RowMap, Use, accumulation_dtype
+from .base import NotExactError, Scored, Task
+from .derived import Leaves
+from .probe import Probe
+
+Report = tuple[Use, Tensor, Tensor]
+
+
+class BelowAutograd:
+    """Runs operations as kernels only: not recorded by autograd, not seen by a function mode."""
+
+    def __enter__(self) -> None:
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()  # type: ignore[attr-defined]
+        self._autograd = torch._C._AutoDispatchBelowAutograd()
+        self._autograd.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._autograd.__exit__(*error)
+        self._functions.__exit__(*error)  # type: ignore[attr-defined]
+
+
+class StalePlanError(Exception):
+    """The step does not look as its plan says, so the plan must be made again."""
+
+
+class Recorder:
+    """The sink of one forward: keeps what the backward reports, in order.
+
+    Nothing is kept before :meth:`arm`: a backward that the model itself runs during its forward
+    produces constants.
+    """
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.probe: Probe | None = None
+        self.reports: dict[int, Report] = {}
+        self.reported: set[int] = set()
+
+    def arm(self) -> None:
+        """The step's own backward begins."""
+        self.armed = True
+
+    def backward_of(self, use: Use) -> AbstractContextManager[None]:
+        """See :class:`~l2rw_ext.rules.base.Sink`."""
+        if torch.is_grad_enabled():
+            raise NotExactError(
+                f"{use.operation} was differentiated with create_graph=True inside the step"
+            )
+        return BelowAutograd()
+
+    def report(self, use: Use, z: Tensor, g: Tensor) -> None:
+        """See :class:`~l2rw_ext.rules.base.Sink`."""
+        if not self.armed:
+            return
+        if self.probe is not None:
+            self.probe.compare(use, g)
+        else:
+            self.reported.add(use.index)
+            self.receive(use, z, g)
+
+    def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
+        """A report of the step's own backward."""
+        self.reports[use.index] = (use, z, g)
+
+
+class CleanRecorder(Recorder):
+    """Sums directions as the backward of a clean batch goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.totals: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
+        """Take the whole batch for one example: a direction needs no more."""
+        add_roots(self.totals, use, whole_direction(use, z, g))
+
+
+def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
+    """A use's part of the direction, if all its rows are of the clean batch."""
+    rows = math.prod(g.shape[: use.rule.leading(use, g)])
+    z, g = use.rule.prepare(use, z, g, RowMap.of_all(rows))
+    return use.rule.direction(use, z, g)
+
+
+def add_roots(totals: dict[int, tuple[Tensor, Tensor]], use: Use, values: Roots) -> None:
+    """Add a use's (weight, bias) values to the totals of its roots, by id."""
+    for root, value in zip(use.roots, values, strict=True):
+        if root is not None and value is not None:
+            value = value.reshape(root.shape)
+            held = totals.get(id(root))
+            totals[id(root)] = (root, value if held is None else held[1] + value)
+
+
+@dataclass
+class _Kept:
+    """What stays of a use between the score pass and the weighted gradient.
+
+    z and g of the training examples, or the per-example gradients formed from them.
+    """
+
+    use: Use
+    z: Tensor | None = None
+    g: Tensor | None = None
+    examples: Roots | None = None
+
+
+class Scoring(Recorder, Scored):
+    """Scores of the training examples, summed use by use while the backward runs.
+
+    Args:
+        task: the step.
+        leaves: the trainable parameters.
+        directions: v by id of the parameter, where a pass over the clean batch went before; None
+            where the rows of a use hold n training and then m clean examples.
+    """
+
+    def __init__(
+        self, task: Task, leaves: Leaves, directions: dict[int, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self._n = task.n
+        self._leaves = leaves
+        self._directions = directions
+        self._pushed: dict[int, Tensor | None] = {}
+        self._kept: list[_Kept] = []
+        self.reached: list[Use] = []
+        self._plan: dict[int, UsePlan] | None = None
+        self.scores = torch.empty(0)
+        self.losses = torch.empty(0)
+        self.clean_loss = torch.empty(0)
+
+    def start(self, losses: Tensor, clean_loss: Tensor, reached: list[Use]) -> None:
+        """The losses are known, and the uses that they reach."""
+        self.losses = losses.detach()
+        self.clean_loss = clean_loss.detach()
+        self.scores = torch.zeros(
+            self._n, dtype=accumulation_dtype(losses.dtype), device=losses.device
+        )
+        self.reached = reached
+        if self._directions is not None:
+            self._push(reached, self._directions)
+        self.arm()
+
+    def follow(self, plan: Plan) -> None:
+        """From now on reports are worked off as they come."""
+        self._plan = {
+            use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
+        }
+
+    def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
+        """Score at once, or keep what the plan does not know or what must wait for the others."""
+        planned = None if self._plan is None else self._plan[use.index]
+        if planned is None or (planned.joint and self._directions is None):
+            self.reports[use.index] = (use, z, g)
+        else:
+            self._score(use, planned, z, g)
+
+    def finish(self) -> None:
+        """The backward is over: score what was kept, all directions now being complete."""
+        assert self._plan is not None
+        reports, self.reports = self.reports, {}
+        waiting = []
+        with BelowAutograd():
+            for use, z, g in reports.values():
+                planned = self._plan[use.index]
+                if planned.joint and self._directions is None:
+                    waiting.append((use, planned, z, g))
+                else:
+                    self._score(use, planned, z, g)
+            reports.clear()
+        if waiting:
+            self._score_jointly(waiting)
+
+    def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
+        for use in uses:
+            for root in use.roots:
+                if root is not None and id(root) not in self._pushed:
+                    self._pushed[id(root)] = self._leaves.push_forward(root, directions)
+
+    def _direction_of(self, use: Use) -> Roots:
+        weight, bias = use.roots
+        return (
+            None if weight is None else self._pushed[id(weight)],
+            None if bias is None else self._pushed[id(bias)],
+        )
+
+    def _rows(
+        self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """z and g with examples first; None where g is zero, as it was when the plan was made."""
+        if planned.rows is None:
+            if bool(g.any()):
+                raise StalePlanError
+            return None
+        return use.rule.prepare(use, z, g, planned.rows)
+
+    def _score(self, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
+        """A use whose direction is its own, or known beforehand."""
+        rows = self._rows(use, planned, z, g)
+        if rows is None:
+            return
+        z, g = rows
+        n = self._n
+        if self._directions is not None:
+            self._correlate(use, planned.form, z, g, self._direction_of(use))
+        elif planned.form == "factored":
+            self.scores += use.rule.factored(use, z[:n], g[:n], z[n:], g[n:])
+            self._kept.append(_Kept(use, z[:n], g[:n]))
+        else:
+            direction = use.rule.direction(use, z[n:], g[n:])
+            self._correlate(use, planned.form, z[:n], g[:n], direction)
+
+    def _correlate(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots) -> None:
+        reaches = any(part is not None for part in direction)
+        if form == "per example" and not use.rule.reduces:
+            examples, u = use.rule.example_gradients(use, z, g, direction if reaches else None)
+            self._kept.append(_Kept(use, examples=examples))
+        else:
+            self._kept.append(_Kept(use, z, g))
+            if reaches:
+                u = use.rule.correlation(use, z, g, direction)
+        if reaches:
+            self.scores += u.to(self.scores.dtype)
+
+    def _score_jointly(self, waiting: list[tuple[Use, UsePlan, Tensor, Tensor]]) -> None:
+        """Uses that share parameters: the direction is the sum over all of them first."""
+        n = self._n
+        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        training: list[tuple[Use, str, Tensor, Tensor]] = []
+        with BelowAutograd():
+            for use, planned, z, g in waiting:
+                if use.part == "clean":
+                    add_roots(totals, use, whole_direction(use, z, g))
+                    continue
+                rows = self._rows(use, planned, z, g)
+                if rows is None:
+                    continue
+                z, g = rows
+                training.append((use, planned.form, z[:n], g[:n]))
+                if use.part == "merged":
+                    add_roots(totals, use, use.rule.direction(use, z[n:], g[n:]))
+        directions = self._leaves.pull_back(totals.values())
+        self._push([use for use, *_ in training], directions)
+        with BelowAutograd():
+            for use, form, z, g in training:
+                self._correlate(use, form, z, g, self._direction_of(use))
+
+    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+        """See :class:`~l2rw_ext.engines.base.Scored`; frees what was kept as it goes."""
+        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        active = None if weights is None else weights.nonzero().flatten()
+        kept, self._kept = self._kept, []
+        with BelowAutograd():
+            while kept:
+                item = kept.pop()
+                if weights is not None and active is not None:
+                    add_roots(totals, item.use, _weighted(item, weights, active))
+        roots = {
+            id(root): root
+            for use in self.reached
+            if use.part != "clean"
+            for root in use.roots
+            if root is not None
+        }
+        for key, root in roots.items():
+            if key not in totals:
+                totals[key] = (root, torch.zeros_like(root))
+        gradients = self._leaves.pull_back(totals.values())
+        return [
+            (p, gradients[id(p)].to(p.dtype)) for p in self._leaves.parameters if id(p) in gradients
+        ]
+
+
+def _weighted(kept: _Kept, weights: Tensor, active: Tensor) -> Roots:
+    if kept.examples is not None:
+        weight, bias = kept.examples
+        return (
+            None if weight is None else ops.weighted_sum(weight, weights),
+            None if bias is None else ops.weighted_sum(bias, weights),
+        )
+    assert kept.z is not None and kept.g is not None
+    return kept.use.rule.weighted_gradient(kept.use, kept.z, kept.g, weights, active)

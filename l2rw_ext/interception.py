@@ -1,0 +1,289 @@
+"""Finds the parameter uses of an unmodified model.
+
+A ``TorchFunctionMode`` over the forward sees every torch function: functional calls, tied weights
+and hand-written modules alike. Three kinds of tensors are told apart by identity. *Roots* are
+trainable parameters and what is computed from them and constants alone (a transposed weight, a
+weight-normalised one, a chunk). *Constants* are buffers, frozen parameters and what is made without
+data. Everything else is *data*. An operation of a root with data is a use; the registry of rules
+says how it enters Eq. 12.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .engines.base import NotExactError
+from .rules import REGISTRY
+from .rules.base import Roots, Rule, Use
+
+
+class Interception(TorchFunctionMode):
+    """Runs the uses of a model through their rules and records them.
+
+    Args:
+        model: the model whose forward runs under the mode.
+        sink: what the uses report to in backward.
+    """
+
+    def __init__(self, model: nn.Module, sink: Any) -> None:
+        super().__init__()
+        self.token = torch.zeros((), requires_grad=True, device="cpu")
+        self.uses: list[Use] = []
+        self.part = ""
+        self.sink = sink
+        self.unruled: dict[int, str] = {}
+        self.without_grad: str | None = None
+        self.saved_tensor_hooks = False
+        self._recording = True
+        self._roots: dict[int, Tensor] = {}
+        self._constants: dict[int, Tensor] = {}
+        self._expanded: dict[int, Tensor] = {}
+        self.names: dict[int, str] = {}
+        for name, p in model.named_parameters():
+            (self._roots if p.requires_grad else self._constants)[id(p)] = p
+            self.names[id(p)] = name
+        for b in model.buffers():
+            self._constants[id(b)] = b
+
+    def is_root(self, x: Any) -> bool:
+        """Whether x is a trainable parameter or computed from such alone."""
+        return id(x) in self._roots
+
+    def is_data(self, x: Any) -> bool:
+        """Whether x is a tensor that may depend on the batch."""
+        return isinstance(x, Tensor) and id(x) not in self._roots and id(x) not in self._constants
+
+    def is_use(self, x: Any, weight: Any, bias: Any) -> bool:
+        """Whether data x meets trained operands, none of which depends on data."""
+        if not self.is_data(x) or self.is_data(weight) or self.is_data(bias):
+            return False
+        return id(weight) in self._roots or id(bias) in self._roots
+
+    def name_of(self, root: Tensor) -> str:
+        """The parameter's name, or a description of a derived tensor."""
+        name = self.names.get(id(root))
+        return (
+            name
+            if name is not None
+            else f"a tensor of shape {tuple(root.shape)} derived from parameters"
+        )
+
+    def expanded_from(self, x: Tensor) -> Tensor | None:
+        """The root that x is an expanded view of."""
+        return self._expanded.get(id(x))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        handler = REGISTRY.get(func)
+        if handler is not None:
+            return handler(self, func, args, kwargs or {})
+        return self.other(func, args, kwargs or {})
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation without a rule: run it, and follow roots and constants through it."""
+        root = None
+        data = False
+        roots, constants = self._roots, self._constants
+        for a in args:
+            if isinstance(a, Tensor):
+                if id(a) in roots:
+                    root = a
+                elif id(a) not in constants:
+                    data = True
+            elif isinstance(a, (tuple, list)):
+                for x in a:
+                    if isinstance(x, Tensor):
+                        if id(x) in roots:
+                            root = x
+                        elif id(x) not in constants:
+                            data = True
+        if kwargs:
+            for a in kwargs.values():
+                if isinstance(a, Tensor):
+                    if id(a) in roots:
+                        root = a
+                    elif id(a) not in constants:
+                        data = True
+        out = func(*args, **kwargs)
+        if not data:
+            self.follow(out)
+        elif root is not None and isinstance(out, (Tensor, tuple, list)):
+            self.unruled.setdefault(id(root), getattr(func, "__name__", str(func)))
+        return out
+
+    def follow(self, out: Any) -> None:
+        """Remember what was computed from roots and constants alone."""
+        if isinstance(out, Tensor):
+            (self._roots if out.requires_grad else self._constants)[id(out)] = out
+        elif isinstance(out, (tuple, list)):
+            for x in out:
+                if isinstance(x, Tensor):
+                    self.follow(x)
+
+    def follow_expansion(self, out: Tensor, root: Tensor) -> None:
+        """Remember that ``out`` repeats ``root`` along leading or broadcast dimensions."""
+        self._roots[id(out)] = out
+        self._expanded[id(out)] = self._expanded.get(id(root), root)
+
+    def use(
+        self,
+        rule: Rule,
+        operation: str,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        options: Any,
+        x: Tensor,
+    ) -> Use | None:
+        """A new use of the given operands on data x; None where autograd should just run.
+
+        That is so under ``no_grad`` (a target network, or a reentrant checkpoint, which the graph
+        check after the forward tells apart).
+        """
+        roots: Roots = (
+            weight if weight is not None and id(weight) in self._roots else None,
+            bias if bias is not None and id(bias) in self._roots else None,
+        )
+        if torch.is_autocast_enabled(x.device.type):
+            raise NotExactError(f"autocast is on for {x.device.type}; no layer-wise rule covers it")
+        if not torch.is_grad_enabled():
+            trained = roots[0] if roots[0] is not None else roots[1]
+            if trained is not None and self.without_grad is None:
+                self.without_grad = self.name_of(trained)
+            return None
+        use = Use(rule, operation, weight, bias, roots, options)
+        use.sink = self.sink
+        use.part = self.part
+        use.shape = tuple(x.shape)
+        if self._recording:
+            use.index = len(self.uses)
+            self.uses.append(use)
+            if not self.saved_tensor_hooks:
+                self.saved_tensor_hooks = _has_saved_tensor_hooks()
+        return use
+
+    def recompute(self) -> Recomputation:
+        """For the backward of a checkpointed forward: calls take the same way, unrecorded."""
+        return Recomputation(self)
+
+
+class Recomputation:
+    """Enters an interception again for the forward that a checkpoint repeats in backward."""
+
+    def __init__(self, interception: Interception) -> None:
+        self._interception = interception
+
+    def __enter__(self) -> None:
+        self._interception._recording = False
+        self._interception.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._interception.__exit__(*error)
+        self._interception._recording = True
+
+
+def _has_saved_tensor_hooks() -> bool:
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top is not None
+
+
+def inside(func: types.FunctionType) -> types.FunctionType:
+    """A composite Python function whose body runs under the mode instead of being sent to it.
+
+    ``F.multi_head_attention_forward`` asks ``has_torch_function`` first and, under a mode, sends
+    itself to the mode for ever; this copy of it answers no, and the operations inside are seen one
+    by one.
+    """
+    scope = dict(func.__globals__)
+    scope["has_torch_function"] = lambda *_: False
+    clone = types.FunctionType(
+        func.__code__, scope, func.__name__, func.__defaults__, func.__closure__
+    )
+    clone.__kwdefaults__ = func.__kwdefaults__
+    return clone
+
+
+def check_graph(interception: Interception, losses: Iterable[Tensor]) -> set[int]:
+    """The indices of the uses that the losses reach.
+
+    Raises:
+        NotExactError: a gradient accumulator is reachable past the intercepted uses, or a custom
+            autograd Function may hide parameters.
+    """
+    reached: set[int] = set()
+    seen = {loss.grad_fn for loss in losses if loss.grad_fn is not None}
+    stack = list(seen)
+    while stack:
+        node = stack.pop()
+        assert node is not None
+        if isinstance(node, _ACCUMULATE):
+            variable = node.variable
+            if variable is not interception.token:
+                raise NotExactError(_uncovered(interception, variable))
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            use = getattr(node, "use", None)
+            if isinstance(use, Use):
+                reached.add(use.index)
+            elif interception.without_grad is not None:
+                raise NotExactError(
+                    f"parameter {interception.without_grad!r} is used without grad and the custom "
+                    f"autograd function {type(node).__name__} may hide that use (a reentrant "
+                    "checkpoint does; use_reentrant=False is covered)"
+                )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return reached
+
+
+def _uncovered(interception: Interception, variable: Tensor) -> str:
+    name = interception.names.get(id(variable))
+    if name is None:
+        return (
+            f"a tensor of shape {tuple(variable.shape)} that is no parameter of the model requires "
+            "grad"
+        )
+    operation = interception.unruled.get(id(variable))
+    if operation is None:
+        operation = next(iter(interception.unruled.values()), "an operation")
+    return f"parameter {name!r} goes into {operation}, which has no layer-wise rule"
+
+
+def _accumulate_type() -> type:
+    leaf = torch.zeros((), requires_grad=True)
+    node = leaf.view_as(leaf).grad_fn
+    assert node is not None
+    return type(node.next_functions[0][0])
+
+
+_ACCUMULATE = _accumulate_type()
+
+
+def sources(root: Tensor) -> set[int]:
+    """The ids of the parameters that a root is computed from; its own for a parameter."""
+    if root.grad_fn is None:
+        return {id(root)}
+    found: set[int] = set()
+    seen = {root.grad_fn}
+    stack = [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, _ACCUMULATE):
+            found.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return found

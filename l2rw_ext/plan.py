@@ -1,0 +1,161 @@
+"""The plan of a step: which engine, which form for each use, what it costs; and how to say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .engines.base import Task
+from .rules.base import Cost, RowMap, Size, Use
+
+
+@dataclass
+class UsePlan:
+    """What the plan holds of one use."""
+
+    name: str
+    signature: tuple[Any, ...]
+    rows: RowMap | None
+    """None while no gradient has shown which rows belong to which example."""
+    form: str
+    joint: bool
+    """Its direction is a sum with other uses, so that scores wait for the end of the backward."""
+    costs: dict[str, Cost]
+    operation: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Plan:
+    """What a first step learnt about a model on batches of given shapes."""
+
+    merged: bool
+    certain: bool
+    """Whether the row map of every use with a gradient was the only one that fits."""
+    why_separate: str = ""
+    uses: list[UsePlan] = field(default_factory=list)
+    steps: int = 0
+
+    def due(self) -> bool:
+        """Whether the row maps are to be checked again: at steps 16, 256, 4096, ..."""
+        step = self.steps
+        return step >= 16 and step & (step - 1) == 0 and (step.bit_length() - 1) % 4 == 0
+
+
+def choose_form(
+    use: Use, size: Size, *, without: tuple[str, ...] = ()
+) -> tuple[str, dict[str, Cost]]:
+    """The cheapest form whose kept tensors do not exceed those of keeping z and g."""
+    costs = use.rule.costs(use, size)
+    budget = costs["dense"].kept_bytes if "dense" in costs else float("inf")
+    possible = {
+        form: cost
+        for form, cost in costs.items()
+        if cost.kept_bytes <= budget and form not in without
+    }
+    return min(possible, key=lambda form: possible[form].seconds), costs
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One parameter use, as ``explain()`` shows it."""
+
+    name: str
+    operation: str
+    shape: tuple[int, ...]
+    form: str
+    positions: int
+    multiply_adds: float
+    kept_bytes: float
+    alternatives: dict[str, float]
+    """Estimated seconds of each form, on the machine of docs/kernels.md."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which engine runs and why; printable, and a dict by :meth:`as_dict`."""
+
+    engine: str
+    reason: str
+    n: int
+    m: int
+    passes: str
+    layers: tuple[LayerExplanation, ...] = ()
+
+    @classmethod
+    def layerwise(cls, task: Task, plan: Plan) -> Explanation:
+        """The explanation of a layer-wise plan."""
+        layers = []
+        for use in plan.uses:
+            cost = use.costs[use.form]
+            layers.append(
+                LayerExplanation(
+                    use.name,
+                    use.operation,
+                    use.shape,
+                    use.form + (" (joint)" if use.joint else ""),
+                    0 if use.rows is None else use.rows.positions,
+                    cost.score + cost.weighted,
+                    cost.kept_bytes,
+                    {form: c.seconds for form, c in use.costs.items()},
+                )
+            )
+        passes = (
+            "one merged forward and backward over [train; clean]"
+            if plan.merged
+            else f"two passes ({plan.why_separate})"
+        )
+        reason = "every parameter use has a rule and no example reaches another's loss"
+        return cls("layerwise", reason, task.n, task.m, passes, tuple(layers))
+
+    @classmethod
+    def double_backward(cls, task: Task, reason: str) -> Explanation:
+        """The explanation of Algorithm 1 as printed."""
+        return cls(
+            "double_backward",
+            reason,
+            task.n,
+            task.m,
+            "a training forward, a backward with graph, a clean forward, a backward through both",
+        )
+
+    @property
+    def kept_bytes(self) -> float:
+        """Bytes kept between scores and weighted gradient."""
+        return sum(layer.kept_bytes for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self) | {"kept_bytes": self.kept_bytes}
+
+    def _lines(self) -> Iterator[str]:
+        yield f"engine: {self.engine}"
+        yield f"why:    {self.reason}"
+        yield f"batch:  {self.n} training and {self.m} clean examples; {self.passes}"
+        if not self.layers:
+            return
+        yield ""
+        header = ("parameters", "operation", "input", "T", "form", "Mmul-add", "kept MiB")
+        rows = [
+            (
+                layer.name,
+                layer.operation,
+                "x".join(map(str, layer.shape)),
+                str(layer.positions or "?"),
+                layer.form,
+                f"{layer.multiply_adds / 1e6:.1f}",
+                f"{layer.kept_bytes / 2**20:.2f}",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+        for row in [header, *rows]:
+            yield "  ".join(
+                cell.ljust(w) if i in (0, 1, 2, 4) else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        yield f"kept between scores and weighted gradient: {self.kept_bytes / 2**20:.2f} MiB"
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())

@@ -1,0 +1,208 @@
+"""What a rule is, and how the rows of a layer belong to examples."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+Roots = tuple[Tensor | None, Tensor | None]
+"""The trainable operands of a use: (weight, bias); None where frozen or absent."""
+
+
+class Sink(Protocol):
+    """Receives what the backward of a use saw."""
+
+    def backward_of(self, use: Use) -> AbstractContextManager[None]:
+        """Around the backward of a use; refuses one that is itself differentiated."""
+
+    def report(self, use: Use, z: Tensor, g: Tensor) -> None:
+        """z: the layer's input; g: gradient of the summed losses wrt the layer's output."""
+
+
+class Use:
+    """One call of an operation with a trainable parameter, during one forward."""
+
+    __slots__ = (
+        "bias",
+        "index",
+        "operation",
+        "options",
+        "output_shape",
+        "part",
+        "roots",
+        "rule",
+        "shape",
+        "sink",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        rule: Rule,
+        operation: str,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        roots: Roots,
+        options: Any,
+    ) -> None:
+        self.rule = rule
+        self.operation = operation
+        self.weight = weight
+        self.bias = bias
+        self.roots = roots
+        self.options = options
+        self.index = -1
+        self.part = ""
+        self.shape: tuple[int, ...] = ()
+        self.output_shape: tuple[int, ...] = ()
+        self.sink: Sink | None = None
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Row r of a layer's flattened leading dimensions belongs to example (r // inner) % size.
+
+    Dimension 0 of a layer's input need not be the example: attention hands its projections
+    (T, N, E), then (T·N, E). ``outer * size * inner`` is the number of rows.
+    """
+
+    outer: int
+    size: int
+    inner: int
+    whole: bool = False
+    """The batch taken for one example: all that a direction needs."""
+
+    @classmethod
+    def of_all(cls, rows: int) -> RowMap:
+        """The map that takes all rows for one example."""
+        return cls(1, 1, rows, True)
+
+    @property
+    def positions(self) -> int:
+        """T, the rows of one example."""
+        return self.outer * self.inner
+
+    def arrange(self, x: Tensor, leading: int) -> Tensor:
+        """(rows..., features...) -> (size, T, features...); copies only where both sides split."""
+        features = x.shape[leading:]
+        if self.outer == 1:
+            return x.reshape(self.size, self.inner, *features)
+        if self.inner == 1:
+            return x.reshape(self.outer, self.size, *features).transpose(0, 1)
+        split = x.reshape(self.outer, self.size, self.inner, *features)
+        return split.transpose(0, 1).reshape(self.size, self.positions, *features)
+
+    @staticmethod
+    def candidates(rows: int, size: int) -> Iterator[RowMap]:
+        """All maps of this form, the usual ones first: example first, then example last."""
+        if size == 0 or rows % size:
+            return
+        positions = rows // size
+        inner = [positions, 1] if positions > 1 else [1]
+        inner += [d for d in range(2, positions) if positions % d == 0]
+        for d in inner:
+            yield RowMap(positions // d, size, d)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers a cost is counted with; see the notation in docs/design.md."""
+
+    n: int
+    m: int
+    positions: int
+    clean_positions: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of the score pass and of the weighted gradient, and the bytes kept between."""
+
+    score: float
+    weighted: float
+    kept_bytes: float
+    seconds: float
+
+
+class Rule(abc.ABC):
+    """How one family of operations enters Eq. 12.
+
+    z and g are what :meth:`prepare` made of a report, with one row for each example. A direction
+    is a pair (V, V_b) in the accumulation dtype, None for an operand that is not trained.
+    """
+
+    name: ClassVar[str]
+    reduces: ClassVar[bool] = False
+    """Whether :meth:`prepare` already returns the per-example gradients."""
+
+    @abc.abstractmethod
+    def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
+        """Bring a report into the rule's form, examples first.
+
+        A map of all rows takes the whole batch for one example: enough for a direction.
+        """
+
+    @abc.abstractmethod
+    def leading(self, use: Use, g: Tensor) -> int:
+        """How many leading dimensions of g (and of z) count rows."""
+
+    def maps(self, use: Use, g: Tensor, size: int) -> Iterator[RowMap]:
+        """The row maps that g's shape allows for ``size`` examples."""
+        return RowMap.candidates(math.prod(g.shape[: self.leading(use, g)]), size)
+
+    @abc.abstractmethod
+    def costs(self, use: Use, size: Size) -> dict[str, Cost]:
+        """The forms this use can take and what each costs."""
+
+    @abc.abstractmethod
+    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
+        """(V, V_b) = Σ over the rows of the clean batch."""
+
+    @abc.abstractmethod
+    def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
+        """u_i = <direction, ∇f_i> for the examples of z and g, shape (n,)."""
+
+    @abc.abstractmethod
+    def weighted_gradient(
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+    ) -> Roots:
+        """Σ_{i in active} w_i ∇f_i."""
+
+    def factored(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Tensor:
+        """Eq. 12 literally, without a direction; only for rules that list the form."""
+        raise AssertionError(f"{self.name} has no factored form")
+
+    def example_gradients(
+        self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
+    ) -> tuple[Roots, Tensor]:
+        """((G, G_b), u), u = <direction, G>; only for rules that list the form."""
+        raise AssertionError(f"{self.name} has no per-example form")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+Handler = Callable[["Any", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""(interception, function, args, kwargs) -> result: what the registry holds for an operation."""
+
+REGISTRY: dict[Any, Handler] = {}
+
+
+def handles(*functions: Any) -> Callable[[Handler], Handler]:
+    """Register a handler for torch functions."""
+
+    def register(handler: Handler) -> Handler:
+        for function in functions:
+            REGISTRY[function] = handler
+        return handler
+
+    return register

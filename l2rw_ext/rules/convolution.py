@@ -1,0 +1,274 @@
+"""Convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops
+from . import rates
+from .base import Cost, Roots, RowMap, Rule, Size, Use, handles
+
+if TYPE_CHECKING:
+    from ..interception import Interception
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, padding (the same on both sides), dilation and groups of a convolution."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class _ConvolutionUse(torch.autograd.Function):
+    """y = W * z + b; only the data gradient flows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
+        ctx.use = use
+        weight = use.weight
+        assert weight is not None
+        ctx.save_for_backward(x, weight)
+        geometry: Geometry = use.options
+        return torch.convolution(
+            x,
+            weight,
+            use.bias,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            False,
+            [0] * len(geometry.stride),
+            geometry.groups,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        use: Use = ctx.use
+        assert use.sink is not None
+        with use.sink.backward_of(use):
+            use.sink.report(use, x, g)
+            if not ctx.needs_input_grad[0]:
+                return None, None, None
+            geometry: Geometry = use.options
+            data_gradient, _, _ = torch.ops.aten.convolution_backward(
+                g,
+                x,
+                weight,
+                None,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                False,
+                [0] * len(geometry.stride),
+                geometry.groups,
+                [True, False, False],
+            )
+            return data_gradient, None, None
+
+
+class Convolution(Rule):
+    """y = W * z + b; forms: dense, per example.
+
+    z and g are (N, C, *s) and (N, O, *p). Where one example owns several rows of dimension 0
+    (frames of a video), they are (N, frames, C, *s).
+    """
+
+    name = "convolution"
+
+    def leading(self, use: Use, g: Tensor) -> int:
+        """Dimension 0 alone."""
+        return 1
+
+    def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
+        """(N, frames, C, *s) and (N, frames, O, *p), without frames where there is one."""
+        if rows.positions == 1:
+            return z, g
+        return rows.arrange(z, 1), rows.arrange(g, 1)
+
+    def costs(self, use: Use, size: Size) -> dict[str, Cost]:
+        """Per example needs fewer operations once ρT > 2."""
+        if use.roots[0] is None:
+            return {"dense": Cost(0, 0, 0, 0)}
+        assert use.weight is not None
+        item = use.weight.element_size()
+        product = use.weight.numel()
+        pixels = math.prod(use.output_shape[2:])
+        frames = size.positions
+        n_rows, m_rows = size.n * frames * pixels, size.m * size.clean_positions * pixels
+        score = (n_rows + m_rows) * product
+        weighted = 0.5 * n_rows * product
+        kept = size.n * frames * (math.prod(use.shape[1:]) + math.prod(use.output_shape[1:])) * item
+        dense_seconds = (
+            m_rows * product / rates.EXAMPLE_CONVOLUTION
+            + n_rows * product / rates.CONVOLUTION
+            + weighted / rates.EXAMPLE_CONVOLUTION
+        )
+        stored = size.n * frames * product
+        return {
+            "dense": Cost(score, weighted, kept, dense_seconds),
+            "per example": Cost(
+                score + stored,
+                0.5 * stored,
+                stored * item,
+                score / rates.EXAMPLE_CONVOLUTION + 2.5 * stored * item / rates.BYTES,
+            ),
+        }
+
+    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
+        """V = Σ_i G'_i, the ordinary weight gradient of the clean rows."""
+        z, g, _ = _frames_as_rows(use, z, g)
+        return self._sum(use, z, g, None)
+
+    def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
+        """u_i = Σ_p g·(V * z + V_b)."""
+        weight, bias = direction
+        geometry: Geometry = use.options
+        z, g, frames = _frames_as_rows(use, z, g)
+        if weight is None:
+            assert bias is not None
+            u = g.flatten(2).sum(2, dtype=bias.dtype) @ bias
+        else:
+            u = ops.conv_correlation(
+                z,
+                g,
+                weight,
+                bias,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                geometry.groups,
+            )
+        return u if frames == 1 else u.view(-1, frames).sum(1)
+
+    def example_gradients(
+        self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
+    ) -> tuple[Roots, Tensor]:
+        """G_i, for each example its own weight gradient."""
+        weight, bias = direction if direction is not None else (None, None)
+        assert use.weight is not None
+        geometry: Geometry = use.options
+        z, g, frames = _frames_as_rows(use, z, g)
+        gradients, bias_gradients, u = ops.conv_example_gradients(
+            z,
+            g,
+            list(use.weight.shape[2:]),
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.groups,
+            weight,
+            bias,
+        )
+        if frames > 1:
+            gradients = gradients.unflatten(0, (-1, frames)).sum(1)
+            bias_gradients = bias_gradients.unflatten(0, (-1, frames)).sum(1)
+            u = u.view(-1, frames).sum(1)
+        return (gradients, bias_gradients if use.roots[1] is not None else None), u
+
+    def weighted_gradient(
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+    ) -> Roots:
+        """Σ w_i G_i; examples with w = 0 are never read."""
+        z, g, frames = _frames_as_rows(use, z, g)
+        if frames > 1:
+            weights = weights.repeat_interleave(frames)
+        return self._sum(use, z, g, weights)
+
+    def _sum(self, use: Use, z: Tensor, g: Tensor, weights: Tensor | None) -> Roots:
+        assert use.weight is not None
+        geometry: Geometry = use.options
+        if use.roots[0] is None:
+            per_example = g.flatten(2).sum(2)
+            bias = per_example.sum(0) if weights is None else ops.weighted_sum(per_example, weights)
+            return None, bias
+        gradient, bias = ops.conv_weighted_gradient(
+            z,
+            g,
+            weights,
+            list(use.weight.shape[2:]),
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.groups,
+        )
+        return gradient, (bias if use.roots[1] is not None else None)
+
+
+def _frames_as_rows(use: Use, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int]:
+    assert use.weight is not None
+    if z.dim() == use.weight.dim():
+        return z, g, 1
+    return z.flatten(0, 1), g.flatten(0, 1), z.shape[1]
+
+
+CONVOLUTION = Convolution()
+
+
+def _arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]:
+    return input, weight, bias, stride, padding, dilation, groups
+
+
+def _numbers(value: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(value, int):
+        return [value] * count
+    numbers = [int(v) for v in value]
+    return numbers * count if len(numbers) == 1 else numbers
+
+
+@handles(F.conv1d, F.conv2d, F.conv3d)
+def _convolution(
+    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
+    if not mode.is_use(x, weight, bias) or x.dim() != weight.dim():
+        return mode.other(func, args, kwargs)
+    spatial = weight.dim() - 2
+    if padding == "same" and any(s != 1 for s in _numbers(stride, spatial)):
+        return func(*args, **kwargs)  # torch's own error
+    dilations = _numbers(dilation, spatial)
+    if isinstance(padding, str):
+        x, paddings = _named_padding(x, weight, padding, dilations)
+    else:
+        paddings = _numbers(padding, spatial)
+    geometry = Geometry(_numbers(stride, spatial), paddings, dilations, groups)
+    use = mode.use(CONVOLUTION, f"conv{spatial}d", weight, bias, geometry, x)
+    if use is None:
+        return mode.other(func, args, kwargs)
+    out = _ConvolutionUse.apply(x, mode.token, use)
+    use.output_shape = tuple(out.shape)
+    return out
+
+
+def _named_padding(
+    x: Tensor, weight: Tensor, padding: str, dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """``same`` pads d(k-1) in all, the larger half behind; an uneven one is padded beforehand."""
+    none = [0] * len(dilation)
+    if padding == "valid":
+        return x, none
+    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if all(total % 2 == 0 for total in totals):
+        return x, [total // 2 for total in totals]
+    sides: list[int] = []
+    for total in reversed(totals):
+        sides += [total // 2, total - total // 2]
+    return F.pad(x, sides), none

@@ -1,0 +1,180 @@
+"""Linear layers: ``F.linear``, and products of data with a trainable matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops
+from . import rates
+from .base import Cost, Roots, RowMap, Rule, Size, Use, accumulation_dtype, handles
+from .rows import active_rows
+
+if TYPE_CHECKING:
+    from ..interception import Interception
+
+
+class _LinearUse(torch.autograd.Function):
+    """y = W z + b; only the data gradient flows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
+        ctx.use = use
+        weight = use.weight
+        assert weight is not None
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, use.bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        use: Use = ctx.use
+        assert use.sink is not None
+        with use.sink.backward_of(use):
+            use.sink.report(use, x, g)
+            return (torch.matmul(g, weight) if ctx.needs_input_grad[0] else None), None, None
+
+
+class Linear(Rule):
+    """y = W z + b on rows z; forms: factored, dense, per example."""
+
+    name = "linear"
+
+    def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
+        """(N, T, d_in) and (N, T, d_out)."""
+        leading = g.dim() - 1
+        return rows.arrange(z, leading), rows.arrange(g, leading)
+
+    def leading(self, use: Use, g: Tensor) -> int:
+        """All dimensions but the last."""
+        return g.dim() - 1
+
+    def costs(self, use: Use, size: Size) -> dict[str, Cost]:
+        """Section 1 of the design: n T m T' (d_in + d_out) against (n T + m T') d_in d_out."""
+        if use.roots[0] is None:
+            return {"dense": Cost(0, 0, 0, 0)}
+        assert use.weight is not None
+        d_out, d_in = use.weight.shape
+        item = use.weight.element_size()
+        n_rows, m_rows = size.n * size.positions, size.m * size.clean_positions
+        product = d_in * d_out
+        kept = n_rows * (d_in + d_out) * item
+        weighted = 0.5 * n_rows * product
+        gram = n_rows * m_rows * (d_in + d_out)
+        dense = (n_rows + m_rows) * product
+        return {
+            "factored": Cost(gram, weighted, kept, gram / rates.GRAM + weighted / rates.MATMUL),
+            "dense": Cost(dense, weighted, kept, (dense + weighted) / rates.MATMUL),
+            "per example": Cost(
+                dense + size.n * product,
+                0.5 * size.n * product,
+                size.n * product * item,
+                dense / rates.MATMUL + 2.5 * size.n * product * item / rates.BYTES,
+            ),
+        }
+
+    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
+        """V = Σ g' z'ᵀ, V_b = Σ g'."""
+        dtype = accumulation_dtype(g.dtype)
+        flat = g.reshape(-1, g.shape[-1]).to(dtype)
+        weight = None
+        if use.roots[0] is not None:
+            weight = flat.t() @ z.reshape(-1, z.shape[-1]).to(dtype)
+        return weight, (flat.sum(0) if use.roots[1] is not None else None)
+
+    def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
+        """u_i = Σ_t g·(V z + V_b)."""
+        weight, bias = direction
+        if weight is not None:
+            return ops.dense_correlation(z, g, weight, bias)
+        assert bias is not None
+        return g.sum(1, dtype=bias.dtype) @ bias
+
+    def factored(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Tensor:
+        """Eq. 12: u_i = Σ (z·z' + 1)(g·g')."""
+        return ops.factored_correlation(z, g, z_clean, g_clean, use.roots[1] is not None)
+
+    def example_gradients(
+        self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
+    ) -> tuple[Roots, Tensor]:
+        """G_i = Σ_t g zᵀ."""
+        weight, bias = direction if direction is not None else (None, None)
+        gradients, bias_gradients, u = ops.linear_example_gradients(z, g, weight, bias)
+        return (gradients, bias_gradients if use.roots[1] is not None else None), u
+
+    def weighted_gradient(
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+    ) -> Roots:
+        """Σ w g zᵀ over the rows of active examples."""
+        z, g = active_rows(z, g, weights, active)
+        flat = g.reshape(-1, g.shape[-1])
+        weight = None
+        if use.roots[0] is not None:
+            weight = flat.t() @ z.reshape(-1, z.shape[-1])
+        return weight, (flat.sum(0) if use.roots[1] is not None else None)
+
+
+LINEAR = Linear()
+
+
+def use_linear(
+    mode: Interception, operation: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """The product as a use; None where autograd should just run it."""
+    use = mode.use(LINEAR, operation, weight, bias, None, x)
+    if use is None:
+        return None
+    out: Tensor = _LinearUse.apply(x, mode.token, use)
+    return out
+
+
+def _arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+@handles(F.linear)
+def _linear(
+    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    x, weight, bias = _arguments(*args, **kwargs)
+    if mode.is_use(x, weight, bias) and weight.dim() == 2:
+        out = use_linear(mode, "linear", x, weight, bias)
+        if out is not None:
+            return out
+    return mode.other(func, args, kwargs)
+
+
+@handles(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+def _matmul(
+    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if len(args) == 2 and not kwargs:
+        x, weight = args
+        if mode.is_use(x, weight, None) and weight.dim() == 2 and x.dim() >= 2:
+            transposed = weight.t()
+            mode.follow(transposed)
+            out = use_linear(mode, "matmul", x, transposed, None)
+            if out is not None:
+                return out
+    return mode.other(func, args, kwargs)
+
+
+@handles(torch.addmm, Tensor.addmm)
+def _addmm(
+    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if len(args) == 3 and not kwargs:
+        bias, x, weight = args
+        if mode.is_use(x, weight, bias) and bias.dim() == 1 and bias.numel() == weight.shape[1]:
+            transposed = weight.t()
+            mode.follow(transposed)
+            out = use_linear(mode, "addmm", x, transposed, bias)
+            if out is not None:
+                return out
+    return mode.other(func, args, kwargs)
