@@ -69,7 +69,9 @@ def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObjec
 
     plain = OPERATORS[name].plain
     expected = plain(*convert(arguments, Tensor.double))
-    bounds = plain(*convert(arguments, lambda a: a.double().abs()), sign=-1)
+    bounds = expected
+    if name != "normalize_weights":  # not a sum over its arguments
+        bounds = plain(*convert(arguments, lambda a: a.double().abs()), sign=-1)
     assert len(results) == len(expected)
     for k, (result, exact, bound) in enumerate(zip(results, expected, bounds, strict=True)):
         scores = k == SCORE_RESULT.get(name)
@@ -191,9 +193,10 @@ def wrong(name: str) -> Iterator[tuple[str, Arguments, tuple[str, ...]]]:
         if argument.dim() and (name, label) not in (
             ("scale_rows", "active"),
             ("normalize_weights", "u"),
+            ("embedding_correlation", "direction"),
         ):
             longer = torch.cat([argument, argument[:1]])
-            yield f"{label} examples", replaced(longer), ("got", "size")
+            yield f"{label} examples", replaced(longer), ("must", "got shape")
 
 
 @every_operator

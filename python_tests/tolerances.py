@@ -15,8 +15,8 @@ _SUM_FLOAT64 = 2e-15
 _SUM_FLOAT32 = 1e-6
 
 # A result that is stored in the dtype of the input adds half a unit in the last place of it.
-_STORED_BFLOAT16 = 2.0**-9 + _SUM_FLOAT32
-_STORED_FLOAT16 = 2.0**-12 + _SUM_FLOAT32
+_STORED_BFLOAT16 = 2.0**-8 + _SUM_FLOAT32
+_STORED_FLOAT16 = 2.0**-11 + _SUM_FLOAT32
 
 _IN_ACCUMULATION_DTYPE = {
     torch.float64: _SUM_FLOAT64,
