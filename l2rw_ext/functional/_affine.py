@@ -11,70 +11,73 @@ from .. import ops
 from ._perturbation import add_term, along, apply, example_sum, fused, rows
 
 
-def _term(x: Tensor, V: Tensor | None, V_b: Tensor | None) -> Tensor:
-    V_b = None if V_b is None else V_b.to(x.dtype)
-    if V is None:
+def _term(x: Tensor | None, V: Tensor | None, V_b: Tensor | None, dtype: torch.dtype) -> Tensor:
+    V_b = None if V_b is None else V_b.to(dtype)
+    if x is None or V is None:
         assert V_b is not None
         return V_b
-    V = V.to(x.dtype)
+    V = V.to(dtype)
     return x * V if V_b is None else torch.addcmul(V_b, x, V)
 
 
 def _correlation(
-    x: Tensor, g: Tensor, V: Tensor | None, V_b: Tensor | None, example_dim: int
+    x: Tensor | None, g: Tensor, V: Tensor | None, V_b: Tensor | None, example_dim: int
 ) -> Tensor:
     some = V if V is not None else V_b
     assert some is not None
     offset = g.dim() - some.dim()
     kept = [d for d in range(g.dim()) if d >= offset and some.shape[d - offset] != 1]
+    gradient = rows(g, example_dim, kept)
     return ops.affine_correlation(
-        rows(x, example_dim, kept),
-        rows(g, example_dim, kept),
+        # Without V the operator reads no x.
+        gradient if x is None else rows(x, example_dim, kept),
+        gradient,
         None,
         None,
-        None if V is None else V.flatten(),
-        None if V_b is None else V_b.flatten(),
+        None if V is None else V.reshape(V.numel()),
+        None if V_b is None else V_b.reshape(V_b.numel()),
     )
 
 
 class _Affine(torch.autograd.Function):
-    """y_i + ε_i (x_i V + V_b), where V and V_b broadcast to y, the same for all examples."""
+    """y_i + ε_i (x_i V + V_b), where V and V_b broadcast to y, the same for all examples.
+
+    x is ``None`` exactly where V is.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         y: Tensor,  # [*s]
-        x: Tensor,  # [*s]
+        x: Tensor | None,  # [*s]
         eps: Tensor,  # [n]
         V: Tensor | None,  # broadcasts to [*s]
         V_b: Tensor | None,  # as V
         example_dim: int,
     ) -> Tensor:
-        return add_term(y, eps, _term(x, V, V_b), example_dim)
+        return add_term(y, eps, _term(x, V, V_b, y.dtype), example_dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, x, eps, V, V_b, ctx.example_dim = inputs
-        ctx.save_for_backward(None if V is None else x, eps, V, V_b)
+        ctx.save_for_backward(x, eps, V, V_b)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, eps, V, V_b = ctx.saved_tensors
         _, need_x, need_eps, need_V, need_b, _ = ctx.needs_input_grad
         dim = ctx.example_dim
-        # Without V no term depends on x; g stands in for it.
-        x = g if x is None else x
         grad_x = grad_eps = grad_V = grad_b = None
         if need_eps:
             if fused():
                 u = _correlation(x, g, V, V_b, dim)
             else:
-                u = example_sum(g, _term(x, V, V_b), dim)
+                u = example_sum(g, _term(x, V, V_b, g.dtype), dim)
             grad_eps = u.to(eps.dtype)
         if need_x or need_V or need_b:
             scaled = g * along(eps, g, dim)
-            if need_x and V is not None:
+            if need_x:
                 grad_x = scaled * V.to(g.dtype)
             if need_V:
                 grad_V = (scaled * x).sum_to_size(V.shape).to(V.dtype)
@@ -85,13 +88,14 @@ class _Affine(torch.autograd.Function):
 
 def add_affine(
     y: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     eps: Tensor,
     V: Tensor | None,
     V_b: Tensor | None,
     example_dim: int,
 ) -> Tensor:
-    """Returns y_i + ε_i (x_i V + V_b); without V and V_b the layer has nothing to perturb."""
+    """Returns y_i + ε_i (x_i V + V_b), where x is ``None`` exactly where V is."""
     if V is None and V_b is None:
         return y
-    return apply(_Affine, y, x.to(y.dtype), eps, V, V_b, example_dim)
+    x = None if x is None else x.to(y.dtype)
+    return apply(_Affine, y, x, eps, V, V_b, example_dim)

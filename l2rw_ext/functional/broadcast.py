@@ -113,7 +113,10 @@ def add(
     _check_parameter("add", p, y, dim)
     eps = checked_eps("add", "eps", eps, y, dim)
     V = _gradient_direction("add", checked_direction("add", "eps", direction, y), p)
-    return add_affine(y, y, eps, None, V if alpha == 1 else alpha * V, dim)
+    if alpha != 1:
+        # Once for the layer p ↦ alpha p; once more where V itself comes from its gradients.
+        V = (alpha * alpha if isinstance(direction, Factored) else alpha) * V
+    return add_affine(y, None, eps, None, V, dim)
 
 
 def mul(
@@ -224,5 +227,5 @@ def expand(
     _check_parameter("expand", p, y, dim)
     eps = checked_eps("expand", "eps", eps, y, dim)
     V = _gradient_direction("expand", checked_direction("expand", "eps", direction, y), p)
-    y = add_affine(y, y, eps, None, V, dim)
+    y = add_affine(y, None, eps, None, V, dim)
     return y.squeeze(0) if single else y

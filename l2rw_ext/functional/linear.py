@@ -22,6 +22,11 @@ from ._perturbation import add_term, along, apply, example_sum, fused, rows
 from .directions import Direction, Factored
 
 
+def _flat(value: Tensor) -> Tensor:
+    """All positions of all examples as rows; batched backward has no rule for ``flatten``."""
+    return value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
+
+
 def _dense_term(x: Tensor, V: Tensor, V_b: Tensor | None) -> Tensor:
     return F.linear(x, V.to(x.dtype), None if V_b is None else V_b.to(x.dtype))
 
@@ -65,9 +70,9 @@ class _DenseLinear(torch.autograd.Function):
             if need_x:
                 grad_x = scaled @ V.to(x.dtype)
             if need_V:
-                grad_V = (scaled.flatten(0, -2).mT @ x.flatten(0, -2)).to(V.dtype)
+                grad_V = (_flat(scaled).mT @ _flat(x)).to(V.dtype)
             if need_b:
-                grad_b = scaled.flatten(0, -2).sum(0).to(V_b.dtype)
+                grad_b = _flat(scaled).sum(0).to(V_b.dtype)
         return g, grad_x, grad_eps, grad_V, grad_b, None
 
 
@@ -124,10 +129,10 @@ class _FactoredLinear(torch.autograd.Function):
                 if need_x:
                     grad_x = gram @ z_clean
                 if need_z:
-                    grad_z = gram.flatten(0, -2).mT @ x.flatten(0, -2)
+                    grad_z = _flat(gram).mT @ _flat(x)
             if need_g:
                 gram = _factored_gram(x, z_clean, ctx.bias)
-                grad_g = gram.flatten(0, -2).mT @ scaled.flatten(0, -2)
+                grad_g = _flat(gram).mT @ _flat(scaled)
         return g, grad_x, grad_eps, grad_z, grad_g, None, None
 
 
@@ -156,7 +161,7 @@ def _add_factored(
             "linear: direction.z_clean and direction.g_clean must agree in all dimensions but the "
             f"last, got {tuple(z_clean.shape)} and {tuple(g_clean.shape)}"
         )
-    z_clean, g_clean = z_clean.to(y.dtype).flatten(0, -2), g_clean.flatten(0, -2)
+    z_clean, g_clean = _flat(z_clean.to(y.dtype)), _flat(g_clean)
     bias = has_bias and direction.bias
     positions, clean_positions = math.prod(x.shape[:-1]), z_clean.shape[0]
     d_out, d_in = weight.shape

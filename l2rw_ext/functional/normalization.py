@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,10 +49,10 @@ def _factored_direction(
     width = len(parameter_shape)
     begin = first % z_clean.dim() if -z_clean.dim() < first < z_clean.dim() else 0
     if begin == 0 or tuple(z_clean.shape[begin : begin + width]) != parameter_shape:
-        where = "end in" if first < 0 else "be (m, channels, ...) with channels"
+        shape = "ends in" if first < 0 else "has, from dimension 1 on,"
         raise ValueError(
-            f"{layer}: direction.z_clean must be a batch whose shape must {where} "
-            f"{parameter_shape}, got {tuple(z_clean.shape)}"
+            f"{layer}: direction.z_clean must be a batch whose shape {shape} {parameter_shape}, "
+            f"got {tuple(z_clean.shape)}"
         )
     if z_clean.shape != g_clean.shape:
         raise ValueError(
@@ -70,9 +71,8 @@ def _factored_direction(
 
 def _perturb(
     layer: str,
-    y: Tensor,
+    function: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
     input: Tensor,
-    normalize: Callable[[Tensor], Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     perturbation: Tensor,
@@ -80,17 +80,20 @@ def _perturb(
     example_dim: int,
     first: int,
 ) -> Tensor:
-    """Adds ε_i (x̂_i V + V_b) to the plain layer's output ``y``."""
-    eps = checked_eps(layer, "perturbation", perturbation, y, example_dim)
-    direction = checked_direction(layer, "perturbation", direction, y)
+    """Adds ε_i (x̂_i V + V_b) to the plain layer, ``function`` of input, weight and bias."""
     parameter = weight if weight is not None else bias
     if parameter is None:
         raise ValueError(f"{layer}: with perturbation, the layer must have a weight or a bias")
+    # With a bias and no weight, torch's layer_norm has wrong second derivatives and its group_norm
+    # has no backward.
+    y = function(input, torch.ones_like(parameter) if weight is None else weight, bias)
+    eps = checked_eps(layer, "perturbation", perturbation, y, example_dim)
+    direction = checked_direction(layer, "perturbation", direction, y)
     if isinstance(direction, Factored):
         V, V_b = _factored_direction(
             layer,
             direction,
-            normalize,
+            lambda z_clean: function(z_clean, None, None),
             tuple(parameter.shape),
             first,
             weight is not None,
@@ -103,7 +106,8 @@ def _perturb(
         shape = [*parameter.shape, *[1] * (y.dim() - first - 1)]
         V = None if V is None else V.reshape(shape)
         V_b = None if V_b is None else V_b.reshape(shape)
-    return add_affine(y, input if V is None else normalize(input), eps, V, V_b, example_dim)
+    x = None if V is None else function(input, None, None)
+    return add_affine(y, x, eps, V, V_b, example_dim)
 
 
 def layer_norm(
@@ -166,9 +170,8 @@ def layer_norm(
     dim = checked_example_dim("layer_norm", example_dim, input.dim(), input.dim() - width)
     return _perturb(
         "layer_norm",
-        F.layer_norm(input, normalized_shape, weight, bias, eps),
+        lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps),
         input,
-        lambda x: F.layer_norm(x, normalized_shape, None, None, eps),
         weight,
         bias,
         perturbation,
@@ -234,9 +237,8 @@ def rms_norm(
     dim = checked_example_dim("rms_norm", example_dim, input.dim(), input.dim() - len(shape))
     return _perturb(
         "rms_norm",
-        F.rms_norm(input, shape, weight, eps),
+        lambda x, w, _: F.rms_norm(x, shape, w, eps),
         input,
-        lambda x: F.rms_norm(x, shape, None, eps),
         weight,
         None,
         perturbation,
@@ -289,15 +291,13 @@ def group_norm(
         tensor([2.])
     """
     _check_constant("group_norm", eps)
-    y = F.group_norm(input, num_groups, weight, bias, eps)
     if perturbation is None:
-        return y
+        return F.group_norm(input, num_groups, weight, bias, eps)
     is_single("group_norm", "perturbation", perturbation)
     return _perturb(
         "group_norm",
-        y,
+        lambda x, w, b: F.group_norm(x, num_groups, w, b, eps),
         input,
-        lambda x: F.group_norm(x, num_groups, None, None, eps),
         weight,
         bias,
         perturbation,
@@ -359,20 +359,18 @@ def batch_norm(
         tensor([11.])
     """
     _check_constant("batch_norm", eps)
-    if perturbation is not None and training:
+    if perturbation is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training:
         raise ValueError(
             "batch_norm: training must be False with perturbation, got True: batch statistics "
             "couple the examples, so that scores by layer would be wrong"
         )
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if perturbation is None:
-        return y
     is_single("batch_norm", "perturbation", perturbation)
     return _perturb(
         "batch_norm",
-        y,
+        lambda x, w, b: F.batch_norm(x, running_mean, running_var, w, b, False, momentum, eps),
         input,
-        lambda x: F.batch_norm(x, running_mean, running_var, None, None, False, momentum, eps),
         weight,
         bias,
         perturbation,
