@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import pathlib
 
@@ -9,7 +10,7 @@ import torch
 
 from l2rw_ext import _C
 
-__all__ = ["BUILD_INFO", "LIBRARIES", "Library", "cuda_unavailable_reason"]
+__all__ = ["BUILD_INFO", "LIBRARIES", "Library", "cuda_unavailable_reason", "instruction_set"]
 
 BUILD_INFO = _C.build_info()
 
@@ -38,7 +39,13 @@ def _load_cpu() -> Library:
     path = _FOLDER / "_ops.so"
     if not path.exists():
         raise ImportError(f"l2rw_ext is not completely installed: {path} is missing; reinstall it")
-    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise ImportError(
+            f"l2rw_ext {BUILD_INFO['version']} needs torch {BUILD_INFO['torch_target']} or newer, "
+            f"and torch {torch.__version__} does not load its operators: {error}"
+        ) from error
     return Library("_ops.so", path, True, "")
 
 
@@ -75,3 +82,15 @@ LIBRARIES = (_load_cpu(), _load_cuda())
 def cuda_unavailable_reason() -> str:
     """Why operators do not run on CUDA tensors; empty where they do."""
     return LIBRARIES[1].reason
+
+
+def instruction_set() -> str:
+    """The instruction set the inner loops run with: baseline, avx2 or avx512.
+
+    The environment variable ``L2RW_CPU_ISA`` limits it, if set before the first operator runs.
+    """
+    function = ctypes.CDLL(str(LIBRARIES[0].path)).l2rw_cpu_isa
+    function.restype = ctypes.c_char_p
+    name = function()
+    assert isinstance(name, bytes)
+    return name.decode()

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from l2rw_ext import _loader
 
-__all__ = ["OPERATORS"]
+__all__ = ["OPERATORS", "WITHOUT_CUDA"]
 
 OPERATORS = (
     "factored_correlation",
@@ -323,6 +323,13 @@ def _refuse_cuda(name: str) -> Callable[..., Any]:
     return kernel
 
 
+# Operators that no loaded library runs on CUDA tensors.
+WITHOUT_CUDA = frozenset(
+    name
+    for name in OPERATORS
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"l2rw_ext::{name}", "CUDA")
+)
+
 _library = _ReverseModeOnly("l2rw_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
 _plain_library = torch.library.Library("l2rw_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name in OPERATORS:
@@ -330,5 +337,5 @@ for _name in OPERATORS:
     torch.library.register_fake(_qualified, globals()[f"_fake_{_name}"], lib=_plain_library)
     _save, _backward = _DERIVATIVES.get(_name, (None, _refuse_backward(_name)))
     torch.library.register_autograd(_qualified, _backward, setup_context=_save, lib=_library)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(_qualified, "CUDA"):
+    if _name in WITHOUT_CUDA:
         _plain_library.impl(_name, _refuse_cuda(_name), "CUDA")  # type: ignore[no-untyped-call]

@@ -169,10 +169,6 @@ def named_arguments(name: str) -> list[str]:
     return [argument.name for argument in schema.arguments]
 
 
-def shape_text(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
-
-
 def wrong(name: str) -> Iterator[tuple[str, Arguments, tuple[str, ...]]]:
     """Arguments of which one does not fit, and what the message must say."""
     arguments = sample(name)
@@ -189,13 +185,13 @@ def wrong(name: str) -> Iterator[tuple[str, Arguments, tuple[str, ...]]]:
             yield f"{label} float64", replaced(argument.double()), ("float64", "float32")
         deeper = argument[None, None, None]
         if (name, label) != ("weighted_sum", "gradients"):
-            yield f"{label} rank", replaced(deeper), (label, shape_text(deeper))
+            yield f"{label} rank", replaced(deeper), ("dimensions", "got shape")
         if argument.dim() and (name, label) not in (
             ("scale_rows", "active"),
             ("normalize_weights", "u"),
             ("embedding_correlation", "direction"),
         ):
-            longer = torch.cat([argument, argument[:1]])
+            longer = torch.cat([argument, argument[:1], argument[:1]])
             yield f"{label} examples", replaced(longer), ("must", "got shape")
 
 

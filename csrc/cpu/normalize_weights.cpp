@@ -12,28 +12,31 @@ namespace {
 
 constexpr const char* kOperation = "normalize_weights";
 
+// Equation (8): w~ = max(u, 0), where NaN and infinities count as zero.
+template <class T>
+double rectified(T u) {
+  const auto score = static_cast<double>(u);
+  return std::isfinite(score) && score > 0 ? score : 0;
+}
+
 template <class T>
 void normalize(const T* u, int64_t stride, T* w, int64_t n) {
-  // Equation (8): w~ = max(u, 0). NaN and infinities count as zero.
-  accumulation_t<T> sum = 0;
+  double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const auto score = static_cast<accumulation_t<T>>(u[i * stride]);
-    sum += std::isfinite(score) && score > 0 ? score : 0;
+    sum += rectified(u[i * stride]);
   }
-  // Equation (9): w = w~ / (sum w~ + delta(sum w~)); all weights are zero where the sum is.
-  // A sum that overflows is scaled down first.
-  accumulation_t<T> scale = 1;
-  if (!std::isfinite(sum)) {
-    scale = static_cast<accumulation_t<T>>(1) / static_cast<accumulation_t<T>>(n);
+  double scale = 1;
+  if (!std::isfinite(sum)) {  // it overflows: scale down first
+    scale = 1 / static_cast<double>(n);
     sum = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const auto score = static_cast<accumulation_t<T>>(u[i * stride]);
-      sum += std::isfinite(score) && score > 0 ? score * scale : 0;
+      sum += rectified(u[i * stride]) * scale;
     }
   }
+  // Equation (9): w = w~ / (sum w~ + delta(sum w~)); all weights are zero where the sum is.
   for (int64_t i = 0; i < n; ++i) {
-    const auto score = static_cast<accumulation_t<T>>(u[i * stride]);
-    w[i] = static_cast<T>(std::isfinite(score) && score > 0 ? score * scale / sum : 0);
+    const double score = rectified(u[i * stride]);
+    w[i] = static_cast<T>(static_cast<accumulation_t<T>>(score > 0 ? score * scale / sum : 0));
   }
 }
 

@@ -1,0 +1,263 @@
+"""Says what this installation is made of and whether it computes the right numbers.
+
+``python -m l2rw_ext.doctor`` prints versions, the operator libraries with the reason why one is not
+loaded, CUDA architectures, instruction set and threads, and checks every operator and a small
+:class:`~l2rw_ext.Reweighter` step against plain float64 torch in about a second. It exits with
+status 1 if something is wrong.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2rw_ext import Reweighter, _loader, _registration, reference
+
+__all__ = ["main"]
+
+Results = tuple[Tensor, ...]
+# Arguments of an operator and the plain function of them.
+Case = tuple[tuple[Any, ...], Callable[..., Results]]
+# What was checked, its relative error, and the error allowed.
+Checked = tuple[str, float, float]
+
+# Relative to the largest number of a result: sums of a few dozen terms in float32, and whole models
+# in float64.
+_TOLERANCE_FLOAT32 = 1e-5
+_TOLERANCE_FLOAT64 = 1e-12
+
+
+def _installation() -> Iterator[tuple[str, str]]:
+    info = _loader.BUILD_INFO
+    yield "l2rw_ext", f"{info['version']} ({info['compiler']}, torch {info['torch_version']})"
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    for library in _loader.LIBRARIES:
+        state = f"loaded from {library.path}" if library.loaded else f"not loaded: {library.reason}"
+        yield library.name, state
+    if info["cuda_version"]:
+        built = f"{info['cuda_architectures']} with CUDA {info['cuda_version']}"
+    else:
+        built = "none: built without CUDA"
+    yield "CUDA architectures", built
+    if torch.cuda.is_available():
+        yield "CUDA device", torch.cuda.get_device_name()
+    isa = _loader.instruction_set()
+    yield "instruction set", f"{isa}, compiled for {info['instruction_sets']}"
+    yield "threads", str(torch.get_num_threads())
+
+
+def _convolve(z: Tensor, V: Tensor, V_b: Tensor | None = None) -> Tensor:
+    return F.conv2d(z, V, V_b, stride=(2, 1), padding=(1, 0), groups=2)
+
+
+def _conv_gradients(z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    weight = torch.zeros(4, 2, 3, 3, dtype=z.dtype, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(_convolve(z[i : i + 1], weight), weight, g[i : i + 1])[0]
+        for i in range(z.shape[0])
+    ]
+    return torch.stack(gradients), g.sum((2, 3))
+
+
+def _operator_cases() -> dict[str, Case]:
+    """Arguments of every operator and what it computes, in plain torch."""
+    n, t, i, o, m, s = 4, 5, 9, 6, 3, 2
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def scored(G: Tensor, G_b: Tensor, V: Tensor, V_b: Tensor) -> Results:
+        return G, G_b, (G * V).flatten(1).sum(1) + (G_b * V_b).sum(1)
+
+    def affine(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        return (g * (x - mean) * rstd).sum(1), g.sum(1)
+
+    generator = torch.Generator().manual_seed(0)
+    z, g, V, V_b = draw(n, t, i), draw(n, t, o), draw(o, i), draw(o)
+    x, h, mean, rstd = draw(n, t, i), draw(n, t, i), draw(n, t, 1), draw(n, 1, i)
+    scale, shift = draw(i), draw(i)
+    image, gradient, kernel, kernel_b = (
+        draw(n, 4, 7, 6),
+        draw(n, 4, 4, 4),
+        draw(4, 2, 3, 3),
+        draw(4),
+    )
+    geometry = ([2, 1], [1, 0], [1, 1], 2)
+    index = torch.tensor([[0, 1, 2, 1, 0]] * n)
+    w = torch.tensor([0.5, 0.0, 0.25, 0.25], dtype=torch.float64)
+    active = w.nonzero().flatten()
+    return {
+        "factored_correlation": (
+            (z, g, draw(m, s, i), draw(m, s, o), True),
+            lambda z, g, zc, gc, bias: (
+                torch.einsum(
+                    "ntms,ntms->n",
+                    torch.einsum("nti,msi->ntms", z, zc) + 1,
+                    torch.einsum("nto,mso->ntms", g, gc),
+                ),
+            ),
+        ),
+        "dense_correlation": (
+            (z, g, V, V_b),
+            lambda z, g, V, V_b: ((g * (z @ V.T + V_b)).sum((1, 2)),),
+        ),
+        "conv_correlation": (
+            (image, gradient, kernel, kernel_b, *geometry),
+            lambda z, g, V, V_b, *_: ((g * _convolve(z, V, V_b)).sum((1, 2, 3)),),
+        ),
+        "affine_correlation": (
+            (x, h, mean, rstd, scale, shift),
+            lambda x, g, mean, rstd, V, V_b: scored(*affine(x, g, mean, rstd), V, V_b)[2:],
+        ),
+        "embedding_correlation": (
+            (index, h, draw(3, i)),
+            lambda index, g, V: ((g * V[index]).sum((1, 2)),),
+        ),
+        "linear_example_gradients": (
+            (z, g, V, V_b),
+            lambda z, g, V, V_b: scored(torch.einsum("nto,nti->noi", g, z), g.sum(1), V, V_b),
+        ),
+        "conv_example_gradients": (
+            (image, gradient, [3, 3], *geometry, kernel, kernel_b),
+            lambda z, g, *rest: scored(*_conv_gradients(z, g), rest[-2], rest[-1]),
+        ),
+        "conv_weighted_gradient": (
+            (image, gradient, w, [3, 3], *geometry),
+            lambda z, g, w, *_: tuple(
+                torch.einsum("n,n...->...", w, G) for G in _conv_gradients(z, g)
+            ),
+        ),
+        "affine_example_gradients": ((x, h, mean, rstd), affine),
+        "weighted_sum": ((z, w), lambda G, w: (torch.einsum("n,nti->ti", w, G),)),
+        "scale_rows": (
+            (g, w, active),
+            lambda g, w, active: (g[active] * w[active, None, None],),
+        ),
+        "normalize_weights": (
+            (torch.tensor([1.0, -1.0, 3.0], dtype=torch.float64),),
+            lambda u: (torch.tensor([0.25, 0.0, 0.75], dtype=torch.float64),),
+        ),
+    }
+
+
+def _relative_error(result: Tensor, exact: Tensor) -> float:
+    return float((result.cpu().double() - exact).abs().max() / exact.abs().max())
+
+
+def _runs_on_cuda(name: str) -> bool:
+    return (
+        _loader.LIBRARIES[1].loaded
+        and torch.cuda.is_available()
+        and name not in _registration.WITHOUT_CUDA
+    )
+
+
+def _check_operator(name: str, case: Case) -> Iterator[Checked]:
+    arguments, plain = case
+    expected = plain(*arguments)
+    for device in ("cpu", "cuda") if _runs_on_cuda(name) else ("cpu",):
+        for dtype, tolerance in (
+            (torch.float64, _TOLERANCE_FLOAT64),
+            (torch.float32, _TOLERANCE_FLOAT32),
+        ):
+            converted = (
+                a.to(device, dtype if a.is_floating_point() else a.dtype)
+                if isinstance(a, Tensor)
+                else a
+                for a in arguments
+            )
+            results = getattr(torch.ops.l2rw_ext, name)(*converted)
+            results = results if isinstance(results, tuple) else (results,)
+            error = max(map(_relative_error, results, expected))
+            yield f"{device}, {str(dtype)[6:]}", error, tolerance
+
+
+def _check_reweighter() -> Iterator[Checked]:
+    """A step of a small convolutional model against single gradients, in float64."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(4 * 36, 3),
+        ).double()
+        batch = torch.randn(6, 1, 6, 6).double(), torch.tensor([0, 1, 2, 0, 1, 2])
+        clean = torch.randn(3, 1, 6, 6).double(), torch.tensor([0, 1, 2])
+
+    def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    scores = reference.single_gradient_scores(model, losses, batch, clean)
+    weights = reference.weights_from_scores(scores)
+    gradients = reference.weighted_gradient(model, losses, batch, weights)
+    step = Reweighter(model, losses).backward(batch, clean)
+    label = f"cpu, float64, engine {step.engine}"
+    yield f"{label}, scores", _relative_error(step.scores, scores), _TOLERANCE_FLOAT64
+    yield f"{label}, weights", _relative_error(step.weights, weights), _TOLERANCE_FLOAT64
+    errors = [
+        _relative_error(parameter.grad, gradient)
+        for parameter, gradient in zip(model.parameters(), gradients.values(), strict=True)
+        if parameter.grad is not None and gradient is not None
+    ]
+    complete = len(errors) == len(gradients)
+    yield f"{label}, gradient", max(errors) if complete else float("nan"), _TOLERANCE_FLOAT64
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _self_check() -> tuple[int, list[str]]:
+    """The number of results checked, and what was wrong."""
+    checks: dict[str, Callable[[], Iterator[Checked]]] = {
+        name: functools.partial(_check_operator, name, case)
+        for name, case in _operator_cases().items()
+    }
+    checks["Reweighter.backward"] = _check_reweighter
+    checked = 0
+    failures = []
+    for name, check in checks.items():
+        try:
+            for what, error, tolerance in check():
+                checked += 1
+                if not error <= tolerance:  # a NaN fails
+                    failures.append(
+                        f"{name} ({what}): relative error {error:.1e}, allowed {tolerance:.0e}"
+                    )
+        except Exception as error:
+            failures.append(f"{name}: {_first_line(error)}")
+    return checked, failures
+
+
+def main() -> int:
+    """Print the report; 0 if all is well, 1 if not."""
+    try:
+        for subject, value in _installation():
+            print(f"{subject:20}{value}")
+        started = time.perf_counter()
+        checked, failures = _self_check()
+        seconds = time.perf_counter() - started
+    except Exception as error:
+        print(f"l2rw_ext.doctor could not finish: {_first_line(error)}")
+        return 1
+    verdict = "FAILED" if failures else "passed"
+    print(f"{'self-check':20}{verdict}: {checked} results in {seconds:.2f} s")
+    for failure in failures:
+        print(f"  {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

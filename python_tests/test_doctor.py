@@ -1,0 +1,92 @@
+"""The doctor tells a healthy installation from a broken one, and never shows a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from l2rw_ext import _loader, _registration, doctor
+
+
+def run(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "l2rw_ext.doctor"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", _loader.BUILD_INFO["instruction_sets"].split())
+def test_every_instruction_set_computes_the_same(isa: str) -> None:
+    result = run(L2RW_CPU_ISA=isa)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    line = next(line for line in result.stdout.splitlines() if line.startswith("instruction set"))
+    levels = _loader.BUILD_INFO["instruction_sets"].split()
+    # A processor without the instruction set runs the best one below it.
+    assert line.split()[2].rstrip(",") in levels[: levels.index(isa) + 1]
+    assert isa != "baseline" or "baseline," in line
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main() == 0
+    report = capsys.readouterr().out
+    for word in (
+        _loader.BUILD_INFO["version"],
+        torch.__version__,
+        "_ops.so             loaded from",
+        "_ops_cuda.so        ",
+        "CUDA architectures  ",
+        f"threads             {torch.get_num_threads()}",
+        "self-check          passed",
+    ):
+        assert word in report
+    if not _loader.LIBRARIES[1].loaded:
+        assert _loader.LIBRARIES[1].reason in report
+
+
+def test_every_operator_is_checked() -> None:
+    assert set(doctor._operator_cases()) == set(_registration.OPERATORS)
+
+
+def test_wrong_numbers_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = doctor._operator_cases()
+    (u,), plain = cases["normalize_weights"]
+    cases["normalize_weights"] = ((2 * u + 1,), plain)
+    monkeypatch.setattr(doctor, "_operator_cases", lambda: cases)
+    assert doctor.main() == 1
+    report = capsys.readouterr().out
+    assert "self-check          FAILED" in report
+    assert "normalize_weights (cpu, float64): relative error" in report
+
+
+def test_exceptions_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Iterator[doctor.Checked]:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(doctor, "_check_reweighter", broken)
+    assert doctor.main() == 1
+    report = capsys.readouterr().out
+    assert "Reweighter.backward: RuntimeError: first line\n" in report
+    assert "second line" not in report
+
+    monkeypatch.setattr(doctor, "_installation", broken)
+    assert doctor.main() == 1
+    assert "l2rw_ext.doctor could not finish: RuntimeError: first line" in capsys.readouterr().out
+
+
+def test_nan_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_relative_error", lambda result, exact: float("nan"))
+    checked, failures = doctor._self_check()
+    assert len(failures) == checked
