@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ._perturbation import add_term, along, apply, example_sum, fused, rows
+from ._perturbation import add_term, along, apply, example_sum, fused, rows, with_signature
 
 
 def _term(x: Tensor | None, V: Tensor | None, V_b: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -48,6 +48,7 @@ class _Affine(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         y: Tensor,  # [*s]
         x: Tensor | None,  # [*s]

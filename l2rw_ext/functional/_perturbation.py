@@ -7,8 +7,9 @@ gradient of ε in backward, in one pass over z and g.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     run = function.forward if _forward_mode() else function.apply
     result: Tensor = run(*arguments)
     return result
+
+
+def with_signature(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps the signature of a Function's forward, which ``apply`` would inspect at every call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def fused() -> bool:

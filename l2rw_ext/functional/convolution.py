@@ -18,7 +18,7 @@ from ._arguments import (
     is_single,
     required,
 )
-from ._perturbation import add_term, along, apply, example_sum, fused
+from ._perturbation import add_term, along, apply, example_sum, fused, with_signature
 from .directions import Direction, Factored
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -62,6 +62,7 @@ class _Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         y: Tensor,  # [n, O, *p]
         x: Tensor,  # [n, C, *s]

@@ -17,7 +17,7 @@ from ._arguments import (
     is_single,
     required,
 )
-from ._perturbation import add_term, along, apply, example_sum, fused, rows
+from ._perturbation import add_term, along, apply, example_sum, fused, rows, with_signature
 from .directions import Direction, Factored
 
 
@@ -37,6 +37,7 @@ class _Embedding(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         y: Tensor,  # [..., d]
         index: Tensor,  # [...]

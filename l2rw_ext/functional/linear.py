@@ -18,7 +18,7 @@ from ._arguments import (
     is_single,
     required,
 )
-from ._perturbation import add_term, along, apply, example_sum, fused, rows
+from ._perturbation import add_term, along, apply, example_sum, fused, rows, with_signature
 from .directions import Direction, Factored
 
 
@@ -37,6 +37,7 @@ class _DenseLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         y: Tensor,  # [..., d_out]
         x: Tensor,  # [..., d_in]
@@ -87,6 +88,7 @@ class _FactoredLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @with_signature
     def forward(
         y: Tensor,  # [..., d_out]
         x: Tensor,  # [..., d_in]
