@@ -20,18 +20,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Pieces of at most `most`, as equal as can be: calls body(first, count).
-template <class Body>
-void split_evenly(int64_t size, int64_t most, const Body& body) {
-  const int64_t pieces = ceil_div(size, most);
-  for (int64_t i = 0, first = 0; i < pieces; ++i) {
-    const int64_t count = (size - first) / (pieces - i);
-    body(first, count);
-    first += count;
-  }
-}
-
-// The largest of those pieces, or 1.
+// The largest of the pieces of split_evenly, or 1.
 int64_t widest_piece(int64_t size, int64_t most) {
   return size == 0 ? 1 : ceil_div(size, ceil_div(size, most));
 }
@@ -247,7 +236,7 @@ void GradientPlan<T>::lay_out_planes() {
 template <class T>
 void GradientPlan<T>::pack_input(const Image& z, int64_t example, int64_t channel, T* to) const {
   const auto* in = conv_.in;
-  const int64_t element = z.element == Element::f64 ? 8 : z.element == Element::f32 ? 4 : 2;
+  const int64_t element = element_size(z.element);
   const char* from = static_cast<const char*>(z.at(example, channel));
   if (form_ != Form::planar) {
     const bool seamless = padded_[1] == in[1] && padded_[2] == in[2] &&
@@ -305,7 +294,7 @@ template <class T>
 void GradientPlan<T>::pack_output(
     const Image& g, int64_t example, int64_t channel, T scale, T* to) const {
   const auto* out = conv_.out;
-  const int64_t element = g.element == Element::f64 ? 8 : g.element == Element::f32 ? 4 : 2;
+  const int64_t element = element_size(g.element);
   const char* from = static_cast<const char*>(g.at(example, channel));
   if (form_ != Form::planar) {
     const bool seamless = g.space[1] == out[2] * g.space[2] && g.space[0] == out[1] * g.space[1];

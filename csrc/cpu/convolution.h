@@ -11,6 +11,21 @@
 
 namespace l2rw {
 
+inline int64_t element_size(Element element) {
+  return element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
+}
+
+// Pieces of at most `most`, as equal as can be: calls body(first, count).
+template <class Body>
+void split_evenly(int64_t size, int64_t most, const Body& body) {
+  const int64_t pieces = (size + most - 1) / most;
+  for (int64_t i = 0, first = 0; i < pieces; ++i) {
+    const int64_t count = (size - first) / (pieces - i);
+    body(first, count);
+    first += count;
+  }
+}
+
 // A convolution of one to three spatial dimensions, written as one of three.
 struct Convolution {
   int64_t examples;
@@ -38,8 +53,7 @@ struct Image {
 
   // Where channel `c` of example `i` starts.
   const void* at(int64_t i, int64_t c) const {
-    const int64_t size = element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
-    return static_cast<const char*>(data) + size * (i * example + c * channel);
+    return static_cast<const char*>(data) + element_size(element) * (i * example + c * channel);
   }
 };
 

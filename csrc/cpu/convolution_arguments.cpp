@@ -118,15 +118,24 @@ void check_direction(
   }
 }
 
+Element element_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return Element::f64;
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    default:
+      return Element::f16;
+  }
+}
+
 Image image_of(const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
   const int64_t dims = tensor.dim() - 2;
   Image image{
       tensor.data_ptr(),
-      dtype == ScalarType::Double     ? Element::f64
-      : dtype == ScalarType::Float    ? Element::f32
-      : dtype == ScalarType::BFloat16 ? Element::bf16
-                                      : Element::f16,
+      element_of(tensor.scalar_type()),
       tensor.stride(0),
       tensor.stride(1),
       {0, 0, 0}};

@@ -38,6 +38,8 @@ void check_direction(
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias);
 
+Element element_of(torch::headeronly::ScalarType dtype);
+
 // z or g as an image; missing spatial dimensions get stride 0.
 Image image_of(const torch::stable::Tensor& tensor);
 

@@ -89,6 +89,38 @@ void channel_tile(const T* a, const T* const* b, const PixelRows<T>& pixels, T* 
   }
 }
 
+template <class T, int R, int V>
+void row_tile(const T* a, int64_t lda, const T* b, int64_t depth, T* out, int64_t ldo) {
+  constexpr int64_t L = kLanes<T>;
+  Vector<T> sum[R][V] = {};
+  const T* x[R];
+  for (int r = 0; r < R; ++r) {
+    x[r] = a + r * lda;
+  }
+  for (int64_t k = 0; k < depth; ++k, b += V * L) {
+    Vector<T> vector[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      vector[v] = load(b + v * L);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] += x[r][k] * vector[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      T* to = out + r * ldo + v * L;
+      store(to, load(to) + sum[r][v]);
+    }
+  }
+}
+
 template <class T>
 inline T horizontal_sum(Vector<T> value) {
   T sum = 0;
@@ -414,6 +446,15 @@ constexpr typename Kernels<T>::ChannelTile channel_tile_or_none() {
 }
 
 template <class T, int V, int R>
+constexpr typename Kernels<T>::RowTile row_tile_or_none() {
+  if constexpr (R >= 1 && R <= kRowsByVectors[V]) {
+    return &row_tile<T, R, V>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <class T, int V, int R>
 constexpr typename Kernels<T>::PlanarTile planar_tile_or_none() {
   if constexpr (R >= 1 && R <= kPlanarRowsByVectors[V]) {
     return &planar_tile<T, R, V>;
@@ -425,6 +466,7 @@ constexpr typename Kernels<T>::PlanarTile planar_tile_or_none() {
 template <class T, int V, int... R>
 constexpr void fill(Kernels<T>& kernels, std::integer_sequence<int, R...>) {
   ((kernels.channel_tile[V][R] = channel_tile_or_none<T, V, R>()), ...);
+  ((kernels.row_tile[V][R] = row_tile_or_none<T, V, R>()), ...);
   ((kernels.planar_tile[V][R] = planar_tile_or_none<T, V, R>()), ...);
   kernels.max_rows[V] = kRowsByVectors[V];
   kernels.max_planar_rows[V] = kPlanarRowsByVectors[V];

@@ -51,6 +51,10 @@ struct Kernels {
       int64_t ld);
   PlanarTile planar_tile[kMaxVectors + 1][kMaxRows + 1];  // [V][R]
 
+  // out[r * ldo + c] += sum_{k < depth} a[r * lda + k] * b[k * V * L + c], r < R, c < V * L.
+  using RowTile = void (*)(const T* a, int64_t lda, const T* b, int64_t depth, T* out, int64_t ldo);
+  RowTile row_tile[kMaxVectors + 1][kMaxRows + 1];  // [V][R]
+
   // to[j * to_row + i] = scale * from[i * from_row + j * from_column], i < rows, j < columns.
   void (*transpose)(
       T* to,

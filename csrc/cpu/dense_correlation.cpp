@@ -1,0 +1,137 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "correlation.h"
+#include "cpu/convolution_arguments.h"
+#include "cpu/row_products.h"
+
+namespace l2rw {
+namespace {
+
+constexpr const char* kOperation = "dense_correlation";
+
+// u_i = sum_t sum_c right_itc (offset_c + sum_k left_itk matrix_ck).
+template <class T>
+void correlate(
+    const Rows& left,
+    const Rows& right,
+    const Rows& matrix,            // [1, width of right, width of left]
+    const std::vector<T>& offset,  // [width of right] or empty
+    T* per_row) {                  // [rows]
+  const Kernels<T>& kernel = kernels<T>();
+  const Panels<T> columns(matrix);
+  const double work = 1.0 * left.width * right.width;
+  for_row_blocks(left.count(), work, [&](int64_t begin, int64_t end, int64_t size) {
+    RowBlock<T> left_rows(left);
+    RowBlock<T> right_rows(right);
+    Buffer<T> products(size * columns.widest());
+    for (int64_t first = begin; first < end; first += size) {
+      const int64_t count = std::min(size, end - first);
+      left_rows.take(first, count);
+      right_rows.take(first, count);
+      for (const auto& panel : columns.panels()) {
+        std::fill_n(products.data(), count * panel.width, T(0));
+        if (!offset.empty()) {
+          for (int64_t r = 0; r < count; ++r) {
+            std::copy_n(
+                offset.data() + panel.first, panel.columns, products.data() + r * panel.width);
+          }
+        }
+        columns.multiply(left_rows.data(), left_rows.stride(), count, panel, products.data());
+        for (int64_t r = 0; r < count; ++r) {
+          per_row[first + r] += kernel.dot(
+              products.data() + r * panel.width, right_rows.row(r) + panel.first, panel.columns);
+        }
+      }
+    }
+  });
+}
+
+// Multiply-adds of a row, with columns rounded up to vectors.
+template <class T>
+int64_t padded_work(int64_t depth, int64_t columns) {
+  const int64_t lanes = kernels<T>().lanes;
+  return (columns + lanes - 1) / lanes * lanes * (depth + 2);
+}
+
+template <class T>
+void correlate(
+    const Rows& z,
+    const Rows& g,
+    const Tensor& direction,
+    const OptionalTensor& direction_bias,
+    T* scores) {
+  const Kernels<T>& kernel = kernels<T>();
+  const std::vector<T> bias = values_of<T>(direction_bias);
+  Rows matrix{
+      direction.data_ptr(),
+      element_of(direction.scalar_type()),
+      1,
+      direction.size(0),
+      direction.size(1),
+      direction.size(0) * direction.stride(0),
+      direction.stride(0),
+      direction.stride(1)};
+  Buffer<T> per_row(z.count());
+  if (padded_work<T>(z.width, g.width) <= padded_work<T>(g.width, z.width)) {
+    correlate<T>(z, g, matrix, bias, per_row.data());
+  } else {  // z . (V^T g), then g . V_b
+    std::swap(matrix.positions, matrix.width);
+    std::swap(matrix.position, matrix.feature);
+    matrix.example = matrix.positions * matrix.position;
+    correlate<T>(g, z, matrix, {}, per_row.data());
+    if (!bias.empty()) {
+      for_row_blocks(g.count(), g.width, [&](int64_t begin, int64_t end, int64_t size) {
+        RowBlock<T> g_rows(g);
+        for (int64_t first = begin; first < end; first += size) {
+          const int64_t count = std::min(size, end - first);
+          g_rows.take(first, count);
+          for (int64_t r = 0; r < count; ++r) {
+            per_row.data()[first + r] += kernel.dot(g_rows.row(r), bias.data(), g.width);
+          }
+        }
+      });
+    }
+  }
+  for (int64_t i = 0; i < z.examples; ++i) {
+    scores[i] = kernel.sum(per_row.data() + i * z.positions, z.positions);
+  }
+}
+
+}  // namespace
+
+Tensor dense_correlation(
+    const Tensor& z,
+    const Tensor& g,
+    const Tensor& direction,
+    const OptionalTensor& direction_bias) {
+  check_dim(kOperation, {"z", z}, 3);
+  check_dim(kOperation, {"g", g}, 3);
+  check_dim(kOperation, {"direction", direction}, 2);
+  check_floating(kOperation, {"z", z});
+  check_same(kOperation, {"z", z}, {"g", g});
+  check_same_or_accumulation(kOperation, {"z", z}, {"direction", direction});
+  check_size(kOperation, {"g", g}, 0, z.size(0), "examples of z");
+  check_size(kOperation, {"g", g}, 1, z.size(1), "positions of z");
+  check_size(kOperation, {"direction", direction}, 0, g.size(2), "width of g");
+  check_size(kOperation, {"direction", direction}, 1, z.size(2), "width of z");
+  if (direction_bias) {
+    const Argument argument{"direction_bias", *direction_bias};
+    check_same_or_accumulation(kOperation, {"z", z}, argument);
+    check_dim(kOperation, argument, 1);
+    check_size(kOperation, argument, 0, g.size(2), "width of g");
+  }
+  Tensor scores = torch::stable::new_empty(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
+  with_accumulation_type(z.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    correlate<T>(rows_of(z), rows_of(g), direction, direction_bias, data<T>(scores));
+  });
+  return scores;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
+  m.impl("dense_correlation", TORCH_BOX(&dense_correlation));
+}
+
+}  // namespace l2rw

@@ -1,0 +1,79 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "correlation.h"
+#include "cpu/convolution_arguments.h"
+#include "cpu/row_products.h"
+
+namespace l2rw {
+namespace {
+
+constexpr const char* kOperation = "factored_correlation";
+
+template <class T>
+void correlate(
+    const Rows& z, const Rows& g, const Rows& z_clean, const Rows& g_clean, bool bias, T* scores) {
+  const Kernels<T>& kernel = kernels<T>();
+  const Panels<T> inputs(z_clean);
+  const Panels<T> gradients(g_clean);
+  Buffer<T> per_row(z.count());
+  const double work = 1.0 * z_clean.count() * (z.width + g.width);
+  for_row_blocks(z.count(), work, [&](int64_t begin, int64_t end, int64_t size) {
+    RowBlock<T> z_rows(z);
+    RowBlock<T> g_rows(g);
+    Buffer<T> input_products(size * inputs.widest());
+    Buffer<T> gradient_products(size * inputs.widest());
+    for (int64_t first = begin; first < end; first += size) {
+      const int64_t count = std::min(size, end - first);
+      z_rows.take(first, count);
+      g_rows.take(first, count);
+      for (const auto& panel : inputs.panels()) {
+        // The bias is one more input that is always 1. Equation (12): (z . z' + 1) (g . g').
+        std::fill_n(input_products.data(), count * panel.width, T(bias ? 1 : 0));
+        std::fill_n(gradient_products.data(), count * panel.width, T(0));
+        inputs.multiply(z_rows.data(), z_rows.stride(), count, panel, input_products.data());
+        gradients.multiply(g_rows.data(), g_rows.stride(), count, panel, gradient_products.data());
+        for (int64_t r = 0; r < count; ++r) {
+          per_row.data()[first + r] += kernel.dot(
+              input_products.data() + r * panel.width,
+              gradient_products.data() + r * panel.width,
+              panel.columns);
+        }
+      }
+    }
+  });
+  for (int64_t i = 0; i < z.examples; ++i) {
+    scores[i] = kernel.sum(per_row.data() + i * z.positions, z.positions);
+  }
+}
+
+}  // namespace
+
+Tensor factored_correlation(
+    const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean, bool bias) {
+  for (const Argument& argument :
+       {Argument{"z", z}, {"g", g}, {"z_clean", z_clean}, {"g_clean", g_clean}}) {
+    check_dim(kOperation, argument, 3);
+    check_floating(kOperation, argument);
+    check_same(kOperation, {"z", z}, argument);
+  }
+  check_size(kOperation, {"g", g}, 0, z.size(0), "examples of z");
+  check_size(kOperation, {"g", g}, 1, z.size(1), "positions of z");
+  check_size(kOperation, {"g_clean", g_clean}, 0, z_clean.size(0), "examples of z_clean");
+  check_size(kOperation, {"g_clean", g_clean}, 1, z_clean.size(1), "positions of z_clean");
+  check_size(kOperation, {"z_clean", z_clean}, 2, z.size(2), "width of z");
+  check_size(kOperation, {"g_clean", g_clean}, 2, g.size(2), "width of g");
+  Tensor scores = torch::stable::new_empty(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
+  with_accumulation_type(z.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    correlate<T>(rows_of(z), rows_of(g), rows_of(z_clean), rows_of(g_clean), bias, data<T>(scores));
+  });
+  return scores;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
+  m.impl("factored_correlation", TORCH_BOX(&factored_correlation));
+}
+
+}  // namespace l2rw
