@@ -185,7 +185,7 @@ def wrong(name: str) -> Iterator[tuple[str, Arguments, tuple[str, ...]]]:
             yield f"{label} float64", replaced(argument.double()), ("float64", "float32")
         deeper = argument[None, None, None]
         if (name, label) != ("weighted_sum", "gradients"):
-            yield f"{label} rank", replaced(deeper), ("dimensions", "got shape")
+            yield f"{label} rank", replaced(deeper), ("dimension", "got shape")
         if argument.dim() and (name, label) not in (
             ("scale_rows", "active"),
             ("normalize_weights", "u"),
