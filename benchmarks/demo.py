@@ -143,31 +143,25 @@ def train(
 
 def table(runs: dict[int, list[Learner]], steps: int) -> Table:
     """Test error of each class for each seed and method, and the time of a step."""
-    out = Table(title="Test error in percent", title_justify="left")
-    out.add_column("method")
-    for seed in runs:
-        out.add_column(f"{RARE}s (rare)\nseed {seed}", justify="right")
-    out.add_column("mean", justify="right")
-    for seed in runs:
-        out.add_column(f"{COMMON}s\nseed {seed}", justify="right")
-    out.add_column("mean", justify="right")
-    out.add_column("ms/step", justify="right")
-    out.add_column("ratio", justify="right")
+    seeds = ", ".join(map(str, runs))
+    out = Table(title=f"Test error in percent, seeds {seeds} and mean", title_justify="left")
+    out.add_column("")
+    for name in (f"{RARE}s (rare)", "mean", f"{COMMON}s", "mean", "ms/step", "ratio"):
+        out.add_column(name, justify="right", no_wrap=True)
     plain_seconds = sum(learners[0].seconds for learners in runs.values())
     for index, method in enumerate(METHODS):
         learners = [run[index] for run in runs.values()]
         cells = []
         for label in (0, 1):
             values = [learner.errors[label] for learner in learners]
-            cells += [f"{v:.1f}" for v in values] + [f"{sum(values) / len(values):.1f}"]
+            cells.append("  ".join(f"{v:.0f}" for v in values))
+            cells.append(f"{sum(values) / len(values):.1f}")
         seconds = sum(learner.seconds for learner in learners)
-        milliseconds = 1e3 * seconds / (steps * len(learners))
-        ratio = seconds / plain_seconds
         out.add_row(
             method,
             *cells,
-            f"{milliseconds:.1f}",
-            f"{ratio:.2f}",
+            f"{1e3 * seconds / (steps * len(learners)):.1f}",
+            f"{seconds / plain_seconds:.2f}",
             style="bold" if method == "reweighted" else None,
         )
     return out

@@ -2,10 +2,10 @@
 
 A child process builds model and data and makes one step of two examples, so that libraries, thread
 pools and code pages are loaded. It drops the gradients, returns freed memory to the system and
-notes the resident size: the level. Then it makes steps, each after a reset of the kernel's peak counter.
-The peak above the level counts everything that a step needs: activations, gradients, caches and
-what the allocator holds. ``first`` is the first step of that shape (the package makes its plan
-there), ``later`` the largest of the following ones. On CUDA the allocator's own peak is read.
+notes the resident size: the level. Then it makes steps, each after a reset of the kernel's peak
+counter. The peak above the level counts everything that a step needs: activations, gradients,
+caches and what the allocator holds. ``first`` is the first step of that shape (the package makes
+its plan there), ``later`` the largest of the following ones. On CUDA the allocator's peak is read.
 
 glibc returns large blocks at once with the fixed thresholds that every child gets.
 """

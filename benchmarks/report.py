@@ -1,9 +1,116 @@
-"""x."""
+"""``python -m benchmarks report``: the README's chart and tables, drawn from recorded results.
+
+Reads ``benchmarks/results/<device>/*.json``, draws ``docs/assets/step.svg`` from ``step.json`` and
+prints Markdown tables. Says which files were recorded with other sources than the present ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .errors import UsageError
+
+RESULTS = record.ROOT / "benchmarks" / "results"
+CHART = record.ROOT / "docs" / "assets" / "step.svg"
+BARS = {
+    "double_backward": ("double backward (Algorithm 1)", "#c9ccd1"),
+    "jvp": ("torch.func.jvp", "#8fa3bf"),
+    "l2rw_ext": ("l2rw_ext", "#1f6feb"),
+}
 
 
-def add_arguments(p: object) -> None:
-    pass
+def ratios(entry: dict[str, Any]) -> dict[str, float]:
+    """The ratio of every timed method of a case, by name."""
+    return {row["name"]: row["ratio"] for row in entry["methods"] if "ratio" in row}
 
 
-def run(a: object) -> int:
-    return 0
+def chart(report: dict[str, Any], path: Path) -> None:
+    """Time of a step over the plain union step: one group of bars for each case."""
+    importlib.import_module("matplotlib").use("Agg")
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    cases = report["cases"]
+    with pyplot.rc_context({"svg.hashsalt": "l2rw_ext", "font.size": 9}):
+        figure, axes = pyplot.subplots(figsize=(8, 0.62 * len(cases) + 1.3), layout="constrained")
+        height = 0.8 / len(BARS)
+        for k, (name, (label, colour)) in enumerate(BARS.items()):
+            found = [
+                (i, ratios(entry)[name]) for i, entry in enumerate(cases) if name in ratios(entry)
+            ]
+            at = [i + (k - (len(BARS) - 1) / 2) * height for i, _ in found]
+            bars = axes.barh(at, [r for _, r in found], height * 0.92, color=colour, label=label)
+            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set_yticks(range(len(cases)), [f"{e['title']}, ρ {e['rho']:.2f}" for e in cases])
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(max(ratios(e).get(b, 0) for b in BARS) for e in cases) * 1.1)
+        axes.set_xlabel("time of a training step; 1 = a plain step on the same images")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
+        machine = report["machine"]
+        axes.set_title(
+            f"{machine['cpu']}, {machine['threads']} threads, torch {report['versions']['torch']}",
+            fontsize=8,
+            loc="left",
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
+        pyplot.close(figure)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The ratios of a report as a Markdown table, one row for each case."""
+    labels = {row["name"]: row["label"] for entry in report["cases"] for row in entry["methods"]}
+    shown = {
+        n: label for n, label in labels.items() if any(n in ratios(e) for e in report["cases"])
+    }
+    has_rho = report["kind"] == "step"
+    head = ["case", *(["ρ", "operation count"] if has_rho else []), *shown.values()]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
+    for entry in report["cases"]:
+        cells = [entry["title"]]
+        if has_rho:
+            cells += [f"{entry['rho']:.2f}", f"{entry['operation_bound']:.2f}"]
+        found = ratios(entry)
+        cells += [f"{found[name]:.2f}" if name in found else "-" for name in shown]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def describe(path: Path, report: dict[str, Any]) -> str:
+    """Where a report comes from, and whether the sources have changed since."""
+    age = "of the present sources" if record.is_current(report) else "OLDER than the sources"
+    return (
+        f"{path.name}: {report['date'][:10]}, commit {report['commit'][:10]}, {age} "
+        f"({report['command']})"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``report``."""
+    parser.add_argument("--device", default="cpu", help="folder below benchmarks/results")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--chart", type=Path, default=CHART, metavar="FILE", help=".svg or .png")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a file is older")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the chart and print tables; the exit status is 1 with --check and an older file."""
+    folder = args.results / args.device
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise UsageError(f"no recorded results in {folder}; run python -m benchmarks step --json")
+    current = True
+    for path in paths:
+        report = record.read(path)
+        current &= record.is_current(report)
+        print(describe(path, report))
+        if report["kind"] in ("step", "memory"):
+            print("\n" + markdown(report) + "\n")
+        if report["kind"] == "step":
+            chart(report, args.chart)
+            print(f"chart in {args.chart}")
+    return 1 if args.check and not current else 0
