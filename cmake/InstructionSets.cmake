@@ -11,7 +11,8 @@ else()
 endif()
 set(_isa_flags_baseline "")
 set(_isa_flags_avx2 -mavx2 -mfma -mf16c)
-set(_isa_flags_avx512
+set(
+  _isa_flags_avx512
   -mavx512f
   -mavx512bw
   -mavx512dq

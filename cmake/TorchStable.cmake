@@ -9,7 +9,8 @@ string(REPLACE "." ";" _target "${L2RW_TORCH_TARGET}")
 list(GET _target 0 _target_major)
 list(GET _target 1 _target_minor)
 math(
-  EXPR _target_value
+  EXPR
+  _target_value
   "(${_target_major} << 56) | (${_target_minor} << 48)"
   OUTPUT_FORMAT HEXADECIMAL
 )
@@ -62,7 +63,8 @@ endfunction()
 function(l2rw_set_optimization target)
   target_compile_options(
     ${target}
-    PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:-O3;-fopenmp-simd;-ffp-contract=fast;-fno-math-errno;-fno-trapping-math>"
+    PRIVATE
+      "$<$<COMPILE_LANGUAGE:CXX>:-O3;-fopenmp-simd;-ffp-contract=fast;-fno-math-errno;-fno-trapping-math>"
   )
 endfunction()
 

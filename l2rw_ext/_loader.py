@@ -8,7 +8,15 @@ import pathlib
 
 import torch
 
-from l2rw_ext import _C
+try:
+    from l2rw_ext import _C
+except ImportError as error:
+    # An ImportError that names the package is one line, not a traceback, under `python -m`.
+    raise ImportError(
+        f"{pathlib.Path(__file__).parent} has no compiled module for this Python; in a checkout, "
+        "type pip install --no-build-isolation -e .",
+        name="l2rw_ext",
+    ) from error
 
 __all__ = ["BUILD_INFO", "LIBRARIES", "Library", "cuda_unavailable_reason", "instruction_set"]
 
@@ -35,16 +43,25 @@ class Library:
     reason: str
 
 
+def _cause(error: OSError) -> BaseException:
+    """What the dynamic linker said: torch raises an error of its own around it."""
+    return error.__cause__ or error
+
+
 def _load_cpu() -> Library:
     path = _FOLDER / "_ops.so"
     if not path.exists():
-        raise ImportError(f"l2rw_ext is not completely installed: {path} is missing; reinstall it")
+        raise ImportError(
+            f"l2rw_ext is not completely installed: {path} is missing; reinstall it",
+            name="l2rw_ext",
+        )
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"l2rw_ext {BUILD_INFO['version']} needs torch {BUILD_INFO['torch_target']} or newer, "
-            f"and torch {torch.__version__} does not load its operators: {error}"
+            f"and torch {torch.__version__} does not load its operators: {_cause(error)}",
+            name="l2rw_ext",
         ) from error
     return Library("_ops.so", path, True, "")
 
@@ -72,7 +89,7 @@ def _load_cuda() -> Library:
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
-        return Library(name, path, False, f"the dynamic linker refused it: {error}")
+        return Library(name, path, False, f"the dynamic linker refused it: {_cause(error)}")
     return Library(name, path, True, "")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,15 +12,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from l2rw_ext import _loader, _registration, doctor
+from l2rw_ext import _C, _loader, _registration, doctor
 
 
-def run(**environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *options: str, folder: pathlib.Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "l2rw_ext.doctor"],
+        [sys.executable, *options, "-m", "l2rw_ext.doctor"],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
+        cwd=folder,
         check=False,
     )
 
@@ -84,6 +89,26 @@ def test_exceptions_are_reported(
     monkeypatch.setattr(doctor, "_installation", broken)
     assert doctor.main() == 1
     assert "l2rw_ext.doctor could not finish: RuntimeError: first line" in capsys.readouterr().out
+
+
+def test_incomplete_installation_is_one_line(tmp_path: pathlib.Path) -> None:
+    package = tmp_path / "l2rw_ext"
+    shutil.copytree(
+        pathlib.Path(doctor.__file__).parent, package, ignore=shutil.ignore_patterns("*.so")
+    )
+    packages = str(pathlib.Path(torch.__file__).parent.parent)
+
+    def only_line() -> str:
+        # -S: an editable install's import hook would come first.
+        result = run("-S", folder=tmp_path, PYTHONPATH=packages)
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        return line
+
+    assert "in a checkout, type pip install --no-build-isolation -e ." in only_line()
+    (compiled,) = pathlib.Path(_C.__file__).parent.glob("_C.*.so")
+    shutil.copy(compiled, package)
+    assert "l2rw_ext is not completely installed" in only_line()
 
 
 def test_nan_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
