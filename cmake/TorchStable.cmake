@@ -25,7 +25,7 @@ if(_torch_missing)
   message(
     FATAL_ERROR
     "l2rw_ext builds against the torch you use, and this Python has none: type\n"
-    "pip install 'torch>=${L2RW_TORCH_TARGET}' scikit-build-core pybind11 cmake ninja && pip install --no-build-isolation .\n"
+    "  pip install 'torch>=${L2RW_TORCH_TARGET}' scikit-build-core pybind11 cmake ninja && pip install --no-build-isolation .\n"
   )
 endif()
 list(GET _torch 0 L2RW_TORCH_ROOT)
@@ -35,7 +35,7 @@ if(L2RW_TORCH_VERSION VERSION_LESS L2RW_TORCH_TARGET)
   message(
     FATAL_ERROR
     "l2rw_ext needs torch ${L2RW_TORCH_TARGET} or newer, and this Python has ${L2RW_TORCH_VERSION}: type\n"
-    "pip install --upgrade 'torch>=${L2RW_TORCH_TARGET}'\n"
+    "  pip install --upgrade 'torch>=${L2RW_TORCH_TARGET}'\n"
   )
 endif()
 message(STATUS "torch ${L2RW_TORCH_VERSION} at ${L2RW_TORCH_ROOT}")
