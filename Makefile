@@ -1,0 +1,64 @@
+# Every target makes the virtual environment that it needs and installs the package there, editable.
+# Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, ARGS (options of the command).
+
+PYTHON ?= python3
+# On Linux, plain PyPI gives the CUDA build of torch, several gigabytes. With the address of PyTorch's
+# own index for CPU builds (see "Get started" on pytorch.org) in TORCH_INDEX, pip takes that build.
+TORCH_SPEC ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV ?= .venv
+DEMO_VENV ?= .demo-venv
+ARGS ?=
+
+INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+BUILD_REQUIREMENTS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" ninja
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench docs lint clean
+
+# $(call install,VENV,EXTRAS): an environment with torch and this package, and how long that took.
+define install
+@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	"Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
+@began=$$(date +%s); set -e; \
+if [ ! -x "$(1)/bin/python" ]; then "$(PYTHON)" -m venv "$(1)"; fi; \
+echo "Installing $(TORCH_SPEC) and l2rw_ext into $(1) ..."; \
+"$(1)/bin/python" -m pip install --quiet $(INDEX) "$(TORCH_SPEC)" $(BUILD_REQUIREMENTS); \
+"$(1)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[$(2)]"; \
+touch "$(1)/.installed"; \
+echo "Installed in $$(($$(date +%s) - began)) s."
+endef
+
+help: ## this text
+	@echo "make TARGET [PYTHON=python3] [TORCH_SPEC=torch==2.13.0] [TORCH_INDEX=URL] [ARGS=...]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
+
+$(DEMO_VENV)/.installed: $(SOURCES)
+	$(call install,$(DEMO_VENV),demo)
+
+$(VENV)/.installed: $(SOURCES)
+	$(call install,$(VENV),$(strip test,demo))
+
+demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in under three minutes
+	@"$(DEMO_VENV)/bin/python" -m benchmarks demo $(ARGS)
+
+test: $(VENV)/.installed ## all tests
+	@"$(VENV)/bin/python" -m pytest $(ARGS)
+
+bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/results/cpu
+	@"$(VENV)/bin/python" -m benchmarks step --json benchmarks/results/cpu/step.json $(ARGS)
+	@"$(VENV)/bin/python" -m benchmarks memory --json benchmarks/results/cpu/memory.json $(ARGS)
+	@"$(VENV)/bin/python" -m benchmarks report
+
+docs: $(VENV)/.installed ## the documentation, in docs/_build/html
+	@"$(VENV)/bin/python" -m pip install --quiet ".[docs]" --no-build-isolation
+	@"$(VENV)/bin/python" -m sphinx -W -b html docs docs/_build/html $(ARGS)
+
+lint: $(VENV)/.installed ## format and lint checks
+	@"$(VENV)/bin/python" -m pip install --quiet pre-commit
+	@"$(VENV)/bin/python" -m pre_commit run --all-files $(ARGS)
+
+clean: ## remove environments, builds and caches
+	rm -rf "$(VENV)" "$(DEMO_VENV)" build dist docs/_build demo_output
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
