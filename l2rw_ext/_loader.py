@@ -56,7 +56,7 @@ def _load_cpu() -> Library:
             name="l2rw_ext",
         )
     try:
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
             f"l2rw_ext {BUILD_INFO['version']} needs torch {BUILD_INFO['torch_target']} or newer, "
@@ -87,7 +87,7 @@ def _load_cuda() -> Library:
         )
         return Library(name, path, False, reason)
     try:
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))
     except OSError as error:
         return Library(name, path, False, f"the dynamic linker refused it: {_cause(error)}")
     return Library(name, path, True, "")

@@ -289,9 +289,7 @@ def _forward_mode_is_on() -> bool:
 
 
 def _has_tangent(argument: object) -> bool:
-    return (
-        isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None  # type: ignore[no-untyped-call]
-    )
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 class _ReverseModeOnly(torch.library.Library):
@@ -308,7 +306,7 @@ class _ReverseModeOnly(torch.library.Library):
                 )
             return fn(keyset, *arguments)
 
-        super().impl(op_name, kernel, dispatch_key, **options)  # type: ignore[no-untyped-call]
+        super().impl(op_name, kernel, dispatch_key, **options)
 
 
 def _refuse_cuda(name: str) -> Callable[..., Any]:
@@ -330,12 +328,12 @@ WITHOUT_CUDA = frozenset(
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"l2rw_ext::{name}", "CUDA")
 )
 
-_library = _ReverseModeOnly("l2rw_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
-_plain_library = torch.library.Library("l2rw_ext", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library = _ReverseModeOnly("l2rw_ext", "FRAGMENT")
+_plain_library = torch.library.Library("l2rw_ext", "FRAGMENT")
 for _name in OPERATORS:
     _qualified = f"l2rw_ext::{_name}"
     torch.library.register_fake(_qualified, globals()[f"_fake_{_name}"], lib=_plain_library)
     _save, _backward = _DERIVATIVES.get(_name, (None, _refuse_backward(_name)))
     torch.library.register_autograd(_qualified, _backward, setup_context=_save, lib=_library)
     if _name in WITHOUT_CUDA:
-        _plain_library.impl(_name, _refuse_cuda(_name), "CUDA")  # type: ignore[no-untyped-call]
+        _plain_library.impl(_name, _refuse_cuda(_name), "CUDA")
