@@ -111,27 +111,26 @@ def merge(train: Any, clean: Any, n: int, m: int) -> Any | None:
 
     A tensor is batched if its ``size(0)`` is n in the training and m in the clean batch; every
     other leaf (a mask, a number) must be equal in both and is passed once. With n = m an equal
-    tensor beside the first could be either, so it is not merged.
+    tensor among several could be either, so it is not merged.
     """
     if isinstance(train, Tensor) and isinstance(clean, Tensor):
-        return _merge_leaf(train, clean, n, m, first=True)
+        return _merge_leaf(train, clean, n, m, alone=True)
     a, spec = pytree.tree_flatten(train)
     b = pytree.tree_leaves(clean)
+    alone = sum(isinstance(x, Tensor) for x in a) == 1
     merged = []
-    first = True
     for x, y in zip(a, b, strict=True):
-        one = _merge_leaf(x, y, n, m, first=first)
+        one = _merge_leaf(x, y, n, m, alone=alone)
         if one is None and x is not None:
             return None
-        first = first and not isinstance(x, Tensor)
         merged.append(one)
     return pytree.tree_unflatten(merged, spec)
 
 
-def _merge_leaf(x: Any, y: Any, n: int, m: int, *, first: bool) -> Any | None:
+def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool) -> Any | None:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         if x.dim() and y.dim() and x.size(0) == n and y.size(0) == m:
-            if x.shape[1:] != y.shape[1:] or (n == m and not first and torch.equal(x, y)):
+            if x.shape[1:] != y.shape[1:] or (n == m and not alone and torch.equal(x, y)):
                 return None
             return torch.cat([x, y])
         return x if x.shape == y.shape and torch.equal(x, y) else None
@@ -143,20 +142,22 @@ def _merge_leaf(x: Any, y: Any, n: int, m: int, *, first: bool) -> Any | None:
 def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
     """Cut merged outputs into the rows of the training and of the clean batch.
 
-    None where some output tensor has no dimension 0 of size n + m: it cannot be cut.
+    None where some output tensor has no dimension 0 of size n + m, or some output is an object
+    that may hold tensors: it cannot be cut.
     """
     if isinstance(outputs, Tensor):
         if outputs.dim() == 0 or outputs.size(0) != n + m:
             return None
-        return outputs[:n], outputs[n:]
+        train, clean = torch.unsafe_split_with_sizes(outputs, (n, m))
+        return train, clean
     leaves, spec = pytree.tree_flatten(outputs)
     train, clean = [], []
     for x in leaves:
-        if not isinstance(x, Tensor):
+        if x is None or isinstance(x, (bool, int, float, str)):
             train.append(x)
             clean.append(x)
             continue
-        if x.dim() == 0 or x.size(0) != n + m:
+        if not isinstance(x, Tensor) or x.dim() == 0 or x.size(0) != n + m:
             return None
         train.append(x[:n])
         clean.append(x[n:])
@@ -178,7 +179,7 @@ def batch_size(inputs: Any, targets: Any, name: str) -> int:
     if size == 0:
         raise ValueError(f"{name}: the batch is empty; give at least one example")
     first = next((x for x in tensors(inputs) if x.dim()), None)
-    if first is not None and not any(size in x.shape[:1] for x in tensors(inputs)):
+    if first is not None and not any(size in x.shape for x in tensors(inputs)):
         raise ValueError(
             f"{name}: inputs have {first.size(0)} examples (shape {tuple(first.shape)}), "
             f"targets have {size}"

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .engines.base import NotExactError
 from .rules import REGISTRY
-from .rules.base import Roots, Rule, Use
+from .rules.base import Roots, Rule, Use, writes
 
 
 class Interception(TorchFunctionMode):
@@ -39,6 +39,8 @@ class Interception(TorchFunctionMode):
         self.sink = sink
         self.unruled: dict[int, str] = {}
         self.without_grad: str | None = None
+        self.chooses: str | None = None
+        """The first operation through which values of the data may decide what is computed."""
         self.saved_tensor_hooks = False
         self._recording = True
         self._roots: dict[int, Tensor] = {}
@@ -110,17 +112,30 @@ class Interception(TorchFunctionMode):
                             data = True
         if kwargs:
             for a in kwargs.values():
-                if isinstance(a, Tensor):
-                    if id(a) in roots:
-                        root = a
-                    elif id(a) not in constants:
-                        data = True
+                for x in a if isinstance(a, (tuple, list)) else (a,):
+                    if isinstance(x, Tensor):
+                        if id(x) in roots:
+                            root = x
+                        elif id(x) not in constants:
+                            data = True
         out = func(*args, **kwargs)
         if not data:
             self.follow(out)
-        elif root is not None and isinstance(out, (Tensor, tuple, list)):
+            return out
+        if root is not None and isinstance(out, (Tensor, tuple, list)):
             self.unruled.setdefault(id(root), getattr(func, "__name__", str(func)))
+        target = kwargs.get("out", args[0] if args else None)
+        if isinstance(target, Tensor) and not self.is_data(target) and writes(func, kwargs):
+            self._becomes_data(target)
         return out
+
+    def _becomes_data(self, written: Tensor) -> None:
+        """Data was written to a root or a constant: it is one no longer, nor are its views."""
+        storage = written.untyped_storage()._cdata
+        for known in (self._roots, self._constants):
+            stale = [key for key, x in known.items() if x.untyped_storage()._cdata == storage]
+            for key in stale:
+                del known[key]
 
     def follow(self, out: Any) -> None:
         """Remember what was computed from roots and constants alone."""
@@ -156,6 +171,10 @@ class Interception(TorchFunctionMode):
         )
         if torch.is_autocast_enabled(x.device.type):
             raise NotExactError(f"autocast is on for {x.device.type}; no layer-wise rule covers it")
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotExactError(f"{operation} is called inside a torch.func transform")
+        if any(root is not None and root.is_complex() for root in roots):
+            return None
         if not torch.is_grad_enabled():
             trained = roots[0] if roots[0] is not None else roots[1]
             if trained is not None and self.without_grad is None:
@@ -213,39 +232,54 @@ def inside(func: types.FunctionType) -> types.FunctionType:
     return clone
 
 
-def check_graph(interception: Interception, losses: Iterable[Tensor]) -> set[int]:
-    """The indices of the uses that the losses reach.
+def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[set[int]]:
+    """The indices of the uses that the first of the losses reaches, the first two, and so on.
 
     Raises:
         NotExactError: a gradient accumulator is reachable past the intercepted uses, or a custom
             autograd Function may hide parameters.
     """
     reached: set[int] = set()
-    seen = {loss.grad_fn for loss in losses if loss.grad_fn is not None}
-    stack = list(seen)
-    while stack:
-        node = stack.pop()
-        assert node is not None
-        if isinstance(node, _ACCUMULATE):
-            variable = node.variable
-            if variable is not interception.token:
-                raise NotExactError(_uncovered(interception, variable))
-            continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            use = getattr(node, "use", None)
-            if isinstance(use, Use):
-                reached.add(use.index)
-            elif interception.without_grad is not None:
-                raise NotExactError(
-                    f"parameter {interception.without_grad!r} is used without grad and the custom "
-                    f"autograd function {type(node).__name__} may hide that use (a reentrant "
-                    "checkpoint does; use_reentrant=False is covered)"
-                )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return reached
+    after_each: list[set[int]] = []
+    seen: set[Any] = set()
+    for loss in losses:
+        stack = [loss.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, _ACCUMULATE):
+                if node.variable is not interception.token:
+                    raise NotExactError(_uncovered(interception, node.variable))
+                continue
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                use = getattr(node, "use", None)
+                if isinstance(use, Use):
+                    reached.add(use.index)
+                    for root in use.roots:
+                        if root is not None and root.grad_fn is not None:
+                            _check_derivation(interception, root)
+                elif interception.without_grad is not None:
+                    raise NotExactError(
+                        f"parameter {interception.without_grad!r} is used without grad and the "
+                        f"custom autograd function {type(node).__name__} may hide that use (a "
+                        "reentrant checkpoint does; use_reentrant=False is covered)"
+                    )
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    stack.append(following)
+        after_each.append(set(reached))
+    return after_each
+
+
+def _check_derivation(interception: Interception, root: Tensor) -> None:
+    """Raise if a derived root carries the output of a layer, whose use it would hide."""
+    if id(interception.token) in sources(root):
+        raise NotExactError(
+            f"{interception.name_of(root)} also depends on the output of a layer, so that the "
+            "gradient takes a way past that layer"
+        )
 
 
 def _uncovered(interception: Interception, variable: Tensor) -> str:
@@ -271,10 +305,10 @@ def _accumulate_type() -> type:
 _ACCUMULATE = _accumulate_type()
 
 
-def sources(root: Tensor) -> set[int]:
+def sources(root: Tensor) -> frozenset[int]:
     """The ids of the parameters that a root is computed from; its own for a parameter."""
     if root.grad_fn is None:
-        return {id(root)}
+        return frozenset((id(root),))
     found: set[int] = set()
     seen = {root.grad_fn}
     stack = [root.grad_fn]
@@ -286,4 +320,4 @@ def sources(root: Tensor) -> set[int]:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return found
+    return frozenset(found)

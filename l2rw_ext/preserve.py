@@ -13,29 +13,38 @@ class Buffers:
     """A copy of buffers that can be put back.
 
     Both forwards of a step start from the same buffers, and afterwards the buffers are those of one
-    plain training forward; after an error they are those before the step.
+    plain training forward; after an error they are those before the step. A forward may write to a
+    buffer or assign another tensor to its name: both are undone.
     """
 
-    def __init__(self, buffers: Sequence[Tensor]) -> None:
-        self._live = list(buffers)
-        self._saved = [b.detach().clone() for b in self._live]
+    def __init__(self, slots: Sequence[tuple[nn.Module, str, Tensor | None]]) -> None:
+        self._slots = [
+            (module, name, live, None if live is None else live.detach().clone())
+            for module, name, live in slots
+        ]
 
     @classmethod
     def of(cls, model: nn.Module) -> Buffers:
         """A copy of all buffers of the model."""
-        return cls(list(model.buffers()))
+        return cls(
+            [
+                (module, name, buffer)
+                for module in model.modules()
+                for name, buffer in module._buffers.items()
+            ]
+        )
 
-    def changed(self) -> list[Tensor]:
-        """The buffers whose values differ from the copy.
+    def changed(self) -> bool:
+        """Whether some buffer is another tensor than it was, or has other values.
 
         Values, not version counters: batch norm's kernels write running statistics without
         counting a version.
         """
-        return [
-            live
-            for live, saved in zip(self._live, self._saved, strict=True)
-            if not torch.equal(live, saved)
-        ]
+        return any(
+            module._buffers.get(name) is not live
+            or (live is not None and saved is not None and not torch.equal(live, saved))
+            for module, name, live, saved in self._slots
+        )
 
     def restore(self) -> None:
         """Put the copy back.
@@ -43,8 +52,10 @@ class Buffers:
         Through ``.data``, so that a backward that saved a buffer does not take it for modified: the
         values it saw are the ones that are put back, or the operation saved its own copy.
         """
-        for live, saved in zip(self._live, self._saved, strict=True):
-            live.data.copy_(saved)
+        for module, name, live, saved in self._slots:
+            if live is not None and saved is not None:
+                live.data.copy_(saved)
+            module._buffers[name] = live
 
 
 class Generators:
@@ -81,11 +92,32 @@ class Snapshot:
 
 
 @contextlib.contextmanager
+def without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Hooks on the parameters rest: they are for the gradient that will be accumulated.
+
+    ``autograd.grad`` with respect to a parameter would run them too, on directions and on parts of
+    a gradient.
+    """
+    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for p, _ in hooks:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, held in hooks:
+            p._backward_hooks = held
+
+
+@contextlib.contextmanager
 def preserved(model: nn.Module, *, always: bool) -> Iterator[Snapshot]:
-    """Leave buffers and generators as they were if the body raises, or ``always``."""
+    """Leave buffers and generators as they were if the body raises, or ``always``.
+
+    Hooks on the parameters do not run in the body.
+    """
     snapshot = Snapshot(model)
     try:
-        yield snapshot
+        with without_hooks(list(model.parameters())):
+            yield snapshot
     except BaseException:
         snapshot.restore()
         raise

@@ -48,6 +48,18 @@ def look_ahead(
     return dict(zip(named, stepped, strict=True))
 
 
+class _Objective(nn.Module):
+    """The mean clean loss as one module, so that a loss that reads the model sees θ̂ as well."""
+
+    def __init__(self, model: nn.Module, losses_of: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.losses_of = losses_of
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.losses_of(forward(self.model, inputs)).mean()
+
+
 def clean_objective(
     model: nn.Module,
     losses_of: Callable[[Any], Tensor],
@@ -56,14 +68,13 @@ def clean_objective(
 ) -> Tensor:
     """Eq. 6's objective: the mean clean loss (1/m) Σ_j f'_j at the given parameters.
 
-    ``losses_of`` maps the model's outputs on ``inputs`` to the clean losses, shape (m,).
+    ``losses_of`` maps the model's outputs on ``inputs`` to the clean losses, shape (m,). It may
+    read parameters as attributes of the model, but not by a reference taken before.
     """
-    if isinstance(inputs, dict):
-        outputs = torch.func.functional_call(model, dict(parameters), (), inputs)
-    else:
-        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        outputs = torch.func.functional_call(model, dict(parameters), args)
-    return losses_of(outputs).mean()
+    objective = _Objective(model, losses_of)
+    swapped = {f"model.{name}": p for name, p in parameters.items()}
+    value: Tensor = torch.func.functional_call(objective, swapped, (inputs,))
+    return value
 
 
 def meta_scores(

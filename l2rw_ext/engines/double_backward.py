@@ -14,6 +14,8 @@ from .base import Engine, Scored, Task
 class DoubleBackward(Engine):
     """Steps 4-13 of Algorithm 1; the look-ahead step has α = 1, which cancels in Eq. 9.
 
+    At ε = 0 the look-ahead θ̂ equals θ, so the clean gradient of step 9 is taken at the model's own
+    parameters: a loss function that holds one by reference is then differentiated too.
     Attention runs on the math kernel, because the fused ones have no second derivative.
     """
 
@@ -42,17 +44,21 @@ class DoubleBackward(Engine):
                 device=losses.device,
                 requires_grad=True,
             )
-            stepped = reference.look_ahead(task.model, losses, epsilon)
-            clean_loss = reference.clean_objective(
-                task.model, task.clean_losses, task.clean_inputs, stepped
-            )
-            if clean_loss.requires_grad:
-                (gradient,) = torch.autograd.grad(
-                    clean_loss, epsilon, allow_unused=True, retain_graph=True
-                )
-            else:
-                gradient = None
+            stepped = list(reference.look_ahead(task.model, losses, epsilon).values())
+            clean_loss = task.forward_clean().mean()
             after_training.restore()
+            gradient = None
+            if clean_loss.requires_grad:
+                direction = torch.autograd.grad(clean_loss, task.parameters, allow_unused=True)
+                moved = [(p, v) for p, v in zip(stepped, direction, strict=True) if v is not None]
+                if moved:
+                    (gradient,) = torch.autograd.grad(
+                        [p for p, _ in moved],
+                        epsilon,
+                        [v for _, v in moved],
+                        allow_unused=True,
+                        retain_graph=True,
+                    )
         scores = torch.zeros_like(epsilon) if gradient is None else -gradient
         return _Scored(task, losses, scores.detach(), clean_loss.detach())
 

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batch import describe, forward, merge, split, tensors
+from ..batch import describe, forward, merge, split
 from ..interception import Interception, check_graph, inside, sources
 from ..plan import Explanation, Plan, UsePlan, choose_form
 from ..preserve import Snapshot
 from ..rules.base import Size, Use
 from .base import Engine, NotExactError, Scored, Task
 from .derived import Leaves
-from .probe import Probe, same_rows, seeds, with_other_clean_rows, with_other_training_rows
+from .probe import (
+    Probe,
+    same_rows,
+    seeds,
+    shares_examples,
+    with_other_clean_rows,
+    with_other_training_rows,
+)
 from .scoring import CleanRecorder, Recorder, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
 
 
-class _NotMergeable(Exception):
-    """The two batches cannot go through one forward; the message says why."""
+class _NotMergeableError(Exception):
+    """The two batches cannot go through one forward; the message says why.
+
+    ``lasting``: whether that is to be expected of the next batches too.
+    """
+
+    def __init__(self, message: str, *, lasting: bool = True) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 class Layerwise(Engine):
@@ -71,9 +86,11 @@ class Layerwise(Engine):
             if inputs is not None:
                 try:
                     return self._merged(task, snapshot, inputs, key, fresh)
-                except _NotMergeable as reason:
+                except _NotMergeableError as reason:
                     snapshot.restore()
-                    why = self._separate[key] = str(reason)
+                    why = str(reason)
+                    if reason.lasting:
+                        self._separate[key] = why
             else:
                 why = "the inputs of the two batches do not agree in shape"
         return self._two_passes(task, snapshot, key, why, fresh)
@@ -89,11 +106,11 @@ class Layerwise(Engine):
         plan = None if fresh else self._plans.get((key, True))
         if plan is None or plan.due():
             _check_mergeable(task, snapshot, inputs, losses, clean_losses)
-        reached = _reached(interception, [losses, clean_losses])
+        trained, reached = _reached(interception, [losses, clean_losses])
         _require_grad(losses)
-        scoring.start(losses, clean_losses.mean(), reached)
+        scoring.start(losses, clean_losses.detach().mean(), reached, trained)
         seeded = [
-            (losses, losses.isfinite().to(losses.dtype)),
+            (losses, _finite_seed(losses)),
             (clean_losses, torch.full_like(clean_losses, 1 / task.m)),
         ]
         plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=True)
@@ -110,9 +127,9 @@ class Layerwise(Engine):
         interception.part = "clean"
         with interception:
             clean_losses = task.forward_clean()
-        clean_loss = clean_losses.mean().detach()
-        reached = _reached(interception, [clean_losses])
-        recorder.arm()
+        clean_loss = clean_losses.detach().mean()
+        (reached,) = _reached(interception, [clean_losses])
+        recorder.arm(reached)
         if clean_losses.requires_grad:
             seed = torch.full_like(clean_losses, 1 / task.m)
             _run_backward(interception, [(clean_losses, seed)], retain=False)
@@ -126,10 +143,10 @@ class Layerwise(Engine):
         interception.part = "train"
         with interception:
             losses = task.forward_train()
-        reached = _reached(interception, [losses])
+        (reached,) = _reached(interception, [losses])
         _require_grad(losses)
-        scoring.start(losses, clean_loss, reached)
-        seeded = [(losses, losses.detach().isfinite().to(losses.dtype))]
+        scoring.start(losses, clean_loss, reached, reached)
+        seeded = [(losses, _finite_seed(losses))]
         plan = None if fresh else self._plans.get((key, False))
         plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=False)
         plan.why_separate = why
@@ -152,7 +169,7 @@ class Layerwise(Engine):
         signatures = [_signature(use, interception) for use in reached]
         if plan is not None:
             fits = [use.signature for use in plan.uses] == signatures
-            if fits and plan.certain and not plan.due():
+            if fits and plan.certain and interception.chooses is None and not plan.due():
                 scoring.follow(plan)
                 _run_backward(interception, seeded, retain=False)
                 _check_reported(scoring, reached)
@@ -167,7 +184,8 @@ class Layerwise(Engine):
         _run_backward(interception, _with_seeds(seeded, probe, merged), retain=False)
         scoring.probe = None
         steps = 0 if plan is None else plan.steps
-        plan = Plan(merged, certain=probe.certain, steps=steps + 1)
+        certain = probe.certain and interception.chooses is None
+        plan = Plan(merged, certain=certain, steps=steps + 1)
         counts: dict[int, int] = {}
         for use in reached:
             for root in use.roots:
@@ -198,7 +216,7 @@ def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
         use.operation,
         use.part,
         use.shape,
-        *(None if r is None else names.get(id(r), r.shape) for r in use.roots),
+        *(None if r is None else names.get(id(r)) or (r.shape, sources(r)) for r in use.roots),
     )
 
 
@@ -222,16 +240,32 @@ def _plan_use(
 
 
 def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple[Tensor, Tensor]:
+    """Training and clean losses of one forward.
+
+    Raises:
+        _NotMergeableError: the model or a loss function cannot work on the merged batch, or the values
+            of the data decide what is computed. (An error that is the model's own comes back from
+            the two passes.)
+    """
     interception.part = "merged"
-    with interception:
-        outputs = forward(task.model, inputs)
-        parts = split(outputs, task.n, task.m)
-        if parts is None:
-            raise _NotMergeable("an output has no dimension 0 that counts examples")
-        interception.part = "train"
-        losses = task.losses(parts[0])
-        interception.part = "clean"
-        clean_losses = task.clean_losses(parts[1])
+    try:
+        with interception:
+            outputs = forward(task.model, inputs)
+            if interception.chooses is not None:
+                raise _NotMergeableError(f"values of the data decide ({interception.chooses})")
+            parts = split(outputs, task.n, task.m)
+            if parts is None:
+                raise _NotMergeableError("an output has no dimension 0 that counts examples")
+            interception.part = "train"
+            losses = task.losses(parts[0])
+            interception.part = "clean"
+            clean_losses = task.clean_losses(parts[1])
+    except (NotExactError, _NotMergeableError):
+        raise
+    except Exception as error:
+        raise _NotMergeableError(
+            f"{type(error).__name__} on the merged batch", lasting=False
+        ) from error
     return losses, clean_losses
 
 
@@ -242,40 +276,68 @@ def _check_mergeable(
 
     A statistic of the batch that carries no gradient (``x - x.mean(0)`` on the inputs, a detached
     mean) would differ between a merged forward and two. With other clean rows, the same masks and
-    the same buffers the training losses must stay the same, and the other way round.
+    the same buffers the training losses must stay the same, and the other way round. A forward
+    without random numbers must also give the losses of two forwards, which shows a dependence on
+    the size of the batch.
 
     Raises:
-        _NotMergeable: they do not, or the forward writes to buffers.
+        _NotMergeableError: they do not, or the forward writes to buffers.
     """
     if snapshot.buffers.changed():
-        raise _NotMergeable("the forward writes to buffers")
+        raise _NotMergeableError("the forward writes to buffers")
+    if shares_examples(inputs, task.n, task.m):
+        raise _NotMergeableError("the two batches share examples", lasting=False)
+    random = not snapshot.generators.unchanged()
     after = Snapshot(task.model)
-    try:
-        for replaced, of_train in (
-            (with_other_clean_rows(inputs, task.n, task.m), True),
-            (with_other_training_rows(inputs, task.n, task.m), False),
-        ):
-            snapshot.restore()
-            outputs = split(forward(task.model, replaced), task.n, task.m)
-            assert outputs is not None
-            if of_train:
-                same = same_rows(losses.detach(), task.losses(outputs[0]).detach())
-            else:
-                same = same_rows(clean_losses.detach(), task.clean_losses(outputs[1]).detach())
-            if not same:
-                raise _NotMergeable("an example's output depends on the rest of its batch")
-    finally:
-        after.restore()
+    losses, clean_losses = losses.detach(), clean_losses.detach()
+    # Same rows in a batch of the same shape: equal but for atomic additions on some devices.
+    tight = min(256 * torch.finfo(losses.dtype).eps, 2.0**-12)
+    loose = max(16 * torch.finfo(losses.dtype).eps, tight)
+    n, m = task.n, task.m
+    with torch.no_grad():
+        try:
+            other = with_other_clean_rows(inputs, n, m)
+            same = same_rows(losses, _rows_of(task, snapshot, other)[0], tight)
+            other = with_other_training_rows(inputs, n, m)
+            same = same and same_rows(clean_losses, _rows_of(task, snapshot, other)[1], tight)
+            if same and not random:
+                snapshot.restore()
+                same = same_rows(losses, task.forward_train(), loose)
+                snapshot.restore()
+                same = same and same_rows(clean_losses, task.forward_clean(), loose)
+        finally:
+            after.restore()
+    if not same:
+        raise _NotMergeableError("an example's output depends on the rest of its batch")
 
 
-def _reached(interception: Interception, losses: list[Tensor]) -> list[Use]:
-    indices = check_graph(interception, losses)
-    return [use for use in interception.uses if use.index in indices]
+def _rows_of(task: Task, snapshot: Snapshot, inputs: Any) -> tuple[Tensor, Tensor]:
+    """Losses of a merged batch with replaced rows, from the same buffers and random numbers."""
+    snapshot.restore()
+    parts = split(forward(task.model, inputs), task.n, task.m)
+    assert parts is not None
+    return task.losses(parts[0]), task.clean_losses(parts[1])
+
+
+def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]]:
+    """The uses that the first loss reaches, that the first two reach, and so on, in order."""
+    return [
+        [use for use in interception.uses if use.index in indices]
+        for indices in check_graph(interception, losses)
+    ]
 
 
 def _require_grad(losses: Tensor) -> None:
     if not losses.requires_grad:
         raise ValueError("training batch: the losses do not depend on any trainable parameter")
+
+
+def _finite_seed(losses: Tensor) -> Tensor:
+    """One for each finite loss; zero for the others, whose examples are left out."""
+    values = losses.detach()
+    if values.device.type == "cpu" and math.isfinite(values.sum().item()):
+        return torch.ones_like(values)
+    return values.isfinite().to(values.dtype)
 
 
 def _run_backward(
@@ -308,7 +370,8 @@ def _check_reported(recorder: Recorder, reached: list[Use]) -> None:
 def _probe(
     task: Task, plain: dict[int, tuple[Use, Tensor]], device: torch.device, merged: bool
 ) -> Probe:
-    r = seeds(task.n + task.m if merged else task.n, device)
+    narrow = any(p.dtype == torch.float16 for p in task.parameters)
+    r = seeds(task.n + task.m if merged else task.n, device, narrow=narrow)
     return Probe(plain, {"merged": r, "train": r[: task.n], "clean": r[task.n :]})
 
 

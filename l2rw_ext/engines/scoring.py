@@ -41,8 +41,8 @@ class StalePlanError(Exception):
 class Recorder:
     """The sink of one forward: keeps what the backward reports, in order.
 
-    Nothing is kept before :meth:`arm`: a backward that the model itself runs during its forward
-    produces constants.
+    Nothing is kept before :meth:`arm`, nor of uses that the losses do not reach: a backward that
+    the model itself runs, in its forward or in a hook, produces constants.
     """
 
     def __init__(self) -> None:
@@ -50,9 +50,11 @@ class Recorder:
         self.probe: Probe | None = None
         self.reports: dict[int, Report] = {}
         self.reported: set[int] = set()
+        self.expected: set[int] = set()
 
-    def arm(self) -> None:
-        """The step's own backward begins."""
+    def arm(self, reached: list[Use]) -> None:
+        """The step's own backward begins; it is to pass through the uses in ``reached``."""
+        self.expected = {use.index for use in reached}
         self.armed = True
 
     def backward_of(self, use: Use) -> AbstractContextManager[None]:
@@ -65,13 +67,17 @@ class Recorder:
 
     def report(self, use: Use, z: Tensor, g: Tensor) -> None:
         """See :class:`~l2rw_ext.rules.base.Sink`."""
-        if not self.armed:
+        if not self.armed or use.index not in self.expected:
             return
         if self.probe is not None:
             self.probe.compare(use, g)
-        else:
-            self.reported.add(use.index)
-            self.receive(use, z, g)
+            return
+        if use.index in self.reported:
+            raise NotExactError(
+                f"{use.operation} on {use.shape} was differentiated more than once in the backward"
+            )
+        self.reported.add(use.index)
+        self.receive(use, z, g)
 
     def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
         """A report of the step's own backward."""
@@ -101,7 +107,8 @@ def add_roots(totals: dict[int, tuple[Tensor, Tensor]], use: Use, values: Roots)
     """Add a use's (weight, bias) values to the totals of its roots, by id."""
     for root, value in zip(use.roots, values, strict=True):
         if root is not None and value is not None:
-            value = value.reshape(root.shape)
+            if value.shape != root.shape:
+                value = value.reshape(root.shape)
             held = totals.get(id(root))
             totals[id(root)] = (root, value if held is None else held[1] + value)
 
@@ -139,22 +146,26 @@ class Scoring(Recorder, Scored):
         self._pushed: dict[int, Tensor | None] = {}
         self._kept: list[_Kept] = []
         self.reached: list[Use] = []
+        self._trained: list[Use] = []
         self._plan: dict[int, UsePlan] | None = None
         self.scores = torch.empty(0)
         self.losses = torch.empty(0)
         self.clean_loss = torch.empty(0)
 
-    def start(self, losses: Tensor, clean_loss: Tensor, reached: list[Use]) -> None:
-        """The losses are known, and the uses that they reach."""
+    def start(
+        self, losses: Tensor, clean_loss: Tensor, reached: list[Use], trained: list[Use]
+    ) -> None:
+        """The losses are known, the uses that they reach, and those the training losses reach."""
         self.losses = losses.detach()
         self.clean_loss = clean_loss.detach()
         self.scores = torch.zeros(
             self._n, dtype=accumulation_dtype(losses.dtype), device=losses.device
         )
         self.reached = reached
+        self._trained = trained
         if self._directions is not None:
             self._push(reached, self._directions)
-        self.arm()
+        self.arm(reached)
 
     def follow(self, plan: Plan) -> None:
         """From now on reports are worked off as they come."""
@@ -265,18 +276,13 @@ class Scoring(Recorder, Scored):
         totals: dict[int, tuple[Tensor, Tensor]] = {}
         active = None if weights is None else weights.nonzero().flatten()
         kept, self._kept = self._kept, []
+        trained = {use.index for use in self._trained}
         with BelowAutograd():
             while kept:
                 item = kept.pop()
-                if weights is not None and active is not None:
+                if weights is not None and active is not None and item.use.index in trained:
                     add_roots(totals, item.use, _weighted(item, weights, active))
-        roots = {
-            id(root): root
-            for use in self.reached
-            if use.part != "clean"
-            for root in use.roots
-            if root is not None
-        }
+        roots = {id(root): root for use in self._trained for root in use.roots if root is not None}
         for key, root in roots.items():
             if key not in totals:
                 totals[key] = (root, torch.zeros_like(root))

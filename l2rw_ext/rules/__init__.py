@@ -1,6 +1,6 @@
 """One rule per torch operation; importing this package fills the registry."""
 
-from . import attention, broadcast, convolution, embedding, linear, normalization
+from . import attention, broadcast, convolution, embedding, linear, normalization, selection
 from .base import REGISTRY
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "embedding",
     "linear",
     "normalization",
+    "selection",
 ]

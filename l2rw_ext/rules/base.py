@@ -206,3 +206,17 @@ def handles(*functions: Any) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+_WRITES: dict[Any, bool] = {}
+
+
+def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a torch function writes to its first argument, or to ``out``."""
+    found = _WRITES.get(func)
+    if found is None:
+        name = getattr(func, "__name__", "")
+        augmented = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+        in_place = name.endswith("_") and not name.endswith("__")
+        found = _WRITES[func] = in_place or augmented or name in ("__setitem__", "__set__")
+    return found or kwargs.get("out") is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from . import rates
-from .base import Cost, Roots, RowMap, Rule, Size, Use, accumulation_dtype, handles
+from .base import Cost, Roots, RowMap, Rule, Size, Use, accumulation_dtype, handles, writes
 
 if TYPE_CHECKING:
     from ..interception import Interception
@@ -172,7 +172,11 @@ def _repeat(
 def _elementwise(
     mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    if kwargs.get("out") is None and _mixes(mode, args) and not _promotes(mode, args):
+    if (
+        _mixes(mode, args)
+        and not _promotes(mode, args)
+        and not _writes_root(mode, func, args, kwargs)
+    ):
         shape = torch.broadcast_shapes(*[a.shape for a in args if isinstance(a, Tensor)])
         met = [_meet(mode, func, a, shape) if mode.is_root(a) else a for a in args]
         if all(m is not None or a is None for m, a in zip(met, args, strict=True)):
@@ -199,6 +203,13 @@ def _promotes(mode: Interception, operands: tuple[Any, ...]) -> bool:
     """
     dtypes = {a.dtype for a in operands if mode.is_data(a) and a.is_floating_point()}
     return any(mode.is_root(a) and a.dim() == 0 and {a.dtype} != dtypes for a in operands)
+
+
+def _writes_root(
+    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether the result goes to the parameter, or to a tensor that is given."""
+    return kwargs.get("out") is not None or (mode.is_root(args[0]) and writes(func, kwargs))
 
 
 def _mixes(mode: Interception, operands: tuple[Any, ...] | list[Any]) -> bool:
