@@ -9,8 +9,8 @@ namespace l2rw {
 namespace {
 
 // Bytes of packed input and output gradient that all tiles pass over before the next ones: what the
-// first-level cache holds.
-constexpr int64_t kBlockBytes = 24 * 1024;
+// second-level cache holds beside the matrix.
+constexpr int64_t kBlockBytes = 96 * 1024;
 // Vectors in a tile of a channel form. Three leave registers for enough rows.
 constexpr int64_t kChannelVectors = 3;
 // What kBlockBytes is for channels, in numbers of one plane.
@@ -19,6 +19,8 @@ constexpr int64_t kPlaneBlock = 1024;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr int64_t kCacheLine = 64;
 
 // The largest of the pieces of split_evenly, or 1.
 int64_t widest_piece(int64_t size, int64_t most) {
@@ -60,6 +62,35 @@ const Kernels<double>& kernels<double>() {
     default:
       return baseline::kernels_f64;
   }
+}
+
+void Fetch::add(
+    const Image& image, int64_t i, int64_t channel, int64_t channels, const int64_t* space) {
+  int64_t last = (channels - 1) * image.channel;
+  int64_t numbers = channels;
+  for (int d = 0; d < 3; ++d) {
+    last += (space[d] - 1) * image.space[d];
+    numbers *= space[d];
+  }
+  if (last < 2 * numbers) {
+    ranges_.push_back(
+        {static_cast<const char*>(image.at(i, channel)), (last + 1) * element_size(image.element)});
+    bytes_ += ranges_.back().bytes;
+  }
+}
+
+const char* Fetch::take(int64_t bytes) {
+  if (ranges_.empty()) {
+    return nullptr;
+  }
+  Range& range = ranges_.back();
+  const char* start = range.start;
+  range.start += bytes;
+  range.bytes -= bytes;
+  if (range.bytes <= 0) {
+    ranges_.pop_back();
+  }
+  return start;
 }
 
 template <class T>
@@ -332,81 +363,115 @@ void GradientPlan<T>::pack_output(
 }
 
 template <class T>
-void GradientPlan<T>::multiply(const T* input, const T* output, int64_t examples, T* matrix) const {
-  if (form_ == Form::planar) {
-    for (int64_t e = 0; e < examples; ++e) {
-      multiply_planes(input + e * input_size_, output + e * output_size_, matrix);
-    }
-  } else {
-    multiply_channels(input, output, examples, matrix);
+T GradientPlan<T>::multiply(
+    const T* input,
+    const T* output,
+    int64_t examples,
+    T* matrix,
+    bool add,
+    const T* direction,
+    Fetch& soon) const {
+  if (form_ != Form::planar) {
+    return multiply_channels(input, output, examples, matrix, add, direction, soon);
   }
+  T score = 0;
+  for (int64_t e = 0; e < examples; ++e) {
+    score += multiply_planes(
+        input + e * input_size_, output + e * output_size_, matrix, add || e > 0, direction);
+  }
+  return score;
 }
 
 template <class T>
-void GradientPlan<T>::multiply_channels(
-    const T* input, const T* output, int64_t examples, T* matrix) const {
+T GradientPlan<T>::multiply_channels(
+    const T* input,
+    const T* output,
+    int64_t examples,
+    T* matrix,
+    bool add,
+    const T* direction,
+    Fetch& soon) const {
   const T* a = form_ == Form::by_input ? output : input;
   const T* b = form_ == Form::by_input ? input : output;
-  const auto pass = [&](const PixelRows<T>& pixels, int64_t skip) {
-    for (const Tiles& row : rows_) {
-      for (const Tiles& column : columns_) {
+  const int64_t rows = examples * rows_per_example_;
+  const bool narrow = row_width_ <= block_pixels_;
+  const int64_t passes = rows * (narrow ? 1 : ceil_div(row_width_, block_pixels_));
+  const int64_t tiles = static_cast<int64_t>(rows_.size() * columns_.size());
+  const int64_t soon_bytes =
+      round_up(ceil_div(soon.bytes(), std::max<int64_t>(passes * tiles, 1)), kCacheLine);
+  T score = 0;
+  // One block of `count` rows of `width` pixels, all tiles.
+  const auto pass = [&](int64_t row, int64_t count, int64_t skip, int64_t width) {
+    PixelRows<T> pixels{
+        row_starts_a_.data() + row,
+        row_starts_b_.data() + row,
+        count,
+        width,
+        step_a_,
+        step_b_,
+        nullptr,
+        0};
+    for (const Tiles& tile_rows : rows_) {
+      for (const Tiles& tile_columns : columns_) {
         const T* vectors[kMaxVectors];
-        for (int64_t v = 0; v < column.count; ++v) {
-          vectors[v] = b + column.offset[v] + skip * step_b_;
+        for (int64_t v = 0; v < tile_columns.count; ++v) {
+          vectors[v] = b + tile_columns.offset[v] + skip * step_b_;
         }
-        kernels_.channel_tile[column.count][row.count](
-            a + row.offset[0] + skip * step_a_,
+        const int64_t at = tile_rows.first * matrix_row_ + tile_columns.first * kernels_.lanes;
+        pixels.soon = soon.take(count * soon_bytes);
+        pixels.soon_bytes = pixels.soon == nullptr ? 0 : soon_bytes;
+        score += kernels_.channel_tile[tile_columns.count][tile_rows.count](
+            a + tile_rows.offset[0] + skip * step_a_,
             vectors,
             pixels,
-            matrix + row.first * matrix_row_ + column.first * kernels_.lanes,
-            matrix_row_);
+            {matrix == nullptr ? nullptr : matrix + at,
+             direction == nullptr ? nullptr : direction + at,
+             matrix_row_,
+             add});
       }
     }
+    add = true;
   };
-  const int64_t rows = examples * rows_per_example_;
-  if (row_width_ <= block_pixels_) {
+  if (narrow) {
+    const int64_t most = std::max<int64_t>(block_pixels_ / row_width_, 1);
     split_evenly(
-        rows, std::max<int64_t>(block_pixels_ / row_width_, 1), [&](int64_t first, int64_t count) {
-          pass(
-              {row_starts_a_.data() + first,
-               row_starts_b_.data() + first,
-               count,
-               row_width_,
-               step_a_,
-               step_b_},
-              0);
-        });
-    return;
+        rows, most, [&](int64_t first, int64_t count) { pass(first, count, 0, row_width_); });
+  } else {
+    for (int64_t row = 0; row < rows; ++row) {
+      split_evenly(row_width_, block_pixels_, [&](int64_t first, int64_t count) {
+        pass(row, 1, first, count);
+      });
+    }
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    split_evenly(row_width_, block_pixels_, [&](int64_t first, int64_t count) {
-      pass(
-          {row_starts_a_.data() + row, row_starts_b_.data() + row, 1, count, step_a_, step_b_},
-          first);
-    });
-  }
+  return score;
 }
 
 template <class T>
-void GradientPlan<T>::multiply_planes(const T* input, const T* output, T* matrix) const {
+T GradientPlan<T>::multiply_planes(
+    const T* input, const T* output, T* matrix, bool add, const T* direction) const {
+  T score = 0;
   for (int64_t start = 0; start < plane_length_; start += kPlaneBlock) {
     const int64_t length = std::min(kPlaneBlock, plane_length_ - start);
-    for (const Tiles& row : rows_) {
-      for (const Tiles& column : columns_) {
+    for (const Tiles& tile_rows : rows_) {
+      for (const Tiles& tile_columns : columns_) {
         const T* vectors[kMaxVectors];
-        for (int64_t v = 0; v < column.count; ++v) {
-          vectors[v] = input + column.offset[v] + start;
+        for (int64_t v = 0; v < tile_columns.count; ++v) {
+          vectors[v] = input + tile_columns.offset[v] + start;
         }
-        kernels_.planar_tile[column.count][row.count](
-            output + row.offset[0] + start,
+        const int64_t at = tile_rows.first * matrix_row_ + tile_columns.first;
+        score += kernels_.planar_tile[tile_columns.count][tile_rows.count](
+            output + tile_rows.offset[0] + start,
             output_pitch_,
             vectors,
             length,
-            matrix + row.first * matrix_row_ + column.first,
-            matrix_row_);
+            {matrix == nullptr ? nullptr : matrix + at,
+             direction == nullptr ? nullptr : direction + at,
+             matrix_row_,
+             add || start > 0});
       }
     }
   }
+  return score;
 }
 
 template <class T>

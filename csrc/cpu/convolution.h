@@ -57,6 +57,24 @@ struct Image {
   }
 };
 
+// Memory to be fetched into the cache ahead of its use, a piece at a time.
+class Fetch {
+ public:
+  // `channels` channels of example i, if they lie closely; `space`: their extents.
+  void add(const Image& image, int64_t i, int64_t channel, int64_t channels, const int64_t* space);
+  int64_t bytes() const { return bytes_; }
+  // At most `bytes` of what is left.
+  const char* take(int64_t bytes);
+
+ private:
+  struct Range {
+    const char* start;
+    int64_t bytes;
+  };
+  std::vector<Range> ranges_;
+  int64_t bytes_ = 0;
+};
+
 // Zeroed memory that vectors may be loaded from.
 template <class T>
 class Buffer {
@@ -95,12 +113,17 @@ class GradientPlan {
   void pack_input(const Image& z, int64_t example, int64_t channel, T* to) const;
   void pack_output(const Image& g, int64_t example, int64_t channel, T scale, T* to) const;
 
-  // matrix += sum over `examples` packed examples.
-  void multiply(
+  // The sum over `examples` packed examples is stored in `matrix` (added to it if `add`; null: not
+  // kept). Returns its product with `direction` [matrix_size], or 0 without one. `soon`: memory to
+  // fetch into the cache meanwhile.
+  T multiply(
       const T* input,   // [examples * input_size]
       const T* output,  // [examples * output_size]
       int64_t examples,
-      T* matrix) const;
+      T* matrix,
+      bool add,
+      const T* direction,
+      Fetch& soon) const;
 
   // sums[o] += sum of the packed output gradient over pixels.
   void sum_pixels(const T* output, T* sums) const;
@@ -122,8 +145,15 @@ class GradientPlan {
   void lay_out_planes();
   int64_t taps_in_run() const;  // taps of a kernel row that lie side by side in the packed input
   int64_t tap_offset(int64_t tap) const;
-  void multiply_channels(const T* input, const T* output, int64_t examples, T* matrix) const;
-  void multiply_planes(const T* input, const T* output, T* matrix) const;
+  T multiply_channels(
+      const T* input,
+      const T* output,
+      int64_t examples,
+      T* matrix,
+      bool add,
+      const T* direction,
+      Fetch& soon) const;
+  T multiply_planes(const T* input, const T* output, T* matrix, bool add, const T* direction) const;
 
   Convolution conv_;
   const Kernels<T>& kernels_;

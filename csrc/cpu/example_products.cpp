@@ -28,6 +28,10 @@ struct Units {
 
   int64_t input_channel(int64_t unit) const { return unit / parts * conv.inputs; }
   int64_t output_channel(int64_t unit) const { return unit * conv.outputs; }
+  void fetch(const Image& z, const Image& g, int64_t i, int64_t unit, Fetch& soon) const {
+    soon.add(z, i, input_channel(unit), conv.inputs, conv.in);
+    soon.add(g, i, output_channel(unit), conv.outputs, conv.out);
+  }
   int64_t grain() const {
     const double work = 1.0 * weights * conv.pixels();
     return std::max<int64_t>(1, static_cast<int64_t>(kGrain / std::max(work, 1.0)));
@@ -98,13 +102,18 @@ void form_example_products(
       const int64_t unit = item % units.count;
       plan.pack_input(z, i, units.input_channel(unit), input.data());
       plan.pack_output(g, i, units.output_channel(unit), T(1), output.data());
-      std::fill_n(matrix.data(), plan.matrix_size(), T(0));
-      plan.multiply(input.data(), output.data(), 1, matrix.data());
-      T score = 0;
-      if (products.direction != nullptr) {
-        score = kernel.dot(
-            matrix.data(), directions.data() + unit * plan.matrix_size(), plan.matrix_size());
+      Fetch soon;
+      if (item + 1 < end) {
+        units.fetch(z, g, (item + 1) / units.count, (item + 1) % units.count, soon);
       }
+      T score = plan.multiply(
+          input.data(),
+          output.data(),
+          1,
+          products.gradients == nullptr ? nullptr : matrix.data(),
+          false,
+          products.direction == nullptr ? nullptr : directions.data() + unit * plan.matrix_size(),
+          soon);
       if (products.gradients != nullptr) {
         if (z.element == own) {
           plan.to_gradient(
@@ -189,7 +198,18 @@ void form_weighted_sum(
               g, i, units.output_channel(unit), weights == nullptr ? T(1) : weights[i], packed);
           plan.sum_pixels(packed, sums.data() + item * outputs);
         }
-        plan.multiply(input.data(), output.data(), examples, matrices.data() + item * matrix);
+        Fetch soon;
+        for (int64_t e = first + examples; e < std::min(first + examples + batch, last); ++e) {
+          units.fetch(z, g, active[e], unit, soon);
+        }
+        plan.multiply(
+            input.data(),
+            output.data(),
+            examples,
+            matrices.data() + item * matrix,
+            true,
+            nullptr,
+            soon);
       }
     }
   });

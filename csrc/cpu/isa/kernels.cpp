@@ -51,13 +51,45 @@ inline void store(T* to, Vector<T> value) {
   *reinterpret_cast<typename VectorOf<T>::type*>(to) = value;
 }
 
+template <class T>
+inline T horizontal_sum(Vector<T> value) {
+  T sum = 0;
+  for (int64_t l = 0; l < kLanes<T>; ++l) {
+    sum += value[l];
+  }
+  return sum;
+}
+
+#if defined(__AVX512F__)
+template <>
+inline float horizontal_sum<float>(Vector<float> value) {
+  return _mm512_reduce_add_ps(value);
+}
+template <>
+inline double horizontal_sum<double>(Vector<double> value) {
+  return _mm512_reduce_add_pd(value);
+}
+#elif defined(__AVX2__)
+template <>
+inline float horizontal_sum<float>(Vector<float> value) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+#endif
+
 template <class T, int R, int V>
-void channel_tile(const T* a, const T* const* b, const PixelRows<T>& pixels, T* out, int64_t ld) {
+T channel_tile(
+    const T* a, const T* const* b, const PixelRows<T>& pixels, const TileResult<T>& result) {
   constexpr int64_t L = kLanes<T>;
   Vector<T> sum[R][V] = {};
   const int64_t step_a = pixels.step_a;
   const int64_t step_b = pixels.step_b;
+  const char* soon = pixels.soon;
   for (int64_t row = 0; row < pixels.count; ++row) {
+    for (const char* end = soon + pixels.soon_bytes; soon < end; soon += 64) {
+      __builtin_prefetch(soon, 0, 3);
+    }
     const T* x = a + pixels.a[row];
     const T* y[V];
     for (int v = 0; v < V; ++v) {
@@ -79,14 +111,41 @@ void channel_tile(const T* a, const T* const* b, const PixelRows<T>& pixels, T* 
       }
     }
   }
+  if (result.out != nullptr) {
+    T* out = result.out;
+    if (result.add) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          store(out + r * result.ld + v * L, load(out + r * result.ld + v * L) + sum[r][v]);
+        }
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          store(out + r * result.ld + v * L, sum[r][v]);
+        }
+      }
+    }
+  }
+  if (result.direction == nullptr) {
+    return 0;
+  }
+  Vector<T> total[V] = {};
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      T* to = out + r * ld + v * L;
-      store(to, load(to) + sum[r][v]);
+      total[v] += sum[r][v] * load(result.direction + r * result.ld + v * L);
     }
   }
+  for (int v = 1; v < V; ++v) {
+    total[0] += total[v];
+  }
+  return horizontal_sum<T>(total[0]);
 }
 
 template <class T, int R, int V>
@@ -121,35 +180,9 @@ void row_tile(const T* a, int64_t lda, const T* b, int64_t depth, T* out, int64_
   }
 }
 
-template <class T>
-inline T horizontal_sum(Vector<T> value) {
-  T sum = 0;
-  for (int64_t l = 0; l < kLanes<T>; ++l) {
-    sum += value[l];
-  }
-  return sum;
-}
-
-#if defined(__AVX512F__)
-template <>
-inline float horizontal_sum<float>(Vector<float> value) {
-  return _mm512_reduce_add_ps(value);
-}
-template <>
-inline double horizontal_sum<double>(Vector<double> value) {
-  return _mm512_reduce_add_pd(value);
-}
-#elif defined(__AVX2__)
-template <>
-inline float horizontal_sum<float>(Vector<float> value) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-#endif
-
 template <class T, int R, int V>
-void planar_tile(const T* a, int64_t lda, const T* const* b, int64_t length, T* out, int64_t ld) {
+T planar_tile(
+    const T* a, int64_t lda, const T* const* b, int64_t length, const TileResult<T>& result) {
   Vector<T> sum[R][V] = {};
   const T* y[V];
   for (int v = 0; v < V; ++v) {
@@ -170,13 +203,31 @@ void planar_tile(const T* a, int64_t lda, const T* const* b, int64_t length, T* 
       }
     }
   }
+  if (result.out != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) {
+        T& out = result.out[r * result.ld + v];
+        out = (result.add ? out : T(0)) + horizontal_sum<T>(sum[r][v]);
+      }
+    }
+  }
+  if (result.direction == nullptr) {
+    return 0;
+  }
+  Vector<T> total[V] = {};
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      out[r * ld + v] += horizontal_sum<T>(sum[r][v]);
+      total[v] += sum[r][v] * result.direction[r * result.ld + v];
     }
   }
+  for (int v = 1; v < V; ++v) {
+    total[0] += total[v];
+  }
+  return horizontal_sum<T>(total[0]);
 }
 
 inline float from_bits(uint32_t bits) {

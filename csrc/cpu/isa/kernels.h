@@ -23,6 +23,18 @@ struct PixelRows {
   int64_t width;
   int64_t step_a;  // from one pixel of a row to the next
   int64_t step_b;
+  // Memory that will be read soon: this many bytes of it are fetched into the cache with each row.
+  const char* soon;
+  int64_t soon_bytes;
+};
+
+// What becomes of a tile's sums S [R, V * L], or [R, V] for planes.
+template <class T>
+struct TileResult {
+  T* out;              // S is stored there, or added if `add`; null: it is not kept
+  const T* direction;  // same layout as out; null: none
+  int64_t ld;          // from one row of the tile to the next, in both
+  bool add;
 };
 
 template <class T>
@@ -32,23 +44,23 @@ struct Kernels {
   int64_t max_rows[kMaxVectors + 1];
   int64_t max_planar_rows[kMaxVectors + 1];
 
-  // out[r * ld + v * L + l] += sum over pixels of a[.. + r] * b[v][.. + l], r < R, v < V.
-  using ChannelTile = void (*)(
+  // S[r, v * L + l] = sum over pixels of a[.. + r] * b[v][.. + l], r < R, v < V. Returns
+  // <S, direction>.
+  using ChannelTile = T (*)(
       const T* a,
       const T* const* b,  // [V]
       const PixelRows<T>& pixels,
-      T* out,
-      int64_t ld);
+      const TileResult<T>& result);
   ChannelTile channel_tile[kMaxVectors + 1][kMaxRows + 1];  // [V][R]
 
-  // out[r * ld + v] += sum_{s < length} a[r * lda + s] * b[v][s], r < R, v < V; L divides length.
-  using PlanarTile = void (*)(
+  // S[r, v] = sum_{s < length} a[r * lda + s] * b[v][s], r < R, v < V; L divides length. Returns
+  // <S, direction>.
+  using PlanarTile = T (*)(
       const T* a,
       int64_t lda,
       const T* const* b,  // [V]
       int64_t length,
-      T* out,
-      int64_t ld);
+      const TileResult<T>& result);
   PlanarTile planar_tile[kMaxVectors + 1][kMaxRows + 1];  // [V][R]
 
   // out[r * ldo + c] += sum_{k < depth} a[r * lda + k] * b[k * V * L + c], r < R, c < V * L.
