@@ -52,12 +52,13 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 	@"$(VENV)/bin/python" -m benchmarks report
 
 docs: $(VENV)/.installed ## the documentation, in docs/_build/html
-	@"$(VENV)/bin/python" -m pip install --quiet ".[docs]" --no-build-isolation
+	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[docs]"
 	@"$(VENV)/bin/python" -m sphinx -W -b html docs docs/_build/html $(ARGS)
 
-lint: $(VENV)/.installed ## format and lint checks
-	@"$(VENV)/bin/python" -m pip install --quiet pre-commit
+lint: $(VENV)/.installed ## format, lint and type checks; formats what is not
+	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[dev]"
 	@"$(VENV)/bin/python" -m pre_commit run --all-files $(ARGS)
+	@"$(VENV)/bin/python" -m mypy
 
 clean: ## remove environments, builds and caches
 	rm -rf "$(VENV)" "$(DEMO_VENV)" build dist docs/_build demo_output
