@@ -98,6 +98,13 @@ def check_same_kind(train: Any, clean: Any) -> None:
             raise ValueError(f"training inputs have dtype {x.dtype}, clean inputs {y.dtype}")
 
 
+def in_order_of(train: Any, clean: Any) -> Any:
+    """The clean inputs with a dict's keys in the order of the training inputs' keys."""
+    if isinstance(train, dict) and isinstance(clean, dict) and train.keys() == clean.keys():
+        return {key: clean[key] for key in train}
+    return clean
+
+
 def _structure(tree: Any) -> str:
     if isinstance(tree, dict):
         return "a dict with keys " + ", ".join(sorted(map(str, tree)))

@@ -55,7 +55,13 @@ class Interception(TorchFunctionMode):
 
     def is_root(self, x: Any) -> bool:
         """Whether x is a trainable parameter or computed from such alone."""
-        return id(x) in self._roots
+        if id(x) in self._roots:
+            return True
+        if id(x) in self._constants and x.requires_grad:
+            # A parameter was written into it, or a custom Function made it from one.
+            self._roots[id(x)] = self._constants.pop(id(x))
+            return True
+        return False
 
     def is_data(self, x: Any) -> bool:
         """Whether x is a tensor that may depend on the batch."""
@@ -65,7 +71,8 @@ class Interception(TorchFunctionMode):
         """Whether data x meets trained operands, none of which depends on data."""
         if not self.is_data(x) or self.is_data(weight) or self.is_data(bias):
             return False
-        return id(weight) in self._roots or id(bias) in self._roots
+        trained = self.is_root(weight)
+        return self.is_root(bias) or trained
 
     def name_of(self, root: Tensor) -> str:
         """The parameter's name, or a description of a derived tensor."""
@@ -166,8 +173,8 @@ class Interception(TorchFunctionMode):
         check after the forward tells apart).
         """
         roots: Roots = (
-            weight if weight is not None and id(weight) in self._roots else None,
-            bias if bias is not None and id(bias) in self._roots else None,
+            weight if weight is not None and self.is_root(weight) else None,
+            bias if bias is not None and self.is_root(bias) else None,
         )
         if torch.is_autocast_enabled(x.device.type):
             raise NotExactError(f"autocast is on for {x.device.type}; no layer-wise rule covers it")

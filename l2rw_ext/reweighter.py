@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, Literal, get_args
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from . import ops
 from .accumulate import accumulate
-from .batch import LossFn, batch_size, check_same_kind, unpack
+from .batch import LossFn, batch_size, check_same_kind, in_order_of, unpack
 from .engines.base import Engine, NotExactError, Scored, Task
 from .engines.double_backward import DoubleBackward
 from .engines.layerwise import Layerwise
+from .engines.scoring import BelowAutograd
 from .plan import Explanation
 from .preserve import Snapshot, preserved
 from .result import Step, clean_loss_error
@@ -156,6 +158,7 @@ class Reweighter:
             raise RuntimeError("scores need gradients: leave torch.no_grad for this call")
         inputs, targets = unpack(batch, "training batch")
         clean_inputs, clean_targets = unpack(clean, "clean batch")
+        clean_inputs = in_order_of(inputs, clean_inputs)
         check_same_kind(inputs, clean_inputs)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:
@@ -199,29 +202,35 @@ class Reweighter:
 
     def _weigh(self, engine: Engine, scored: Scored) -> tuple[Step, Tensor | None]:
         """The step's result, and the weights for the gradient: None for zeros, or ``_SKIP``."""
-        clean_loss = scored.clean_loss
+        clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
         deferred = clean_loss.device.type != "cpu" and not self.check_finite
-        if not deferred and not clean_loss.isfinite():
+        if not deferred and not math.isfinite(clean_loss.item()):
             raise clean_loss_error(clean_loss)
-        excluded = ~(scored.losses.isfinite() & scored.scores.isfinite())
-        if not deferred and bool((excluded & scored.losses.isfinite()).all()):
-            raise ValueError(
-                "no score is finite, although the losses are: the gradient of the clean loss "
-                "overflowed. No gradient was accumulated"
-            )
-        usable = scored.scores.masked_fill(excluded, 0)
-        weights = ops.normalize_weights(usable)
-        if deferred:
-            weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
-        for_gradient: Tensor | None = weights
-        if self.on_degenerate != "zero" or weights.device.type == "cpu":
-            if not weights.any():
+        with BelowAutograd():
+            if not deferred and math.isfinite((losses.sum() + scores.sum()).item()):
+                excluded = None
+                weights = ops.normalize_weights(scores)
+            else:
+                excluded = ~(losses.isfinite() & scores.isfinite())
+                if not deferred and bool((excluded & losses.isfinite()).all()):
+                    raise ValueError(
+                        "no score is finite, although the losses are: the gradient of the clean "
+                        "loss overflowed. No gradient was accumulated"
+                    )
+                weights = ops.normalize_weights(scores.masked_fill(excluded, 0))
+            if deferred:
+                weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
+            for_gradient: Tensor | None = weights
+            waits = self.on_degenerate != "zero" or weights.device.type == "cpu"
+            if waits and not weights.any():
                 for_gradient = None
                 if self.on_degenerate == "skip":
                     for_gradient = _SKIP
-                elif self.on_degenerate == "uniform" and not excluded.all():
-                    weights = (~excluded).to(weights.dtype) / (~excluded).sum()
-                    for_gradient = weights
+                elif self.on_degenerate == "uniform":
+                    kept = torch.ones_like(weights) if excluded is None else (~excluded)
+                    if kept.any():
+                        weights = kept.to(weights.dtype) / kept.sum()
+                        for_gradient = weights
         step = Step(weights, scored.scores, scored.losses, engine.name, clean_loss, excluded)
         return step, for_gradient
 

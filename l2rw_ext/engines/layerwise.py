@@ -294,19 +294,22 @@ def _check_mergeable(
     tight = min(256 * torch.finfo(losses.dtype).eps, 2.0**-12)
     loose = max(16 * torch.finfo(losses.dtype).eps, tight)
     n, m = task.n, task.m
-    with torch.no_grad():
-        try:
-            other = with_other_clean_rows(inputs, n, m)
-            same = same_rows(losses, _rows_of(task, snapshot, other)[0], tight)
-            other = with_other_training_rows(inputs, n, m)
-            same = same and same_rows(clean_losses, _rows_of(task, snapshot, other)[1], tight)
-            if same and not random:
-                snapshot.restore()
-                same = same_rows(losses, task.forward_train(), loose)
-                snapshot.restore()
-                same = same and same_rows(clean_losses, task.forward_clean(), loose)
-        finally:
-            after.restore()
+    try:
+        other = with_other_clean_rows(inputs, n, m)
+        same = same_rows(losses, _rows_of(task, snapshot, other)[0], tight)
+        other = with_other_training_rows(inputs, n, m)
+        same = same and same_rows(clean_losses, _rows_of(task, snapshot, other)[1], tight)
+        if same and not random:
+            snapshot.restore()
+            same = same_rows(losses, task.forward_train().detach(), loose)
+            snapshot.restore()
+            same = same and same_rows(clean_losses, task.forward_clean().detach(), loose)
+    except Exception as error:
+        raise _NotMergeableError(
+            f"{type(error).__name__} on other rows of the merged batch", lasting=False
+        ) from error
+    finally:
+        after.restore()
     if not same:
         raise _NotMergeableError("an example's output depends on the rest of its batch")
 
@@ -316,7 +319,7 @@ def _rows_of(task: Task, snapshot: Snapshot, inputs: Any) -> tuple[Tensor, Tenso
     snapshot.restore()
     parts = split(forward(task.model, inputs), task.n, task.m)
     assert parts is not None
-    return task.losses(parts[0]), task.clean_losses(parts[1])
+    return task.losses(parts[0]).detach(), task.clean_losses(parts[1]).detach()
 
 
 def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]]:
