@@ -306,7 +306,7 @@ class _ReverseModeOnly(torch.library.Library):
                 )
             return fn(keyset, *arguments)
 
-        super().impl(op_name, kernel, dispatch_key, **options)  # type: ignore[no-untyped-call]  # type: ignore[no-untyped-call]
+        super().impl(op_name, kernel, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
 def _refuse_cuda(name: str) -> Callable[..., Any]:
