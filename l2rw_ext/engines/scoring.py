@@ -296,8 +296,14 @@ def _weighted(kept: _Kept, weights: Tensor, active: Tensor) -> Roots:
     if kept.examples is not None:
         weight, bias = kept.examples
         return (
-            None if weight is None else ops.weighted_sum(weight, weights),
-            None if bias is None else ops.weighted_sum(bias, weights),
+            None if weight is None else ops.weighted_sum(weight, _for(weight, weights)),
+            None if bias is None else ops.weighted_sum(bias, _for(bias, weights)),
         )
     assert kept.z is not None and kept.g is not None
+    weights = _for(kept.g, weights)
     return kept.use.rule.weighted_gradient(kept.use, kept.z, kept.g, weights, active)
+
+
+def _for(kept: Tensor, weights: Tensor) -> Tensor:
+    """The weights in the dtype that sums of ``kept`` are formed in; losses may have another."""
+    return weights.to(accumulation_dtype(kept.dtype))
