@@ -10,6 +10,8 @@ VENV ?= .venv
 DEMO_VENV ?= .demo-venv
 ARGS ?=
 
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BUILD_REQUIREMENTS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" ninja
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
@@ -49,7 +51,7 @@ test: $(VENV)/.installed ## all tests
 bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/results/cpu
 	@"$(VENV)/bin/python" -m benchmarks step --json benchmarks/results/cpu/step.json $(ARGS)
 	@"$(VENV)/bin/python" -m benchmarks memory --json benchmarks/results/cpu/memory.json $(ARGS)
-	@"$(VENV)/bin/python" -m benchmarks report
+	@"$(VENV)/bin/python" -m benchmarks report --fill README.md docs/benchmarks.md
 
 docs: $(VENV)/.installed ## the documentation, in docs/_build/html
 	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[docs]"

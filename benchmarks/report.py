@@ -13,6 +13,7 @@ from typing import Any
 
 from . import record
 from .errors import UsageError
+from .pages import filled, ratios, read_reports, table
 
 RESULTS = record.ROOT / "benchmarks" / "results"
 CHART = record.ROOT / "docs" / "assets" / "step.svg"
@@ -21,11 +22,6 @@ BARS = {
     "jvp": ("torch.func.jvp", "#8fa3bf"),
     "l2rw_ext": ("l2rw_ext", "#1f6feb"),
 }
-
-
-def ratios(entry: dict[str, Any]) -> dict[str, float]:
-    """The ratio of every timed method of a case, by name."""
-    return {row["name"]: row["ratio"] for row in entry["methods"] if "ratio" in row}
 
 
 def chart(report: dict[str, Any], path: Path) -> None:
@@ -61,25 +57,6 @@ def chart(report: dict[str, Any], path: Path) -> None:
         pyplot.close(figure)
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The ratios of a report as a Markdown table, one row for each case."""
-    labels = {row["name"]: row["label"] for entry in report["cases"] for row in entry["methods"]}
-    shown = {
-        n: label for n, label in labels.items() if any(n in ratios(e) for e in report["cases"])
-    }
-    has_rho = report["kind"] == "step"
-    head = ["case", *(["ρ", "operation count"] if has_rho else []), *shown.values()]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
-    for entry in report["cases"]:
-        cells = [entry["title"]]
-        if has_rho:
-            cells += [f"{entry['rho']:.2f}", f"{entry['operation_bound']:.2f}"]
-        found = ratios(entry)
-        cells += [f"{found[name]:.2f}" if name in found else "-" for name in shown]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def describe(path: Path, report: dict[str, Any]) -> str:
     """Where a report comes from, and whether the sources have changed since."""
     age = "of the present sources" if record.is_current(report) else "OLDER than the sources"
@@ -94,6 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="folder below benchmarks/results")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--chart", type=Path, default=CHART, metavar="FILE", help=".svg or .png")
+    parser.add_argument(
+        "--fill",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="Markdown pages in which to replace what stands between <!-- recorded --> comments",
+    )
     parser.add_argument("--check", action="store_true", help="exit with 1 where a file is older")
 
 
@@ -109,8 +94,14 @@ def run(args: argparse.Namespace) -> int:
         current &= record.is_current(report)
         print(describe(path, report))
         if report["kind"] in ("step", "memory"):
-            print("\n" + markdown(report) + "\n")
+            print("\n" + table(report) + "\n")
         if report["kind"] == "step":
             chart(report, args.chart)
             print(f"chart in {args.chart}")
+    for page in args.fill:
+        try:
+            page.write_text(filled(page.read_text(), read_reports(folder)))
+        except OSError as error:
+            raise UsageError(f"--fill: {page}: {error.strerror}") from error
+        print(f"filled {page}")
     return 1 if args.check and not current else 0
