@@ -231,10 +231,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=record.positive, help="training images: 408, or 5000 with --data-root"
     )
-    parser.add_argument("--steps", type=record.positive, default=800)
+    parser.add_argument("--steps", type=record.positive, default=1200)
     parser.add_argument("--batch", type=record.positive, default=100)
     parser.add_argument("--seeds", type=record.positive, default=3, help="number of seeds")
-    parser.add_argument("--lr", type=record.positive_number, default=1e-2)
+    parser.add_argument("--lr", type=record.positive_number, default=5e-3)
     parser.add_argument(
         "--engine", choices=get_args(EngineName), default="auto", help="engine of the Reweighter"
     )
