@@ -34,7 +34,7 @@ endef
 
 help: ## this text
 	@echo "make TARGET [PYTHON=python3] [TORCH_SPEC=torch==2.13.0] [TORCH_INDEX=URL] [ARGS=...]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-6s %s\n", $$1, $$2}' Makefile
 
 $(DEMO_VENV)/.installed: $(SOURCES)
 	$(call install,$(DEMO_VENV),demo)
@@ -50,7 +50,7 @@ test: $(VENV)/.installed ## all tests
 
 bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/results/cpu
 	@"$(VENV)/bin/python" -m benchmarks step --json benchmarks/results/cpu/step.json $(ARGS)
-	@"$(VENV)/bin/python" -m benchmarks memory --json benchmarks/results/cpu/memory.json $(ARGS)
+	@"$(VENV)/bin/python" -m benchmarks memory --json benchmarks/results/cpu/memory.json
 	@"$(VENV)/bin/python" -m benchmarks report --fill README.md docs/benchmarks.md
 
 docs: $(VENV)/.installed ## the documentation, in docs/_build/html
