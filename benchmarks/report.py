@@ -39,19 +39,17 @@ def chart(report: dict[str, Any], path: Path) -> None:
             at = [i + (k - (len(BARS) - 1) / 2) * height for i, _ in found]
             bars = axes.barh(at, [r for _, r in found], height * 0.92, color=colour, label=label)
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-        axes.axvline(1, color="black", linewidth=1)
+        axes.axvline(1, color="black", linewidth=1, zorder=0.5)
         axes.set_yticks(range(len(cases)), [f"{e['title']}, ρ {e['rho']:.2f}" for e in cases])
         axes.invert_yaxis()
         axes.set_xlim(0, max(max(ratios(e).get(b, 0) for b in BARS) for e in cases) * 1.1)
-        axes.set_xlabel("time of a training step; 1 = a plain step on the same images")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
         machine = report["machine"]
-        axes.set_title(
-            f"{machine['cpu']}, {machine['threads']} threads, torch {report['versions']['torch']}",
-            fontsize=8,
-            loc="left",
+        axes.set_xlabel(
+            "time of a training step; 1 = a plain step on the same examples\n"
+            f"{machine['cpu']}, {machine['threads']} threads, torch {report['versions']['torch']}"
         )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(BARS))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=160)
         pyplot.close(figure)
