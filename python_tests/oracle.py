@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from l2rw_ext import Reweighter, Step, reference
 from torch import Tensor, nn
+
+from l2rw_ext import Reweighter, Step, reference
 
 EXACT = 1e-12
 """Relative L2 error of float64 scores, weights and gradients."""
@@ -95,19 +96,14 @@ def flat(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.cat(present) if present else torch.zeros(0, dtype=torch.float64)
 
 
-def assert_matches(
-    step: Step, model: nn.Module, expected: Truth, tolerance: float = EXACT
-) -> None:
+def assert_matches(step: Step, model: nn.Module, expected: Truth, tolerance: float = EXACT) -> None:
     """Scores, weights and ``p.grad`` are the oracle's; unreached parameters have none."""
     assert relative_error(step.scores, expected.scores) <= tolerance
     assert relative_error(step.weights, expected.weights) <= tolerance
     found = gradients_of(model)
     reached = {name for name, g in expected.gradients.items() if g is not None}
     assert {name for name, g in found.items() if g is not None} == reached
-    assert (
-        relative_error(flat(found.values()), flat(expected.gradients.values()))
-        <= tolerance
-    )
+    assert relative_error(flat(found.values()), flat(expected.gradients.values())) <= tolerance
 
 
 def assert_exact(
@@ -158,9 +154,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "training": [m.training for m in model.modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
         "hooks": [{h: list(getattr(m, h)) for h in _HOOKS} for m in model.modules()],
-        "parameter hooks": {
-            k: list(p._backward_hooks or ()) for k, p in model.named_parameters()
-        },
+        "parameter hooks": {k: list(p._backward_hooks or ()) for k, p in model.named_parameters()},
         "rng": keep(torch.get_rng_state()),
         "function modes": torch._C._len_torch_function_stack(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
@@ -186,8 +180,8 @@ def _same(a: Any, b: Any) -> bool:
         rng = x.dtype == torch.uint8
         same_values = before.shape == b[1].shape and before.dtype == b[1].dtype
         same_bits = same_values and torch.equal(before.isnan(), b[1].isnan())
-        return (rng or x is b[0]) and same_bits and torch.equal(
-            before.nan_to_num(), b[1].nan_to_num()
+        return (
+            (rng or x is b[0]) and same_bits and torch.equal(before.nan_to_num(), b[1].nan_to_num())
         )
     return bool(a == b)
 
