@@ -19,13 +19,16 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, box: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.box = box
-        return parameters[0].new_zeros(())
+        return torch.empty(())
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
         gradients = tuple(ctx.box)
         ctx.box.clear()
         return (None, *gradients)
+
+
+_SEED = torch.ones(())
 
 
 def accumulate(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
@@ -37,4 +40,4 @@ def accumulate(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
     box = [g for _, g in gradients]
     gradients.clear()
     if parameters:
-        _Deliver.apply(box, *parameters).backward()
+        torch.autograd.backward(_Deliver.apply(box, *parameters), _SEED)

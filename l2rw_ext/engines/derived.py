@@ -25,14 +25,14 @@ class Leaves:
         return id(root) in self._ids
 
     def pull_back(self, totals: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
-        """Jᵀ: sums (root, gradient) pairs into gradients of the parameters, by id."""
+        """Jᵀ: sums (root, gradient) pairs of equal shapes into parameters' gradients, by id."""
         leaves: dict[int, Tensor] = {}
         derived: list[tuple[Tensor, Tensor]] = []
         for root, gradient in totals:
             if root in self:
-                _add(leaves, id(root), gradient.reshape(root.shape))
+                _add(leaves, id(root), gradient)
             else:
-                derived.append((root, gradient.reshape(root.shape).to(root.dtype)))
+                derived.append((root, gradient.to(root.dtype)))
         if derived:
             pulled = torch.autograd.grad(
                 [root for root, _ in derived],

@@ -167,34 +167,46 @@ class Layerwise(Engine):
         """The backward under a plan; where there is none that fits, one that also makes it."""
         reached = scoring.reached
         signatures = [_signature(use, interception) for use in reached]
-        if plan is not None:
-            fits = [use.signature for use in plan.uses] == signatures
-            if fits and plan.certain and interception.chooses is None and not plan.due():
-                scoring.follow(plan)
-                _run_backward(interception, seeded, retain=False)
-                _check_reported(scoring, reached)
-                scoring.finish()
-                plan.steps += 1
-                return plan
-        _run_backward(interception, seeded, retain=True)
+        if plan is None or not (
+            plan.certain
+            and interception.chooses is None
+            and not plan.due()
+            and [use.signature for use in plan.uses] == signatures
+        ):
+            plan = self._probed(task, interception, scoring, seeded, plan, leaves, merged=merged)
+        plan.steps += 1
+        scoring.follow(plan)
+        _run_backward(interception, seeded, retain=False)
         _check_reported(scoring, reached)
-        plain = {index: (use, g) for index, (use, _, g) in scoring.reports.items()}
-        probe = _probe(task, plain, seeded[0][0].device, merged)
-        scoring.probe = probe
-        _run_backward(interception, _with_seeds(seeded, probe, merged), retain=False)
+        scoring.finish()
+        return plan
+
+    def _probed(
+        self,
+        task: Task,
+        interception: Interception,
+        scoring: Scoring,
+        seeded: list[tuple[Tensor, Tensor]],
+        before: Plan | None,
+        leaves: Leaves,
+        *,
+        merged: bool,
+    ) -> Plan:
+        """A plan from two more backwards over the same graph."""
+        reached = scoring.reached
+        probe = scoring.probe = _probe(task, seeded[0][0], merged)
+        _run_backward(interception, seeded, retain=True)
+        _run_backward(interception, _with_seeds(seeded, probe, merged), retain=True)
         scoring.probe = None
-        steps = 0 if plan is None else plan.steps
         certain = probe.certain and interception.chooses is None
-        plan = Plan(merged, certain=certain, steps=steps + 1)
+        plan = Plan(merged, certain=certain, steps=0 if before is None else before.steps)
         counts: dict[int, int] = {}
         for use in reached:
             for root in use.roots:
                 for source in () if root is None else sources(root):
                     counts[source] = counts.get(source, 0) + 1
-        for use, signature in zip(reached, signatures, strict=True):
-            plan.uses.append(_plan_use(use, signature, probe, interception, leaves, counts, task))
-        scoring.follow(plan)
-        scoring.finish()
+        for use in reached:
+            plan.uses.append(_plan_use(use, probe, interception, leaves, counts, task))
         return plan
 
 
@@ -222,7 +234,6 @@ def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
 
 def _plan_use(
     use: Use,
-    signature: tuple[Any, ...],
     probe: Probe,
     interception: Interception,
     leaves: Leaves,
@@ -236,6 +247,7 @@ def _plan_use(
     size = Size(task.n, task.m, positions, positions)
     form, costs = choose_form(use, size, without=("factored",) if joint else ())
     names = dict.fromkeys(interception.name_of(root) for root in roots)
+    signature = _signature(use, interception)
     return UsePlan(", ".join(names), signature, rows, form, joint, costs, use.operation, use.shape)
 
 
@@ -295,15 +307,19 @@ def _check_mergeable(
     loose = max(16 * torch.finfo(losses.dtype).eps, tight)
     n, m = task.n, task.m
     try:
-        other = with_other_clean_rows(inputs, n, m)
-        same = same_rows(losses, _rows_of(task, snapshot, other)[0], tight)
-        other = with_other_training_rows(inputs, n, m)
-        same = same and same_rows(clean_losses, _rows_of(task, snapshot, other)[1], tight)
-        if same and not random:
-            snapshot.restore()
-            same = same_rows(losses, task.forward_train().detach(), loose)
-            snapshot.restore()
-            same = same and same_rows(clean_losses, task.forward_clean().detach(), loose)
+        # With grad, as in the step, but without the memory of a graph.
+        with torch.autograd.graph.saved_tensors_hooks(_drop, _refuse):
+            other = with_other_clean_rows(inputs, n, m)
+            same = same_rows(losses, _rows_of(task, snapshot, other)[0], tight)
+            other = with_other_training_rows(inputs, n, m)
+            same = same and same_rows(clean_losses, _rows_of(task, snapshot, other)[1], tight)
+            if same and not random:
+                snapshot.restore()
+                same = same_rows(losses, task.forward_train().detach(), loose)
+                snapshot.restore()
+                same = same and same_rows(clean_losses, task.forward_clean().detach(), loose)
+    except _BackwardInsideError:
+        raise _NotMergeableError("the forward runs a backward of its own") from None
     except Exception as error:
         raise _NotMergeableError(
             f"{type(error).__name__} on other rows of the merged batch", lasting=False
@@ -312,6 +328,18 @@ def _check_mergeable(
         after.restore()
     if not same:
         raise _NotMergeableError("an example's output depends on the rest of its batch")
+
+
+class _BackwardInsideError(Exception):
+    """Something that was dropped is asked for."""
+
+
+def _drop(saved: Tensor) -> None:
+    """Keep nothing for a backward that does not come."""
+
+
+def _refuse(saved: None) -> Tensor:
+    raise _BackwardInsideError
 
 
 def _rows_of(task: Task, snapshot: Snapshot, inputs: Any) -> tuple[Tensor, Tensor]:
@@ -370,12 +398,10 @@ def _check_reported(recorder: Recorder, reached: list[Use]) -> None:
             )
 
 
-def _probe(
-    task: Task, plain: dict[int, tuple[Use, Tensor]], device: torch.device, merged: bool
-) -> Probe:
+def _probe(task: Task, losses: Tensor, merged: bool) -> Probe:
     narrow = any(p.dtype == torch.float16 for p in task.parameters)
-    r = seeds(task.n + task.m if merged else task.n, device, narrow=narrow)
-    return Probe(plain, {"merged": r, "train": r[: task.n], "clean": r[task.n :]})
+    r = seeds(task.n + task.m if merged else task.n, losses.device, narrow=narrow)
+    return Probe({"merged": r, "train": r[: task.n], "clean": r[task.n :]})
 
 
 def _with_seeds(

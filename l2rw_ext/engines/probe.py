@@ -8,7 +8,9 @@ one example is scaled without rounding, and a dependence on another shows even w
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..batch import tensors
-from ..rules.base import RowMap, Use
+from ..rules.base import RowMap, Use, accumulation_dtype
 from .base import NotExactError
 
 
@@ -34,38 +36,62 @@ def seeds(count: int, device: torch.device, *, narrow: bool = False) -> Tensor:
     return torch.tensor([2.0**e for e in exponents[:count]], dtype=torch.float32, device=device)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What is kept of a gradient between the two backwards: enough of each row to know it by."""
+
+    prints: Tensor
+    """Sums of the row under random signs, (rows, 4); scaling by a power of two scales them."""
+    sizes: Tensor
+    """Sum of the row's absolute values, (rows,)."""
+
+    @classmethod
+    def of(cls, g: Tensor, leading: int) -> _Rows:
+        """From a gradient whose first ``leading`` dimensions count rows."""
+        rows = g.reshape(math.prod(g.shape[:leading]), -1).to(accumulation_dtype(g.dtype))
+        if rows.shape[1] == 1:
+            return cls(rows, rows.abs().squeeze(1))
+        generator = torch.Generator().manual_seed(rows.shape[1])
+        signs = torch.randint(0, 2, (rows.shape[1], 4), generator=generator) * 2 - 1
+        return cls(rows @ signs.to(rows), rows.abs().sum(1))
+
+
 class Probe:
-    """Compares the reports of the seeded backward with those of the plain one.
+    """Compares the reports of a seeded backward with those of a plain one.
 
     Args:
-        plain: reports of the plain backward, (use, g) by index of the use.
         seeds: r of the examples of each part.
     """
 
-    def __init__(self, plain: dict[int, tuple[Use, Tensor]], seeds: dict[str, Tensor]) -> None:
-        self._plain = plain
+    def __init__(self, seeds: dict[str, Tensor]) -> None:
         self.seeds = seeds
         self.maps: dict[int, RowMap | None] = {}
         """By index of the use; None where the gradient is zero and shows nothing."""
         self.certain = True
         """False where more than one map fits, as with a gradient that is zero on most rows."""
+        self._plain: dict[int, _Rows] = {}
 
-    def compare(self, use: Use, seeded: Tensor) -> None:
-        """Find the map under which each row was scaled by its example's seed.
+    def report(self, use: Use, g: Tensor) -> None:
+        """The first report of a use is of the plain backward, the second of the seeded one.
 
         Raises:
-            NotExactError: there is none.
+            NotExactError: no map explains how the rows were scaled.
         """
-        _, plain = self._plain[use.index]
+        found = _Rows.of(g, use.rule.leading(use, g))
+        plain = self._plain.pop(use.index, None)
+        if plain is None:
+            self._plain[use.index] = found
+            return
         r = self.seeds[use.part]
-        if not bool(plain.any()):
+        if not bool(plain.sizes.any()):
             self.maps[use.index] = None
             return
-        shows = bool((plain.isfinite() & (plain != 0)).any())
+        shows = bool((plain.sizes.isfinite() & (plain.sizes != 0)).any())
+        info = torch.finfo(g.dtype)
         fitting = [
             rows
-            for rows in use.rule.maps(use, plain, r.numel())
-            if _scaled_by(plain, seeded, r, rows)
+            for rows in use.rule.maps(use, g, r.numel())
+            if _scaled_by(plain, found, r, rows, info)
         ]
         if not fitting:
             raise NotExactError(
@@ -76,17 +102,16 @@ class Probe:
         self.maps[use.index] = fitting[0]
 
 
-def _scaled_by(plain: Tensor, seeded: Tensor, r: Tensor, rows: RowMap) -> bool:
-    scale = r.to(plain.dtype).view(1, rows.size, 1, 1)
+def _scaled_by(plain: _Rows, seeded: _Rows, r: Tensor, rows: RowMap, info: torch.finfo) -> bool:
     shape = (rows.outer, rows.size, rows.inner, -1)
-    expected = plain.reshape(shape) * scale
-    found = seeded.reshape(shape)
+    expected = plain.prints.reshape(shape) * r.to(plain.prints.dtype).view(1, rows.size, 1, 1)
+    found = seeded.prints.reshape(shape)
     finite = expected.isfinite() & found.isfinite()
     error = (found - expected).abs().masked_fill(~finite, 0).amax((0, 2, 3))
-    largest = plain.reshape(shape).abs().masked_fill(~finite, 0).amax((0, 2, 3))
-    info = torch.finfo(plain.dtype)
+    sizes = plain.sizes.reshape(shape[:-1])
+    largest = sizes.masked_fill(~sizes.isfinite(), 0).amax((0, 2))
     # Example by example, so that what one with a small seed receives from another shows.
-    allowed = 16 * info.eps * scale.flatten() * largest.clamp(min=info.eps * float(largest.max()))
+    allowed = 16 * info.eps * r * largest.clamp(min=info.eps * float(largest.max()))
     return bool((error <= allowed + info.smallest_normal).all())
 
 
