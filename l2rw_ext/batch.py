@@ -155,8 +155,8 @@ def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
     if isinstance(outputs, Tensor):
         if outputs.dim() == 0 or outputs.size(0) != n + m:
             return None
-        train, clean = torch.unsafe_split_with_sizes(outputs, (n, m))
-        return train, clean
+        first, second = torch.unsafe_split_with_sizes(outputs, (n, m))
+        return first, second
     leaves, spec = pytree.tree_flatten(outputs)
     train, clean = [], []
     for x in leaves:

@@ -223,13 +223,14 @@ def _has_saved_tensor_hooks() -> bool:
     return top is not None
 
 
-def inside(func: types.FunctionType) -> types.FunctionType:
+def inside(func: Callable[..., Any]) -> Callable[..., Any]:
     """A composite Python function whose body runs under the mode instead of being sent to it.
 
     ``F.multi_head_attention_forward`` asks ``has_torch_function`` first and, under a mode, sends
     itself to the mode for ever; this copy of it answers no, and the operations inside are seen one
     by one.
     """
+    assert isinstance(func, types.FunctionType)
     scope = dict(func.__globals__)
     scope["has_torch_function"] = lambda *_: False
     clone = types.FunctionType(
@@ -257,8 +258,9 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
                 continue
             seen.add(node)
             if isinstance(node, _ACCUMULATE):
-                if node.variable is not interception.token:
-                    raise NotExactError(_uncovered(interception, node.variable))
+                variable: Tensor = node.variable  # type: ignore[attr-defined]
+                if variable is not interception.token:
+                    raise NotExactError(_uncovered(interception, variable))
                 continue
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 use = getattr(node, "use", None)
@@ -322,7 +324,7 @@ def sources(root: Tensor) -> frozenset[int]:
     while stack:
         node = stack.pop()
         if isinstance(node, _ACCUMULATE):
-            found.add(id(node.variable))
+            found.add(id(node.variable))  # type: ignore[attr-defined]
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)

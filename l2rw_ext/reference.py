@@ -43,7 +43,8 @@ def look_ahead(
     gradients = torch.autograd.grad(
         perturbed_loss(losses, epsilon), list(named.values()), create_graph=True, allow_unused=True
     )
-    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), gradients)]
+    pairs = zip(named.values(), gradients, strict=True)
+    zeros = [torch.zeros_like(p) if g is None else g for p, g in pairs]
     stepped = sgd_step(list(named.values()), zeros, lr)
     return dict(zip(named, stepped, strict=True))
 
@@ -115,7 +116,7 @@ def meta_scores(
 
 
 def clean_direction(model: nn.Module, loss_fn: LossFn, clean: Batch) -> dict[str, Tensor]:
-    """v = d/dθ (1/m) Σ_j f'_j(θ), by parameter name; zero where the clean loss does not reach."""
+    """The direction v = d/dθ (1/m) Σ_j f'_j(θ), by name; zero where the clean loss has none."""
     inputs, targets = clean
     named = trainable(model)
     objective = loss_fn(forward(model, inputs), targets).mean()

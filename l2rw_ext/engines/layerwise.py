@@ -255,9 +255,9 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
     """Training and clean losses of one forward.
 
     Raises:
-        _NotMergeableError: the model or a loss function cannot work on the merged batch, or the values
-            of the data decide what is computed. (An error that is the model's own comes back from
-            the two passes.)
+        _NotMergeableError: the model or a loss function cannot work on the merged batch, or the
+            values of the data decide what is computed. (An error that is the model's own comes
+            back from the two passes.)
     """
     interception.part = "merged"
     try:

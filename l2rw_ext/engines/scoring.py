@@ -25,13 +25,13 @@ class BelowAutograd:
 
     def __enter__(self) -> None:
         self._functions = torch._C.DisableTorchFunction()
-        self._functions.__enter__()  # type: ignore[attr-defined]
+        self._functions.__enter__()
         self._autograd = torch._C._AutoDispatchBelowAutograd()
         self._autograd.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         self._autograd.__exit__(*error)
-        self._functions.__exit__(*error)  # type: ignore[attr-defined]
+        self._functions.__exit__(*error)
 
 
 class StalePlanError(Exception):
@@ -213,7 +213,7 @@ class Scoring(Recorder, Scored):
     def _rows(
         self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """z and g with examples first; None where g is zero, as it was when the plan was made."""
+        """Both with examples first; None where g is zero, as it was when the plan was made."""
         if planned.rows is None:
             if bool(g.any()):
                 raise StalePlanError
@@ -299,7 +299,8 @@ def _weighted(kept: _Kept, weights: Tensor, active: Tensor) -> Roots:
             None if weight is None else ops.weighted_sum(weight, _for(weight, weights)),
             None if bias is None else ops.weighted_sum(bias, _for(bias, weights)),
         )
-    assert kept.z is not None and kept.g is not None
+    assert kept.z is not None
+    assert kept.g is not None
     weights = _for(kept.g, weights)
     return kept.use.rule.weighted_gradient(kept.use, kept.z, kept.g, weights, active)
 

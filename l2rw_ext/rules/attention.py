@@ -20,4 +20,4 @@ def _multi_head_attention(
     from ..interception import inside
 
     with mode:
-        return inside(func)(*args, **kwargs)
+        return inside(F.multi_head_attention_forward)(*args, **kwargs)

@@ -65,10 +65,7 @@ class Broadcast(Rule):
         reduced = [d for d in range(g.dim()) if d != axis and aligned[d] == 1 and g.shape[d] != 1]
         if reduced:
             g = g.sum(reduced, keepdim=True, dtype=accumulation_dtype(g.dtype))
-        if axis is None:
-            g = g.reshape(1, -1)
-        else:
-            g = g.movedim(axis, 0).reshape(rows.size, -1)
+        g = g.reshape(1, -1) if axis is None else g.movedim(axis, 0).reshape(rows.size, -1)
         return g, g
 
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:

@@ -191,12 +191,14 @@ class _GroupNormUse(torch.autograd.Function):
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    if x.dim() == 4 and not x.is_contiguous():
-        if x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-    if x.dim() == 5 and not x.is_contiguous():
-        if x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
+    for memory_format in (torch.channels_last, torch.channels_last_3d):
+        dimensions = 4 if memory_format is torch.channels_last else 5
+        if (
+            x.dim() == dimensions
+            and not x.is_contiguous()
+            and x.is_contiguous(memory_format=memory_format)
+        ):
+            return memory_format
     return torch.contiguous_format
 
 
@@ -325,7 +327,7 @@ def _batch_norm(
     if training and mode.is_data(x) and torch.is_grad_enabled():
         raise NotExactError(
             "a BatchNorm in train mode couples the examples of a batch"
-            + (f" (parameter {mode.name_of(weight)!r})" if mode.is_root(weight) else "")
+            + ("" if weight is None else f" (parameter {mode.name_of(weight)!r})")
         )
     if not mode.is_use(x, weight, bias) or running_mean is None or running_var is None:
         return mode.other(func, args, kwargs)

@@ -1,8 +1,9 @@
 """Measured rates that turn operation counts into comparable times.
 
 Only ratios matter: they decide between the forms of one layer. A table rather than a timing at run
-time, so that the choice, and with it every bit of the result, is the same in every run. Multiply-adds
-per second of one core of an AMD EPYC (Zen 4), float32; docs/kernels.md has the measurements.
+time, so that the choice, and with it every bit of the result, is the same in every run.
+Multiply-adds per second of one core of an AMD EPYC (Zen 4), float32; docs/kernels.md has the
+measurements.
 """
 
 from __future__ import annotations
