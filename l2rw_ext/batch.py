@@ -158,7 +158,8 @@ def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
         first, second = torch.unsafe_split_with_sizes(outputs, (n, m))
         return first, second
     leaves, spec = pytree.tree_flatten(outputs)
-    train, clean = [], []
+    train: list[Any] = []
+    clean: list[Any] = []
     for x in leaves:
         if x is None or isinstance(x, (bool, int, float, str)):
             train.append(x)
