@@ -15,11 +15,18 @@ using torch::stable::parallel_for;
 
 // Multiply-adds below which a thread is not worth starting.
 constexpr double kGrain = 1e5;
+// Numbers a thread adds up at least.
+constexpr int64_t kSumGrain = 32768;
 // Bytes of packed examples that are multiplied together.
 constexpr int64_t kBatchBytes = 256 * 1024;
 
-// Examples are shared out among the threads; where there are fewer of them than threads, so are the
-// groups and equal parts of the output channels of a group.
+// Bytes of a unit's gradient that the second-level cache holds beside the examples.
+constexpr int64_t kUnitBytes = 512 * 1024;
+// Output channels a unit has at least, where a group is divided.
+constexpr int64_t kUnitOutputs = 8;
+
+// Examples are shared out among the threads. Where there are fewer of them than threads, or where
+// the gradient of a group is larger than a cache, so are equal parts of its output channels.
 struct Units {
   Convolution conv;  // of one unit
   int64_t parts;     // of a group
@@ -28,6 +35,11 @@ struct Units {
 
   int64_t input_channel(int64_t unit) const { return unit / parts * conv.inputs; }
   int64_t output_channel(int64_t unit) const { return unit * conv.outputs; }
+  int64_t items() const { return conv.examples * count; }
+  // Items of one part follow each other, so that its direction stays in the cache; else those of
+  // one example, whose memory does.
+  int64_t example(int64_t item) const { return parts > 1 ? item % conv.examples : item / count; }
+  int64_t unit(int64_t item) const { return parts > 1 ? item / conv.examples : item % count; }
   void fetch(const Image& z, const Image& g, int64_t i, int64_t unit, Fetch& soon) const {
     soon.add(z, i, input_channel(unit), conv.inputs, conv.in);
     soon.add(g, i, output_channel(unit), conv.outputs, conv.out);
@@ -38,17 +50,20 @@ struct Units {
   }
 };
 
+template <class T>
 Units divide(const Convolution& convolution, int64_t threads) {
-  Units units{convolution, 1, convolution.groups, 0};
-  const int64_t wanted = threads / std::max<int64_t>(convolution.examples * convolution.groups, 1);
-  for (int64_t parts = 2; parts <= wanted && convolution.outputs / parts >= 8; ++parts) {
-    if (convolution.outputs % parts == 0) {
-      units.parts = parts;
+  const int64_t weights = convolution.outputs * convolution.inputs * convolution.taps();
+  const int64_t items = std::max<int64_t>(convolution.examples * convolution.groups, 1);
+  const int64_t wanted =
+      std::max<int64_t>((threads + items - 1) / items, weights * sizeof(T) / kUnitBytes);
+  int64_t parts = 1;
+  for (int64_t more = 2; parts < wanted && convolution.outputs / more >= kUnitOutputs; ++more) {
+    if (convolution.outputs % more == 0) {
+      parts = more;
     }
   }
-  units.conv.outputs = convolution.outputs / units.parts;
-  units.count = convolution.groups * units.parts;
-  units.weights = units.conv.outputs * convolution.inputs * convolution.taps();
+  Units units{convolution, parts, convolution.groups * parts, weights / parts};
+  units.conv.outputs /= parts;
   return units;
 }
 
@@ -77,7 +92,7 @@ void form_example_products(
     const Image& g,
     const ExampleProducts<T>& products) {
   constexpr Element own = sizeof(T) == 8 ? Element::f64 : Element::f32;
-  const Units units = divide(convolution, torch::stable::get_num_threads());
+  const Units units = divide<T>(convolution, torch::stable::get_num_threads());
   const GradientPlan<T> plan(units.conv, 1);
   const Kernels<T>& kernel = kernels<T>();
   const int64_t outputs = units.conv.outputs;
@@ -89,22 +104,22 @@ void form_example_products(
           products.direction + unit * units.weights, directions.data() + unit * plan.matrix_size());
     }
   }
-  Buffer<T> partial_scores(convolution.examples * units.count);
-  const int64_t work = convolution.examples * units.count;
-  parallel_for(0, work, units.grain(), [&](int64_t begin, int64_t end) {
+  Buffer<T> partial_scores(units.items());
+  parallel_for(0, units.items(), units.grain(), [&](int64_t begin, int64_t end) {
     Buffer<T> input(plan.input_buffer());
     Buffer<T> output(plan.output_buffer());
-    Buffer<T> matrix(plan.matrix_size());
+    Buffer<T> matrix(products.gradients == nullptr ? 0 : plan.matrix_size());
     Buffer<T> gradient(z.element == own ? 0 : units.weights);
     Buffer<T> sums(outputs);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / units.count;
-      const int64_t unit = item % units.count;
+      const int64_t i = units.example(item);
+      const int64_t unit = units.unit(item);
+      const int64_t place = i * units.count + unit;
       plan.pack_input(z, i, units.input_channel(unit), input.data());
       plan.pack_output(g, i, units.output_channel(unit), T(1), output.data());
       Fetch soon;
       if (item + 1 < end) {
-        units.fetch(z, g, (item + 1) / units.count, (item + 1) % units.count, soon);
+        units.fetch(z, g, units.example(item + 1), units.unit(item + 1), soon);
       }
       T score = plan.multiply(
           input.data(),
@@ -117,11 +132,11 @@ void form_example_products(
       if (products.gradients != nullptr) {
         if (z.element == own) {
           plan.to_gradient(
-              matrix.data(), static_cast<T*>(products.gradients) + item * units.weights);
+              matrix.data(), static_cast<T*>(products.gradients) + place * units.weights);
         } else {
           plan.to_gradient(matrix.data(), gradient.data());
           write(
-              products.gradients, z.element, item * units.weights, gradient.data(), units.weights);
+              products.gradients, z.element, place * units.weights, gradient.data(), units.weights);
         }
       }
       if (products.direction_bias != nullptr || products.bias_gradients != nullptr) {
@@ -132,10 +147,10 @@ void form_example_products(
               sums.data(), products.direction_bias + units.output_channel(unit), outputs);
         }
         if (products.bias_gradients != nullptr) {
-          write(products.bias_gradients, z.element, item * outputs, sums.data(), outputs);
+          write(products.bias_gradients, z.element, place * outputs, sums.data(), outputs);
         }
       }
-      partial_scores.data()[item] = score;
+      partial_scores.data()[place] = score;
     }
   });
   if (products.scores != nullptr) {
@@ -163,11 +178,12 @@ void form_weighted_sum(
   const int64_t threads = torch::stable::get_num_threads();
   Convolution active_convolution = convolution;
   active_convolution.examples = count;
-  const Units units = divide(active_convolution, threads);
-  // Each share of the examples has sums of its own; with many units one share keeps all threads
-  // busy.
-  const int64_t shares =
-      units.count >= 4 * threads ? 1 : std::max<int64_t>(std::min(count, threads), 1);
+  const Units units = divide<T>(active_convolution, threads);
+  // Each share of the examples has sums of its own, and no more shares than keep all threads busy.
+  const int64_t wanted = units.count >= 4 * threads
+                             ? 1
+                             : (2 * threads + units.count - 1) / std::max<int64_t>(units.count, 1);
+  const int64_t shares = std::max<int64_t>(std::min({wanted, threads, count}), 1);
 
   const GradientPlan<T> single(units.conv, 1);
   const int64_t bytes = sizeof(T) * (single.input_size() + single.output_size());
@@ -213,16 +229,19 @@ void form_weighted_sum(
       }
     }
   });
-  for (int64_t unit = 0; unit < units.count; ++unit) {
-    T* total = matrices.data() + unit * shares * matrix;
-    T* total_sums = sums.data() + unit * shares * outputs;
-    for (int64_t share = 1; share < shares; ++share) {
-      kernel.column_sums(total + share * matrix, matrix, 1, matrix, total);
-      kernel.column_sums(total_sums + share * outputs, outputs, 1, outputs, total_sums);
+  const int64_t sum_grain = std::max<int64_t>(kSumGrain / std::max<int64_t>(shares * matrix, 1), 1);
+  parallel_for(0, units.count, sum_grain, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      T* total = matrices.data() + unit * shares * matrix;
+      T* total_sums = sums.data() + unit * shares * outputs;
+      for (int64_t share = 1; share < shares; ++share) {
+        kernel.column_sums(total + share * matrix, matrix, 1, matrix, total);
+        kernel.column_sums(total_sums + share * outputs, outputs, 1, outputs, total_sums);
+      }
+      plan.to_gradient(total, gradient + unit * units.weights);
+      std::copy_n(total_sums, outputs, bias_gradient + unit * outputs);
     }
-    plan.to_gradient(total, gradient + unit * units.weights);
-    std::copy_n(total_sums, outputs, bias_gradient + unit * outputs);
-  }
+  });
 }
 
 template void form_example_products(
