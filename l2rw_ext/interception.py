@@ -250,6 +250,7 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
     reached: set[int] = set()
     after_each: list[set[int]] = []
     seen: set[Any] = set()
+    hides = ""
     for loss in losses:
         stack = [loss.grad_fn]
         while stack:
@@ -270,15 +271,17 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
                         if root is not None and root.grad_fn is not None:
                             _check_derivation(interception, root)
                 elif interception.without_grad is not None:
-                    raise NotExactError(
-                        f"parameter {interception.without_grad!r} is used without grad and the "
-                        f"custom autograd function {type(node).__name__} may hide that use (a "
-                        "reentrant checkpoint does; use_reentrant=False is covered)"
-                    )
+                    hides = type(node).__name__
             for following, _ in node.next_functions:
                 if following is not None and following not in seen:
                     stack.append(following)
         after_each.append(set(reached))
+    if hides:
+        raise NotExactError(
+            f"parameter {interception.without_grad!r} is used without grad and the custom autograd "
+            f"function {hides} may hide that use (a reentrant checkpoint does; use_reentrant=False "
+            "is covered)"
+        )
     return after_each
 
 
