@@ -114,3 +114,13 @@ def test_infinities_of_narrow_types_are_read() -> None:
         assert torch.equal(u, z.flatten().float())
         nan = torch.full((1, 1, 1), float("nan"), dtype=dtype)
         assert bool(ops.dense_correlation(nan, torch.ones_like(nan), torch.ones(1, 1)).isnan())
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    """The path through torch's convolution stays in the dtype of its arguments."""
+    z, g = draw("wide layer, few pixels", torch.float32)
+    direction = torch.randn(g.size(1), z.size(1), 3, 3)
+    arguments = (z, g, direction, None, *geometry("wide layer, few pixels"))
+    plain = ops.conv_correlation(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ops.conv_correlation(*arguments), plain)
