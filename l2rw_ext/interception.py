@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .engines.base import NotExactError
+from .members import Members
 from .rules import REGISTRY
 from .rules.base import Roots, Rule, Use, writes
 
@@ -27,11 +28,11 @@ class Interception(TorchFunctionMode):
     """Runs the uses of a model through their rules and records them.
 
     Args:
-        model: the model whose forward runs under the mode.
+        members: of the model whose forward runs under the mode.
         sink: what the uses report to in backward.
     """
 
-    def __init__(self, model: nn.Module, sink: Any) -> None:
+    def __init__(self, members: Members, sink: Any) -> None:
         super().__init__()
         self.token = torch.zeros((), requires_grad=True, device="cpu")
         self.uses: list[Use] = []
@@ -47,11 +48,12 @@ class Interception(TorchFunctionMode):
         self._constants: dict[int, Tensor] = {}
         self._expanded: dict[int, Tensor] = {}
         self.names: dict[int, str] = {}
-        for name, p in model.named_parameters():
+        for name, p in members.parameters:
             (self._roots if p.requires_grad else self._constants)[id(p)] = p
             self.names[id(p)] = name
-        for b in model.buffers():
-            self._constants[id(b)] = b
+        for _, _, buffer in members.buffers:
+            if buffer is not None:
+                self._constants[id(buffer)] = buffer
 
     def is_root(self, x: Any) -> bool:
         """Whether x is a trainable parameter or computed from such alone."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .members import Members
+
 
 class Buffers:
     """A copy of buffers that can be put back.
@@ -26,13 +28,7 @@ class Buffers:
     @classmethod
     def of(cls, model: nn.Module) -> Buffers:
         """A copy of all buffers of the model."""
-        return cls(
-            [
-                (module, name, buffer)
-                for module in model.modules()
-                for name, buffer in module._buffers.items()
-            ]
-        )
+        return cls(Members.of(model).buffers)
 
     def changed(self) -> bool:
         """Whether some buffer is another tensor than it was, or has other values.
@@ -81,9 +77,9 @@ class Generators:
 class Snapshot:
     """Buffers and generators as they were before a step."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.buffers = Buffers.of(model)
-        self.generators = Generators({p.device for p in model.parameters()})
+    def __init__(self, members: Members) -> None:
+        self.buffers = Buffers(members.buffers)
+        self.generators = Generators(members.devices())
 
     def restore(self) -> None:
         """Put both back."""
@@ -92,13 +88,13 @@ class Snapshot:
 
 
 @contextlib.contextmanager
-def without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[None]:
     """Hooks on the parameters rest: they are for the gradient that will be accumulated.
 
     ``autograd.grad`` with respect to a parameter would run them too, on directions and on parts of
     a gradient.
     """
-    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    hooks = [(p, p._backward_hooks) for _, p in parameters if p._backward_hooks]
     for p, _ in hooks:
         p._backward_hooks = None
     try:
@@ -109,14 +105,14 @@ def without_hooks(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module, *, always: bool) -> Iterator[Snapshot]:
+def preserved(members: Members, *, always: bool) -> Iterator[Snapshot]:
     """Leave buffers and generators as they were if the body raises, or ``always``.
 
     Hooks on the parameters do not run in the body.
     """
-    snapshot = Snapshot(model)
+    snapshot = Snapshot(members)
     try:
-        with without_hooks(list(model.parameters())):
+        with without_hooks(members.parameters):
             yield snapshot
     except BaseException:
         snapshot.restore()

@@ -16,6 +16,7 @@ from .engines.base import Engine, NotExactError, Scored, Task
 from .engines.double_backward import DoubleBackward
 from .engines.layerwise import Layerwise
 from .engines.scoring import BelowAutograd
+from .members import Members
 from .plan import Explanation
 from .preserve import Snapshot, preserved
 from .result import Step, clean_loss_error
@@ -114,7 +115,7 @@ class Reweighter:
         After an error the model, its buffers, its gradients and torch's generators are as before.
         """
         task = self._task(batch, clean)
-        with preserved(task.model, always=False) as snapshot:
+        with preserved(task.members, always=False) as snapshot:
             engine, scored = self._score(task, snapshot)
             step, weights = self._weigh(engine, scored)
             gradients = None if weights is _SKIP else scored.weighted_gradients(weights)
@@ -129,7 +130,7 @@ class Reweighter:
         degenerate step are zeros.
         """
         task = self._task(batch, clean)
-        with preserved(task.model, always=True) as snapshot:
+        with preserved(task.members, always=True) as snapshot:
             engine, scored = self._score(task, snapshot)
             step, _ = self._weigh(engine, scored)
         return step.weights
@@ -141,7 +142,7 @@ class Reweighter:
         ``dict(result)``-like data from its ``as_dict()``.
         """
         task = self._task(batch, clean)
-        with preserved(task.model, always=True) as snapshot:
+        with preserved(task.members, always=True) as snapshot:
             if self.engine == "double_backward":
                 return Explanation.double_backward(task, "asked for by engine='double_backward'")
             try:
@@ -160,7 +161,8 @@ class Reweighter:
         clean_inputs, clean_targets = unpack(clean, "clean batch")
         clean_inputs = in_order_of(inputs, clean_inputs)
         check_same_kind(inputs, clean_inputs)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        members = Members.of(self.model)
+        parameters = [p for _, p in members.parameters if p.requires_grad]
         if not parameters:
             raise ValueError("model has no parameter that requires grad: there is nothing to score")
         for p in parameters:
@@ -170,6 +172,7 @@ class Reweighter:
                 )
         return Task(
             self.model,
+            members,
             self.loss_fn,
             self.clean_loss_fn or self.loss_fn,
             inputs,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..batch import LossFn, forward, per_example_losses
+from ..members import Members
 from ..preserve import Snapshot
 
 
@@ -21,6 +22,7 @@ class Task:
     """One step's work: the model, its losses and the two checked batches."""
 
     model: nn.Module
+    members: Members
     loss_fn: LossFn
     clean_loss_fn: LossFn
     inputs: Any

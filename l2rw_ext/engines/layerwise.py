@@ -101,7 +101,7 @@ class Layerwise(Engine):
         """One forward and one data-only backward over [train; clean]."""
         leaves = Leaves(task.parameters)
         scoring = Scoring(task, leaves)
-        interception = Interception(task.model, scoring)
+        interception = Interception(task.members, scoring)
         losses, clean_losses = _merged_losses(task, inputs, interception)
         plan = None if fresh else self._plans.get((key, True))
         if plan is None or plan.due():
@@ -123,7 +123,7 @@ class Layerwise(Engine):
         """The clean batch first, to its direction; then the training batch."""
         leaves = Leaves(task.parameters)
         recorder = CleanRecorder()
-        interception = Interception(task.model, recorder)
+        interception = Interception(task.members, recorder)
         interception.part = "clean"
         with interception:
             clean_losses = task.forward_clean()
@@ -139,7 +139,7 @@ class Layerwise(Engine):
         snapshot.buffers.restore()
 
         scoring = Scoring(task, leaves, directions)
-        interception = Interception(task.model, scoring)
+        interception = Interception(task.members, scoring)
         interception.part = "train"
         with interception:
             losses = task.forward_train()
@@ -217,7 +217,7 @@ def _key(task: Task) -> Key:
         task.m,
         describe(task.inputs),
         describe(task.clean_inputs),
-        tuple(module.training for module in task.model.modules()),
+        task.members.training,
         tuple(map(id, task.parameters)),
     )
 
@@ -300,7 +300,7 @@ def _check_mergeable(
     if shares_examples(inputs, task.n, task.m):
         raise _NotMergeableError("the two batches share examples", lasting=False)
     random = not snapshot.generators.unchanged()
-    after = Snapshot(task.model)
+    after = Snapshot(task.members)
     losses, clean_losses = losses.detach(), clean_losses.detach()
     # Same rows in a batch of the same shape: equal but for atomic additions on some devices.
     tight = min(256 * torch.finfo(losses.dtype).eps, 2.0**-12)
