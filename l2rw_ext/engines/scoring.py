@@ -226,15 +226,18 @@ class Scoring(Recorder, Scored):
         if rows is None:
             return
         z, g = rows
-        n = self._n
         if self._directions is not None:
             self._correlate(use, planned.form, z, g, self._direction_of(use))
-        elif planned.form == "factored":
-            self.scores += use.rule.factored(use, z[:n], g[:n], z[n:], g[n:])
-            self._kept.append(_Kept(use, z[:n], g[:n]))
+            return
+        parts = (self._n, z.shape[0] - self._n)
+        z, z_clean = torch.unsafe_split_with_sizes(z, parts)
+        g, g_clean = torch.unsafe_split_with_sizes(g, parts)
+        if planned.form == "factored":
+            self.scores += use.rule.factored(use, z, g, z_clean, g_clean)
+            self._kept.append(_Kept(use, z, g))
         else:
-            direction = use.rule.direction(use, z[n:], g[n:])
-            self._correlate(use, planned.form, z[:n], g[:n], direction)
+            direction = use.rule.direction(use, z_clean, g_clean)
+            self._correlate(use, planned.form, z, g, direction)
 
     def _correlate(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots) -> None:
         reaches = any(part is not None for part in direction)
