@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from l2rw_ext import NotExactError, Reweighter
-from l2rw_ext.interception import Interception, check_graph
-from l2rw_ext.members import Members
+from models import CLASSES, cross_entropy, mlp, model_of, vectors
 from oracle import assert_exact, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models import CLASSES, cross_entropy, mlp, model_of, vectors
+from l2rw_ext import NotExactError, Reweighter
+from l2rw_ext.interception import Interception, check_graph
+from l2rw_ext.members import Members
 
 
 def _sequences(n: int) -> Any:
