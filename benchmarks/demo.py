@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Learner:
     model: LeNet
     optimizer: torch.optim.Optimizer
     backward: Callable[[tuple[Tensor, Tensor]], Tensor | None]
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     weights: dict[int, list[Tensor]] = field(default_factory=lambda: {0: [], 1: []})
 
@@ -131,7 +132,7 @@ def train(
             learner.optimizer.zero_grad()
             weights = learner.backward(batch)
             learner.optimizer.step()
-            learner.seconds += time.perf_counter() - began
+            learner.seconds.append(time.perf_counter() - began)
             if weights is not None:
                 for label, kept in learner.weights.items():
                     kept.append(weights[batch[1] == label])
@@ -141,14 +142,17 @@ def train(
     return learners
 
 
-def table(runs: dict[int, list[Learner]], steps: int) -> Table:
-    """Test error of each class for each seed and method, and the time of a step."""
+def table(runs: dict[int, list[Learner]]) -> Table:
+    """Test error of each class for each seed and method, and the median time of a step."""
     seeds = ", ".join(map(str, runs))
     out = Table(title=f"Test error in percent, seeds {seeds} and mean", title_justify="left")
     out.add_column("")
     for name in (f"{RARE}s (rare)", "mean", f"{COMMON}s", "mean", "ms/step", "ratio"):
         out.add_column(name, justify="right", no_wrap=True)
-    plain_seconds = sum(learners[0].seconds for learners in runs.values())
+    medians = [
+        statistics.median(s for run in runs.values() for s in run[index].seconds)
+        for index in range(len(METHODS))
+    ]
     for index, method in enumerate(METHODS):
         learners = [run[index] for run in runs.values()]
         cells = []
@@ -156,12 +160,11 @@ def table(runs: dict[int, list[Learner]], steps: int) -> Table:
             values = [learner.errors[label] for learner in learners]
             cells.append("  ".join(f"{v:.0f}" for v in values))
             cells.append(f"{sum(values) / len(values):.1f}")
-        seconds = sum(learner.seconds for learner in learners)
         out.add_row(
             method,
             *cells,
-            f"{1e3 * seconds / (steps * len(learners)):.1f}",
-            f"{seconds / plain_seconds:.2f}",
+            f"{1e3 * medians[index]:.1f}",
+            f"{medians[index] / medians[0]:.2f}",
             style="bold" if method == "reweighted" else None,
         )
     return out
@@ -271,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
         for seed, task in tasks.items():
             progress.update(bar, description=f"seed {seed}: {', '.join(METHODS)}")
             runs[seed] = train(task, args, seed, lambda: progress.advance(bar))
-    console.print(table(runs, args.steps))
+    console.print(table(runs))
     path = args.output / "demo.png"
     picture(runs, sample, path)
     console.print(f"{time.perf_counter() - began:.0f} s; picture in {path}")

@@ -149,7 +149,9 @@ def forward_mode(case: Case) -> Step:
     x, y = case.train
 
     def losses(values: dict[str, Tensor]) -> Tensor:
-        return case.loss(functional_call(case.model, values, (x,)), y)
+        # The transform does not let BatchNorm write to the model's own statistics.
+        buffers = {name: b.clone() for name, b in case.model.named_buffers()}
+        return case.loss(functional_call(case.model, {**values, **buffers}, (x,)), y)
 
     def step() -> Outcome:
         direction = dict(zip(named, _clean_direction(case, parameters), strict=True))
