@@ -128,6 +128,11 @@ class GradientPlan {
   // sums[o] += sum of the packed output gradient over pixels.
   void sum_pixels(const T* output, T* sums) const;
 
+  // Whether the matrix is the gradient as it stands.
+  bool matrix_is_gradient() const {
+    return form_ == Form::planar ||
+           (form_ == Form::by_input && conv_.taps() == 1 && input_pitch_ == conv_.inputs);
+  }
   void to_gradient(const T* matrix, T* gradient) const;
   void from_gradient(const T* gradient, T* matrix) const;
 

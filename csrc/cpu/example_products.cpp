@@ -104,11 +104,13 @@ void form_example_products(
           products.direction + unit * units.weights, directions.data() + unit * plan.matrix_size());
     }
   }
+  const bool keeps = products.gradients != nullptr;
+  const bool in_place = keeps && z.element == own && plan.matrix_is_gradient();
   Buffer<T> partial_scores(units.items());
   parallel_for(0, units.items(), units.grain(), [&](int64_t begin, int64_t end) {
     Buffer<T> input(plan.input_buffer());
     Buffer<T> output(plan.output_buffer());
-    Buffer<T> matrix(products.gradients == nullptr ? 0 : plan.matrix_size());
+    Buffer<T> own_matrix(keeps && !in_place ? plan.matrix_size() : 0);
     Buffer<T> gradient(z.element == own ? 0 : units.weights);
     Buffer<T> sums(outputs);
     for (int64_t item = begin; item < end; ++item) {
@@ -121,20 +123,22 @@ void form_example_products(
       if (item + 1 < end) {
         units.fetch(z, g, units.example(item + 1), units.unit(item + 1), soon);
       }
+      T* matrix = in_place ? static_cast<T*>(products.gradients) + place * units.weights
+                  : keeps  ? own_matrix.data()
+                           : nullptr;
       T score = plan.multiply(
           input.data(),
           output.data(),
           1,
-          products.gradients == nullptr ? nullptr : matrix.data(),
+          matrix,
           false,
           products.direction == nullptr ? nullptr : directions.data() + unit * plan.matrix_size(),
           soon);
-      if (products.gradients != nullptr) {
+      if (keeps && !in_place) {
         if (z.element == own) {
-          plan.to_gradient(
-              matrix.data(), static_cast<T*>(products.gradients) + place * units.weights);
+          plan.to_gradient(matrix, static_cast<T*>(products.gradients) + place * units.weights);
         } else {
-          plan.to_gradient(matrix.data(), gradient.data());
+          plan.to_gradient(matrix, gradient.data());
           write(
               products.gradients, z.element, place * units.weights, gradient.data(), units.weights);
         }
