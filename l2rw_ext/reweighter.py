@@ -199,7 +199,7 @@ class Reweighter:
             warnings.warn(
                 f"l2rw_ext: {reason}. Using the double_backward engine, which is exact and about "
                 "three times slower",
-                stacklevel=4,
+                stacklevel=3,
             )
         return self._double_backward, self._double_backward.score(task, snapshot)
 

@@ -1,0 +1,516 @@
+"""``Reweighter`` as a training loop uses it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import CLASSES, cross_entropy, mlp, model_of, vectors
+from oracle import (
+    assert_exact,
+    assert_matches,
+    flat,
+    gradients_of,
+    relative_error,
+    truth,
+    unchanged,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2rw_ext import Reweighter, Step, reference
+
+ENGINES = ["auto", "layerwise", "double_backward"]
+
+
+def _opposed(n: int) -> tuple[nn.Module, Any, Any]:
+    """Batches on which no score is positive: the clean loss is the training loss, negated."""
+    return mlp(), vectors(n), lambda out, y: -cross_entropy(out, y)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_accumulate(engine: Any) -> None:
+    model = mlp()
+    reweighter = Reweighter(model, cross_entropy, engine=engine)
+    total: dict[str, Tensor] = {}
+    for _ in range(3):
+        batch, clean = vectors(6), vectors(4)
+        for name, g in truth(model, cross_entropy, batch, clean).gradients.items():
+            assert g is not None
+            total[name] = total.get(name, torch.zeros_like(g)) + g
+        reweighter.backward(batch, clean)
+    found = flat(gradients_of(model).values())
+    assert relative_error(found, flat(total.values())) < 1e-12
+
+
+def test_gradients_join_those_of_a_plain_backward() -> None:
+    model = mlp()
+    batch, clean = vectors(6), vectors(4)
+    expected = truth(model, cross_entropy, batch, clean)
+    model(batch[0]).sum().backward()
+    before = {name: p.grad for name, p in model.named_parameters()}
+    plain = {name: g.clone() for name, g in before.items() if g is not None}
+    Reweighter(model, cross_entropy).backward(batch, clean)
+    for name, p in model.named_parameters():
+        exact = expected.gradients[name]
+        assert p.grad is before[name]
+        assert p.grad is not None
+        assert exact is not None
+        assert relative_error(p.grad - plain[name], exact) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "double_backward"])
+def test_gradients_look_like_those_of_a_plain_backward(engine: Any) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(CLASSES)
+    )
+    x = torch.randn(6, 2, 6, 6)
+    model(x)
+    model.to(memory_format=torch.channels_last)
+    y = torch.randint(CLASSES, (6,))
+    plain = copy.deepcopy(model)
+    cross_entropy(plain(x), y).mean().backward()
+    Reweighter(model, cross_entropy, engine=engine).backward((x, y), (x[:3] + 1, y[:3]))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert (p.grad.dtype, p.grad.shape) == (q.grad.dtype, q.grad.shape)
+        assert p.grad.stride() == q.grad.stride()
+        assert p.grad.grad_fn is None
+        assert not p.grad.requires_grad
+    pointers = {
+        p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None
+    }
+    assert len(pointers) == len(list(model.parameters()))
+
+
+def test_gradients_of_parameters_that_are_added_do_not_share_memory() -> None:
+    model = model_of(
+        lambda s, x: s.head(x * (s.p + s.q.view(5))),
+        p=torch.randn(5),
+        q=torch.randn(1, 5),
+        head=nn.Linear(5, CLASSES),
+    )
+    assert_exact(model, cross_entropy, vectors(6), vectors(4), engine="layerwise")
+    assert model.p.grad.untyped_storage().data_ptr() != model.q.grad.untyped_storage().data_ptr()
+
+
+def test_post_accumulate_hooks_can_step_an_optimizer() -> None:
+    model = mlp()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def step(p: Tensor) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    before = copy.deepcopy(model)
+    batch, clean = vectors(6), vectors(4)
+    expected = truth(model, cross_entropy, batch, clean)
+    Reweighter(model, cross_entropy).backward(batch, clean)
+    for (name, p), q in zip(model.named_parameters(), before.parameters(), strict=True):
+        exact = expected.gradients[name]
+        assert exact is not None
+        assert p.grad is None
+        assert torch.allclose(p, q - 0.1 * exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.AdamW(p, lr=0.05),
+        lambda p: torch.optim.Adam(p, lr=0.05, foreach=True, amsgrad=True),
+        lambda p: torch.optim.RMSprop(p, lr=0.02),
+        lambda p: torch.optim.Adagrad(p, lr=0.2),
+    ],
+)
+def test_any_optimizer_follows(make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    """The clean loss falls, with labels of which a third is wrong."""
+    model = mlp()
+    groups = [{"params": model[0].parameters(), "lr": 0.05}, {"params": model[2].parameters()}]
+    optimizer = make(groups)
+    reweighter = Reweighter(model, cross_entropy)
+    x = torch.randn(60, 5, dtype=torch.float64)
+    y = x[:, :CLASSES].argmax(1)
+    noisy = torch.where(torch.arange(60) % 3 == 0, (y + 1) % CLASSES, y)
+    clean_x = torch.randn(20, 5, dtype=torch.float64)
+    clean = clean_x, clean_x[:, :CLASSES].argmax(1)
+    losses = []
+    weights = torch.zeros(60, dtype=torch.float64)
+    for _ in range(40):
+        step = reweighter.backward((x, noisy), clean)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(step.clean_loss))
+        weights += step.weights
+    assert losses[-1] < 0.7 * losses[0]
+    wrong = torch.arange(60) % 3 == 0
+    assert weights[wrong].mean() < weights[~wrong].mean() / 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lbfgs_calls_the_step_as_its_closure(engine: Any) -> None:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5)
+    reweighter = Reweighter(model, cross_entropy, engine=engine)
+    batch, clean = vectors(6), vectors(4)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        return float(reweighter.backward(batch, clean).loss)
+
+    optimizer.step(closure)
+
+
+def test_statistics() -> None:
+    model = mlp()
+    batch, clean = vectors(6), vectors(4)
+    losses = cross_entropy(model(batch[0]), batch[1]).detach()
+    clean_losses = cross_entropy(model(clean[0]), clean[1]).detach()
+    step = Reweighter(model, cross_entropy).backward(batch, clean)
+    assert torch.allclose(step.losses, losses)
+    assert torch.allclose(step.clean_loss, clean_losses.mean())
+    assert torch.allclose(step.loss, (step.weights * losses).sum())
+    assert float(step.weights.sum()) == pytest.approx(1)
+    squares = float((step.weights**2).sum())
+    assert step.effective_sample_size == pytest.approx(1 / squares)
+    assert (step.degenerate, step.nonfinite) == (False, 0)
+    for t in (step.weights, step.scores, step.losses, step.loss, step.clean_loss):
+        assert not t.requires_grad
+        assert t.grad_fn is None
+    assert step.clean_loss.shape == step.loss.shape == ()
+
+
+def test_effective_sample_size_of_equal_weights_is_n() -> None:
+    def step(weights: Tensor) -> Step:
+        return Step(weights, weights, weights, "layerwise", torch.zeros(()), None)
+
+    assert step(torch.full((8,), 1 / 8)).effective_sample_size == pytest.approx(8)
+    assert step(torch.eye(8)[3]).effective_sample_size == 1
+    assert step(torch.zeros(8)).effective_sample_size == 0
+    assert step(torch.zeros(8)).degenerate
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("option", ["zero", "uniform", "skip"])
+@pytest.mark.parametrize("grads", [False, True])
+def test_no_positive_score(engine: Any, option: Any, grads: bool) -> None:
+    model, batch, negated = _opposed(5)
+    if grads:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    reweighter = Reweighter(
+        model, cross_entropy, engine=engine, on_degenerate=option, clean_loss_fn=negated
+    )
+    x, y = batch
+    one = (x[:1].expand(5, 5).contiguous(), y[:1].expand(5).contiguous())
+    clean = (x[:1].clone(), y[:1])
+    uniform = reference.weighted_gradient(
+        copy.deepcopy(model), cross_entropy, one, torch.full((5,), 0.2)
+    )
+    before = {name: p.grad for name, p in model.named_parameters()}
+    step = reweighter.backward(one, clean)
+    assert step.degenerate
+    assert (step.scores < 0).all()
+    expected = torch.full((5,), 0.2 if option == "uniform" else 0.0, dtype=torch.float64)
+    assert torch.allclose(step.weights, expected)
+    assert torch.allclose(reweighter.weights(one, clean), expected)
+    assert step.effective_sample_size == (pytest.approx(5) if option == "uniform" else 0)
+    for name, p in model.named_parameters():
+        if option == "skip":
+            assert p.grad is before[name]
+            if grads:
+                assert p.grad is not None
+                assert (p.grad == 1).all()
+            continue
+        assert p.grad is not None
+        added = p.grad - 1 if grads else p.grad
+        exact = uniform[name]
+        assert exact is not None
+        want = exact if option == "uniform" else torch.zeros_like(p)
+        assert torch.allclose(added, want, atol=1e-14)
+
+
+def test_uniform_weights_leave_out_what_is_not_finite() -> None:
+    model, (x, y), negated = _opposed(4)
+    x = x[:1].repeat(4, 1)
+    y = y[:1].repeat(4)
+    clean = (x[:1].clone(), y[:1])
+    x[1] = float("nan")
+    step = Reweighter(
+        model, cross_entropy, on_degenerate="uniform", clean_loss_fn=negated
+    ).backward((x, y), clean)
+    assert (step.degenerate, step.nonfinite) == (True, 1)
+    assert torch.allclose(step.weights, torch.tensor([1, 0, 1, 1]).double() / 3)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("option", ["zero", "uniform", "skip"])
+def test_no_example_with_a_finite_loss(option: Any) -> None:
+    model = mlp()
+    x, y = vectors(4)
+    step = Reweighter(model, cross_entropy, on_degenerate=option).backward(
+        (x * float("nan"), y), vectors(3)
+    )
+    assert (step.degenerate, step.nonfinite) == (True, 4)
+    assert not step.weights.any()
+    assert float(step.loss) == 0
+    for p in model.parameters():
+        assert p.grad is None if option == "skip" else not p.grad.any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", ["weights", "explain"])
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.filterwarnings("ignore:l2rw_ext")
+def test_weights_and_explain_leave_everything_untouched(
+    engine: Any, method: str, used: bool
+) -> None:
+    models = [
+        nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES)).double(),
+        nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8)), nn.Linear(8, CLASSES)
+        ).double(),
+    ]
+    if engine != "layerwise":
+        models.append(
+            nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)).double()
+        )
+    batch, clean = vectors(6), vectors(4)
+    for model in models:
+        reweighter = Reweighter(model, cross_entropy, engine=engine)
+        if used:
+            reweighter.backward(batch, clean)
+        with unchanged(model):
+            found = getattr(reweighter, method)(batch, clean)
+        if method == "weights":
+            state = torch.get_rng_state()
+            step = Reweighter(copy.deepcopy(model), cross_entropy, engine=engine).backward(
+                batch, clean
+            )
+            assert torch.equal(found, step.weights)
+            torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_changes_gradients_alone(engine: Any) -> None:
+    model = mlp()
+    batch, clean = vectors(6), vectors(4)
+    x, clean_x = batch[0].clone(), clean[0].clone()
+    parameters = copy.deepcopy(model.state_dict())
+    reweighter = Reweighter(model, cross_entropy, engine=engine, on_degenerate="skip")
+    reweighter.backward(batch, clean)
+    model.zero_grad()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, parameters[name])
+    assert torch.equal(batch[0], x)
+    assert torch.equal(clean[0], clean_x)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_dropout_draws_new_masks_each_step() -> None:
+    model = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, CLASSES)).double()
+    reweighter = Reweighter(model, cross_entropy)
+    batch, clean = vectors(6), vectors(4)
+    scores = [reweighter.backward(batch, clean).scores for _ in range(4)]
+    for i in range(3):
+        assert not torch.equal(scores[i], scores[i + 1])
+
+
+class _Counting(torch.overrides.TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_inside_a_function_mode_of_the_user(engine: Any) -> None:
+    model = mlp()
+    batch, clean = vectors(6), vectors(4)
+    expected = truth(model, cross_entropy, batch, clean)
+    reweighter = Reweighter(model, cross_entropy, engine=engine)
+    for _ in range(2):
+        model.zero_grad()
+        with _Counting() as mode:
+            step = reweighter.backward(batch, clean)
+        assert mode.calls
+        assert_matches(step, model, expected)
+
+
+def test_model_that_enters_a_function_mode() -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        with torch.device("cpu"), _Counting():
+            return model.b(torch.tanh(model.a(x) + torch.zeros(8)))
+
+    model = model_of(forward, a=nn.Linear(5, 8), b=nn.Linear(8, CLASSES))
+    assert_exact(model, cross_entropy, vectors(6), vectors(4), engine="layerwise")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("n", [6, 60])
+@pytest.mark.parametrize("option", ["zero", "uniform", "skip"])
+def test_default_device(engine: Any, device: str, n: int, option: Any) -> None:
+    """Tensors of the step follow the data, wherever new tensors go by default."""
+    model = nn.Sequential(
+        nn.Linear(5, 8), nn.LayerNorm(8), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 2), nn.Flatten()
+    ).double()
+    batch, clean = vectors(n), vectors(n // 2)
+    expected = truth(model, cross_entropy, batch, clean)
+    reweighter = Reweighter(model, cross_entropy, engine=engine, on_degenerate=option)
+    try:
+        torch.set_default_device(device)
+        for _ in range(2):
+            model.zero_grad()
+            step = reweighter.backward(batch, clean)
+            reweighter.weights(batch, clean)
+            str(reweighter.explain(batch, clean))
+            assert step.loss.device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    assert_matches(step, model, expected, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype(dtype: torch.dtype) -> None:
+    model = mlp(dtype=torch.float32)
+    batch, clean = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
+    expected = truth(model, cross_entropy, batch, clean)
+    torch.set_default_dtype(dtype)
+    try:
+        step = Reweighter(model, cross_entropy).backward(batch, clean)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_matches(step, model, expected, tolerance=1e-6)
+    assert step.scores.dtype == torch.float32
+
+
+def test_autocast_goes_to_double_backward() -> None:
+    model = mlp(dtype=torch.float32)
+    batch, clean = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.warns(UserWarning, match="autocast is on"),
+    ):
+        step = Reweighter(model, cross_entropy).backward(batch, clean)
+    exact = reference.single_gradient_scores(model, cross_entropy, batch, clean)
+    assert relative_error(step.scores, exact) < 0.05
+
+
+def test_two_threads() -> None:
+    """Each with a Reweighter of its own, at the same time."""
+    failures: list[BaseException] = []
+    barrier = threading.Barrier(2)
+
+    def work(model: nn.Module, batches: list[Any], expected: list[Any]) -> None:
+        try:
+            reweighter = Reweighter(model, cross_entropy)
+            barrier.wait()
+            for (batch, clean), exact in zip(batches, expected, strict=True):
+                model.zero_grad()
+                assert_matches(reweighter.backward(batch, clean), model, exact)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = []
+    for _ in range(2):
+        model = mlp()
+        batches = [(vectors(6), vectors(4)) for _ in range(20)]
+        expected = [truth(model, cross_entropy, *b) for b in batches]
+        threads.append(threading.Thread(target=work, args=(model, batches, expected)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def test_two_reweighters_of_one_model() -> None:
+    model = mlp()
+    a, b = (
+        Reweighter(model, cross_entropy),
+        Reweighter(model, cross_entropy, engine="double_backward"),
+    )
+    for _ in range(3):
+        batch, clean = vectors(6), vectors(4)
+        assert relative_error(a.weights(batch, clean), b.weights(batch, clean)) < 1e-12
+
+
+def test_nested_model_inside_a_wrapper() -> None:
+    inner = mlp()
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = inner
+
+        def forward(self, *args: Any) -> Any:
+            return self.module(*args)
+
+    batch, clean = vectors(6), vectors(4)
+    expected = truth(inner, cross_entropy, batch, clean)
+    step = Reweighter(Wrapper(), cross_entropy).backward(batch, clean)
+    assert_matches(step, inner, expected)
+
+
+def test_loss_function_as_a_module() -> None:
+    model = mlp()
+    loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
+    assert_exact(model, loss, vectors(6), vectors(4), engine="layerwise")
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_scale_of_a_sequence_loss_changes_scores_not_weights(reduce: str) -> None:
+    model = nn.Linear(5, CLASSES).double()
+    x, clean_x = torch.randn(6, 4, 5).double(), torch.randn(3, 4, 5).double()
+    y, clean_y = torch.randint(CLASSES, (6, 4)), torch.randint(CLASSES, (3, 4))
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        flat_loss = F.cross_entropy(out.flatten(0, 1), target.flatten(), reduction="none")
+        return getattr(flat_loss.view(target.shape), reduce)(1)
+
+    step = assert_exact(model, loss, (x, y), (clean_x, clean_y), engine="layerwise")
+    summed = Reweighter(
+        model, lambda out, t: loss(out, t) * (4 if reduce == "mean" else 1)
+    ).backward((x, y), (clean_x, clean_y))
+    factor = 16 if reduce == "mean" else 1
+    assert torch.allclose(summed.scores, factor * step.scores)
+    assert torch.allclose(summed.weights, step.weights)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 100))
+def test_weights_are_a_distribution_or_zero(n: int, m: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    weights = Reweighter(mlp(), cross_entropy).weights(vectors(n), vectors(m))
+    assert weights.shape == (n,)
+    assert (weights >= 0).all()
+    total = float(weights.sum())
+    assert math.isclose(total, 1, rel_tol=1e-12) or total == 0
+
+
+def test_one_warning_for_a_reason() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)).double()
+    reweighter = Reweighter(model, cross_entropy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for n in (6, 5, 6):
+            reweighter.backward(vectors(n), vectors(4))
+            reweighter.weights(vectors(n), vectors(4))
+            reweighter.explain(vectors(n), vectors(4))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert "'1.weight'" in str(caught[0].message)
