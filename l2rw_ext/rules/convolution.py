@@ -109,19 +109,14 @@ class Convolution(Rule):
         score = (n_rows + m_rows) * product
         weighted = 0.5 * n_rows * product
         kept = size.n * frames * (math.prod(use.shape[1:]) + math.prod(use.output_shape[1:])) * item
-        dense_seconds = (
-            m_rows * product / rates.EXAMPLE_CONVOLUTION
-            + n_rows * product / rates.CONVOLUTION
-            + weighted / rates.EXAMPLE_CONVOLUTION
-        )
         stored = size.n * frames * product
         return {
-            "dense": Cost(score, weighted, kept, dense_seconds),
+            "dense": Cost(score, weighted, kept, (score + weighted) / rates.EXAMPLES),
             "per example": Cost(
                 score + stored,
                 0.5 * stored,
                 stored * item,
-                score / rates.EXAMPLE_CONVOLUTION + 2.5 * stored * item / rates.BYTES,
+                score / rates.EXAMPLES + 2.5 * stored * item / rates.BYTES,
             ),
         }
 

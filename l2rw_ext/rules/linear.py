@@ -65,15 +65,20 @@ class Linear(Rule):
         kept = n_rows * (d_in + d_out) * item
         weighted = 0.5 * n_rows * product
         gram = n_rows * m_rows * (d_in + d_out)
+        width = -(-m_rows // rates.GRAM_WIDTH) * rates.GRAM_WIDTH
+        padded_gram = n_rows * width * (d_in + d_out)
         dense = (n_rows + m_rows) * product
+        dense_seconds = m_rows * product / rates.MATMUL + n_rows * product / rates.DENSE
         return {
-            "factored": Cost(gram, weighted, kept, gram / rates.GRAM + weighted / rates.MATMUL),
-            "dense": Cost(dense, weighted, kept, (dense + weighted) / rates.MATMUL),
+            "factored": Cost(
+                gram, weighted, kept, padded_gram / rates.GRAM + weighted / rates.MATMUL
+            ),
+            "dense": Cost(dense, weighted, kept, dense_seconds + weighted / rates.MATMUL),
             "per example": Cost(
                 dense + size.n * product,
                 0.5 * size.n * product,
                 size.n * product * item,
-                dense / rates.MATMUL + 2.5 * size.n * product * item / rates.BYTES,
+                dense / rates.EXAMPLES + 2.5 * size.n * product * item / rates.BYTES,
             ),
         }
 
@@ -110,12 +115,22 @@ class Linear(Rule):
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
     ) -> Roots:
         """Σ w g zᵀ over the rows of active examples."""
+        blocked = z.shape[1] >= rates.BLOCKED_POSITIONS and z.device.type == "cpu"
+        if blocked and use.roots[0] is not None:
+            return self._by_example(use, z, g, weights)
         z, g = active_rows(z, g, weights, active)
         flat = g.reshape(-1, g.shape[-1])
         weight = None
         if use.roots[0] is not None:
             weight = flat.t() @ z.reshape(-1, z.shape[-1])
         return weight, (flat.sum(0) if use.roots[1] is not None else None)
+
+    def _by_example(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
+        """A linear layer is a convolution of width T with a kernel of one."""
+        weight, bias = ops.conv_weighted_gradient(
+            z.transpose(1, 2), g.transpose(1, 2), weights, [1], [1], [0], [1], 1
+        )
+        return weight.squeeze(2), (bias if use.roots[1] is not None else None)
 
 
 LINEAR = Linear()

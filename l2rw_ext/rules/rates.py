@@ -8,17 +8,24 @@ measurements.
 
 from __future__ import annotations
 
-MATMUL = 40e9
-"""Large matrix products, as in dense scores and weighted gradients."""
+MATMUL = 45e9
+"""torch's matrix products: directions, and weighted gradients of single positions."""
 
-GRAM = 25e9
-"""The two thin products of the factored form and their Hadamard sum."""
+DENSE = 49e9
+"""The dense score of a linear layer."""
 
-CONVOLUTION = 20e9
-"""A convolution's forward, as in the dense score of a convolution."""
+GRAM = 50e9
+"""The two thin products of the factored form and their Hadamard sum, with ..."""
 
-EXAMPLE_CONVOLUTION = 25e9
-"""Per-example weight gradients of a convolution."""
+GRAM_WIDTH = 16
+"""... the clean rows rounded up to a multiple of this."""
 
-BYTES = 8e9
+EXAMPLES = 46e9
+"""Everything that forms gradients of single examples, stored or not."""
+
+BYTES = 10e9
 """Bytes moved to or from memory per second."""
+
+BLOCKED_POSITIONS = 16
+"""From this many positions an example's gradient is a matrix product worth a block of its own, and
+a weighted gradient of a linear layer is faster example by example than gathered and multiplied."""
