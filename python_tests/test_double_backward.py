@@ -13,7 +13,7 @@ from oracle import assert_exact, flat, gradients_of, relative_error, truth, unch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rw_ext import NotExactError, Reweighter
+from l2rw_ext import NotExactError, Reweighter, reference
 
 # Two ways of the oracle agree to this on the networks with batch norm below.
 COUPLED = 1e-11
@@ -278,3 +278,21 @@ def test_non_finite_training_loss_raises() -> None:
         Reweighter(model, loss, engine="double_backward").backward(
             (x, (y, scale)), (x[:4] + 1, (y[:4], scale[:3].new_ones(4)))
         )
+
+
+def test_coupling_is_seen_in_a_part_of_another_dtype() -> None:
+    """Seeds must not overflow in a float16 part of a float32 model."""
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        h = F.linear(x.half(), model.a.weight.half(), model.a.bias.half())
+        return model.b((h - model.coupled * h.mean(0)).float())
+
+    model = model_of(forward, a=nn.Linear(5, 6), b=nn.Linear(6, CLASSES)).float()
+    batch, clean = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
+    model.coupled = 0
+    step = Reweighter(model, cross_entropy, engine="layerwise").backward(batch, clean)
+    plain = reference.single_gradient_scores(model, cross_entropy, batch, clean)
+    assert relative_error(step.scores, plain) < 1e-3
+    model.coupled = 1
+    with pytest.raises(NotExactError, match="mixes examples"):
+        Reweighter(model, cross_entropy, engine="layerwise").backward(batch, clean)

@@ -635,3 +635,13 @@ def test_model_is_not_copied_or_wrapped() -> None:
         truth(duplicate, cross_entropy, *batches),
     )
     assert model.state_dict().keys() == duplicate.state_dict().keys()
+
+
+def test_layer_on_no_rows() -> None:
+    model = model_of(
+        lambda s, x: s.head(x.mean(1)) + s.none(x[:, :0]).sum(1),
+        head=nn.Linear(8, CLASSES),
+        none=nn.Linear(8, CLASSES),
+    )
+    batch, clean = (_sequence(5), _classes(5)), (_sequence(3), _classes(3))
+    assert_exact(model, cross_entropy, batch, clean, engine="layerwise")

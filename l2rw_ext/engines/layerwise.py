@@ -194,9 +194,9 @@ class Layerwise(Engine):
     ) -> Plan:
         """A plan from two more backwards over the same graph."""
         reached = scoring.reached
-        probe = scoring.probe = _probe(task, seeded[0][0], merged)
+        probe = scoring.probe = Probe()
         _run_backward(interception, seeded, retain=True)
-        _run_backward(interception, _with_seeds(seeded, probe, merged), retain=True)
+        _run_backward(interception, _with_seeds(seeded, probe), retain=True)
         scoring.probe = None
         certain = probe.certain and interception.chooses is None
         plan = Plan(merged, certain=certain, steps=0 if before is None else before.steps)
@@ -398,17 +398,13 @@ def _check_reported(recorder: Recorder, reached: list[Use]) -> None:
             )
 
 
-def _probe(task: Task, losses: Tensor, merged: bool) -> Probe:
-    narrow = any(p.dtype == torch.float16 for p in task.parameters)
-    r = seeds(task.n + task.m if merged else task.n, losses.device, narrow=narrow)
-    return Probe({"merged": r, "train": r[: task.n], "clean": r[task.n :]})
-
-
-def _with_seeds(
-    seeded: list[tuple[Tensor, Tensor]], probe: Probe, merged: bool
-) -> list[tuple[Tensor, Tensor]]:
-    parts = ("train", "clean") if merged else ("train",)
+def _with_seeds(seeded: list[tuple[Tensor, Tensor]], probe: Probe) -> list[tuple[Tensor, Tensor]]:
+    """The seeds of the losses times one power of two for each example, which the probe is told."""
+    n = seeded[0][1].numel()
+    count = sum(seed.numel() for _, seed in seeded)
+    r = seeds(count, seeded[0][1].device, narrow=probe.narrow)
+    probe.seeds = {"merged": r, "train": r[:n], "clean": r[n:]}
     return [
-        (x, seed * probe.seeds[part].to(seed.dtype))
-        for part, (x, seed) in zip(parts, seeded, strict=True)
+        (x, seed * part.to(seed.dtype))
+        for (x, seed), part in zip(seeded, (r[:n], r[n:]), strict=False)
     ]
