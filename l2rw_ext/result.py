@@ -26,7 +26,7 @@ class Step:
     losses: Tensor
     engine: str
     _clean_loss: Tensor = field(repr=False)
-    _excluded: Tensor = field(repr=False)
+    _excluded: Tensor | None = field(repr=False)
 
     def _check(self) -> None:
         if not self._clean_loss.isfinite():
@@ -53,13 +53,14 @@ class Step:
     def degenerate(self) -> bool:
         """Whether no score was positive, so that Eq. 9 gives zeros."""
         self._check()
-        return not bool((self.scores > 0).logical_and(~self._excluded).any())
+        positive = self.scores > 0
+        return not bool((positive if self._excluded is None else positive & ~self._excluded).any())
 
     @property
     def nonfinite(self) -> int:
         """How many training examples were left out because their loss or score is not finite."""
         self._check()
-        return int(self._excluded.sum())
+        return 0 if self._excluded is None else int(self._excluded.sum())
 
     @property
     def effective_sample_size(self) -> float:
