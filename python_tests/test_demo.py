@@ -140,12 +140,17 @@ def test_ctrl_c_ends_with_130_and_a_sentence(data_root: Path, tmp_path: Path) ->
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell's background jobs, and so these tests in one, ignore SIGINT; the child must not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert child.stdout is not None
-    assert "to train on" in child.stdout.readline()
-    time.sleep(1)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    try:
+        assert child.stdout is not None
+        assert "to train on" in child.stdout.readline()
+        time.sleep(1)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert err.strip().splitlines()[-1].startswith("Stopped by Ctrl-C")
     assert "Traceback" not in err
