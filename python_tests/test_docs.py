@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import functools
 import importlib
 import io
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import l2rw_ext
 
@@ -39,9 +41,12 @@ def with_language(*languages: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("page", with_language("python"), ids=named)
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """The blocks of a page in order; a ``text`` block after one is what it prints."""
     monkeypatch.chdir(tmp_path)
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
     namespace: dict[str, Any] = {"__name__": page.stem}
     printed = ""
     for language, code, line in blocks(page):
