@@ -121,16 +121,21 @@ def merge(train: Any, clean: Any, n: int, m: int) -> Any | None:
     tensor among several could be either, so it is not merged.
     """
     if isinstance(train, Tensor) and isinstance(clean, Tensor):
-        return _merge_leaf(train, clean, n, m, alone=True)
+        joined = _merge_leaf(train, clean, n, m, alone=True)
+        return None if joined is train else joined
     a, spec = pytree.tree_flatten(train)
     b = pytree.tree_leaves(clean)
     alone = sum(isinstance(x, Tensor) for x in a) == 1
     merged = []
+    batched = False
     for x, y in zip(a, b, strict=True):
         one = _merge_leaf(x, y, n, m, alone=alone)
         if one is None and x is not None:
             return None
+        batched = batched or one is not x
         merged.append(one)
+    if not batched:
+        return None
     return pytree.tree_unflatten(merged, spec)
 
 

@@ -36,6 +36,8 @@ class Interception(TorchFunctionMode):
         super().__init__()
         self.token = torch.zeros((), requires_grad=True, device="cpu")
         self.uses: list[Use] = []
+        self.calls: list[str] = []
+        """Names of all torch functions called, in order."""
         self.part = ""
         self.sink = sink
         self.unruled: dict[int, str] = {}
@@ -96,6 +98,8 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if self._recording:
+            self.calls.append(getattr(func, "__name__", ""))
         handler = REGISTRY.get(func)
         if handler is not None:
             return handler(self, func, args, kwargs or {})
@@ -145,6 +149,7 @@ class Interception(TorchFunctionMode):
             stale = [key for key, x in known.items() if x.untyped_storage()._cdata == storage]
             for key in stale:
                 del known[key]
+                self._expanded.pop(key, None)
 
     def follow(self, out: Any) -> None:
         """Remember what was computed from roots and constants alone."""
@@ -269,9 +274,14 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
                 use = getattr(node, "use", None)
                 if isinstance(use, Use):
                     reached.add(use.index)
-                    for root in use.roots:
+                    for root, version in zip(use.roots, use.versions, strict=True):
                         if root is not None and root.grad_fn is not None:
                             _check_derivation(interception, root)
+                            if root._version != version:
+                                raise NotExactError(
+                                    f"{interception.name_of(root)} was changed in place after "
+                                    f"{use.operation} used it"
+                                )
                 elif interception.without_grad is not None:
                     hides = type(node).__name__
             for following, _ in node.next_functions:

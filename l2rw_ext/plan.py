@@ -36,6 +36,8 @@ class Plan:
     each step, because no value of the data decides what is computed."""
     why_separate: str = ""
     uses: list[UsePlan] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    """Names of all torch functions that the forward called; others may mix examples."""
     steps: int = 0
 
     def due(self) -> bool:

@@ -15,28 +15,11 @@ from ..preserve import Snapshot
 from ..rules.base import Size, Use
 from .base import Engine, NotExactError, Scored, Task
 from .derived import Leaves
-from .probe import (
-    Probe,
-    same_rows,
-    seeds,
-    shares_examples,
-    with_other_clean_rows,
-    with_other_training_rows,
-)
+from .merging import NotMergeableError, check_mergeable
+from .probe import Probe, seeds
 from .scoring import CleanRecorder, Recorder, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
-
-
-class _NotMergeableError(Exception):
-    """The two batches cannot go through one forward; the message says why.
-
-    ``lasting``: whether that is to be expected of the next batches too.
-    """
-
-    def __init__(self, message: str, *, lasting: bool = True) -> None:
-        super().__init__(message)
-        self.lasting = lasting
 
 
 class Layerwise(Engine):
@@ -86,7 +69,7 @@ class Layerwise(Engine):
             if inputs is not None:
                 try:
                     return self._merged(task, snapshot, inputs, key, fresh)
-                except _NotMergeableError as reason:
+                except NotMergeableError as reason:
                     snapshot.restore()
                     why = str(reason)
                     if reason.lasting:
@@ -104,8 +87,8 @@ class Layerwise(Engine):
         interception = Interception(task.members, scoring)
         losses, clean_losses = _merged_losses(task, inputs, interception)
         plan = None if fresh else self._plans.get((key, True))
-        if plan is None or plan.due():
-            _check_mergeable(task, snapshot, inputs, losses, clean_losses)
+        if plan is None or plan.due() or plan.calls != interception.calls:
+            check_mergeable(task, snapshot, inputs, losses, clean_losses)
         trained, reached = _reached(interception, [losses, clean_losses])
         _require_grad(losses)
         scoring.start(losses, clean_losses.detach().mean(), reached, trained)
@@ -171,6 +154,7 @@ class Layerwise(Engine):
             plan.certain
             and interception.chooses is None
             and not plan.due()
+            and plan.calls == interception.calls
             and [use.signature for use in plan.uses] == signatures
         ):
             plan = self._probed(task, interception, scoring, seeded, plan, leaves, merged=merged)
@@ -200,6 +184,7 @@ class Layerwise(Engine):
         scoring.probe = None
         certain = probe.certain and interception.chooses is None
         plan = Plan(merged, certain=certain, steps=0 if before is None else before.steps)
+        plan.calls = interception.calls
         counts: dict[int, int] = {}
         for use in reached:
             for root in use.roots:
@@ -255,7 +240,7 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
     """Training and clean losses of one forward.
 
     Raises:
-        _NotMergeableError: the model or a loss function cannot work on the merged batch, or the
+        NotMergeableError: the model or a loss function cannot work on the merged batch, or the
             values of the data decide what is computed. (An error that is the model's own comes
             back from the two passes.)
     """
@@ -264,90 +249,21 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
         with interception:
             outputs = forward(task.model, inputs)
             if interception.chooses is not None:
-                raise _NotMergeableError(f"values of the data decide ({interception.chooses})")
+                raise NotMergeableError(f"values of the data decide ({interception.chooses})")
             parts = split(outputs, task.n, task.m)
             if parts is None:
-                raise _NotMergeableError("an output has no dimension 0 that counts examples")
+                raise NotMergeableError("an output has no dimension 0 that counts examples")
             interception.part = "train"
             losses = task.losses(parts[0])
             interception.part = "clean"
             clean_losses = task.clean_losses(parts[1])
-    except (NotExactError, _NotMergeableError):
+    except (NotExactError, NotMergeableError):
         raise
     except Exception as error:
-        raise _NotMergeableError(
+        raise NotMergeableError(
             f"{type(error).__name__} on the merged batch", lasting=False
         ) from error
     return losses, clean_losses
-
-
-def _check_mergeable(
-    task: Task, snapshot: Snapshot, inputs: Any, losses: Tensor, clean_losses: Tensor
-) -> None:
-    """Whether neither batch sees the other, in values as well as in gradients.
-
-    A statistic of the batch that carries no gradient (``x - x.mean(0)`` on the inputs, a detached
-    mean) would differ between a merged forward and two. With other clean rows, the same masks and
-    the same buffers the training losses must stay the same, and the other way round. A forward
-    without random numbers must also give the losses of two forwards, which shows a dependence on
-    the size of the batch.
-
-    Raises:
-        _NotMergeableError: they do not, or the forward writes to buffers.
-    """
-    if snapshot.buffers.changed():
-        raise _NotMergeableError("the forward writes to buffers")
-    if shares_examples(inputs, task.n, task.m):
-        raise _NotMergeableError("the two batches share examples", lasting=False)
-    random = not snapshot.generators.unchanged()
-    after = Snapshot(task.members)
-    losses, clean_losses = losses.detach(), clean_losses.detach()
-    # Same rows in a batch of the same shape: equal but for atomic additions on some devices.
-    tight = min(256 * torch.finfo(losses.dtype).eps, 2.0**-12)
-    loose = max(16 * torch.finfo(losses.dtype).eps, tight)
-    n, m = task.n, task.m
-    try:
-        # With grad, as in the step, but without the memory of a graph.
-        with torch.autograd.graph.saved_tensors_hooks(_drop, _refuse):
-            other = with_other_clean_rows(inputs, n, m)
-            same = same_rows(losses, _rows_of(task, snapshot, other)[0], tight)
-            other = with_other_training_rows(inputs, n, m)
-            same = same and same_rows(clean_losses, _rows_of(task, snapshot, other)[1], tight)
-            if same and not random:
-                snapshot.restore()
-                same = same_rows(losses, task.forward_train().detach(), loose)
-                snapshot.restore()
-                same = same and same_rows(clean_losses, task.forward_clean().detach(), loose)
-    except _BackwardInsideError:
-        raise _NotMergeableError("the forward runs a backward of its own") from None
-    except Exception as error:
-        raise _NotMergeableError(
-            f"{type(error).__name__} on other rows of the merged batch", lasting=False
-        ) from error
-    finally:
-        after.restore()
-    if not same:
-        raise _NotMergeableError("an example's output depends on the rest of its batch")
-
-
-class _BackwardInsideError(Exception):
-    """Something that was dropped is asked for."""
-
-
-def _drop(saved: Tensor) -> None:
-    """Keep nothing for a backward that does not come."""
-
-
-def _refuse(saved: None) -> Tensor:
-    raise _BackwardInsideError
-
-
-def _rows_of(task: Task, snapshot: Snapshot, inputs: Any) -> tuple[Tensor, Tensor]:
-    """Losses of a merged batch with replaced rows, from the same buffers and random numbers."""
-    snapshot.restore()
-    parts = split(forward(task.model, inputs), task.n, task.m)
-    assert parts is not None
-    return task.losses(parts[0]).detach(), task.clean_losses(parts[1]).detach()
 
 
 def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]]:

@@ -11,13 +11,10 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ..batch import tensors
 from ..rules.base import RowMap, Use, accumulation_dtype
 from .base import NotExactError
 
@@ -118,47 +115,3 @@ def _scaled_by(plain: _Rows, seeded: _Rows, r: Tensor, rows: RowMap, info: torch
     # Example by example, so that what one with a small seed receives from another shows.
     allowed = 16 * info.eps * r * largest.clamp(min=info.eps * float(largest.max()))
     return bool((error <= allowed + info.smallest_normal).all())
-
-
-def with_other_clean_rows(inputs: Any, n: int, m: int) -> Any:
-    """Merged inputs whose clean rows are training rows, over and over."""
-    return _rows_taken(inputs, [*range(n), *(j % n for j in range(m))])
-
-
-def with_other_training_rows(inputs: Any, n: int, m: int) -> Any:
-    """Merged inputs whose training rows are clean rows, over and over."""
-    return _rows_taken(inputs, [*(n + i % m for i in range(n)), *range(n, n + m)])
-
-
-def _rows_taken(inputs: Any, order: list[int]) -> Any:
-    def take(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.dim() and x.size(0) == len(order):
-            return x.index_select(0, torch.tensor(order, device=x.device))
-        return x
-
-    return pytree.tree_map(take, inputs)
-
-
-def shares_examples(inputs: Any, n: int, m: int) -> bool:
-    """Whether some clean example of merged inputs is also a training example.
-
-    The mean or the largest value of such a batch may be the same as without its clean rows.
-    """
-    batched = [
-        x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
-        for x in tensors(inputs)
-        if x.dim() and x.size(0) == n + m
-    ]
-    for j in range(n, n + m):
-        same = torch.stack([(x[:n] == x[j]).all(1) for x in batched]).all(0)
-        if bool(same.any()):
-            return True
-    return False
-
-
-def same_rows(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two results of the same rows agree, relative to the largest."""
-    finite = a.isfinite() & b.isfinite()
-    error = (a - b).abs().masked_fill(~finite, 0).max()
-    scale = a.abs().masked_fill(~finite, 0).max()
-    return torch.equal(a.isfinite(), b.isfinite()) and bool(error <= tolerance * scale)

@@ -40,6 +40,7 @@ class Use:
         "rule",
         "shape",
         "sink",
+        "versions",
         "weight",
     )
 
@@ -63,6 +64,7 @@ class Use:
         self.shape: tuple[int, ...] = ()
         self.output_shape: tuple[int, ...] = ()
         self.sink: Sink | None = None
+        self.versions = tuple(None if root is None else root._version for root in roots)
 
 
 @dataclass(frozen=True)
