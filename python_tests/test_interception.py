@@ -133,6 +133,11 @@ UNRULED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Any]]] = 
         "'w' goes into mul_",
         vectors,
     ),
+    "derived parameter that is changed in place after its use": (
+        lambda: model_of(_changes_a_parameter, w=torch.randn(5), head=nn.Linear(5, CLASSES)),
+        "changed in place after add",
+        vectors,
+    ),
     "differentiable gradient inside the forward": (
         lambda: model_of(_follows_its_gradient, a=nn.Linear(5, 5), b=nn.Linear(5, CLASSES)),
         "create_graph=True",
@@ -152,6 +157,13 @@ def _writes_a_layer_into_a_weight(model: Any, x: Tensor) -> Tensor:
     w = model.w * 1
     w[0] = model.inner(x).mean(0)
     return F.linear(x, w)
+
+
+def _changes_a_parameter(model: Any, x: Tensor) -> Tensor:
+    w = model.w * 1
+    x = x + w
+    w.mul_(2)
+    return model.head(x)
 
 
 def _scales_a_weight_in_place(model: Any, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import NotExactError, Reweighter
+from l2rw_ext.batch import merge
 from l2rw_ext.engines import layerwise
 from l2rw_ext.engines.probe import seeds
 from l2rw_ext.plan import Plan
@@ -123,6 +124,79 @@ def test_detached_statistics_of_a_hidden_layer(name: str) -> None:
     model = _model(lambda s, x: s.b(_with_detached(torch.tanh(s.a(x)), name)))
     reweighter = _steps(model, *[(vectors(6), vectors(4)) for _ in range(3)])
     assert "two passes" in reweighter.explain(vectors(6), vectors(4)).passes
+
+
+@pytest.mark.parametrize("name", ["mean", "last row", "size of the batch"])
+@pytest.mark.parametrize("gate", ["last layer", "scalar"])
+def test_statistics_behind_parameters_that_start_at_zero(name: str, gate: str) -> None:
+    """The losses do not depend on what a zero multiplies; its gradient does."""
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        seen = torch.tanh(model.a(STATISTICS[name](x)))
+        if gate == "last layer":
+            return model.b(seen)
+        return model.b(torch.tanh(model.a(x))) + model.gate * seen[:, :CLASSES]
+
+    parts: dict[str, Any] = {key: make() for key, make in TWO_LAYERS.items()}
+    nn.init.zeros_(parts["a"].bias)
+    if gate == "last layer":
+        nn.init.zeros_(parts["b"].weight)
+    else:
+        parts["gate"] = torch.zeros(())
+    model = model_of(forward, **parts)
+    reweighter = Reweighter(model, cross_entropy)
+    for _ in range(3):
+        assert_exact(
+            model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter, engine="layerwise"
+        )
+        with torch.no_grad():
+            for p in model.parameters():
+                assert p.grad is not None
+                p -= 0.5 * p.grad
+
+
+@pytest.mark.parametrize("where", ["dropout", "attention"])
+def test_dependence_on_the_size_of_the_batch_behind_dropout(where: str) -> None:
+    inner: nn.Module = (
+        nn.Dropout(0.5)
+        if where == "dropout"
+        else nn.TransformerEncoderLayer(8, 2, 12, dropout=0.3, batch_first=True)
+    )
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        h = model.inner(torch.tanh(model.a(x)).unsqueeze(1)).squeeze(1)
+        return model.b(h) / (len(x) if model.divides else 1)
+
+    parts = {name: make() for name, make in TWO_LAYERS.items()}
+    model = model_of(forward, inner=inner, **parts)
+    for divides, passes in ((True, "depends on the rest"), (False, "one merged")):
+        model.divides = divides
+        assert passes in Reweighter(model, cross_entropy).explain(vectors(6), vectors(4)).passes
+
+
+@pytest.mark.filterwarnings("ignore:l2rw_ext")
+def test_mixing_of_examples_that_comes_and_goes() -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        h = torch.tanh(model.a(x))
+        if model.mixes:
+            h = 0.5 * h + 0.5 * h.roll(1, 0)
+        return model.b(h)
+
+    model = _model(forward)
+    reweighter = Reweighter(model, cross_entropy)
+    for mixes in (False, True):
+        model.mixes = mixes
+        step = assert_exact(model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter)
+        assert step.engine == ("double_backward" if mixes else "layerwise")
+
+
+def test_inputs_that_are_the_same_in_both_batches_are_not_merged() -> None:
+    nodes = torch.randn(10, 5)
+    assert merge(nodes, nodes.clone(), 6, 4) is None
+    assert merge((nodes, 3), (nodes.clone(), 3), 6, 4) is None
+    joined = merge((nodes[:6], 3), (nodes[6:], 3), 6, 4)
+    assert joined is not None
+    assert torch.equal(joined[0], nodes)
 
 
 def _with_detached(h: Tensor, name: str) -> Tensor:
