@@ -64,7 +64,7 @@ class Step:
 
     @property
     def effective_sample_size(self) -> float:
-        """(Σ w_i)² / Σ w_i², which is n for equal weights, 1 if one example counts, 0 if none does."""
+        """(Σ w_i)² / Σ w_i²; n for equal weights, 1 if one example counts, 0 if none does."""
         self._check()
         w = self.weights.double()
         total = float(w.sum())
