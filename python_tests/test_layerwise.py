@@ -217,6 +217,29 @@ def test_frames_of_a_video_as_rows_of_a_convolution(clean_frames: int, clean_sid
     assert_exact(model, cross_entropy, batch, clean, engine="layerwise")
 
 
+@pytest.mark.parametrize("frozen", ["", "norm.weight", "norm.bias", "first.weight"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_group_norm_reports_what_its_backward_sums(frozen: str, channels_last: bool) -> None:
+    """Also where nothing before it is trained, so that it has no input gradient."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        hidden = model.first(x).to(memory_format=memory_format)
+        return model.head(model.vectors(torch.tanh(model.norm(hidden)).flatten(1)))
+
+    model = model_of(
+        forward,
+        first=nn.Conv2d(2, 4, 3, bias=False),
+        norm=nn.GroupNorm(2, 4),
+        vectors=nn.GroupNorm(4, 16),
+        head=nn.Linear(16, CLASSES),
+    )
+    if frozen:
+        model.get_parameter(frozen).requires_grad_(False)
+    x, clean_x = (torch.randn(k, 2, 4, 4, dtype=torch.float64) for k in (5, 3))
+    assert_exact(model, cross_entropy, (x, _classes(5)), (clean_x, _classes(3)), engine="layerwise")
+
+
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
 @pytest.mark.parametrize("padding", ["same", 1])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -29,13 +29,7 @@ class DoubleBackward(Engine):
                 raise ValueError(
                     "training batch: the losses do not depend on any trainable parameter"
                 )
-            finite = losses.detach().isfinite()
-            if not finite.all():
-                bad = (~finite).nonzero().flatten().tolist()
-                raise ValueError(
-                    f"training batch: losses of examples {bad[:8]} are not finite; this engine "
-                    "mixes examples in one backward and cannot leave them out"
-                )
+            _check_finite(losses.detach(), "losses")
             after_training = Buffers.of(task.model)
             snapshot.buffers.restore()
             epsilon = torch.zeros(
@@ -60,7 +54,20 @@ class DoubleBackward(Engine):
                         retain_graph=True,
                     )
         scores = torch.zeros_like(epsilon) if gradient is None else -gradient
+        if scores.isfinite().any():  # where none is, the clean loss is to blame
+            _check_finite(scores, "gradients")
         return _Scored(task, losses, scores.detach(), clean_loss.detach())
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    finite = values.isfinite()
+    if finite.all():
+        return
+    bad = (~finite).nonzero().flatten().tolist()
+    raise ValueError(
+        f"training batch: {what} of examples {bad[:8]} are not finite; this engine mixes examples "
+        "in one backward and cannot leave them out"
+    )
 
 
 class _Scored(Scored):

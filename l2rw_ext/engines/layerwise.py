@@ -204,6 +204,9 @@ def _key(task: Task) -> Key:
         describe(task.clean_inputs),
         task.members.training,
         tuple(map(id, task.parameters)),
+        id(task.loss_fn),
+        id(task.clean_loss_fn),
+        torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
     )
 
 

@@ -51,17 +51,24 @@ class Broadcast(Rule):
         return g.dim()
 
     def maps(self, use: Use, g: Tensor, size: int) -> Iterator[RowMap]:
-        """Those whose example is a dimension that p was expanded along."""
-        aligned = _aligned(use, g)
-        for rows in super().maps(use, g, size):
-            axis = example_axis(g, rows)
-            if axis is not None and aligned[axis] == 1:
-                yield rows
+        """Those whose example is a dimension that p was expanded along.
+
+        Or a part of one, where several rows (windows of an image) belong to each example.
+        """
+        along = [d for d, own in enumerate(_aligned(use, g)) if own == 1]
+        exact = [d for d in along if g.shape[d] == size]
+        for axis in exact or [d for d in along if size and g.shape[d] % size == 0 < g.shape[d]]:
+            after = math.prod(g.shape[axis + 1 :])
+            each = g.shape[axis] // size
+            for inner in dict.fromkeys((each, 1)):
+                yield RowMap(g.numel() // (size * inner * after), size, inner * after)
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """Per-example gradients (N, p.numel()); z is not used and is the same tensor."""
         aligned = _aligned(use, g)
-        axis = None if rows.whole else example_axis(g, rows)
+        axis = None
+        if not rows.whole:
+            g, aligned, axis = _split_axis(g, aligned, rows)
         reduced = [d for d in range(g.dim()) if d != axis and aligned[d] == 1 and g.shape[d] != 1]
         if reduced:
             g = g.sum(reduced, keepdim=True, dtype=accumulation_dtype(g.dtype))
@@ -103,12 +110,18 @@ def _aligned(use: Use, g: Tensor) -> list[int]:
     return [1] * (g.dim() - use.weight.dim()) + list(use.weight.shape)
 
 
-def example_axis(g: Tensor, rows: RowMap) -> int | None:
-    """The dimension that a row map means, if it is one."""
-    for axis in range(g.dim()):
-        if g.shape[axis] == rows.size and math.prod(g.shape[axis + 1 :]) == rows.inner:
-            return axis
-    return None
+def _split_axis(g: Tensor, aligned: list[int], rows: RowMap) -> tuple[Tensor, list[int], int]:
+    """G with a dimension for the example alone, p's shape beside it, and that dimension."""
+    after = 1
+    for axis in reversed(range(g.dim())):
+        size = g.shape[axis]
+        inner, rest = divmod(rows.inner, after)
+        if aligned[axis] == 1 and not rest and size and size % (rows.size * inner) == 0:
+            split = [size // (rows.size * inner), rows.size, inner]
+            shape = [*g.shape[:axis], *split, *g.shape[axis + 1 :]]
+            return g.reshape(shape), [*aligned[:axis], 1, 1, 1, *aligned[axis + 1 :]], axis + 1
+        after *= size
+    raise AssertionError(f"{rows} is no map of a gradient of shape {tuple(g.shape)}")
 
 
 BROADCAST = Broadcast()
