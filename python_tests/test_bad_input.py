@@ -361,7 +361,12 @@ def test_gradient_of_one_training_example_that_overflows() -> None:
 
     x, y = vectors(6)
     hit = torch.arange(6) == 3
-    step = Reweighter(model, loss, clean_loss_fn=cross_entropy).backward((x, (y, hit)), vectors(4))
+    clean = vectors(4)
+    reweighter = Reweighter(model, loss, clean_loss_fn=cross_entropy, engine="double_backward")
+    with pytest.raises(ValueError, match=r"gradients of examples \[3\] are not finite"):
+        reweighter.backward((x, (y, hit)), clean)
+    assert all(p.grad is None for p in model.parameters())
+    step = Reweighter(model, loss, clean_loss_fn=cross_entropy).backward((x, (y, hit)), clean)
     assert step.losses.isfinite().all()
     assert step.nonfinite == 1
     assert step.weights[3] == 0

@@ -240,6 +240,30 @@ def test_group_norm_reports_what_its_backward_sums(frozen: str, channels_last: b
     assert_exact(model, cross_entropy, (x, _classes(5)), (clean_x, _classes(3)), engine="layerwise")
 
 
+@pytest.mark.parametrize("n", [1, 4])
+def test_windows_of_an_image_with_a_relative_position_bias(n: int) -> None:
+    """Several windows of an example are rows of one dimension, as in Swin."""
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        windows = x.view(-1, 2, 2, 2, 2, 4).transpose(2, 3).reshape(-1, 4, 4)
+        bias = model.table[model.index].mean(-1)
+        scores = model.query(windows) @ windows.transpose(1, 2) + bias
+        seen = torch.softmax(scores, -1) @ model.norm(windows)
+        back = seen.view(-1, 2, 2, 2, 2, 4).transpose(2, 3).reshape(-1, 16, 4)
+        return model.head(back.mean(1))
+
+    model = model_of(
+        forward,
+        query=nn.Linear(4, 4),
+        table=torch.randn(9, 4),
+        norm=nn.LayerNorm(4),
+        head=nn.Linear(4, CLASSES),
+    )
+    model.register_buffer("index", torch.randint(9, (4, 4)))
+    batch, clean = (_sequence(n, 16, 4), _classes(n)), (_sequence(3, 16, 4), _classes(3))
+    assert_exact(model, cross_entropy, batch, clean, engine="layerwise")
+
+
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
 @pytest.mark.parametrize("padding", ["same", 1])
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

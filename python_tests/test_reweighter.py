@@ -26,7 +26,7 @@ from oracle import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rw_ext import Reweighter, Step, reference
+from l2rw_ext import NotExactError, Reweighter, Step, reference
 
 ENGINES = ["auto", "layerwise", "double_backward"]
 
@@ -409,6 +409,44 @@ def test_autocast_goes_to_double_backward() -> None:
         step = Reweighter(model, cross_entropy).backward(batch, clean)
     exact = reference.single_gradient_scores(model, cross_entropy, batch, clean)
     assert relative_error(step.scores, exact) < 0.05
+
+
+def test_a_refusal_under_autocast_ends_with_it() -> None:
+    model = mlp(dtype=torch.float32)
+    batches = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
+    reweighter = Reweighter(model, cross_entropy, engine="layerwise")
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(NotExactError, match="autocast"),
+    ):
+        reweighter.backward(*batches)
+    assert reweighter.backward(*batches).engine == "layerwise"
+
+
+@pytest.mark.filterwarnings("ignore:l2rw_ext")
+def test_another_loss_function_on_the_same_reweighter() -> None:
+    model = mlp()
+    reweighter = Reweighter(model, cross_entropy)
+    batches = vectors(6), vectors(4)
+    assert_exact(model, cross_entropy, *batches, reweighter=reweighter, engine="layerwise")
+
+    def contrastive(out: Tensor, y: Tensor) -> Tensor:
+        return -F.log_softmax(out @ out.t(), 1).diagonal()
+
+    reweighter.loss_fn = contrastive
+    assert_exact(model, contrastive, *batches, reweighter=reweighter, engine="double_backward")
+
+
+def test_anomaly_detection() -> None:
+    model = mlp()
+    with torch.autograd.set_detect_anomaly(True):
+        assert_exact(model, cross_entropy, vectors(6), vectors(4), engine="layerwise")
+
+
+def test_loss_function_that_writes_to_the_outputs() -> None:
+    model = model_of(lambda s, x: s.head(x) * s.scale, head=nn.Linear(5, 3), scale=torch.ones(3))
+    loss = lambda out, y: cross_entropy(out.mul_(2), y)  # noqa: E731
+    assert_exact(model, loss, vectors(6), vectors(4), engine="layerwise")
 
 
 def test_two_threads() -> None:
