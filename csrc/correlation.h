@@ -110,6 +110,19 @@ affine_example_gradients(
     const OptionalTensor& mean,      // broadcasts to [n, T, d]
     const OptionalTensor& rstd);     // broadcasts to [n, T, d]
 
+// The gradient of the input of a group norm, and affine_example_gradients of its scale and shift.
+std::tuple<
+    torch::stable::Tensor,  // gradient of x [n, C, *s], dtype of x
+    torch::stable::Tensor,  // G [n, C], acc
+    torch::stable::Tensor>  // Gb [n, C], acc
+group_norm_backward(
+    const torch::stable::Tensor& g,     // [n, C, *s]
+    const torch::stable::Tensor& x,     // [n, C, *s]
+    const torch::stable::Tensor& mean,  // [n, groups]
+    const torch::stable::Tensor& rstd,  // [n, groups]
+    const OptionalTensor& weight,       // [C]
+    int64_t groups);
+
 // sum of w_i G_i over the examples with w_i != 0.
 torch::stable::Tensor weighted_sum(  // [*], acc
     const torch::stable::Tensor& gradients,  // [n, *]

@@ -32,6 +32,9 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
   m.def(
       "affine_example_gradients(Tensor x, Tensor g, Tensor? mean, Tensor? rstd) -> "
       "(Tensor, Tensor)");
+  m.def(
+      "group_norm_backward(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int "
+      "groups) -> (Tensor, Tensor, Tensor)");
   m.def("weighted_sum(Tensor gradients, Tensor weights) -> Tensor");
   m.def("scale_rows(Tensor g, Tensor weights, Tensor active) -> Tensor");
   m.def("normalize_weights(Tensor u) -> Tensor");

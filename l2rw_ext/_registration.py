@@ -29,6 +29,7 @@ OPERATORS = (
     "conv_example_gradients",
     "conv_weighted_gradient",
     "affine_example_gradients",
+    "group_norm_backward",
     "weighted_sum",
     "scale_rows",
     "normalize_weights",
@@ -130,6 +131,15 @@ def _fake_affine_example_gradients(
 ) -> tuple[Tensor, Tensor]:
     n, d, dtype = x.shape[0], x.shape[2], _accumulation(x.dtype)
     return x.new_empty((n, d), dtype=dtype), x.new_empty((n, d), dtype=dtype)
+
+
+def _fake_group_norm_backward(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, dtype = x.shape[0], x.shape[1], _accumulation(x.dtype)
+    kept = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    data = torch.empty_like(x) if kept else x.new_empty(x.shape)
+    return data, x.new_empty((n, c), dtype=dtype), x.new_empty((n, c), dtype=dtype)
 
 
 def _fake_weighted_sum(gradients: Tensor, weights: Tensor) -> Tensor:

@@ -81,6 +81,17 @@ def _operator_cases() -> dict[str, Case]:
     def affine(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
         return (g * (x - mean) * rstd).sum(1), g.sum(1)
 
+    def group_norm(
+        g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, groups: int
+    ) -> Results:
+        grouped = (x.shape[0], groups, -1)
+        normalized = ((x.reshape(grouped) - mean[..., None]) * rstd[..., None]).view_as(x)
+        scaled = (g * weight.view(-1, 1, 1)).reshape(grouped)
+        x_hat = normalized.reshape(grouped)
+        slope = (scaled * x_hat).mean(2, keepdim=True)
+        data = rstd[..., None] * (scaled - slope * x_hat - scaled.mean(2, keepdim=True))
+        return data.view_as(x), (g * normalized).sum((2, 3)), g.sum((2, 3))
+
     generator = torch.Generator().manual_seed(0)
     z, g, V, V_b = draw(n, t, i), draw(n, t, o), draw(o, i), draw(o)
     x, h, mean, rstd = draw(n, t, i), draw(n, t, i), draw(n, t, 1), draw(n, 1, i)
@@ -137,6 +148,10 @@ def _operator_cases() -> dict[str, Case]:
             ),
         ),
         "affine_example_gradients": ((x, h, mean, rstd), affine),
+        "group_norm_backward": (
+            (image.flip(0), image, draw(n, 2), draw(n, 2), kernel_b, 2),
+            group_norm,
+        ),
         "weighted_sum": ((z, w), lambda G, w: (torch.einsum("n,nti->ti", w, G),)),
         "scale_rows": (
             (g, w, active),

@@ -37,6 +37,7 @@ _linear_example_gradients = _ops.linear_example_gradients.default
 _conv_example_gradients = _ops.conv_example_gradients.default
 _conv_weighted_gradient = _ops.conv_weighted_gradient.default
 _affine_example_gradients = _ops.affine_example_gradients.default
+_group_norm_backward = _ops.group_norm_backward.default
 _weighted_sum = _ops.weighted_sum.default
 _scale_rows = _ops.scale_rows.default
 _normalize_weights = _ops.normalize_weights.default
@@ -343,6 +344,40 @@ def affine_example_gradients(
         (tensor([[6.]]), tensor([[2.]]))
     """
     return cast("tuple[Tensor, Tensor]", _affine_example_gradients(x, g, mean, rstd))
+
+
+def group_norm_backward(
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a group norm's input and, of single examples, of its scale and shift.
+
+    x̂ = (x - mean) rstd; G_i = Σ_s g_is x̂_is, G_bi = Σ_s g_is; the gradient of x is
+    rstd (γ g - x̂ Σ γ G / S - Σ γ G_b / S), where both sums are over the channels of a group and S
+    is its number of elements.
+
+    Args:
+        g: (n, C, ...) gradient of the summed training losses.
+        x: (n, C, ...) input of the layer.
+        mean: (n, groups) as ``torch.native_group_norm`` returns it.
+        rstd: (n, groups) the same.
+        weight: (C,) the scale γ; None: all ones.
+        groups: the number of groups, a divisor of C.
+
+    Returns:
+        The gradient of x, (n, C, ...) in its dtype, contiguous or with the channels side by side
+        in memory as x; G and G_b, (n, C) each, in the accumulation dtype.
+
+    Example:
+        >>> import torch
+        >>> from l2rw_ext import ops
+        >>> x, g = torch.tensor([[[-1.0, 1.0]]]), torch.tensor([[[0.0, 2.0]]])
+        >>> zero, one = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> ops.group_norm_backward(g, x, zero, one, None, 1)
+        (tensor([[[0., 0.]]]), tensor([[2.]]), tensor([[2.]]))
+    """
+    return cast(
+        "tuple[Tensor, Tensor, Tensor]", _group_norm_backward(g, x, mean, rstd, weight, groups)
+    )
 
 
 def weighted_sum(gradients: Tensor, weights: Tensor) -> Tensor:

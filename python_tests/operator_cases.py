@@ -275,6 +275,43 @@ def affine_correlation(
     return with_scores(*affine_example(x, g, mean, rstd, sign), V, V_b)[2:]
 
 
+def group_norm_arguments(d: Draw) -> Arguments:
+    n, groups = d.size(0, 1, 2, 5), d.size(1, 1, 2, 3)
+    channels = groups * d.size(0, 1, 2, 3, 17)
+    shape = (n, channels, *[d.size(0, 1, 2, 5, 9) for _ in range(d.size(0, 1, 2, 3))])
+    # Both fast layouts need that x and g agree.
+    fast = d
+    if d.draw(st.booleans()):
+        layout = d.draw(st.sampled_from(("contiguous", "channels_last")))
+        fast = Draw(d.draw, d.dtype, d.generator, (layout,))
+    g, x = fast.tensor(*shape), fast.tensor(*shape)
+    weight = d.maybe(lambda: d.wide(channels))
+    return g, x, d.wide(n, groups), d.wide(n, groups), weight, groups
+
+
+def group_norm(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    groups: int,
+    sign: int = 1,
+) -> Results:
+    n, c = x.shape[:2]
+    positions = math.prod(x.shape[2:])
+    count = max(1, c // groups * positions)
+    shape = (n, groups, c // groups, positions)
+    mean, rstd = mean[:, :, None, None], rstd[:, :, None, None]
+    normalized = (x.reshape(shape) - sign * mean) * rstd
+    g = g.reshape(shape)
+    scaled = g if weight is None else g * weight.view(1, groups, c // groups, 1)
+    slope = (scaled * normalized).sum((2, 3), keepdim=True) / count
+    offset = scaled.sum((2, 3), keepdim=True) / count
+    data = rstd * (scaled - sign * (normalized * slope + offset))
+    return data.reshape(x.shape), (g * normalized).sum(3).view(n, c), g.sum(3).view(n, c)
+
+
 def embedding_arguments(d: Draw) -> Arguments:
     n, t, c, v = d.size(0, 1, 2, 5), d.size(0, 1, 2, 7), d.size(), d.size(1, 2, 9)
     index = torch.randint(v, (n, t), generator=d.generator)
@@ -332,6 +369,7 @@ OPERATORS: dict[str, Operator] = {
     "conv_example_gradients": Operator(conv_example_arguments, conv_example),
     "conv_weighted_gradient": Operator(conv_weighted_arguments, conv_weighted),
     "affine_example_gradients": Operator(affine_arguments, affine_example),
+    "group_norm_backward": Operator(group_norm_arguments, group_norm),
     "weighted_sum": Operator(weighted_sum_arguments, weighted_sum),
     "scale_rows": Operator(scale_rows_arguments, scale_rows),
     "normalize_weights": Operator(normalize_arguments, normalize),
@@ -375,6 +413,14 @@ def sample(name: str, dtype: torch.dtype = torch.float32, optional: bool = True)
         ),
         "conv_weighted_gradient": (image, gradient, some(w), [3, 2], *geometry),
         "affine_example_gradients": (z, tensor(2, 3, 4), some(mean), some(rstd)),
+        "group_norm_backward": (
+            tensor(2, 4, 5, 6).flip(3),
+            image,
+            tensor(2, 2),
+            tensor(2, 2).abs(),
+            some(tensor(4)),
+            2,
+        ),
         "weighted_sum": (z, w),
         "scale_rows": (z.transpose(1, 2) if optional else z, w, torch.tensor([1])),
         "normalize_weights": (tensor(5),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -217,8 +218,14 @@ def test_frames_of_a_video_as_rows_of_a_convolution(clean_frames: int, clean_sid
     assert_exact(model, cross_entropy, batch, clean, engine="layerwise")
 
 
-@pytest.mark.parametrize("frozen", ["", "norm.weight", "norm.bias", "first.weight"])
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("channels_last", "frozen"),
+    [
+        *itertools.product((False, True), ("", "norm.weight", "norm.bias")),
+        # torch 2.13, and so the oracle, crashes here for channels_last tensors.
+        (False, "first.weight"),
+    ],
+)
 def test_group_norm_reports_what_its_backward_sums(frozen: str, channels_last: bool) -> None:
     """Also where nothing before it is trained, so that it has no input gradient."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

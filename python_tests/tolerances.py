@@ -45,10 +45,12 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     # Gradients of single examples are stored in the dtype of the input: the largest buffer.
     "linear_example_gradients": _IN_INPUT_DTYPE,
     "conv_example_gradients": _IN_INPUT_DTYPE,
+    # Of a group norm, the gradient of the input; those of its scale and shift are as above.
+    "group_norm_backward": _IN_INPUT_DTYPE,
     # One product, or one quotient, stored in the dtype of the input.
     "scale_rows": _IN_INPUT_DTYPE,
     "normalize_weights": _IN_INPUT_DTYPE,
 }
 
-# Scores and bias gradients that come with gradients of single examples.
+# Results in the accumulation dtype that come with others in the dtype of the input.
 SCORES = _IN_ACCUMULATION_DTYPE

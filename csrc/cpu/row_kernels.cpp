@@ -149,6 +149,108 @@ void affine_gradient(
   }
 }
 
+template <class T>
+void group_norm_by_channel(const GroupNormBlock<T>& b) {
+  using A = accumulation_t<T>;
+  // Partial sums bound the rounding error of large images.
+  constexpr int64_t kPartial = 4096;
+  const A mean = *b.mean;
+  const A rstd = *b.rstd;
+  A scale_sum = 0;
+  A shift_sum = 0;
+  for (int64_t c = 0; c < b.channels; ++c) {
+    A sum = 0;
+    A sum_bias = 0;
+    for (int64_t begin = 0; begin < b.positions; begin += kPartial) {
+      const T* __restrict__ x = b.x + c * b.positions + begin;
+      const T* __restrict__ g = b.g + c * b.positions + begin;
+      const int64_t count = b.positions - begin < kPartial ? b.positions - begin : kPartial;
+      A part = 0;
+      A part_bias = 0;
+#pragma omp simd reduction(+ : part, part_bias)
+      for (int64_t t = 0; t < count; ++t) {
+        const A value = load(g[t]);
+        part += value * (load(x[t]) - mean);
+        part_bias += value;
+      }
+      sum += part;
+      sum_bias += part_bias;
+    }
+    b.gradient[c] = sum * rstd;
+    b.gradient_bias[c] = sum_bias;
+    const A weight = b.weight == nullptr ? A(1) : b.weight[c];
+    scale_sum += weight * b.gradient[c];
+    shift_sum += weight * sum_bias;
+  }
+  const A factor = rstd / static_cast<A>(b.channels * b.positions);
+  const A slope = -factor * rstd * scale_sum;
+  const A offset = -factor * shift_sum;
+  for (int64_t c = 0; c < b.channels; ++c) {
+    const T* __restrict__ x = b.x + c * b.positions;
+    const T* __restrict__ g = b.g + c * b.positions;
+    T* __restrict__ to = b.to + c * b.positions;
+    const A weight = b.weight == nullptr ? rstd : rstd * b.weight[c];
+#pragma omp simd
+    for (int64_t t = 0; t < b.positions; ++t) {
+      store(to + t, weight * load(g[t]) + (slope * (load(x[t]) - mean) + offset));
+    }
+  }
+}
+
+template <class T>
+void group_norm_by_position(const GroupNormBlock<T>& b, accumulation_t<T>* buffer) {
+  using A = accumulation_t<T>;
+  const int64_t channels = b.groups * b.channels;
+  A* __restrict__ mean = buffer;
+  A* __restrict__ weight = buffer + channels;
+  A* __restrict__ slope = buffer + 2 * channels;
+  A* __restrict__ offset = buffer + 3 * channels;
+  A* __restrict__ gradient = b.gradient;
+  A* __restrict__ gradient_bias = b.gradient_bias;
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = b.mean[c / b.channels];
+    gradient[c] = 0;
+    gradient_bias[c] = 0;
+  }
+  for (int64_t t = 0; t < b.positions; ++t) {
+    const T* __restrict__ x = b.x + t * channels;
+    const T* __restrict__ g = b.g + t * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      const A value = load(g[c]);
+      gradient[c] += value * (load(x[c]) - mean[c]);
+      gradient_bias[c] += value;
+    }
+  }
+  for (int64_t group = 0; group < b.groups; ++group) {
+    const A rstd = b.rstd[group];
+    const A factor = rstd / static_cast<A>(b.channels * b.positions);
+    const int64_t first = group * b.channels;
+    A scale_sum = 0;
+    A shift_sum = 0;
+    for (int64_t c = first; c < first + b.channels; ++c) {
+      const A own = b.weight == nullptr ? A(1) : b.weight[c];
+      gradient[c] *= rstd;
+      scale_sum += own * gradient[c];
+      shift_sum += own * gradient_bias[c];
+      weight[c] = own * rstd;
+    }
+    for (int64_t c = first; c < first + b.channels; ++c) {
+      slope[c] = -factor * rstd * scale_sum;
+      offset[c] = -factor * shift_sum;
+    }
+  }
+  for (int64_t t = 0; t < b.positions; ++t) {
+    const T* __restrict__ x = b.x + t * channels;
+    const T* __restrict__ g = b.g + t * channels;
+    T* __restrict__ to = b.to + t * channels;
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      store(to + c, weight[c] * load(g[c]) + (slope[c] * (load(x[c]) - mean[c]) + offset[c]));
+    }
+  }
+}
+
 template <class T, class V>
 accumulation_t<T> dot(const T* a, int64_t a_stride, const V* b, int64_t b_stride, int64_t count) {
   accumulation_t<T> sum = 0;
@@ -233,6 +335,8 @@ void combine(
 #define L2RW_INSTANTIATE(T)                                                                      \
   template void affine_gradient<T>(                                                              \
       const AffineExample<T>&, accumulation_t<T>*, accumulation_t<T>*);                          \
+  template void group_norm_by_channel<T>(const GroupNormBlock<T>&);                              \
+  template void group_norm_by_position<T>(const GroupNormBlock<T>&, accumulation_t<T>*);         \
   template void scale<T>(const T*, int64_t, accumulation_t<T>, T*, int64_t);                     \
   template void combine<T>(                                                                      \
       const T* const*, int64_t, const accumulation_t<T>*, int64_t, accumulation_t<T>*, int64_t); \

@@ -25,6 +25,22 @@ struct AffineExample {
   int64_t positions, channels;
 };
 
+// What the backward of a group norm reads and writes: one group, or one example with all its
+// groups. x, g and to have the same layout.
+template <class T>
+struct GroupNormBlock {
+  using A = accumulation_t<T>;
+  const T* x;
+  const T* g;
+  T* to;                                // gradient of x
+  const A* mean;                        // [groups]
+  const A* rstd;                        // [groups]
+  const A* weight;                      // [groups * channels], or null: all ones
+  A* gradient;                          // [groups * channels], of the scale
+  A* gradient_bias;                     // [groups * channels], of the shift
+  int64_t groups, channels, positions;  // channels of one group
+};
+
 }  // namespace l2rw
 
 L2RW_FOR_EACH_ISA(
@@ -33,6 +49,16 @@ L2RW_FOR_EACH_ISA(
         const AffineExample<T>& example,
         accumulation_t<T>* gradient,        // [d], contiguous
         accumulation_t<T>* gradient_bias);  // [d], contiguous
+
+    // Positions side by side: x, g, to are [channels, positions] of one group.
+    template <class T>
+    void group_norm_by_channel(const GroupNormBlock<T>& block);
+
+    // Channels side by side: x, g, to are [positions, groups * channels] of one example.
+    template <class T>
+    void group_norm_by_position(
+        const GroupNormBlock<T>& block,
+        accumulation_t<T>* buffer);  // [4, groups * channels]
 
     // sum_c a_c b_c.
     template <class T, class V>

@@ -47,17 +47,21 @@ class Scale(Rule):
         return 1 if layout.channels else g.dim() - layout.features
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
-        """Per-example gradients of γ and β, (N, d) each."""
+        """Per-example gradients of γ and β, (N, d) each.
+
+        A z with one dimension more than g is what :func:`_stacked` made of them, by row.
+        """
         layout: Layout = use.options
         mean, rstd = layout.mean, layout.rstd
+        if z.dim() > g.dim():
+            scale, shift = z.flatten(2).unbind()
+            return _of_examples(scale, shift, rows)
         if layout.channels:
             x, gradient = _channels_last(z), _channels_last(g)
             if mean is not None and rstd is not None:
                 mean, rstd = mean.unsqueeze(-2).expand(x.shape), rstd.unsqueeze(-2).expand(x.shape)
             scale, shift = ops.affine_example_gradients(x, gradient, mean, rstd)
-            if rows.positions == 1:
-                return scale, shift
-            return rows.arrange(scale, 1).sum(1), rows.arrange(shift, 1).sum(1)
+            return _of_examples(scale, shift, rows)
         leading = self.leading(use, g)
         x, gradient = _by_example(z, rows, leading), _by_example(g, rows, leading)
         if mean is not None and rstd is not None:
@@ -116,6 +120,18 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
 
 
+def _stacked(scale: Tensor, shift: Tensor, g: Tensor) -> Tensor:
+    """Gradients by row, (R, C) each, in place of the input in a report: (2, R, C, 1, ...)."""
+    return torch.stack((scale, shift)).view(2, *g.shape[:2], *[1] * (g.dim() - 2))
+
+
+def _of_examples(scale: Tensor, shift: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
+    """Gradients by row, (R, C) each, summed over the rows of an example."""
+    if rows.positions == 1:
+        return scale, shift
+    return rows.arrange(scale, 1).sum(1), rows.arrange(shift, 1).sum(1)
+
+
 def _by_example(x: Tensor, rows: RowMap, leading: int) -> Tensor:
     """(rows..., features...) -> (N, T, d)."""
     return rows.arrange(x.flatten(leading), leading)
@@ -171,8 +187,12 @@ class _GroupNormUse(torch.autograd.Function):
         use: Use = ctx.use
         assert use.sink is not None
         with use.sink.backward_of(use):
+            data: Tensor | None = None
+            if ctx.needs_input_grad[0] and x.device.type == "cpu":
+                data, scale, shift = ops.group_norm_backward(g, x, mean, rstd, weight, ctx.groups)
+                use.sink.report(use, _stacked(scale, shift, g), g)
+                return data, None, None, None, None
             use.sink.report(use, x, g)
-            data = None
             if ctx.needs_input_grad[0]:
                 n, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
                 data = torch.ops.aten.native_group_norm_backward(

@@ -1,0 +1,158 @@
+#include "correlation.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "cpu/row_kernels.h"
+
+namespace l2rw {
+namespace {
+
+constexpr const char* kOperation = "group_norm_backward";
+
+// Whether the channels lie side by side, then the positions, then the examples.
+bool channels_last(const Tensor& x) {
+  int64_t stride = x.size(1);
+  if (x.size(1) != 1 && x.stride(1) != 1) {
+    return false;
+  }
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    if (d == 1) {
+      continue;
+    }
+    if (x.size(d) != 1 && x.stride(d) != stride) {
+      return false;
+    }
+    stride *= x.size(d);
+  }
+  return true;
+}
+
+Tensor in_accumulation_dtype(const Tensor& tensor) {
+  const ScalarType dtype = accumulation_dtype(tensor.scalar_type());
+  return torch::stable::contiguous(
+      tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+
+void check_layer(
+    const Tensor& g,
+    const Tensor& x,
+    const Tensor& mean,
+    const Tensor& rstd,
+    const OptionalTensor& weight,
+    int64_t groups) {
+  const Argument input{"x", x};
+  check(x.dim() >= 2, kOperation, "x must have at least 2 dimensions, got shape ", shape_of(x));
+  check_floating(kOperation, input);
+  check_same(kOperation, input, {"g", g});
+  check_dim(kOperation, {"g", g}, x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    check_size(kOperation, {"g", g}, d, x.size(d), "as x");
+  }
+  check(
+      groups > 0 && x.size(1) % groups == 0,
+      kOperation,
+      "groups must divide the ",
+      x.size(1),
+      " channels of x, got ",
+      groups);
+  for (const auto& [name, statistic] : {std::pair{"mean", &mean}, std::pair{"rstd", &rstd}}) {
+    const Argument argument{name, *statistic};
+    check_same_or_accumulation(kOperation, input, argument);
+    check_dim(kOperation, argument, 2);
+    check_size(kOperation, argument, 0, x.size(0), "examples of x");
+    check_size(kOperation, argument, 1, groups, "groups");
+  }
+  if (weight.has_value()) {
+    const Argument argument{"weight", *weight};
+    check_same_or_accumulation(kOperation, input, argument);
+    check_dim(kOperation, argument, 1);
+    check_size(kOperation, argument, 0, x.size(1), "channels of x");
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(
+    const Tensor& g,
+    const Tensor& x,
+    const Tensor& mean,
+    const Tensor& rstd,
+    const OptionalTensor& weight,
+    int64_t groups) {
+  check_layer(g, x, mean, rstd, weight, groups);
+
+  const int64_t n = x.size(0);
+  const int64_t channels = x.size(1);
+  const bool by_position = !x.is_contiguous() && channels_last(x);
+  const Tensor input = by_position ? x : torch::stable::contiguous(x);
+  Tensor gradient = g;
+  if (by_position ? !channels_last(g) : !g.is_contiguous()) {
+    gradient = torch::stable::empty_like(input);
+    torch::stable::copy_(gradient, g);
+  }
+  const Tensor result = torch::stable::empty_like(input);
+  const ScalarType accumulation = accumulation_dtype(x.scalar_type());
+  const Tensor gradients = torch::stable::new_empty(x, {n, channels}, accumulation);
+  const Tensor bias_gradients = torch::stable::new_empty(x, {n, channels}, accumulation);
+  const Tensor shift = in_accumulation_dtype(mean);
+  const Tensor factor = in_accumulation_dtype(rstd);
+  const OptionalTensor scale =
+      weight.has_value() ? OptionalTensor(in_accumulation_dtype(*weight)) : std::nullopt;
+  int64_t positions = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    positions *= x.size(d);
+  }
+
+  dispatch_floating(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulation_t<T>;
+    // Group `group` of all examples in a row, with the `count` groups that follow.
+    const int64_t per_group = channels / groups;
+    const auto block = [&](int64_t group, int64_t count) {
+      const int64_t channel = group * per_group;
+      const int64_t element = channel * positions;
+      return GroupNormBlock<T>{
+          data<T>(input) + element,
+          data<T>(gradient) + element,
+          data<T>(result) + element,
+          data<A>(shift) + group,
+          data<A>(factor) + group,
+          scale.has_value() ? data<A>(*scale) + group % groups * per_group : nullptr,
+          data<A>(gradients) + channel,
+          data<A>(bias_gradients) + channel,
+          count,
+          per_group,
+          positions};
+    };
+    const auto grain = [](int64_t elements) {
+      return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements));
+    };
+    if (by_position) {
+      torch::stable::parallel_for(
+          0, n, grain(channels * positions), [&](int64_t begin, int64_t end) {
+            std::vector<A> buffer(static_cast<size_t>(4 * channels));
+            for (int64_t i = begin; i < end; ++i) {
+              L2RW_ISA_CALL(group_norm_by_position, block(i * groups, groups), buffer.data());
+            }
+          });
+    } else {
+      torch::stable::parallel_for(
+          0, n * groups, grain(per_group * positions), [&](int64_t begin, int64_t end) {
+            for (int64_t group = begin; group < end; ++group) {
+              L2RW_ISA_CALL(group_norm_by_channel, block(group, 1));
+            }
+          });
+    }
+  });
+  return {result, gradients, bias_gradients};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
+  m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
+}
+
+}  // namespace l2rw
