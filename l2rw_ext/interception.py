@@ -30,10 +30,14 @@ class Interception(TorchFunctionMode):
     Args:
         members: of the model whose forward runs under the mode.
         sink: what the uses report to in backward.
+        examples: how many the batch has, if tensors with a row for each of them are to be taken for
+            data although they are made without: a first hidden state of zeros, token types, a
+            parameter that is expanded to the batch.
     """
 
-    def __init__(self, members: Members, sink: Any) -> None:
+    def __init__(self, members: Members, sink: Any, examples: int | None = None) -> None:
         super().__init__()
+        self._examples = examples
         self.token = torch.zeros((), requires_grad=True, device="cpu")
         self.uses: list[Use] = []
         self.calls: list[str] = []
@@ -154,11 +158,17 @@ class Interception(TorchFunctionMode):
     def follow(self, out: Any) -> None:
         """Remember what was computed from roots and constants alone."""
         if isinstance(out, Tensor):
+            if not out.requires_grad and self.for_each_example(out):
+                return
             (self._roots if out.requires_grad else self._constants)[id(out)] = out
         elif isinstance(out, (tuple, list)):
             for x in out:
                 if isinstance(x, Tensor):
                     self.follow(x)
+
+    def for_each_example(self, out: Tensor) -> bool:
+        """Whether dimension 0 counts examples, where the mode was told how many there are."""
+        return self._examples is not None and out.dim() > 0 and out.shape[0] == self._examples
 
     def follow_expansion(self, out: Tensor, root: Tensor) -> None:
         """Remember that ``out`` repeats ``root`` along leading or broadcast dimensions."""

@@ -43,7 +43,7 @@ def vectors(
 class Function(nn.Module):
     """A model made of a function and named submodules or parameters."""
 
-    def __init__(self, fn: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
+    def __init__(self, fn: Callable[..., Any], **parts: nn.Module | Tensor | None) -> None:
         super().__init__()
         for name, part in parts.items():
             setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
@@ -53,7 +53,7 @@ class Function(nn.Module):
         return self._fn(self, *args, **kwargs)
 
 
-def model_of(fn: Callable[..., Any], **parts: nn.Module | Tensor) -> Function:
+def model_of(fn: Callable[..., Any], **parts: nn.Module | Tensor | None) -> Function:
     """A float64 model; ``fn(model, inputs)`` is its forward."""
     return Function(fn, **parts).double()
 

@@ -273,6 +273,70 @@ def test_tensors_in_a_list_that_is_given_by_name_are_seen() -> None:
     assert_exact(model, cross_entropy, vectors(1), vectors(1), engine="layerwise")
 
 
+def _recurrent(model: Any, x: Tensor) -> Tensor:
+    h = (
+        torch.zeros(len(x), 4, dtype=x.dtype)
+        if model.first is None
+        else model.first.expand(len(x), 4)
+    )
+    for step in x.unbind(1):
+        h = torch.tanh(model.inner(step) + model.hidden(h))
+    return model.head(h)
+
+
+def _typed_tokens(model: Any, x: Tensor) -> Tensor:
+    kinds = torch.zeros(x.shape[:2], dtype=torch.long)
+    kinds[:, 1:] = 1
+    position = model.position(torch.arange(x.shape[1]).expand(x.shape[:2]))
+    return model.head(torch.tanh(model.inner(x) + model.kind(kinds) + position).mean(1))
+
+
+def _queried(model: Any, x: Tensor) -> Tensor:
+    queries = model.queries.expand(len(x), -1, -1)
+    seen, _ = model.attention(queries + model.query(queries), x, x)
+    return model.head(seen.mean(1))
+
+
+ROWS_WITHOUT_DATA: dict[str, Callable[[], nn.Module]] = {
+    "first hidden state of zeros": lambda: model_of(
+        _recurrent, first=None, inner=nn.Linear(5, 4), hidden=nn.Linear(4, 4), head=nn.Linear(4, 3)
+    ),
+    "first hidden state that is learnt": lambda: model_of(
+        _recurrent,
+        first=torch.randn(4),
+        inner=nn.Linear(5, 4),
+        hidden=nn.Linear(4, 4),
+        head=nn.Linear(4, 3),
+    ),
+    "token types and positions": lambda: model_of(
+        _typed_tokens,
+        inner=nn.Linear(5, 4),
+        kind=nn.Embedding(2, 4),
+        position=nn.Embedding(9, 4),
+        head=nn.Linear(4, 3),
+    ),
+    "learnt queries": lambda: model_of(
+        _queried,
+        queries=torch.randn(1, 2, 4),
+        query=nn.Linear(4, 4),
+        attention=nn.MultiheadAttention(4, 2, kdim=5, vdim=5, batch_first=True),
+        head=nn.Linear(4, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_WITHOUT_DATA)
+@pytest.mark.parametrize(("n", "m"), [(6, 4), (1, 1), (3, 3)])
+@pytest.mark.parametrize("same_shape", [True, False])
+def test_rows_that_are_made_without_data(name: str, n: int, m: int, same_shape: bool) -> None:
+    model = ROWS_WITHOUT_DATA[name]()
+    reweighter = Reweighter(model, cross_entropy)
+    for _ in range(2):
+        batch, (clean_x, clean_y) = _sequences(n), _sequences(m)
+        clean = (clean_x if same_shape else clean_x[:, :2]), clean_y
+        assert_exact(model, cross_entropy, batch, clean, reweighter=reweighter, engine="layerwise")
+
+
 def test_activation_by_a_custom_function() -> None:
     class Clip(torch.autograd.Function):
         @staticmethod

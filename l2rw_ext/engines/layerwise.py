@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..batch import describe, forward, merge, split
 from ..interception import Interception, check_graph, inside, sources
+from ..members import Members
 from ..plan import Explanation, Plan, UsePlan, choose_form
 from ..preserve import Snapshot
 from ..rules.base import Size, Use
@@ -34,6 +36,7 @@ class Layerwise(Engine):
     def __init__(self) -> None:
         self._plans: dict[tuple[Key, bool], Plan] = {}
         self._refused: dict[Key, str] = {}
+        self._by_row: set[Key] = set()
         self._separate: dict[Key, str] = {}
 
     def score(self, task: Task, snapshot: Snapshot) -> Scored:
@@ -57,6 +60,12 @@ class Layerwise(Engine):
                 snapshot.restore()
                 return self._attempt(task, snapshot, key, True)
         except NotExactError as error:
+            if key not in self._by_row:
+                # Perhaps a tensor made without data has a row for each example.
+                self._by_row.add(key)
+                snapshot.restore()
+                with contextlib.suppress(NotExactError):
+                    return self._planned(task, snapshot, fresh=True)
             self._refused[key] = str(error)
             raise
 
@@ -84,7 +93,7 @@ class Layerwise(Engine):
         """One forward and one data-only backward over [train; clean]."""
         leaves = Leaves(task.parameters)
         scoring = Scoring(task, leaves)
-        interception = Interception(task.members, scoring)
+        interception = self._interception(task.members, scoring, key, task.n + task.m)
         losses, clean_losses = _merged_losses(task, inputs, interception)
         plan = None if fresh else self._plans.get((key, True))
         if plan is None or plan.due() or plan.calls != interception.calls:
@@ -106,7 +115,7 @@ class Layerwise(Engine):
         """The clean batch first, to its direction; then the training batch."""
         leaves = Leaves(task.parameters)
         recorder = CleanRecorder()
-        interception = Interception(task.members, recorder)
+        interception = self._interception(task.members, recorder, key, task.m)
         interception.part = "clean"
         with interception:
             clean_losses = task.forward_clean()
@@ -122,7 +131,7 @@ class Layerwise(Engine):
         snapshot.buffers.restore()
 
         scoring = Scoring(task, leaves, directions)
-        interception = Interception(task.members, scoring)
+        interception = self._interception(task.members, scoring, key, task.n)
         interception.part = "train"
         with interception:
             losses = task.forward_train()
@@ -135,6 +144,11 @@ class Layerwise(Engine):
         plan.why_separate = why
         self._plans[key, False] = plan
         return scoring, plan
+
+    def _interception(
+        self, members: Members, sink: Recorder, key: Key, examples: int
+    ) -> Interception:
+        return Interception(members, sink, examples if key in self._by_row else None)
 
     def _backward(
         self,
@@ -251,11 +265,12 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
     try:
         with interception:
             outputs = forward(task.model, inputs)
-            if interception.chooses is not None:
-                raise NotMergeableError(f"values of the data decide ({interception.chooses})")
-            parts = split(outputs, task.n, task.m)
-            if parts is None:
-                raise NotMergeableError("an output has no dimension 0 that counts examples")
+        if interception.chooses is not None:
+            raise NotMergeableError(f"values of the data decide ({interception.chooses})")
+        parts = split(outputs, task.n, task.m)
+        if parts is None:
+            raise NotMergeableError("an output has no dimension 0 that counts examples")
+        with interception:
             interception.part = "train"
             losses = task.losses(parts[0])
             interception.part = "clean"

@@ -158,8 +158,8 @@ def _expand(
     out = func(*args, **kwargs)
     if isinstance(root, Tensor) and isinstance(out, Tensor):
         if mode.is_root(root) and out.requires_grad:
-            mode.follow_expansion(out, root)
-        elif not mode.is_data(root):
+            return _expanded(mode, func, root, out)
+        if not mode.is_data(root):
             mode.follow(out)
     return out
 
@@ -174,7 +174,17 @@ def _repeat(
         aligned = [1] * (out.dim() - root.dim()) + list(root.shape)
         pairs = zip(out.shape, aligned, strict=True)
         if all(size == own or own == 1 for size, own in pairs):
-            mode.follow_expansion(out, root)
+            return _expanded(mode, func, root, out)
+    return out
+
+
+def _expanded(mode: Interception, func: Callable[..., Any], root: Tensor, out: Tensor) -> Tensor:
+    """A root repeated along leading or broadcast dimensions; data where it has a row an example."""
+    if mode.for_each_example(out) and (root.dim() < out.dim() or root.shape[0] == 1):
+        met = _meet(mode, func, root, out.shape)
+        if met is not None:
+            return met
+    mode.follow_expansion(out, root)
     return out
 
 
