@@ -203,6 +203,12 @@ def batch_size(inputs: Any, targets: Any, name: str) -> int:
 def per_example_losses(loss_fn: LossFn, outputs: Any, targets: Any, size: int, name: str) -> Tensor:
     """Call ``loss_fn`` and check that it returned one unreduced loss an example."""
     losses = loss_fn(outputs, targets)
+    with torch._C.DisableTorchFunction():  # not the model's calls
+        _check_losses(losses, size, name)
+    return losses
+
+
+def _check_losses(losses: Any, size: int, name: str) -> None:
     if not isinstance(losses, Tensor):
         raise TypeError(
             f"{name}: loss_fn must return a tensor of shape ({size},), got {type(losses).__name__}"
@@ -219,4 +225,3 @@ def per_example_losses(loss_fn: LossFn, outputs: Any, targets: Any, size: int, n
         )
     if not losses.is_floating_point():
         raise TypeError(f"{name}: loss_fn must return floating losses, got {losses.dtype}")
-    return losses
