@@ -13,6 +13,7 @@ from typing import Any
 from . import record
 from .errors import UsageError
 
+PARTS = ("summary", "step", "step-pair", "memory")
 PART = re.compile(
     r"(?P<begin><!-- recorded (?P<name>[a-z-]+): begin -->\n).*?"
     r"(?P<end><!-- recorded (?P=name): end -->)",
@@ -66,27 +67,25 @@ def summary(report: dict[str, Any]) -> str:
         if found:
             ranges.append(f"{label} {min(found):.2f} to {max(found):.2f}")
     return (
-        "Time of a training step, in plain steps on the same images (training and clean batch "
+        "Time of a training step, in plain steps on the same examples (training and clean batch "
         f"together): {', '.join(ranges)}. {origin(report)}"
     )
 
 
 def parts(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """What stands between the comments, by name; ``reports`` by kind."""
-    missing = "Not recorded yet: `make bench` does."
-    found = {"summary": missing, "step": missing, "memory": missing}
+    """What stands between the comments, by name; ``reports`` by file name without its ending."""
+    found = dict.fromkeys(PARTS, "Not recorded yet: `make bench` does.")
+    for name, report in reports.items():
+        if report["kind"] in ("step", "memory"):
+            found[name] = f"{table(report)}\n\n{origin(report)}"
     if "step" in reports:
         found["summary"] = summary(reports["step"])
-    for kind in ("step", "memory"):
-        if kind in reports:
-            found[kind] = f"{table(reports[kind])}\n\n{origin(reports[kind])}"
     return found
 
 
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """The recorded reports of a folder, by kind."""
-    reports = [record.read(path) for path in sorted(folder.glob("*.json"))]
-    return {report["kind"]: report for report in reports}
+    """The recorded reports of a folder, by file name without its ending."""
+    return {path.stem: record.read(path) for path in sorted(folder.glob("*.json"))}
 
 
 def filled(text: str, reports: dict[str, dict[str, Any]]) -> str:

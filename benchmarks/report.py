@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         print(describe(path, report))
         if report["kind"] in ("step", "memory"):
             print("\n" + table(report) + "\n")
-        if report["kind"] == "step":
+        if path.name == "step.json":
             chart(report, args.chart)
             print(f"chart in {args.chart}")
     for page in args.fill:

@@ -107,7 +107,9 @@ def test_recorded_parts_are_those_of_the_recorded_results(page: Path) -> None:
     from benchmarks.pages import filled, read_reports
 
     text = page.read_text()
-    assert filled(text, read_reports(RESULTS)) == text
+    assert filled(text, read_reports(RESULTS)) == text, (
+        "type python -m benchmarks report --fill README.md docs/benchmarks.md"
+    )
 
 
 def modules() -> list[str]:
