@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,14 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
+
+
+def forward_with(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
+    """:func:`forward` with other values of the named parameters."""
+    if isinstance(inputs, dict):
+        return torch.func.functional_call(model, dict(parameters), (), inputs)
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return torch.func.functional_call(model, dict(parameters), args)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

@@ -1,1 +1,1 @@
-"""Three exact ways to the same scores, one interface."""
+"""Exact ways to the same scores, one interface."""

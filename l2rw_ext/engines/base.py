@@ -52,6 +52,12 @@ class Task:
         return self.clean_losses(forward(self.model, self.clean_inputs))
 
 
+def require_grad(losses: Tensor) -> None:
+    """Raise if no trainable parameter reaches the training losses."""
+    if not losses.requires_grad:
+        raise ValueError("training batch: the losses do not depend on any trainable parameter")
+
+
 class Scored(abc.ABC):
     """What a score pass leaves behind: scores, losses, and all that the weighted gradient needs."""
 

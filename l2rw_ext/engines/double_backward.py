@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
 from ..preserve import Buffers, Snapshot
-from .base import Engine, Scored, Task
+from .base import Engine, Scored, Task, require_grad
 
 
 class DoubleBackward(Engine):
@@ -25,10 +25,7 @@ class DoubleBackward(Engine):
         """Scores by Eq. 4-7; see :class:`Engine`."""
         with sdpa_kernel(SDPBackend.MATH):
             losses = task.forward_train()
-            if not losses.requires_grad:
-                raise ValueError(
-                    "training batch: the losses do not depend on any trainable parameter"
-                )
+            require_grad(losses)
             _check_finite(losses.detach(), "losses")
             after_training = Buffers.of(task.model)
             snapshot.buffers.restore()

@@ -15,7 +15,7 @@ from ..members import Members
 from ..plan import Explanation, Plan, UsePlan, choose_form
 from ..preserve import Snapshot
 from ..rules.base import Size, Use
-from .base import Engine, NotExactError, Scored, Task
+from .base import Engine, NotExactError, Scored, Task, require_grad
 from .derived import Leaves
 from .merging import NotMergeableError, check_mergeable
 from .probe import Probe, seeds
@@ -99,7 +99,7 @@ class Layerwise(Engine):
         if plan is None or plan.due() or plan.calls != interception.calls:
             check_mergeable(task, snapshot, inputs, losses, clean_losses)
         trained, reached = _reached(interception, [losses, clean_losses])
-        _require_grad(losses)
+        require_grad(losses)
         scoring.start(losses, clean_losses.detach().mean(), reached, trained)
         seeded = [
             (losses, _finite_seed(losses)),
@@ -136,7 +136,7 @@ class Layerwise(Engine):
         with interception:
             losses = task.forward_train()
         (reached,) = _reached(interception, [losses])
-        _require_grad(losses)
+        require_grad(losses)
         scoring.start(losses, clean_loss, reached, reached)
         seeded = [(losses, _finite_seed(losses))]
         plan = None if fresh else self._plans.get((key, False))
@@ -290,11 +290,6 @@ def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]
         [use for use in interception.uses if use.index in indices]
         for indices in check_graph(interception, losses)
     ]
-
-
-def _require_grad(losses: Tensor) -> None:
-    if not losses.requires_grad:
-        raise ValueError("training batch: the losses do not depend on any trainable parameter")
 
 
 def _finite_seed(losses: Tensor) -> Tensor:

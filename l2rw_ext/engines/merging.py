@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..batch import forward, split, tensors
+from ..batch import forward, forward_with, split, tensors
 from ..interception import inside
 from ..preserve import Snapshot
 from .base import Task
@@ -132,10 +132,7 @@ class _Trial:
         model = self._task.model
         if not self._stand_ins:
             return forward(model, inputs)
-        if isinstance(inputs, dict):
-            return torch.func.functional_call(model, self._stand_ins, (), inputs)
-        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        return torch.func.functional_call(model, self._stand_ins, args)
+        return forward_with(model, self._stand_ins, inputs)
 
 
 class _WithoutDropout(TorchFunctionMode):
