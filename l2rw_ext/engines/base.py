@@ -32,6 +32,18 @@ class Task:
     n: int
     m: int
     parameters: list[nn.Parameter]
+    loss_scale: Tensor | None = None
+    """What a gradient scaler multiplies losses by, shape (); gradients carry it, scores do not."""
+    low_memory: bool = False
+    """Keep nothing of a layer between scores and weighted gradient; run a second backward."""
+
+    def scaled(self, seed: Tensor) -> Tensor:
+        """The seed of a backward, times the loss scale."""
+        return seed if self.loss_scale is None else seed * self.loss_scale.to(seed.dtype)
+
+    def unscaled(self, value: Tensor) -> Tensor:
+        """What comes out of a backward with :meth:`scaled` seeds, without the loss scale."""
+        return value if self.loss_scale is None else value / self.loss_scale.to(value.dtype)
 
     def losses(self, outputs: Any) -> Tensor:
         """Unreduced training losses of the model's outputs, shape (n,)."""
@@ -50,6 +62,16 @@ class Task:
     def forward_clean(self) -> Tensor:
         """One forward of the clean batch, to its losses."""
         return self.clean_losses(forward(self.model, self.clean_inputs))
+
+
+@dataclass(frozen=True)
+class Direction:
+    """v, the gradient of the mean clean loss, or what an option makes of it."""
+
+    values: dict[int, Tensor]
+    """By id of the parameter, in its shape; absent where zero. Without the loss scale."""
+    clean_loss: Tensor
+    """The mean clean loss, shape (), detached."""
 
 
 def require_grad(losses: Tensor) -> None:
@@ -82,12 +104,12 @@ class Engine(abc.ABC):
     name: str
 
     @abc.abstractmethod
-    def score(self, task: Task, snapshot: Snapshot) -> Scored:
+    def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Run the score pass.
 
         ``snapshot`` is the state before the step, to which the caller returns after an error. On
         success the buffers are those of one plain training forward. No gradient of a leaf is
-        touched.
+        touched. Without a ``direction`` the engine gets that of the clean batch.
 
         Raises:
             NotExactError: the numbers would be wrong for this model.

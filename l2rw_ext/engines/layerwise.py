@@ -15,11 +15,12 @@ from ..members import Members
 from ..plan import Explanation, Plan, UsePlan, choose_form
 from ..preserve import Snapshot
 from ..rules.base import Size, Use
-from .base import Engine, NotExactError, Scored, Task, require_grad
+from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
 from .derived import Leaves
+from .direction import clean_direction
 from .merging import NotMergeableError, check_mergeable
 from .probe import Probe, seeds
-from .scoring import CleanRecorder, Recorder, Scoring, StalePlanError
+from .scoring import Recorder, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
 
@@ -39,39 +40,46 @@ class Layerwise(Engine):
         self._by_row: set[Key] = set()
         self._separate: dict[Key, str] = {}
 
-    def score(self, task: Task, snapshot: Snapshot) -> Scored:
+    def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
-        scoring, _ = self._planned(task, snapshot, fresh=False)
+        scoring, _ = self._planned(task, snapshot, direction, fresh=False)
         return scoring
 
-    def explain(self, task: Task, snapshot: Snapshot) -> Explanation:
+    def explain(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
+    ) -> Explanation:
         """The plan for this model and these batches, made anew."""
-        _, plan = self._planned(task, snapshot, fresh=True)
+        _, plan = self._planned(task, snapshot, direction, fresh=True)
         return Explanation.layerwise(task, plan)
 
-    def _planned(self, task: Task, snapshot: Snapshot, *, fresh: bool) -> tuple[Scoring, Plan]:
+    def _planned(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None, *, fresh: bool
+    ) -> tuple[Scoring, Plan]:
         key = _key(task)
         if key in self._refused:
             raise NotExactError(self._refused[key])
         try:
             try:
-                return self._attempt(task, snapshot, key, fresh)
+                return self._attempt(task, snapshot, direction, key, fresh)
             except StalePlanError:
                 snapshot.restore()
-                return self._attempt(task, snapshot, key, True)
+                return self._attempt(task, snapshot, direction, key, True)
         except NotExactError as error:
             if key not in self._by_row:
                 # Perhaps a tensor made without data has a row for each example.
                 self._by_row.add(key)
                 snapshot.restore()
                 with contextlib.suppress(NotExactError):
-                    return self._planned(task, snapshot, fresh=True)
+                    return self._planned(task, snapshot, direction, fresh=True)
             self._refused[key] = str(error)
             raise
 
     def _attempt(
-        self, task: Task, snapshot: Snapshot, key: Key, fresh: bool
+        self, task: Task, snapshot: Snapshot, direction: Direction | None, key: Key, fresh: bool
     ) -> tuple[Scoring, Plan]:
+        if direction is not None:
+            given = "the direction is given, not the clean batch's own"
+            return self._two_passes(task, snapshot, direction, key, given, fresh)
         why = self._separate.get(key)
         if why is None:
             inputs = merge(task.inputs, task.clean_inputs, task.n, task.m)
@@ -85,7 +93,7 @@ class Layerwise(Engine):
                         self._separate[key] = why
             else:
                 why = "the inputs of the two batches do not agree in shape"
-        return self._two_passes(task, snapshot, key, why, fresh)
+        return self._two_passes(task, snapshot, None, key, why, fresh)
 
     def _merged(
         self, task: Task, snapshot: Snapshot, inputs: Any, key: Key, fresh: bool
@@ -102,43 +110,35 @@ class Layerwise(Engine):
         require_grad(losses)
         scoring.start(losses, clean_losses.detach().mean(), reached, trained)
         seeded = [
-            (losses, _finite_seed(losses)),
-            (clean_losses, torch.full_like(clean_losses, 1 / task.m)),
+            (losses, task.scaled(_finite_seed(losses))),
+            (clean_losses, task.scaled(torch.full_like(clean_losses, 1 / task.m))),
         ]
         plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=True)
         self._plans[key, True] = plan
         return scoring, plan
 
     def _two_passes(
-        self, task: Task, snapshot: Snapshot, key: Key, why: str, fresh: bool
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        direction: Direction | None,
+        key: Key,
+        why: str,
+        fresh: bool,
     ) -> tuple[Scoring, Plan]:
         """The clean batch first, to its direction; then the training batch."""
+        if direction is None:
+            direction = clean_direction(task, snapshot)
         leaves = Leaves(task.parameters)
-        recorder = CleanRecorder()
-        interception = self._interception(task.members, recorder, key, task.m)
-        interception.part = "clean"
-        with interception:
-            clean_losses = task.forward_clean()
-        clean_loss = clean_losses.detach().mean()
-        (reached,) = _reached(interception, [clean_losses])
-        recorder.arm(reached)
-        if clean_losses.requires_grad:
-            seed = torch.full_like(clean_losses, 1 / task.m)
-            _run_backward(interception, [(clean_losses, seed)], retain=False)
-        _check_reported(recorder, reached)
-        directions = leaves.pull_back(recorder.totals.values())
-        del clean_losses, interception, recorder
-        snapshot.buffers.restore()
-
-        scoring = Scoring(task, leaves, directions)
+        scoring = Scoring(task, leaves, direction.values)
         interception = self._interception(task.members, scoring, key, task.n)
         interception.part = "train"
         with interception:
             losses = task.forward_train()
         (reached,) = _reached(interception, [losses])
         require_grad(losses)
-        scoring.start(losses, clean_loss, reached, reached)
-        seeded = [(losses, _finite_seed(losses))]
+        scoring.start(losses, direction.clean_loss, reached, reached)
+        seeded = [(losses, task.scaled(_finite_seed(losses)))]
         plan = None if fresh else self._plans.get((key, False))
         plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=False)
         plan.why_separate = why
@@ -174,9 +174,12 @@ class Layerwise(Engine):
             plan = self._probed(task, interception, scoring, seeded, plan, leaves, merged=merged)
         plan.steps += 1
         scoring.follow(plan)
-        _run_backward(interception, seeded, retain=False)
+        _run_backward(interception, seeded, retain=task.low_memory)
         _check_reported(scoring, reached)
         scoring.finish()
+        if task.low_memory:
+            losses = seeded[0][0]
+            scoring.again = lambda seed: _run_backward(interception, [(losses, seed)], retain=False)
         return plan
 
     def _probed(

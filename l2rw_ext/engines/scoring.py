@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,18 +85,6 @@ class Recorder:
         self.reports[use.index] = (use, z, g)
 
 
-class CleanRecorder(Recorder):
-    """Sums directions as the backward of a clean batch goes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.totals: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
-        """Take the whole batch for one example: a direction needs no more."""
-        add_roots(self.totals, use, whole_direction(use, z, g))
-
-
 def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
     """A use's part of the direction, if all its rows are of the clean batch."""
     rows = math.prod(g.shape[: use.rule.leading(use, g)])
@@ -126,6 +115,17 @@ class _Kept:
     examples: Roots | None = None
 
 
+@dataclass
+class _Weighing:
+    """The weighted gradient as a second backward forms it."""
+
+    ones: Tensor
+    """One for each example of positive weight, else zero, shape (n,)."""
+    active: Tensor
+    """Their indices."""
+    totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
 class Scoring(Recorder, Scored):
     """Scores of the training examples, summed use by use while the backward runs.
 
@@ -140,6 +140,7 @@ class Scoring(Recorder, Scored):
         self, task: Task, leaves: Leaves, directions: dict[int, Tensor] | None = None
     ) -> None:
         super().__init__()
+        self._task = task
         self._n = task.n
         self._leaves = leaves
         self._directions = directions
@@ -148,6 +149,9 @@ class Scoring(Recorder, Scored):
         self.reached: list[Use] = []
         self._trained: list[Use] = []
         self._plan: dict[int, UsePlan] | None = None
+        self._weighing: _Weighing | None = None
+        self.again: Callable[[Tensor], None] | None = None
+        """Runs the backward of the training losses once more, with the given seeds."""
         self.scores = torch.empty(0)
         self.losses = torch.empty(0)
         self.clean_loss = torch.empty(0)
@@ -176,7 +180,10 @@ class Scoring(Recorder, Scored):
     def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
         """Score at once, or keep what the plan does not know or what must wait for the others."""
         planned = None if self._plan is None else self._plan[use.index]
-        if planned is None or (planned.joint and self._directions is None):
+        if self._weighing is not None:
+            assert planned is not None
+            self._weigh(self._weighing, use, planned, z, g)
+        elif planned is None or (planned.joint and self._directions is None):
             self.reports[use.index] = (use, z, g)
         else:
             self._score(use, planned, z, g)
@@ -196,6 +203,9 @@ class Scoring(Recorder, Scored):
             reports.clear()
         if waiting:
             self._score_jointly(waiting)
+        self.scores = self._task.unscaled(self.scores)
+        if self._directions is None:
+            self.scores = self._task.unscaled(self.scores)
 
     def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
         for use in uses:
@@ -234,7 +244,7 @@ class Scoring(Recorder, Scored):
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
         if planned.form == "factored":
             self.scores += use.rule.factored(use, z, g, z_clean, g_clean)
-            self._kept.append(_Kept(use, z, g))
+            self._keep(_Kept(use, z, g))
         else:
             direction = use.rule.direction(use, z_clean, g_clean)
             self._correlate(use, planned.form, z, g, direction)
@@ -243,13 +253,17 @@ class Scoring(Recorder, Scored):
         reaches = any(part is not None for part in direction)
         if form == "per example" and not use.rule.reduces:
             examples, u = use.rule.example_gradients(use, z, g, direction if reaches else None)
-            self._kept.append(_Kept(use, examples=examples))
+            self._keep(_Kept(use, examples=examples))
         else:
-            self._kept.append(_Kept(use, z, g))
+            self._keep(_Kept(use, z, g))
             if reaches:
                 u = use.rule.correlation(use, z, g, direction)
         if reaches:
             self.scores += u.to(self.scores.dtype)
+
+    def _keep(self, kept: _Kept) -> None:
+        if not self._task.low_memory:
+            self._kept.append(kept)
 
     def _score_jointly(self, waiting: list[tuple[Use, UsePlan, Tensor, Tensor]]) -> None:
         """Uses that share parameters: the direction is the sum over all of them first."""
@@ -277,14 +291,18 @@ class Scoring(Recorder, Scored):
     def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
         """See :class:`~l2rw_ext.engines.base.Scored`; frees what was kept as it goes."""
         totals: dict[int, tuple[Tensor, Tensor]] = {}
-        active = None if weights is None else weights.nonzero().flatten()
-        kept, self._kept = self._kept, []
-        trained = {use.index for use in self._trained}
-        with BelowAutograd():
-            while kept:
-                item = kept.pop()
-                if weights is not None and active is not None and item.use.index in trained:
-                    add_roots(totals, item.use, _weighted(item, weights, active))
+        if weights is not None and self._task.low_memory:
+            totals = self._second_backward(weights)
+        elif weights is not None:
+            active = weights.nonzero().flatten()
+            trained = {use.index for use in self._trained}
+            with BelowAutograd():
+                while self._kept:
+                    item = self._kept.pop()
+                    if item.use.index in trained:
+                        add_roots(totals, item.use, _weighted(item, weights, active))
+        self._kept.clear()
+        self.again = None
         roots = {id(root): root for use in self._trained for root in use.roots if root is not None}
         for key, root in roots.items():
             if key not in totals:
@@ -293,6 +311,29 @@ class Scoring(Recorder, Scored):
         return [
             (p, gradients[id(p)].to(p.dtype)) for p in self._leaves.parameters if id(p) in gradients
         ]
+
+    def _second_backward(self, weights: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Σ w_i ∇f_i where nothing was kept: the gradients of a backward of Σ w_i f_i."""
+        assert self.again is not None
+        weighing = self._weighing = _Weighing(
+            (weights != 0).to(weights.dtype), weights.nonzero().flatten()
+        )
+        self.arm(self._trained)
+        self.reported.clear()
+        self.again(self._task.scaled(weights.to(self.losses.dtype)))
+        self._weighing = None
+        return weighing.totals
+
+    def _weigh(self, weighing: _Weighing, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
+        """A report of the second backward, whose gradients carry the weights already."""
+        rows = self._rows(use, planned, z, g)
+        if rows is None:
+            return
+        z, g = (x[: self._n] for x in rows)
+        ones = _for(g, weighing.ones)
+        add_roots(
+            weighing.totals, use, use.rule.weighted_gradient(use, z, g, ones, weighing.active)
+        )
 
 
 def _weighted(kept: _Kept, weights: Tensor, active: Tensor) -> Roots:
