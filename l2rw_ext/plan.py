@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .engines.base import Task
@@ -84,14 +84,24 @@ class Explanation:
     n: int
     m: int
     passes: str
+    cost: float
+    """Expected multiply-adds over those of a plain step on both batches."""
+    memory: str
+    """What is kept between scores and weighted gradient."""
     layers: tuple[LayerExplanation, ...] = ()
+    options: tuple[str, ...] = ()
+    """What the options that change the weights do."""
 
     @classmethod
     def layerwise(cls, task: Task, plan: Plan) -> Explanation:
         """The explanation of a layer-wise plan."""
         layers = []
+        plain = paid = 0.0
         for use in plan.uses:
             cost = use.costs[use.form]
+            forward = use.costs["dense"].score if "dense" in use.costs else 0.0
+            plain += 3 * forward
+            paid += 2 * forward + cost.score + cost.weighted + task.low_memory * forward
             layers.append(
                 LayerExplanation(
                     use.name,
@@ -100,7 +110,7 @@ class Explanation:
                     use.form + (" (joint)" if use.joint else ""),
                     0 if use.rows is None else use.rows.positions,
                     cost.score + cost.weighted,
-                    cost.kept_bytes,
+                    0.0 if task.low_memory else cost.kept_bytes,
                     {form: c.seconds for form, c in use.costs.items()},
                 )
             )
@@ -110,18 +120,30 @@ class Explanation:
             else f"two passes ({plan.why_separate})"
         )
         reason = "every parameter use has a rule and no example reaches another's loss"
-        return cls("layerwise", reason, task.n, task.m, passes, tuple(layers))
+        kept = sum(layer.kept_bytes for layer in layers)
+        memory = (
+            "the graph, for a second backward" if task.low_memory else f"{kept / 2**20:.2f} MiB"
+        )
+        ratio = paid / plain if plain else 1.0
+        return cls("layerwise", reason, task.n, task.m, passes, ratio, memory, layers=tuple(layers))
 
     @classmethod
-    def double_backward(cls, task: Task, reason: str) -> Explanation:
-        """The explanation of Algorithm 1 as printed."""
-        return cls(
-            "double_backward",
-            reason,
-            task.n,
-            task.m,
-            "a training forward, a backward with graph, a clean forward, a backward through both",
-        )
+    def of_graph(
+        cls, engine: str, task: Task, reason: str, passes: str, forwards: float
+    ) -> Explanation:
+        """The explanation of an engine that keeps autograd's graph of the training forward.
+
+        ``forwards`` is its cost for one training example, in forwards of one example; a plain step
+        has 3, and a clean example costs 3.
+        """
+        n, m = task.n, task.m
+        cost = (forwards * n + 3 * m) / (3 * (n + m))
+        return cls(engine, reason, n, m, passes, cost, "the graph of the training forward")
+
+    def because(self, refusals: Sequence[str], options: Sequence[str]) -> Explanation:
+        """The same, with why other engines were refused and what the options do."""
+        reason = "; ".join(refusals) or self.reason
+        return replace(self, reason=reason, options=tuple(options))
 
     @property
     def kept_bytes(self) -> float:
@@ -136,6 +158,10 @@ class Explanation:
         yield f"engine: {self.engine}"
         yield f"why:    {self.reason}"
         yield f"batch:  {self.n} training and {self.m} clean examples; {self.passes}"
+        yield f"cost:   {self.cost:.2f} times the multiply-adds of a plain step on both batches"
+        yield f"memory: kept between scores and weighted gradient: {self.memory}"
+        for option in self.options:
+            yield f"option: {option}"
         if not self.layers:
             return
         yield ""
@@ -158,7 +184,6 @@ class Explanation:
                 cell.ljust(w) if i in (0, 1, 2, 4) else cell.rjust(w)
                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
-        yield f"kept between scores and weighted gradient: {self.kept_bytes / 2**20:.2f} MiB"
 
     def __str__(self) -> str:
         return "\n".join(self._lines())

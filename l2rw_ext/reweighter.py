@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .accumulate import accumulate
+from .accumulation import Accumulation
 from .batch import LossFn, batch_size, check_same_kind, in_order_of, unpack
-from .engines.base import Engine, NotExactError, Scored, Task
+from .deliver import deliver
+from .engines.base import Direction, Engine, NotExactError, Scored, Task
+from .engines.direction import clean_direction
 from .engines.double_backward import DoubleBackward
 from .engines.layerwise import Layerwise
-from .engines.scoring import BelowAutograd
+from .engines.remembered import Remembered
+from .examples import ExampleRecord, check_index
 from .members import Members
 from .plan import Explanation
+from .policy import Policy
 from .preserve import Snapshot, preserved
-from .result import Step, clean_loss_error
+from .result import Step
+from .weighing import Degenerate, Weighed, weigh
 
 EngineName = Literal["auto", "layerwise", "double_backward"]
-Degenerate = Literal["zero", "uniform", "skip"]
+Reuse = Literal["direction", "scores"]
 
 
 class Reweighter:
@@ -48,6 +53,27 @@ class Reweighter:
             leaves ``p.grad`` untouched.
         check_finite: on CUDA, wait for the device and raise at once if the clean loss is not
             finite. Elsewhere the check is free and always made.
+        low_memory: keep nothing of a layer between scores and weighted gradient, and pay a second
+            backward instead, so that checkpointing keeps its worth. Numbers are the same up to
+            rounding; engines other than ``"layerwise"`` keep nothing anyway.
+        every: the clean batch is asked at every ``every``-th step alone, and what it said is used
+            in the steps between: see ``reuse``. There ``clean`` may be left out.
+        reuse: what the steps between use. ``"direction"``: scores along the last direction, which
+            was the clean gradient at older parameters. ``"scores"``: the last score of each
+            example, by the ``index`` given to :meth:`backward`, at the price of a plain step; a
+            batch with an example never scored is scored along the last direction.
+        direction_decay: β of an exponential average of directions, v ← β v + (1-β) v_t: less noise
+            from small clean batches, at the price of older parameters.
+        layers: names of parameters or modules (or patterns such as ``"*.bias"``); scores are then
+            the inner products over these parameters alone. The weighted gradient has all.
+        l2: a penalty l2/2 |θ|² on all matrices and kernels is added to the clean loss, as the
+            authors' published code does with their weight decay. The training losses have none.
+        preconditioner: the optimizer that follows, a ``torch.optim.SGD``, ``Adam`` or ``AdamW``;
+            Algorithm 1 then looks ahead along its step instead of one of plain gradient descent.
+            Under Adam the inner product is <∇f_i, P v>, P = 1 / (sqrt(v̂) + eps); under SGD with
+            momentum the clean gradient is taken at the point where momentum leads.
+
+    With none of the options from ``every`` on, the weights are the paper's.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind above.
@@ -77,6 +103,13 @@ class Reweighter:
         clean_loss_fn: LossFn | None = None,
         on_degenerate: Degenerate = "zero",
         check_finite: bool = False,
+        low_memory: bool = False,
+        every: int = 1,
+        reuse: Reuse = "direction",
+        direction_decay: float = 0.0,
+        layers: Sequence[str] | None = None,
+        l2: float = 0.0,
+        preconditioner: torch.optim.Optimizer | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -85,82 +118,198 @@ class Reweighter:
                 raise TypeError(f"{name} must be callable, got {type(fn).__name__}")
         _one_of("engine", engine, get_args(EngineName))
         _one_of("on_degenerate", on_degenerate, get_args(Degenerate))
+        _one_of("reuse", reuse, get_args(Reuse))
         self.model = model
         self.loss_fn = loss_fn
         self.clean_loss_fn = clean_loss_fn
         self.on_degenerate = on_degenerate
         self.check_finite = check_finite
         self.engine = engine
-        self._layerwise = Layerwise()
-        self._double_backward = DoubleBackward()
+        self.low_memory = low_memory
+        self.reuse = reuse
+        self.record = ExampleRecord()
+        """What the steps with an ``index`` have learnt: see :class:`~l2rw_ext.ExampleRecord`."""
+        self._policy = Policy(
+            model,
+            every=every,
+            direction_decay=direction_decay,
+            layers=layers,
+            l2=l2,
+            preconditioner=preconditioner,
+        )
+        self._engines: list[Engine] = [Layerwise(), DoubleBackward()]
+        self._accumulation: Accumulation | None = None
         self._warned: set[str] = set()
 
-    def backward(self, batch: Any, clean: Any) -> Step:
+    def backward(
+        self,
+        batch: Any,
+        clean: Any = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        index: Tensor | Sequence[int] | None = None,
+    ) -> Step:
         """Score, weigh, and accumulate d(Σ w_i f_i)/dθ into ``p.grad``, like ``Tensor.backward``.
 
         Args:
             batch: (inputs, targets) of n training examples. ``inputs`` is a tensor, a tuple
                 (``model(*inputs)``) or a dict (``model(**inputs)``).
-            clean: (inputs, targets) of m clean examples, of the same structure.
+            clean: (inputs, targets) of m clean examples, of the same structure. May be None where
+                :attr:`needs_clean` is False.
+            grad_scaler: gradients are scaled by it, as those of ``grad_scaler.scale(loss)`` are;
+                weights and scores do not depend on the scale. If gradients overflow, ``inf`` is
+                left in ``p.grad``, so that ``grad_scaler.step`` skips the step.
+            index: the examples' numbers in the training set, shape (n,), from 0; their scores are
+                kept in :attr:`record`.
 
         Returns:
             A :class:`~l2rw_ext.Step`.
 
         Raises:
-            ValueError, TypeError: a batch, or what ``loss_fn`` returns, is not as documented; the
-                clean loss is not finite; a training loss is not finite and the engine cannot leave
-                its example out.
+            ValueError, TypeError: an argument, or what ``loss_fn`` returns, is not as documented;
+                the clean loss is not finite; a training loss is not finite and the engine cannot
+                leave its example out.
             NotExactError: a forced engine would give wrong numbers for this model.
 
         After an error the model, its buffers, its gradients and torch's generators are as before.
         """
-        task = self._task(batch, clean)
+        task = self._task(batch, clean, grad_scaler)
+        numbers = None if index is None else check_index(index, task.n)
+        if numbers is None and self.reuse == "scores" and self._policy.every > 1:
+            raise ValueError("index must be given: reuse='scores' remembers scores by it")
         with preserved(task.members, always=False) as snapshot:
-            engine, scored = self._score(task, snapshot)
-            step, weights = self._weigh(engine, scored)
-            gradients = None if weights is _SKIP else scored.weighted_gradients(weights)
-        if gradients is not None:
-            accumulate(gradients)
-        return step
+            engine, scored = self._score(task, snapshot, self._remembered(task, numbers))
+            weighed = self._weigh(task, engine, scored)
+            gradients = []
+            if not weighed.skip or self._accumulation is not None:
+                gradients = scored.weighted_gradients(weighed.for_gradient)
+            if weighed.overflow is not None:
+                gradients = [(p, _infinite_if(weighed.overflow, g)) for p, g in gradients]
+        if self._accumulation is not None:
+            self._accumulation.add(weighed, gradients, uniform=weighed.uniform)
+        else:
+            self._policy.advance()
+            deliver(gradients)
+        if numbers is not None and not isinstance(engine, Remembered):
+            self.record.add(numbers, weighed.step)
+        return weighed.step
 
-    def weights(self, batch: Any, clean: Any) -> Tensor:
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[Accumulation]:
+        """One normalisation over the micro-batches of the :meth:`backward` calls inside.
+
+        The sum of the unnormalised weighted gradients is divided once by the sum of the rectified
+        scores and added to ``p.grad`` when the context ends: exactly the step on the union of the
+        micro-batches, for one more buffer of the size of the parameters. The clean batch of the
+        first call gives the direction for all; the others may leave it out. The weights in the
+        steps that ``backward`` returns are normalised over their own micro-batch; those over all
+        are ``accumulation.weights`` afterwards.
+
+        After an error inside nothing is accumulated.
+
+        Raises:
+            RuntimeError: the context is entered twice.
+
+        Example:
+            >>> import torch
+            >>> from torch.nn import functional as F
+            >>> import l2rw_ext as l2rw
+            >>> model = torch.nn.Linear(4, 3)
+            >>> reweighter = l2rw.Reweighter(
+            ...     model, lambda out, y: F.cross_entropy(out, y, reduction="none")
+            ... )
+            >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with reweighter.accumulate() as accumulation:
+            ...     for part in (slice(0, 4), slice(4, 8)):
+            ...         _ = reweighter.backward((x[part], y[part]), (x[:2].clone(), y[:2]))
+            >>> [w.shape for w in accumulation.weights]
+            [torch.Size([4]), torch.Size([4])]
+        """
+        if self._accumulation is not None:
+            raise RuntimeError("accumulate() is entered twice; its contexts cannot be nested")
+        self._accumulation = accumulation = Accumulation()
+        try:
+            yield accumulation
+            gradients = accumulation.finish()
+        finally:
+            self._accumulation = None
+        if gradients:
+            self._policy.advance()
+            empty = self.on_degenerate == "skip" and not any(
+                bool(w.any()) for w in accumulation.weights
+            )
+            if not empty:
+                deliver(gradients)
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether the next :meth:`backward` needs a clean batch; see ``every``."""
+        if self._accumulation is not None and self._accumulation.direction is not None:
+            return False
+        return not self._policy.active or self._policy.due
+
+    def weights(self, batch: Any, clean: Any = None) -> Tensor:
         """The weights alone, shape (n,): Eq. 9; gradients, buffers and generators stay untouched.
 
         Arguments and errors as in :meth:`backward`. With ``on_degenerate="skip"`` the weights of a
         degenerate step are zeros.
         """
         task = self._task(batch, clean)
-        with preserved(task.members, always=True) as snapshot:
-            engine, scored = self._score(task, snapshot)
-            step, _ = self._weigh(engine, scored)
-        return step.weights
+        with self._dry(), preserved(task.members, always=True) as snapshot:
+            engine, scored = self._score(task, snapshot, None)
+            return self._weigh(task, engine, scored).step.weights
 
-    def explain(self, batch: Any, clean: Any) -> Explanation:
+    def explain(self, batch: Any, clean: Any = None) -> Explanation:
         """Which engine would run and why; layer by layer the form, its cost and its memory.
 
         Arguments and errors as in :meth:`backward`; nothing is changed. Print the result, or take
         ``dict(result)``-like data from its ``as_dict()``.
         """
         task = self._task(batch, clean)
-        with preserved(task.members, always=True) as snapshot:
-            if self.engine == "double_backward":
-                return Explanation.double_backward(task, "asked for by engine='double_backward'")
-            try:
-                return self._layerwise.explain(task, snapshot)
-            except NotExactError as error:
-                if self.engine == "layerwise":
-                    raise
-                return Explanation.double_backward(task, str(error))
+        candidates = self._candidates()
+        refusals = [] if self.engine == "auto" else [f"asked for by engine={self.engine!r}"]
+        with self._dry(), preserved(task.members, always=True) as snapshot:
+            direction = self._direction(task, snapshot)
+            for engine in candidates[:-1]:
+                try:
+                    explanation = engine.explain(task, snapshot, direction)
+                    return explanation.because(refusals, self._policy.lines())
+                except NotExactError as error:
+                    refusals.append(f"{engine.name} is not exact: {error}")
+                snapshot.restore()
+            explanation = candidates[-1].explain(task, snapshot, direction)
+            return explanation.because(refusals, self._policy.lines())
 
-    def _task(self, batch: Any, clean: Any) -> Task:
+    def state_dict(self) -> dict[str, Any]:
+        """What ``every``, ``direction_decay`` and ``index`` remember, for a checkpoint."""
+        return {
+            "policy": self._policy.state_dict(Members.of(self.model)),
+            "record": self.record.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            ValueError, KeyError: the state is not of this model or not of a reweighter.
+        """
+        self._policy.load_state_dict(state["policy"], Members.of(self.model))
+        self.record.load_state_dict(state["record"])
+
+    def _task(
+        self, batch: Any, clean: Any, grad_scaler: torch.amp.GradScaler | None = None
+    ) -> Task:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("scores need gradients: leave torch.inference_mode for this call")
         if not torch.is_grad_enabled():
             raise RuntimeError("scores need gradients: leave torch.no_grad for this call")
         inputs, targets = unpack(batch, "training batch")
-        clean_inputs, clean_targets = unpack(clean, "clean batch")
-        clean_inputs = in_order_of(inputs, clean_inputs)
-        check_same_kind(inputs, clean_inputs)
+        clean_inputs = clean_targets = None
+        m = 0
+        if clean is not None or self.needs_clean:
+            clean_inputs, clean_targets = unpack(clean, "clean batch")
+            clean_inputs = in_order_of(inputs, clean_inputs)
+            check_same_kind(inputs, clean_inputs)
+            m = batch_size(clean_inputs, clean_targets, "clean batch")
         members = Members.of(self.model)
         parameters = [p for _, p in members.parameters if p.requires_grad]
         if not parameters:
@@ -180,68 +329,103 @@ class Reweighter:
             clean_inputs,
             clean_targets,
             batch_size(inputs, targets, "training batch"),
-            batch_size(clean_inputs, clean_targets, "clean batch"),
+            m,
             parameters,
+            _loss_scale(grad_scaler, parameters[0].device),
+            self.low_memory,
         )
 
-    def _score(self, task: Task, snapshot: Snapshot) -> tuple[Engine, Scored]:
-        if self.engine == "double_backward":
-            return self._double_backward, self._double_backward.score(task, snapshot)
-        if self.engine == "layerwise":
-            return self._layerwise, self._layerwise.score(task, snapshot)
-        try:
-            return self._layerwise, self._layerwise.score(task, snapshot)
-        except NotExactError as error:
-            reason = str(error)
-        snapshot.restore()
-        if reason not in self._warned:
-            self._warned.add(reason)
+    def _candidates(self) -> list[Engine]:
+        return [e for e in self._engines if self.engine in ("auto", e.name)]
+
+    @contextlib.contextmanager
+    def _dry(self) -> Iterator[None]:
+        """The body takes directions, but leaves those that are held."""
+        accumulation = self._accumulation
+        direction = None if accumulation is None else accumulation.direction
+        with self._policy.dry():
+            try:
+                yield
+            finally:
+                if accumulation is not None:
+                    accumulation.direction = direction
+
+    def _direction(self, task: Task, snapshot: Snapshot) -> Direction | None:
+        """The direction to score along; None for the clean batch's own."""
+        accumulation = self._accumulation
+        if accumulation is not None and accumulation.direction is not None:
+            return accumulation.direction
+        if self._policy.active:
+            direction = self._policy.direction(task, snapshot)
+        elif accumulation is not None:
+            direction = clean_direction(task, snapshot)
+        else:
+            return None
+        if accumulation is not None:
+            accumulation.direction = direction
+        return direction
+
+    def _remembered(self, task: Task, index: Tensor | None) -> Remembered | None:
+        """The engine of a step between, where scores are remembered for the whole batch."""
+        if index is None or self.reuse == "direction" or self._policy.due:
+            return None
+        if not self.record.knows(index):
+            return None
+        scores = self.record.scores
+        return Remembered(scores[index.to(scores.device)], self._policy.clean_loss)
+
+    def _score(
+        self, task: Task, snapshot: Snapshot, remembered: Remembered | None
+    ) -> tuple[Engine, Scored]:
+        if remembered is not None:
+            return remembered, remembered.score(task, snapshot)
+        direction = self._direction(task, snapshot)
+        candidates = self._candidates()
+        refusals: list[str] = []
+        for engine in candidates[:-1]:
+            try:
+                return engine, engine.score(task, snapshot, direction)
+            except NotExactError as error:
+                refusals.append(str(error))
+            snapshot.restore()
+        last = candidates[-1]
+        if refusals and refusals[-1] not in self._warned:
+            self._warned.add(refusals[-1])
             warnings.warn(
-                f"l2rw_ext: {reason}. Using the double_backward engine, which is exact and about "
-                "three times slower",
+                f"l2rw_ext: {'; '.join(refusals)}. Using the {last.name} engine, which is exact "
+                "and about three times slower",
                 stacklevel=3,
             )
-        return self._double_backward, self._double_backward.score(task, snapshot)
+        return last, last.score(task, snapshot, direction)
 
-    def _weigh(self, engine: Engine, scored: Scored) -> tuple[Step, Tensor | None]:
-        """The step's result, and the weights for the gradient: None for zeros, or ``_SKIP``."""
-        clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
-        deferred = clean_loss.device.type != "cpu" and not self.check_finite
-        if not deferred and not math.isfinite(clean_loss.item()):
-            raise clean_loss_error(clean_loss)
-        with BelowAutograd():
-            if not deferred and math.isfinite((losses.sum() + scores.sum()).item()):
-                excluded = None
-                weights = ops.normalize_weights(scores)
-            else:
-                excluded = ~(losses.isfinite() & scores.isfinite())
-                if not deferred and bool((excluded & losses.isfinite()).all()):
-                    raise ValueError(
-                        "no score is finite, although the losses are: the gradient of the clean "
-                        "loss overflowed. No gradient was accumulated"
-                    )
-                weights = ops.normalize_weights(scores.masked_fill(excluded, 0))
-            if deferred:
-                weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
-            for_gradient: Tensor | None = weights
-            waits = self.on_degenerate != "zero" or weights.device.type == "cpu"
-            if waits and not weights.any():
-                for_gradient = None
-                if self.on_degenerate == "skip":
-                    for_gradient = _SKIP
-                elif self.on_degenerate == "uniform":
-                    kept = torch.ones_like(weights) if excluded is None else (~excluded)
-                    if kept.any():
-                        weights = kept.to(weights.dtype) / kept.sum()
-                        for_gradient = weights
-        step = Step(weights, scored.scores, scored.losses, engine.name, clean_loss, excluded)
-        return step, for_gradient
+    def _weigh(self, task: Task, engine: Engine, scored: Scored) -> Weighed:
+        return weigh(
+            task,
+            scored,
+            engine.name,
+            on_degenerate=self.on_degenerate,
+            check_finite=self.check_finite,
+        )
 
 
-_SKIP = torch.empty(0)
+def _infinite_if(overflow: Tensor, gradient: Tensor) -> Tensor:
+    return torch.where(overflow, float("inf"), gradient)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def _loss_scale(grad_scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
+    if grad_scaler is None:
+        return None
+    if not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(
+            f"grad_scaler must be a torch.amp.GradScaler, got {type(grad_scaler).__name__}"
+        )
+    if not grad_scaler.is_enabled():
+        return None
+    scale: Tensor = grad_scaler.scale(torch.ones((), device=device))
+    return scale

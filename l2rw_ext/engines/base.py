@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..autocast import Autocast
 from ..batch import LossFn, forward, per_example_losses
 from ..members import Members
 from ..preserve import Snapshot
+
+if TYPE_CHECKING:
+    from ..plan import Explanation
 
 
 class NotExactError(RuntimeError):
@@ -36,6 +40,8 @@ class Task:
     """What a gradient scaler multiplies losses by, shape (); gradients carry it, scores do not."""
     low_memory: bool = False
     """Keep nothing of a layer between scores and weighted gradient; run a second backward."""
+    autocast: Autocast = field(default_factory=Autocast)
+    """Of the caller; the model and the loss functions run under it."""
 
     def scaled(self, seed: Tensor) -> Tensor:
         """The seed of a backward, times the loss scale."""
@@ -47,21 +53,28 @@ class Task:
 
     def losses(self, outputs: Any) -> Tensor:
         """Unreduced training losses of the model's outputs, shape (n,)."""
-        return per_example_losses(self.loss_fn, outputs, self.targets, self.n, "training batch")
+        with self.autocast:
+            return per_example_losses(self.loss_fn, outputs, self.targets, self.n, "training batch")
 
     def clean_losses(self, outputs: Any) -> Tensor:
         """Unreduced clean losses of the model's outputs, shape (m,)."""
-        return per_example_losses(
-            self.clean_loss_fn, outputs, self.clean_targets, self.m, "clean batch"
-        )
+        with self.autocast:
+            return per_example_losses(
+                self.clean_loss_fn, outputs, self.clean_targets, self.m, "clean batch"
+            )
+
+    def forward(self, inputs: Any) -> Any:
+        """The model's outputs."""
+        with self.autocast:
+            return forward(self.model, inputs)
 
     def forward_train(self) -> Tensor:
         """One forward of the training batch, to its losses."""
-        return self.losses(forward(self.model, self.inputs))
+        return self.losses(self.forward(self.inputs))
 
     def forward_clean(self) -> Tensor:
         """One forward of the clean batch, to its losses."""
-        return self.clean_losses(forward(self.model, self.clean_inputs))
+        return self.clean_losses(self.forward(self.clean_inputs))
 
 
 @dataclass(frozen=True)
@@ -113,4 +126,14 @@ class Engine(abc.ABC):
 
         Raises:
             NotExactError: the numbers would be wrong for this model.
+        """
+
+    @abc.abstractmethod
+    def explain(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
+    ) -> Explanation:
+        """What :meth:`score` would do and cost; the caller restores the snapshot.
+
+        Raises:
+            NotExactError: as :meth:`score`.
         """

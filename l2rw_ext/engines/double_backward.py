@@ -6,6 +6,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
+from ..plan import Explanation
 from ..preserve import Buffers, Snapshot
 from .base import Direction, Engine, Scored, Task, require_grad
 from .direction import clean_direction
@@ -54,3 +55,14 @@ class DoubleBackward(Engine):
         scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
         check_scores(task, scores)
         return GraphScored(task, losses, scores.detach(), direction.clean_loss)
+
+    def explain(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
+    ) -> Explanation:
+        """See :class:`Engine`."""
+        passes = (
+            "a training forward, a backward with graph, a clean forward, a backward through both"
+        )
+        return Explanation.of_graph(
+            self.name, task, "works for anything twice differentiable", passes, forwards=10
+        )

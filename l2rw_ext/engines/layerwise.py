@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import describe, forward, merge, split
+from ..batch import describe, merge, split
 from ..interception import Interception, check_graph, inside, sources
 from ..members import Members
 from ..plan import Explanation, Plan, UsePlan, choose_form
@@ -55,7 +55,7 @@ class Layerwise(Engine):
     def _planned(
         self, task: Task, snapshot: Snapshot, direction: Direction | None, *, fresh: bool
     ) -> tuple[Scoring, Plan]:
-        key = _key(task)
+        key = _key(task, direction is not None)
         if key in self._refused:
             raise NotExactError(self._refused[key])
         try:
@@ -105,7 +105,8 @@ class Layerwise(Engine):
         losses, clean_losses = _merged_losses(task, inputs, interception)
         plan = None if fresh else self._plans.get((key, True))
         if plan is None or plan.due() or plan.calls != interception.calls:
-            check_mergeable(task, snapshot, inputs, losses, clean_losses)
+            precision = _precision(interception, losses)
+            check_mergeable(task, snapshot, inputs, losses, clean_losses, precision)
         trained, reached = _reached(interception, [losses, clean_losses])
         require_grad(losses)
         scoring.start(losses, clean_losses.detach().mean(), reached, trained)
@@ -212,18 +213,21 @@ class Layerwise(Engine):
         return plan
 
 
-def _key(task: Task) -> Key:
-    """What a plan depends on, apart from the operations it finds."""
+def _key(task: Task, given: bool) -> Key:
+    """What a plan depends on, apart from the operations it finds.
+
+    Where the direction is ``given``, the clean batch has no part in it.
+    """
     return (
         task.n,
-        task.m,
+        None if given else task.m,
         describe(task.inputs),
-        describe(task.clean_inputs),
+        None if given else describe(task.clean_inputs),
         task.members.training,
         tuple(map(id, task.parameters)),
         id(task.loss_fn),
         id(task.clean_loss_fn),
-        torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
+        task.autocast.key,
     )
 
 
@@ -267,7 +271,7 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
     interception.part = "merged"
     try:
         with interception:
-            outputs = forward(task.model, inputs)
+            outputs = task.forward(inputs)
         if interception.chooses is not None:
             raise NotMergeableError(f"values of the data decide ({interception.chooses})")
         parts = split(outputs, task.n, task.m)
@@ -285,6 +289,12 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
             f"{type(error).__name__} on the merged batch", lasting=False
         ) from error
     return losses, clean_losses
+
+
+def _precision(interception: Interception, losses: Tensor) -> float:
+    """The largest machine epsilon among the dtypes of the losses and of the uses."""
+    operands = [x for use in interception.uses for x in (use.weight, use.bias) if x is not None]
+    return max(torch.finfo(dtype).eps for dtype in {x.dtype for x in (losses, *operands)})
 
 
 def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..batch import forward, forward_with, split, tensors
+from ..batch import forward_with, split, tensors
 from ..interception import inside
 from ..preserve import Snapshot
 from .base import Task
@@ -33,7 +33,12 @@ class NotMergeableError(Exception):
 
 
 def check_mergeable(
-    task: Task, snapshot: Snapshot, inputs: Any, losses: Tensor, clean_losses: Tensor
+    task: Task,
+    snapshot: Snapshot,
+    inputs: Any,
+    losses: Tensor,
+    clean_losses: Tensor,
+    precision: float,
 ) -> None:
     """Whether neither batch sees the other, in values.
 
@@ -48,6 +53,7 @@ def check_mergeable(
         inputs: the merged inputs.
         losses: training losses of the merged forward.
         clean_losses: its clean losses.
+        precision: the largest machine epsilon among the dtypes that the forward computed in.
 
     Raises:
         NotMergeableError: they do not, or the forward writes to buffers.
@@ -61,7 +67,9 @@ def check_mergeable(
     try:
         # With grad, as in the step, but without the memory of a graph.
         with torch.autograd.graph.saved_tensors_hooks(_drop, _refuse):
-            same = _Trial(task, snapshot).agrees(inputs, losses, clean_losses, draws=draws)
+            same = _Trial(task, snapshot, precision).agrees(
+                inputs, losses, clean_losses, draws=draws
+            )
     except _BackwardInsideError:
         raise NotMergeableError("the forward runs a backward of its own") from None
     except Exception as error:
@@ -77,9 +85,10 @@ def check_mergeable(
 class _Trial:
     """Forwards from the same state as the step's, with other rows or other sizes."""
 
-    def __init__(self, task: Task, snapshot: Snapshot) -> None:
+    def __init__(self, task: Task, snapshot: Snapshot, precision: float) -> None:
         self._task = task
         self._snapshot = snapshot
+        self._precision = precision
         generator = torch.Generator("cpu").manual_seed(0)
         self._stand_ins = {
             name: (
@@ -95,7 +104,7 @@ class _Trial:
     def agrees(self, inputs: Any, losses: Tensor, clean_losses: Tensor, *, draws: bool) -> bool:
         """Whether all forwards give the losses of the merged one, row by row."""
         n, m = self._task.n, self._task.m
-        eps = torch.finfo(losses.dtype).eps
+        eps = self._precision
         # Same rows in a batch of the same shape: equal but for atomic additions on some devices.
         tight = min(256 * eps, 2.0**-12)
         loose = max(16 * eps, tight)
@@ -129,10 +138,10 @@ class _Trial:
 
     def _forward(self, inputs: Any) -> Any:
         self._snapshot.restore()
-        model = self._task.model
         if not self._stand_ins:
-            return forward(model, inputs)
-        return forward_with(model, self._stand_ins, inputs)
+            return self._task.forward(inputs)
+        with self._task.autocast:
+            return forward_with(self._task.model, self._stand_ins, inputs)
 
 
 class _WithoutDropout(TorchFunctionMode):

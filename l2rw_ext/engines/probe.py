@@ -22,9 +22,10 @@ from .base import NotExactError
 def seeds(count: int, device: torch.device, *, narrow: bool = False) -> Tensor:
     """One power of two for each example, different for any examples that are close in the batch.
 
-    From 2^-30 to 2^30; ``narrow`` for the small range of float16: from 2^-4 to 2^3.
+    From 2^-30 to 2^30; ``narrow`` for the small range of float16: from 1 to 2^7, since gradients of
+    losses without a loss scale lie at its lower end.
     """
-    choices = list(range(-4, 4)) if narrow else list(range(-30, 31))
+    choices = list(range(8)) if narrow else list(range(-30, 31))
     draw = random.Random(count)
     exponents: list[int] = []
     while len(exponents) < count:
@@ -89,11 +90,13 @@ class Probe:
             self.maps[use.index] = None
             return
         shows = bool((plain.sizes.isfinite() & (plain.sizes != 0)).any())
-        info = torch.finfo(g.dtype)
+        eps = torch.finfo(g.dtype).eps
+        # Where some gradient is float16, others may have lost bits below its smallest normal.
+        smallest = torch.finfo(torch.float16 if self.narrow else g.dtype).smallest_normal
         fitting = [
             rows
             for rows in use.rule.maps(use, g, r.numel())
-            if _scaled_by(plain, found, r, rows, info)
+            if _scaled_by(plain, found, r, rows, eps, smallest)
         ]
         if not fitting:
             raise NotExactError(
@@ -104,7 +107,9 @@ class Probe:
         self.maps[use.index] = fitting[0]
 
 
-def _scaled_by(plain: _Rows, seeded: _Rows, r: Tensor, rows: RowMap, info: torch.finfo) -> bool:
+def _scaled_by(
+    plain: _Rows, seeded: _Rows, r: Tensor, rows: RowMap, eps: float, smallest: float
+) -> bool:
     shape = (rows.outer, rows.size, rows.inner, -1)
     expected = plain.prints.reshape(shape) * r.to(plain.prints.dtype).view(1, rows.size, 1, 1)
     found = seeded.prints.reshape(shape)
@@ -113,5 +118,5 @@ def _scaled_by(plain: _Rows, seeded: _Rows, r: Tensor, rows: RowMap, info: torch
     sizes = plain.sizes.reshape(shape[:-1])
     largest = sizes.masked_fill(~sizes.isfinite(), 0).amax((0, 2))
     # Example by example, so that what one with a small seed receives from another shows.
-    allowed = 16 * info.eps * r * largest.clamp(min=info.eps * float(largest.max()))
-    return bool((error <= allowed + info.smallest_normal).all())
+    allowed = 16 * eps * r * largest.clamp(min=eps * float(largest.max()))
+    return bool((error <= allowed + smallest * r.clamp(min=1)).all())

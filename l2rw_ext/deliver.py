@@ -31,7 +31,7 @@ class _Deliver(torch.autograd.Function):
 _SEED = torch.ones(())
 
 
-def accumulate(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+def deliver(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
     """Add each gradient to its parameter's ``grad``, firing the parameter's hooks.
 
     The list is emptied, so that a parameter without a ``grad`` takes the tensor over uncopied.

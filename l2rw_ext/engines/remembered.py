@@ -1,0 +1,40 @@
+"""Scores that are remembered from earlier steps: a plain weighted step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..plan import Explanation
+from ..preserve import Snapshot
+from .base import Direction, Engine, Scored, Task, require_grad
+from .graph import GraphScored, check_finite
+
+
+class Remembered(Engine):
+    """One forward and one weighted backward of the training batch.
+
+    Args:
+        scores: what is remembered of the examples of the batch, shape (n,).
+        clean_loss: the mean clean loss when a clean batch was last seen.
+    """
+
+    name = "remembered"
+
+    def __init__(self, scores: Tensor, clean_loss: Tensor) -> None:
+        self._scores = scores
+        self._clean_loss = clean_loss
+
+    def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
+        """See :class:`Engine`."""
+        losses = task.forward_train()
+        require_grad(losses)
+        check_finite(losses.detach(), "losses")
+        return GraphScored(task, losses, self._scores, self._clean_loss)
+
+    def explain(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
+    ) -> Explanation:
+        """See :class:`Engine`."""
+        passes = "one training forward and one weighted backward"
+        reason = "the scores of all examples are remembered"
+        return Explanation.of_graph(self.name, task, reason, passes, forwards=3)

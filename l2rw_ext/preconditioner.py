@@ -1,0 +1,115 @@
+"""What an optimiser makes of a gradient: the look-ahead step of Eq. 5 under SGD, Adam and AdamW.
+
+Algorithm 1 looks one step of plain gradient descent ahead. Under another optimiser the derivative
+of θ̂ in ε_i is -P ∇f_i, with P diagonal, and the clean gradient belongs to another point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Preconditioner:
+    """P and the look-ahead point of an optimiser, from its present state.
+
+    SGD (momentum μ, dampening τ, Nesterov, weight decay): P is the rate of the parameter's
+    group over that of the first parameter's, and the clean gradient is taken at the point to which
+    the optimiser would go with a zero gradient. Adam, AdamW: P is that ratio over
+    sqrt(v̂) + eps, where v̂ is the second moment that a zero gradient would leave; the dependence of
+    v̂ on ε, and the move along the first moment, are neglected. Before the first step it is one.
+
+    Raises:
+        TypeError: another optimiser.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam)):
+            raise TypeError(
+                "preconditioner must be a torch.optim.SGD, Adam or AdamW, got "
+                f"{type(optimizer).__name__}"
+            )
+        self._optimizer = optimizer
+
+    def describe(self) -> str:
+        """One sentence for ``explain()``."""
+        if isinstance(self._optimizer, torch.optim.SGD):
+            return "preconditioner=SGD: v is taken at the point where momentum leads"
+        return f"preconditioner={type(self._optimizer).__name__}: v is divided by sqrt(v̂) + eps"
+
+    def diagonal(self, parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:
+        """P by id of the parameter, in its shape or ().
+
+        Raises:
+            ValueError: the optimiser does not hold a parameter.
+        """
+        groups = self._groups(parameters)
+        rates = {id(p): self._rate(p, groups[id(p)]) for p in parameters}
+        first = rates[id(parameters[0])] or 1.0
+        adam = isinstance(self._optimizer, torch.optim.Adam)
+        begun = adam and any(self._optimizer.state.get(p) for p in parameters)
+        factors = {}
+        for p in parameters:
+            rate = torch.full((), rates[id(p)] / first, device=p.device)
+            factors[id(p)] = rate / self._denominator(p, groups[id(p)]) if begun else rate
+        return factors
+
+    def point(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        """Where SGD would go with a zero gradient; empty where that is θ itself.
+
+        Raises:
+            ValueError: the optimiser does not hold a parameter.
+        """
+        if not isinstance(self._optimizer, torch.optim.SGD):
+            return {}
+        groups = self._groups(parameters)
+        point = {}
+        for p in parameters:
+            group = groups[id(p)]
+            momentum, decay = group["momentum"], group["weight_decay"]
+            buffer = self._optimizer.state.get(p, {}).get("momentum_buffer")
+            if not decay and (buffer is None or not momentum):
+                continue
+            gradient = decay * p.detach()
+            step = gradient
+            if momentum:
+                step = gradient if buffer is None else buffer * momentum
+                if buffer is not None:
+                    step = step + (1 - group["dampening"]) * gradient
+                if group["nesterov"]:
+                    step = gradient + momentum * step
+            sign = 1 if group["maximize"] else -1
+            point[p] = p.detach() + sign * float(group["lr"]) * step
+        return point
+
+    def _groups(self, parameters: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in groups for p in parameters):
+            raise ValueError("preconditioner: the optimizer does not hold all trainable parameters")
+        return groups
+
+    def _rate(self, p: nn.Parameter, group: dict[str, Any]) -> float:
+        """How far the optimiser moves p for a unit of gradient, but for the denominator of Adam."""
+        rate = float(group["lr"])
+        if isinstance(self._optimizer, torch.optim.SGD) and group["momentum"]:
+            begun = self._optimizer.state.get(p, {}).get("momentum_buffer") is not None
+            gain = 1 - group["dampening"] if begun else 1
+            rate *= 1 + group["momentum"] * gain if group["nesterov"] else gain
+        return rate
+
+    def _denominator(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """sqrt(v̂) + eps after a step with a zero gradient."""
+        state = self._optimizer.state.get(p)
+        eps = float(group["eps"])
+        if not state:
+            return torch.full((), eps, device=p.device)
+        decay = float(group["betas"][1])
+        step = float(state["step"]) + 1
+        moment: Tensor = decay * state["exp_avg_sq"]
+        if group["amsgrad"]:
+            moment = torch.maximum(state["max_exp_avg_sq"], moment)
+        root: Tensor = (moment / (1 - decay**step)).sqrt()
+        return root + eps

@@ -1,0 +1,96 @@
+"""From scores to weights: Eq. 8-9, and what to do where they have no answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .engines.base import Scored, Task
+from .engines.scoring import BelowAutograd
+from .result import Step, clean_loss_error
+
+Degenerate = Literal["zero", "uniform", "skip"]
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The weights of one batch, and how its gradient is to be formed."""
+
+    step: Step
+    for_gradient: Tensor | None
+    """Weights of the gradient, shape (n,); None where all are zero."""
+    uniform: bool
+    """No score was positive, and equal weights stand in."""
+    skip: bool
+    """No score was positive, and no gradient is wanted."""
+    excluded: Tensor | None
+    """Examples left out because their loss or score is not finite, shape (n,); None for none."""
+    overflow: Tensor | None
+    """Whether gradients overflowed under a loss scale, shape (); None where that was not asked."""
+
+    @property
+    def rectified(self) -> Tensor:
+        """Eq. 8: max(u, 0), zero where excluded, shape (n,)."""
+        scores = self.step.scores
+        if self.excluded is not None:
+            scores = scores.masked_fill(self.excluded, 0)
+        return scores.clamp(min=0)
+
+    @property
+    def kept(self) -> Tensor:
+        """One for each example that is not excluded, shape (n,)."""
+        if self.excluded is None:
+            return torch.ones_like(self.step.scores)
+        return (~self.excluded).to(self.step.scores.dtype)
+
+
+def weigh(
+    task: Task, scored: Scored, engine: str, *, on_degenerate: Degenerate, check_finite: bool
+) -> Weighed:
+    """Eq. 8-9 of the scores.
+
+    On CUDA nothing here waits for the device, unless ``check_finite`` or an ``on_degenerate`` other
+    than "zero" asks for a decision.
+
+    Raises:
+        ValueError: the clean loss is not finite, or no score is although the losses are.
+    """
+    clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
+    deferred = clean_loss.device.type != "cpu" and not check_finite
+    if not deferred and not math.isfinite(clean_loss.item()):
+        raise clean_loss_error(clean_loss)
+    with BelowAutograd():
+        overflow = None
+        if not deferred and math.isfinite((losses.sum() + scores.sum()).item()):
+            excluded = None
+            weights = ops.normalize_weights(scores)
+        else:
+            excluded = ~(losses.isfinite() & scores.isfinite())
+            if task.loss_scale is not None:
+                overflow = (excluded & losses.isfinite()).any()
+            elif not deferred and bool((excluded & losses.isfinite()).all()):
+                raise ValueError(
+                    "no score is finite, although the losses are: the gradient of the clean "
+                    "loss overflowed. No gradient was accumulated"
+                )
+            weights = ops.normalize_weights(scores.masked_fill(excluded, 0))
+        if deferred:
+            weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
+        for_gradient: Tensor | None = weights
+        uniform = skip = False
+        waits = on_degenerate != "zero" or weights.device.type == "cpu"
+        if waits and not weights.any():
+            for_gradient = None
+            skip = on_degenerate == "skip"
+            if on_degenerate == "uniform":
+                kept = torch.ones_like(weights) if excluded is None else (~excluded)
+                if kept.any():
+                    weights = for_gradient = kept.to(weights.dtype) / kept.sum()
+                    uniform = True
+    step = Step(weights, scores, losses, engine, clean_loss, excluded)
+    return Weighed(step, for_gradient, uniform, skip, excluded, overflow)
