@@ -181,7 +181,7 @@ def _repeat(
 def _expanded(mode: Interception, func: Callable[..., Any], root: Tensor, out: Tensor) -> Tensor:
     """A root repeated along leading or broadcast dimensions; data where it has a row an example."""
     if mode.for_each_example(out) and (root.dim() < out.dim() or root.shape[0] == 1):
-        met = _meet(mode, func, root, out.shape)
+        met = meet(mode, func, root, out.shape)
         if met is not None:
             return met
     mode.follow_expansion(out, root)
@@ -198,7 +198,7 @@ def _elementwise(
         and not _writes_root(mode, func, args, kwargs)
     ):
         shape = torch.broadcast_shapes(*[a.shape for a in args if isinstance(a, Tensor)])
-        met = [_meet(mode, func, a, shape) if mode.is_root(a) else a for a in args]
+        met = [meet(mode, func, a, shape) if mode.is_root(a) else a for a in args]
         if all(m is not None or a is None for m, a in zip(met, args, strict=True)):
             return func(*met, **kwargs)
     return mode.other(func, args, kwargs)
@@ -210,7 +210,7 @@ def _join(
 ) -> Any:
     parts = args[0] if args else None
     if isinstance(parts, (tuple, list)) and _mixes(mode, parts):
-        met = [_meet(mode, func, a, a.shape) if mode.is_root(a) else a for a in parts]
+        met = [meet(mode, func, a, a.shape) if mode.is_root(a) else a for a in parts]
         if all(m is not None for m in met):
             return func(met, *args[1:], **kwargs)
     return mode.other(func, args, kwargs)
@@ -241,7 +241,7 @@ def _mixes(mode: Interception, operands: tuple[Any, ...] | list[Any]) -> bool:
     return root and data
 
 
-def _meet(
+def meet(
     mode: Interception, func: Callable[..., Any], root: Tensor, shape: torch.Size
 ) -> Tensor | None:
     """The root in the shape in which it meets data, as a use."""

@@ -222,11 +222,12 @@ def _arguments(
     return input, weight, bias, stride, padding, dilation, groups
 
 
-def _numbers(value: int | Sequence[int], count: int) -> list[int]:
+def numbers(value: int | Sequence[int], count: int) -> list[int]:
+    """An argument that is one number for all spatial dimensions, or one for each."""
     if isinstance(value, int):
         return [value] * count
-    numbers = [int(v) for v in value]
-    return numbers * count if len(numbers) == 1 else numbers
+    given = [int(v) for v in value]
+    return given * count if len(given) == 1 else given
 
 
 @handles(F.conv1d, F.conv2d, F.conv3d)
@@ -237,14 +238,14 @@ def _convolution(
     if not mode.is_use(x, weight, bias) or x.dim() != weight.dim():
         return mode.other(func, args, kwargs)
     spatial = weight.dim() - 2
-    if padding == "same" and any(s != 1 for s in _numbers(stride, spatial)):
+    if padding == "same" and any(s != 1 for s in numbers(stride, spatial)):
         return func(*args, **kwargs)  # torch's own error
-    dilations = _numbers(dilation, spatial)
+    dilations = numbers(dilation, spatial)
     if isinstance(padding, str):
         x, paddings = _named_padding(x, weight, padding, dilations)
     else:
-        paddings = _numbers(padding, spatial)
-    geometry = Geometry(_numbers(stride, spatial), paddings, dilations, groups)
+        paddings = numbers(padding, spatial)
+    geometry = Geometry(numbers(stride, spatial), paddings, dilations, groups)
     use = mode.use(CONVOLUTION, f"conv{spatial}d", weight, bias, geometry, x)
     if use is None:
         return mode.other(func, args, kwargs)

@@ -154,9 +154,10 @@ def _arguments(
 
 
 @handles(F.linear)
-def _linear(
+def handle_linear(
     mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    """``F.linear`` as a use where data meets trained operands."""
     x, weight, bias = _arguments(*args, **kwargs)
     if mode.is_use(x, weight, bias) and weight.dim() == 2:
         out = use_linear(mode, "linear", x, weight, bias)

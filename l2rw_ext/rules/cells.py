@@ -1,0 +1,289 @@
+"""What an LSTM, a GRU and a plain RNN do after their input projection, forward and back in time.
+
+Gates of step t: a_t = pre_t + W h_{t-1} + b, with pre the projected inputs. The walk back is split:
+factors that need no gradient are formed for all steps at once, so that a step is left with one
+matrix product and few elementwise ones. Orders of gates are torch's: i, f, g, o and r, z, n.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Saved = tuple[Tensor, ...]
+
+
+class Cell(abc.ABC):
+    """One kind of recurrence.
+
+    Shapes: pre (T, N, kH), states (N, H), weight (kH, H), bias (kH,). ``hidden`` holds the state
+    before and after every step, (T + 1, N, H), in the order of time: for ``reverse`` it ends with
+    the initial state, else it begins with it.
+    """
+
+    gates: ClassVar[int]
+    """k, the number of blocks of H rows in the weights."""
+
+    @abc.abstractmethod
+    def run(
+        self,
+        pre: Tensor,
+        states: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        """(hidden, final memory or None, what the walk back needs besides hidden)."""
+
+    @abc.abstractmethod
+    def walk_back(
+        self,
+        hidden: Tensor,
+        saved: Saved,
+        weight: Tensor,
+        g: Tensor,
+        g_memory: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """From the gradients of all hidden states (T, N, H) and of the final memory (N, H).
+
+        Returns:
+            gradients of pre and of W h + b, both (T, N, kH) and the same tensor where the two enter
+            as a sum, and those of the initial states.
+        """
+
+
+def _steps(count: int, reverse: bool) -> list[int]:
+    return list(range(count))[:: -1 if reverse else 1]
+
+
+def _hidden(pre: Tensor, state: Tensor, *, reverse: bool) -> Tensor:
+    hidden = pre.new_empty(pre.shape[0] + 1, *state.shape)
+    hidden[-1 if reverse else 0] = state
+    return hidden
+
+
+def before(hidden: Tensor, *, reverse: bool) -> Tensor:
+    """h_{t-1}, or h_{t+1} for ``reverse``, at every t, (T, N, H)."""
+    return hidden[1:] if reverse else hidden[:-1]
+
+
+def after(hidden: Tensor, *, reverse: bool) -> Tensor:
+    """h_t at every t, (T, N, H)."""
+    return hidden[:-1] if reverse else hidden[1:]
+
+
+def _plus_bias(pre: Tensor, bias: Tensor | None) -> Tensor:
+    gates = torch.empty(pre.shape, dtype=pre.dtype, device=pre.device)
+    return gates.copy_(pre) if bias is None else torch.add(pre, bias, out=gates)
+
+
+class LSTM(Cell):
+    """c_t = f c_{t-1} + i g, h_t = o tanh(c_t)."""
+
+    gates = 4
+
+    def run(
+        self,
+        pre: Tensor,
+        states: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        """See :class:`Cell`; saves the gates and the memory at all times."""
+        size = weight.shape[1]
+        gates = _plus_bias(pre, bias)
+        hidden = _hidden(pre, states[0], reverse=reverse)
+        memory = _hidden(pre, states[1], reverse=reverse)
+        squashed = torch.empty_like(hidden[1:])
+        i, f, g, o = (part.unbind(0) for part in gates.split(size, 2))
+        i_and_f = gates[:, :, : 2 * size].unbind(0)
+        gate, squash = gates.unbind(0), squashed.unbind(0)
+        h_before, h_after = _pairs(hidden, reverse)
+        c_before, c_after = _pairs(memory, reverse)
+        transposed = weight.t()
+        for t in _steps(pre.shape[0], reverse):
+            gate[t].addmm_(h_before[t], transposed)
+            i_and_f[t].sigmoid_()
+            g[t].tanh_()
+            o[t].sigmoid_()
+            torch.mul(f[t], c_before[t], out=c_after[t])
+            c_after[t].addcmul_(i[t], g[t])
+            torch.tanh(c_after[t], out=squash[t])
+            torch.mul(o[t], squash[t], out=h_after[t])
+        return hidden, c_after[0 if reverse else -1].clone(), (gates, memory, squashed)
+
+    def walk_back(
+        self,
+        hidden: Tensor,
+        saved: Saved,
+        weight: Tensor,
+        g: Tensor,
+        g_memory: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """See :class:`Cell`."""
+        gates, memory, squashed = saved
+        assert g_memory is not None
+        size = weight.shape[1]
+        steps, batch = gates.shape[:2]
+        i, f, candidate, o = gates.split(size, 2)
+        # Of i, f and g: what the gradient of c_t is multiplied by. Of o: that of h_t.
+        by_memory = gates.new_empty(steps, batch, 3, size)
+        torch.mul(i * (1 - i), candidate, out=by_memory[:, :, 0])
+        torch.mul(f * (1 - f), before(memory, reverse=reverse), out=by_memory[:, :, 1])
+        torch.mul(1 - candidate.square(), i, out=by_memory[:, :, 2])
+        to_memory = o * (1 - squashed.square())
+        by_hidden = o * (1 - o) * squashed
+        d_gates = torch.empty_like(gates)
+        d_gate = d_gates.unbind(0)
+        d_ifg = d_gates[:, :, : 3 * size].unflatten(2, (3, size)).unbind(0)
+        d_o = d_gates[:, :, 3 * size :].unbind(0)
+        by_memory_at, to_memory_at, by_hidden_at, f_at, g_at = (
+            x.unbind(0) for x in (by_memory, to_memory, by_hidden, f, g)
+        )
+        d_memory, d_hidden = g_memory, None
+        for t in _steps(steps, not reverse):
+            at = g_at[t] if d_hidden is None else d_hidden.add_(g_at[t])
+            d_memory = torch.addcmul(d_memory, at, to_memory_at[t])
+            torch.mul(at, by_hidden_at[t], out=d_o[t])
+            torch.mul(d_memory.unsqueeze(1), by_memory_at[t], out=d_ifg[t])
+            d_memory = d_memory.mul_(f_at[t])
+            d_hidden = d_gate[t] @ weight
+        assert d_hidden is not None
+        return d_gates, d_gates, [d_hidden, d_memory]
+
+
+class GRU(Cell):
+    """n = tanh(pre_n + r (W_n h_{t-1} + b_n)), h_t = (1 - z) n + z h_{t-1}."""
+
+    gates = 3
+
+    def run(
+        self,
+        pre: Tensor,
+        states: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        """See :class:`Cell`; saves the gates and W_n h + b_n at all times."""
+        size = weight.shape[1]
+        gates = _plus_bias(pre, None)
+        hidden = _hidden(pre, states[0], reverse=reverse)
+        candidates = torch.empty_like(hidden[1:])
+        r, z, n = (part.unbind(0) for part in gates.split(size, 2))
+        r_and_z = gates[:, :, : 2 * size].unbind(0)
+        candidate = candidates.unbind(0)
+        h_before, h_after = _pairs(hidden, reverse)
+        transposed = weight.t()
+        for t in _steps(pre.shape[0], reverse):
+            h = h_before[t]
+            product = h @ transposed if bias is None else torch.addmm(bias, h, transposed)
+            r_and_z[t].add_(product[:, : 2 * size]).sigmoid_()
+            candidate[t].copy_(product[:, 2 * size :])
+            n[t].addcmul_(r[t], candidate[t]).tanh_()
+            torch.lerp(n[t], h, z[t], out=h_after[t])
+        return hidden, None, (gates, candidates)
+
+    def walk_back(
+        self,
+        hidden: Tensor,
+        saved: Saved,
+        weight: Tensor,
+        g: Tensor,
+        g_memory: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """See :class:`Cell`; the gradient of W_n h + b_n is r times that of pre_n."""
+        gates, candidates = saved
+        size = weight.shape[1]
+        steps, batch = gates.shape[:2]
+        r, z, n = gates.split(size, 2)
+        # What the gradient of h_t is multiplied by, for the three parts of W h + b and for pre_n.
+        by_hidden = gates.new_empty(steps, batch, 3, size)
+        by_n = (1 - z) * (1 - n.square())
+        torch.mul(by_n * candidates, r * (1 - r), out=by_hidden[:, :, 0])
+        torch.mul(before(hidden, reverse=reverse) - n, z * (1 - z), out=by_hidden[:, :, 1])
+        torch.mul(by_n, r, out=by_hidden[:, :, 2])
+        d_states = torch.empty_like(hidden[1:])
+        d_products = torch.empty_like(gates)
+        d_product = d_products.unbind(0)
+        d_parts = d_products.unflatten(2, (3, size)).unbind(0)
+        d_state, by_hidden_at, z_at, g_at = (x.unbind(0) for x in (d_states, by_hidden, z, g))
+        d_hidden = torch.zeros_like(hidden[0])
+        for t in _steps(steps, not reverse):
+            at = torch.add(d_hidden, g_at[t], out=d_state[t])
+            torch.mul(at.unsqueeze(1), by_hidden_at[t], out=d_parts[t])
+            d_hidden = torch.addcmul(d_product[t] @ weight, at, z_at[t])
+        d_pre = torch.cat((d_products[:, :, : 2 * size], d_states * by_n), 2)
+        return d_pre, d_products, [d_hidden]
+
+
+class Elman(Cell):
+    """h_t = tanh(a_t) or relu(a_t)."""
+
+    gates = 1
+
+    def __init__(self, nonlinearity: str) -> None:
+        self._tanh = nonlinearity == "tanh"
+
+    def run(
+        self,
+        pre: Tensor,
+        states: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        """See :class:`Cell`; the hidden states are all that the walk back needs."""
+        hidden = _hidden(pre, states[0], reverse=reverse)
+        gates = _plus_bias(pre, bias)
+        gate = gates.unbind(0)
+        h_before, h_after = _pairs(hidden, reverse)
+        transposed = weight.t()
+        squash = torch.tanh if self._tanh else torch.clamp_min
+        for t in _steps(pre.shape[0], reverse):
+            gate[t].addmm_(h_before[t], transposed)
+            squash(gate[t], *(() if self._tanh else (0,)), out=h_after[t])
+        return hidden, None, ()
+
+    def walk_back(
+        self,
+        hidden: Tensor,
+        saved: Saved,
+        weight: Tensor,
+        g: Tensor,
+        g_memory: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """See :class:`Cell`."""
+        h = after(hidden, reverse=reverse)
+        slope = (1 - h.square() if self._tanh else (h > 0).to(h.dtype)).unbind(0)
+        d_gates = torch.empty_like(h)
+        d_gate, g_at = d_gates.unbind(0), g.unbind(0)
+        d_hidden = torch.zeros_like(hidden[0])
+        for t in _steps(g.shape[0], not reverse):
+            torch.mul(d_hidden.add_(g_at[t]), slope[t], out=d_gate[t])
+            d_hidden = d_gate[t] @ weight
+        return d_gates, d_gates, [d_hidden]
+
+
+def _pairs(states: Tensor, reverse: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return (
+        before(states, reverse=reverse).unbind(0),
+        after(states, reverse=reverse).unbind(0),
+    )
