@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .engines.base import NotExactError
 from .members import Members
-from .rules import REGISTRY
+from .rules import REGISTRY, autocast
 from .rules.base import Roots, Rule, Use, writes
 
 
@@ -49,6 +49,8 @@ class Interception(TorchFunctionMode):
         self.chooses: str | None = None
         """The first operation through which values of the data may decide what is computed."""
         self.saved_tensor_hooks = False
+        self.below_autocast: tuple[str, torch.dtype | None] | None = None
+        """In a handler that runs with autocast off: the device, and the dtype to compute in."""
         self._recording = True
         self._roots: dict[int, Tensor] = {}
         self._constants: dict[int, Tensor] = {}
@@ -106,6 +108,8 @@ class Interception(TorchFunctionMode):
             self.calls.append(getattr(func, "__name__", ""))
         handler = REGISTRY.get(func)
         if handler is not None:
+            if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+                return autocast.handle(self, handler, func, args, kwargs or {})
             return handler(self, func, args, kwargs or {})
         return self.other(func, args, kwargs or {})
 
@@ -135,7 +139,10 @@ class Interception(TorchFunctionMode):
                             root = x
                         elif id(x) not in constants:
                             data = True
-        out = func(*args, **kwargs)
+        if self.below_autocast is None:
+            out = func(*args, **kwargs)
+        else:
+            out = autocast.call(self, func, args, kwargs)
         if not data:
             self.follow(out)
             return out
@@ -193,8 +200,6 @@ class Interception(TorchFunctionMode):
             weight if weight is not None and self.is_root(weight) else None,
             bias if bias is not None and self.is_root(bias) else None,
         )
-        if torch.is_autocast_enabled(x.device.type):
-            raise NotExactError(f"autocast is on for {x.device.type}; no layer-wise rule covers it")
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise NotExactError(f"{operation} is called inside a torch.func transform")
         if any(root is not None and root.is_complex() for root in roots):
@@ -204,6 +209,11 @@ class Interception(TorchFunctionMode):
             if trained is not None and self.without_grad is None:
                 self.without_grad = self.name_of(trained)
             return None
+        if self.below_autocast is not None and self.below_autocast[1] is not None:
+            dtype = self.below_autocast[1]
+            weight, bias = autocast.operand(weight, dtype), autocast.operand(bias, dtype)
+        elif torch.is_autocast_enabled(x.device.type):
+            raise NotExactError(f"no layer-wise rule covers {operation} under autocast")
         use = Use(rule, operation, weight, bias, roots, options)
         use.sink = self.sink
         use.part = self.part

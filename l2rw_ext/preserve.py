@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .members import Members
 
 
@@ -108,11 +109,11 @@ def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[No
 def preserved(members: Members, *, always: bool) -> Iterator[Snapshot]:
     """Leave buffers and generators as they were if the body raises, or ``always``.
 
-    Hooks on the parameters do not run in the body.
+    Hooks on the parameters do not run in the body, and autocast is off but for the forwards.
     """
     snapshot = Snapshot(members)
     try:
-        with without_hooks(members.parameters):
+        with without_hooks(members.parameters), without_autocast():
             yield snapshot
     except BaseException:
         snapshot.restore()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.batch import merge
 from l2rw_ext.engines import layerwise
-from l2rw_ext.engines.probe import seeds
+from l2rw_ext.engines.probe import Probe, seeds
 from l2rw_ext.plan import Plan
 
 TWO_LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -387,15 +387,15 @@ def test_when_a_plan_is_checked_again() -> None:
 
 @pytest.mark.parametrize("count", [1, 8, 61, 62, 200])
 def test_seeds_differ_for_examples_that_are_close(count: int) -> None:
-    r = seeds(count, torch.device("cpu"))
+    r = seeds(count, torch.device("cpu"), Probe().exponents())
     assert r.shape == (count,)
     for block in r.split(61):
         assert len(block.unique()) == len(block)
     mantissa, _ = torch.frexp(r)
     assert (mantissa == 0.5).all()
-    narrow = seeds(count, torch.device("cpu"), narrow=True)
-    assert float(narrow.max()) <= 8
-    assert float(narrow.min()) >= 1 / 16
+    few = seeds(count, torch.device("cpu"), range(8))
+    assert float(few.max()) <= 128
+    assert float(few.min()) >= 1
 
 
 def test_forms_that_the_plan_chooses() -> None:

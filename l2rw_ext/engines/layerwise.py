@@ -344,7 +344,7 @@ def _with_seeds(seeded: list[tuple[Tensor, Tensor]], probe: Probe) -> list[tuple
     """The seeds of the losses times one power of two for each example, which the probe is told."""
     n = seeded[0][1].numel()
     count = sum(seed.numel() for _, seed in seeded)
-    r = seeds(count, seeded[0][1].device, narrow=probe.narrow)
+    r = seeds(count, seeded[0][1].device, probe.exponents())
     probe.seeds = {"merged": r, "train": r[:n], "clean": r[n:]}
     return [
         (x, seed * part.to(seed.dtype))

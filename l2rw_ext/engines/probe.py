@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,19 +20,15 @@ from ..rules.base import RowMap, Use, accumulation_dtype
 from .base import NotExactError
 
 
-def seeds(count: int, device: torch.device, *, narrow: bool = False) -> Tensor:
-    """One power of two for each example, different for any examples that are close in the batch.
-
-    From 2^-30 to 2^30; ``narrow`` for the small range of float16: from 1 to 2^7, since gradients of
-    losses without a loss scale lie at its lower end.
-    """
-    choices = list(range(8)) if narrow else list(range(-30, 31))
+def seeds(count: int, device: torch.device, exponents: Iterable[int]) -> Tensor:
+    """One power of two for each example, different for any examples that are close in the batch."""
+    choices = list(exponents)
     draw = random.Random(count)
-    exponents: list[int] = []
-    while len(exponents) < count:
+    drawn: list[int] = []
+    while len(drawn) < count:
         draw.shuffle(choices)
-        exponents += choices
-    return torch.tensor([2.0**e for e in exponents[:count]], dtype=torch.float32, device=device)
+        drawn += choices
+    return torch.tensor([2.0**e for e in drawn[:count]], dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,18 @@ class Probe:
         self.seeds: dict[str, Tensor] = {}
         self.narrow = False
         """Whether some gradient of the plain backward has the small range of float16."""
+        self._largest = 0.0
         self.maps: dict[int, RowMap | None] = {}
         """By index of the use; None where the gradient is zero and shows nothing."""
         self.certain = True
         """False where more than one map fits, as with a gradient that is zero on most rows."""
         self._plain: dict[int, _Rows] = {}
+
+    def exponents(self) -> range:
+        """Of the seeds; few for float16, upwards unless a loss scale has used the range up."""
+        if not self.narrow:
+            return range(-30, 31)
+        return range(8) if self._largest < 1 else range(-7, 1)
 
     def report(self, use: Use, g: Tensor) -> None:
         """The first report of a use is of the plain backward, the second of the seeded one.
@@ -83,7 +87,9 @@ class Probe:
         plain = self._plain.pop(use.index, None)
         if plain is None:
             self._plain[use.index] = found
-            self.narrow = self.narrow or g.dtype == torch.float16
+            if g.dtype == torch.float16:
+                self.narrow = True
+                self._largest = max(self._largest, float(g.abs().amax().nan_to_num()))
             return
         r = self.seeds[use.part]
         if not bool(plain.sizes.any()):

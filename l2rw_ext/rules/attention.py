@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..interception import Interception
 
 
-@handles(F.multi_head_attention_forward)
+@handles(F.multi_head_attention_forward, composite=True)
 def _multi_head_attention(
     mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:

@@ -198,13 +198,18 @@ Handler = Callable[["Any", Callable[..., Any], tuple[Any, ...], dict[str, Any]],
 
 REGISTRY: dict[Any, Handler] = {}
 
+COMPOSITES: set[Any] = set()
+"""Functions whose handler runs them under the mode again, so that autocast acts on their parts."""
 
-def handles(*functions: Any) -> Callable[[Handler], Handler]:
+
+def handles(*functions: Any, composite: bool = False) -> Callable[[Handler], Handler]:
     """Register a handler for torch functions."""
 
     def register(handler: Handler) -> Handler:
         for function in functions:
             REGISTRY[function] = handler
+            if composite:
+                COMPOSITES.add(function)
         return handler
 
     return register
