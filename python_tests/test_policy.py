@@ -1,0 +1,359 @@
+"""Options that change the direction, against scores along a direction that is formed by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import CLASSES, cross_entropy, mlp, model_of, vectors
+from oracle import EXACT, assert_matches, relative_error, truth, unchanged
+from torch import Tensor, nn
+
+from l2rw_ext import Reweighter, reference
+
+ENGINES = ["layerwise", "double_backward"]
+Gradients = dict[str, Tensor]
+
+
+def _single_gradients(model: nn.Module, batch: Any) -> list[Gradients]:
+    """∇f_i of each example by name."""
+    model = copy.deepcopy(model)
+    losses = cross_entropy(model(batch[0]), batch[1])
+    named = dict(model.named_parameters())
+    return [
+        dict(
+            zip(named, torch.autograd.grad(f, list(named.values()), retain_graph=True), strict=True)
+        )
+        for f in losses
+    ]
+
+
+def _along(model: nn.Module, batch: Any, direction: Gradients) -> Tensor:
+    """u_i = <∇f_i, v> over the names in v."""
+    return torch.stack(
+        [
+            torch.stack([(g[name] * v).sum() for name, v in direction.items()]).sum()
+            for g in _single_gradients(model, batch)
+        ]
+    )
+
+
+def _clean(model: nn.Module, clean: Any) -> Gradients:
+    return reference.clean_direction(copy.deepcopy(model), cross_entropy, clean)
+
+
+def _assert_scores(step: Any, model: nn.Module, batch: Any, direction: Gradients) -> None:
+    exact = _along(model, batch, direction)
+    assert relative_error(step.scores, exact) < EXACT
+    weights = reference.weights_from_scores(exact)
+    assert relative_error(step.weights, weights) < EXACT
+    expected = reference.weighted_gradient(copy.deepcopy(model), cross_entropy, batch, weights)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert relative_error(p.grad, expected[name]) < EXACT  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (["2"], ["2.weight", "2.bias"]),
+        (["0.weight"], ["0.weight"]),
+        (["*.bias"], ["0.bias", "2.bias"]),
+        (["0", "2.bias"], ["0.weight", "0.bias", "2.bias"]),
+    ],
+)
+def test_a_subset_of_layers(engine: Any, layers: list[str], names: list[str]) -> None:
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    step = Reweighter(model, cross_entropy, engine=engine, layers=layers).backward(batch, clean)
+    v = _clean(model, clean)
+    _assert_scores(step, model, batch, {name: v[name] for name in names})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_l2_penalty_of_matrices_joins_the_clean_loss(engine: Any) -> None:
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    step = Reweighter(model, cross_entropy, engine=engine, l2=0.3).backward(batch, clean)
+    v = _clean(model, clean)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            v[name] = v[name] + 0.3 * p.detach()
+    _assert_scores(step, model, batch, v)
+
+
+def _train(model: nn.Module, lr: float = 0.1) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            assert p.grad is not None
+            p -= lr * p.grad
+            p.grad = None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_averaged_direction(engine: Any) -> None:
+    model = mlp()
+    reweighter = Reweighter(model, cross_entropy, engine=engine, direction_decay=0.75)
+    average: Gradients | None = None
+    for _ in range(4):
+        batch, clean = vectors(6), vectors(4)
+        v = _clean(model, clean)
+        average = v if average is None else {k: 0.75 * average[k] + 0.25 * v[k] for k in v}
+        step = reweighter.backward(batch, clean)
+        _assert_scores(step, model, batch, average)
+        _train(model)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_direction_is_kept_between(engine: Any) -> None:
+    model = mlp()
+    reweighter = Reweighter(model, cross_entropy, engine=engine, every=3)
+    v: Gradients = {}
+    for number in range(7):
+        assert reweighter.needs_clean == (number % 3 == 0)
+        batch, clean = vectors(6), vectors(4)
+        if number % 3 == 0:
+            v = _clean(model, clean)
+        given = clean if number in (0, 1, 3, 6) else None
+        step = reweighter.backward(batch, given)
+        _assert_scores(step, model, batch, v)
+        _train(model)
+
+
+def test_dry_runs_leave_the_held_direction() -> None:
+    model = mlp()
+    reweighter = Reweighter(model, cross_entropy, every=2, direction_decay=0.5)
+    first, batch = vectors(4), vectors(6)
+    v = _clean(model, first)
+    other = vectors(4)
+    with unchanged(model):
+        reweighter.weights(batch, other)
+        reweighter.explain(batch, other)
+    assert reweighter.needs_clean
+    reweighter.backward(batch, first)
+    model.zero_grad()
+    reweighter.weights(batch)
+    _assert_scores(reweighter.backward(batch), model, batch, v)
+
+
+def test_a_clean_batch_that_is_needed_is_asked_for() -> None:
+    model = mlp()
+    with pytest.raises(TypeError, match="clean batch: expected a pair"):
+        Reweighter(model, cross_entropy, every=2).backward(vectors(6))
+    with pytest.raises(TypeError, match="clean batch: expected a pair"):
+        Reweighter(model, cross_entropy).backward(vectors(6))
+
+
+def test_scores_are_remembered_between() -> None:
+    model = mlp()
+    reweighter = Reweighter(model, cross_entropy, every=2, reuse="scores")
+    x, y = vectors(12)
+    first = reweighter.backward((x, y), vectors(4), index=range(12))
+    model.zero_grad()
+    order = torch.tensor([7, 2, 11, 5])
+    step = reweighter.backward((x[order], y[order]), index=order)
+    assert step.engine == "remembered"
+    assert torch.equal(step.scores, first.scores[order])
+    weights = reference.weights_from_scores(first.scores[order])
+    expected = reference.weighted_gradient(
+        copy.deepcopy(model), cross_entropy, (x[order], y[order]), weights
+    )
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert relative_error(p.grad, expected[name]) < EXACT  # type: ignore[arg-type]
+    model.zero_grad()
+    exact = truth(model, cross_entropy, (x, y), (x[:3] + 1, y[:3]))
+    step = reweighter.backward((x, y), (x[:3] + 1, y[:3]), index=torch.arange(12))
+    assert_matches(step, model, exact)
+    assert step.engine == "layerwise"
+
+
+def test_unknown_examples_are_scored_along_the_last_direction() -> None:
+    model, clean, batch = mlp(), vectors(4), vectors(3)
+    reweighter = Reweighter(model, cross_entropy, every=2, reuse="scores")
+    reweighter.backward(vectors(6), clean, index=range(6))
+    model.zero_grad()
+    step = reweighter.backward(batch, index=[4, 5, 6])
+    assert step.engine == "layerwise"
+    _assert_scores(step, model, batch, _clean(model, clean))
+
+
+def _second_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> Gradients:
+    return {name: optimizer.state[p]["exp_avg_sq"].clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_divides_by_the_root_of_the_second_moment(engine: Any, kind: Any) -> None:
+    model = mlp()
+    rates = [{"params": list(model[0].parameters())}]  # type: ignore[index]
+    rates.append({"params": list(model[2].parameters()), "lr": 3e-3})  # type: ignore
+    optimizer = kind(rates, lr=1e-3, eps=1e-6)
+    reweighter = Reweighter(model, cross_entropy, engine=engine, preconditioner=optimizer)
+    batch, clean = vectors(6), vectors(4)
+    step = reweighter.backward(batch, clean)
+    rate = {"0.weight": 1, "0.bias": 1, "2.weight": 3, "2.bias": 3}
+    v = {name: g * rate[name] for name, g in _clean(model, clean).items()}
+    _assert_scores(step, model, batch, v)
+    optimizer.step()
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(model(batch[0]), batch[1]).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    moments = _second_moments(optimizer, model)
+    v = _clean(model, clean)
+    for name, g in v.items():
+        corrected = 0.999 * moments[name] / (1 - 0.999**4)
+        v[name] = rate[name] * g / (corrected.sqrt() + 1e-6)
+    _assert_scores(reweighter.backward(batch, clean), model, batch, v)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"weight_decay": 0.1}])
+def test_momentum_looks_where_sgd_goes(engine: Any, options: dict[str, Any]) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, **options)
+    batch, clean = vectors(6), vectors(4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(model(batch[0]), batch[1]).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    # The optimiser's own step with a zero gradient leads to the look-ahead point at ε = 0.
+    ahead = copy.deepcopy(model)
+    follower = torch.optim.SGD(ahead.parameters(), lr=0.5, momentum=0.9, **options)
+    follower.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for p in ahead.parameters():
+        p.grad = torch.zeros_like(p)
+    follower.step()
+    v = _clean(ahead, clean)
+    before = [p.detach().clone() for p in model.parameters()]
+    reweighter = Reweighter(model, cross_entropy, engine=engine, preconditioner=optimizer)
+    step = reweighter.backward(batch, clean)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    _assert_scores(step, model, batch, v)
+
+
+def test_parameters_are_back_after_an_error_at_the_look_ahead_point() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
+
+    def broken(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    reweighter = Reweighter(model, cross_entropy, clean_loss_fn=broken, preconditioner=optimizer)
+    batch, clean = vectors(6), vectors(4)
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        reweighter.backward(batch, clean)
+
+
+def test_state_is_saved_and_loaded() -> None:
+    model = mlp()
+    options: dict[str, Any] = {"every": 2, "direction_decay": 0.5, "reuse": "scores"}
+    first = Reweighter(model, cross_entropy, **options)
+    batch = vectors(6)
+    first.backward(batch, vectors(4), index=range(6))
+    second = Reweighter(model, cross_entropy, **options)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert not second.needs_clean
+    model.zero_grad()
+    assert torch.equal(
+        first.backward(batch, index=range(6)).scores, second.backward(batch, index=range(6)).scores
+    )
+    clean = vectors(4)
+    a, b = (r.backward(batch, clean, index=range(6)).scores for r in (first, second))
+    assert torch.equal(a, b)
+    other = nn.Linear(5, CLASSES)
+    with pytest.raises(ValueError, match="no such parameter"):
+        Reweighter(other, cross_entropy).load_state_dict(first.state_dict())
+
+
+def test_explain_names_the_options() -> None:
+    model = mlp()
+    reweighter = Reweighter(
+        model,
+        cross_entropy,
+        every=4,
+        direction_decay=0.5,
+        layers=["2"],
+        l2=0.1,
+        preconditioner=torch.optim.Adam(model.parameters()),
+    )
+    text = str(reweighter.explain(vectors(6), vectors(4)))
+    for part in ("every=4", "direction_decay=0.5", "layers=('2',)", "l2=0.1", "Adam"):
+        assert part in text
+    assert "option" not in str(Reweighter(model, cross_entropy).explain(vectors(6), vectors(4)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"every": 0}, ValueError, "every must be a whole number of at least 1, got 0"),
+        ({"every": 1.5}, ValueError, "every must be"),
+        ({"direction_decay": 1.0}, ValueError, r"direction_decay must be in \[0, 1\), got 1.0"),
+        ({"l2": -1.0}, ValueError, "l2 must be"),
+        ({"l2": float("nan")}, ValueError, "l2 must be"),
+        ({"layers": "0"}, TypeError, "layers must be a list of names"),
+        ({"layers": []}, ValueError, "layers: give at least one name"),
+        ({"layers": ["5"]}, ValueError, "layers: '5' names no parameter or module"),
+        ({"reuse": "weights"}, ValueError, "reuse must be one of"),
+        ({"preconditioner": 3}, TypeError, "preconditioner must be"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Reweighter(mlp(), cross_entropy, **options)
+
+
+def test_an_optimizer_of_another_model() -> None:
+    optimizer = torch.optim.Adam(mlp().parameters())
+    model = mlp()
+    batch, clean = vectors(6), vectors(4)
+    with unchanged(model), pytest.raises(ValueError, match="does not hold all trainable"):
+        Reweighter(model, cross_entropy, preconditioner=optimizer).backward(batch, clean)
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (torch.arange(5), ValueError, "one number for each of the 6 training examples"),
+        (torch.arange(6.0), TypeError, "index must hold whole numbers, got torch.float32"),
+        (torch.arange(6) - 1, ValueError, "index must not be negative, got -1"),
+    ],
+)
+def test_bad_index(index: Tensor, error: type[Exception], message: str) -> None:
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    with unchanged(model), pytest.raises(error, match=message):
+        Reweighter(model, cross_entropy).backward(batch, clean, index=index)
+
+
+def test_remembering_scores_needs_an_index() -> None:
+    with pytest.raises(ValueError, match="index must be given"):
+        Reweighter(mlp(), cross_entropy, every=2, reuse="scores").backward(vectors(6), vectors(4))
+
+
+def test_record_of_examples() -> None:
+    model = mlp()
+    reweighter = Reweighter(model, cross_entropy)
+    batch = vectors(4)
+    a = reweighter.backward(batch, vectors(3), index=[3, 0, 9, 4]).scores
+    b = reweighter.backward(batch, vectors(3), index=[3, 1, 9, 5]).scores
+    record = reweighter.record
+    assert len(record) == 10
+    assert record.visits.tolist() == [1, 1, 0, 2, 1, 1, 0, 0, 0, 2]
+    assert torch.equal(record.scores[[3, 0, 9, 4]], torch.stack([b[0], a[1], b[2], a[3]]))
+    assert torch.allclose(record.mean_scores[[3, 9]], (a + b)[[0, 2]] / 2)
+    assert record.kept_share[9] == ((a[2] > 0).double() + (b[2] > 0).double()) / 2
+    assert record.scores[2].isnan()
+    assert record.mean_scores[2].isnan()
+
+
+def test_low_memory_needs_no_gradient_of_its_own_for_a_tied_weight() -> None:
+    model = model_of(lambda s, x: torch.tanh(s.a(x)) @ s.a.weight[:, :CLASSES], a=nn.Linear(5, 7))
+    batch, clean = vectors(6), vectors(4)
+    expected = truth(model, cross_entropy, batch, clean)
+    step = Reweighter(model, cross_entropy, low_memory=True).backward(batch, clean)
+    assert step.engine == "layerwise"
+    assert_matches(step, model, expected)
