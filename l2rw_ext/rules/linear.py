@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .. import ops
 from . import rates
 from .base import Cost, Roots, RowMap, Rule, Size, Use, accumulation_dtype, handles
-from .rows import active_rows
+from .rows import active_rows, product
 
 if TYPE_CHECKING:
     from ..interception import Interception
@@ -85,11 +85,11 @@ class Linear(Rule):
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """V = Σ g' z'ᵀ, V_b = Σ g'."""
         dtype = accumulation_dtype(g.dtype)
-        flat = g.reshape(-1, g.shape[-1]).to(dtype)
+        flat = g.reshape(-1, g.shape[-1])
         weight = None
         if use.roots[0] is not None:
-            weight = flat.t() @ z.reshape(-1, z.shape[-1]).to(dtype)
-        return weight, (flat.sum(0) if use.roots[1] is not None else None)
+            weight = product(flat, z.reshape(-1, z.shape[-1]), dtype)
+        return weight, (flat.sum(0, dtype=dtype) if use.roots[1] is not None else None)
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ_t g·(V z + V_b)."""
@@ -120,10 +120,13 @@ class Linear(Rule):
             return self._by_example(use, z, g, weights)
         z, g = active_rows(z, g, weights, active)
         flat = g.reshape(-1, g.shape[-1])
+        # Under autocast the parameter is wider than z and g, and so is its gradient.
+        root = use.roots[0] if use.roots[0] is not None else use.roots[1]
+        assert root is not None
         weight = None
         if use.roots[0] is not None:
-            weight = flat.t() @ z.reshape(-1, z.shape[-1])
-        return weight, (flat.sum(0) if use.roots[1] is not None else None)
+            weight = product(flat, z.reshape(-1, z.shape[-1]), root.dtype)
+        return weight, (flat.sum(0, dtype=root.dtype) if use.roots[1] is not None else None)
 
     def _by_example(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """A linear layer is a convolution of width T with a kernel of one."""
