@@ -20,7 +20,7 @@ from .derived import Leaves
 from .direction import clean_direction
 from .merging import NotMergeableError, check_mergeable
 from .probe import Probe, seeds
-from .scoring import Recorder, Scoring, StalePlanError
+from .scoring import OverflowedError, Recorder, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
 
@@ -42,7 +42,11 @@ class Layerwise(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
-        scoring, _ = self._planned(task, snapshot, direction, fresh=False)
+        try:
+            scoring, _ = self._planned(task, snapshot, direction, fresh=False)
+        except OverflowedError as error:
+            error.scoring.overflow()
+            return error.scoring
         return scoring
 
     def explain(
@@ -198,6 +202,9 @@ class Layerwise(Engine):
         reached = scoring.reached
         probe = scoring.probe = Probe()
         _run_backward(interception, seeded, retain=True)
+        finite = probe.finite or not bool(scoring.losses.isfinite().all())
+        if task.loss_scale is not None and not finite:
+            raise OverflowedError(scoring)
         _run_backward(interception, _with_seeds(seeded, probe), retain=True)
         scoring.probe = None
         certain = probe.certain and interception.chooses is None

@@ -62,6 +62,8 @@ class Probe:
         self.narrow = False
         """Whether some gradient of the plain backward has the small range of float16."""
         self._largest = 0.0
+        self.finite = True
+        """Whether all gradients of the plain backward are."""
         self.maps: dict[int, RowMap | None] = {}
         """By index of the use; None where the gradient is zero and shows nothing."""
         self.certain = True
@@ -87,6 +89,7 @@ class Probe:
         plain = self._plain.pop(use.index, None)
         if plain is None:
             self._plain[use.index] = found
+            self.finite = self.finite and bool(found.sizes.isfinite().all())
             if g.dtype == torch.float16:
                 self.narrow = True
                 self._largest = max(self._largest, float(g.abs().amax().nan_to_num()))

@@ -39,6 +39,14 @@ class StalePlanError(Exception):
     """The step does not look as its plan says, so the plan must be made again."""
 
 
+class OverflowedError(Exception):
+    """Gradients overflowed under the loss scale, before there was a plan."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__()
+        self.scoring = scoring
+
+
 class Recorder:
     """The sink of one forward: keeps what the backward reports, in order.
 
@@ -206,6 +214,10 @@ class Scoring(Recorder, Scored):
         self.scores = self._task.unscaled(self.scores)
         if self._directions is None:
             self.scores = self._task.unscaled(self.scores)
+
+    def overflow(self) -> None:
+        """There are no scores: the loss scale was too large for the gradients."""
+        self.scores = torch.full_like(self.scores, float("nan"))
 
     def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
         for use in uses:
