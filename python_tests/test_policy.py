@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CLASSES, cross_entropy, mlp, model_of, vectors
+from models import CLASSES, cross_entropy, mlp, vectors
 from oracle import EXACT, assert_matches, relative_error, truth, unchanged
 from torch import Tensor, nn
 
@@ -348,12 +348,3 @@ def test_record_of_examples() -> None:
     assert record.kept_share[9] == ((a[2] > 0).double() + (b[2] > 0).double()) / 2
     assert record.scores[2].isnan()
     assert record.mean_scores[2].isnan()
-
-
-def test_low_memory_needs_no_gradient_of_its_own_for_a_tied_weight() -> None:
-    model = model_of(lambda s, x: torch.tanh(s.a(x)) @ s.a.weight[:, :CLASSES], a=nn.Linear(5, 7))
-    batch, clean = vectors(6), vectors(4)
-    expected = truth(model, cross_entropy, batch, clean)
-    step = Reweighter(model, cross_entropy, low_memory=True).backward(batch, clean)
-    assert step.engine == "layerwise"
-    assert_matches(step, model, expected)
