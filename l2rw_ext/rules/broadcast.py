@@ -8,7 +8,7 @@ per-example gradient. One mechanism serves every elementwise operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,7 +193,7 @@ def _elementwise(
     mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if (
-        _mixes(mode, args)
+        mixes(mode, args)
         and not _promotes(mode, args)
         and not _writes_root(mode, func, args, kwargs)
     ):
@@ -209,7 +209,7 @@ def _join(
     mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     parts = args[0] if args else None
-    if isinstance(parts, (tuple, list)) and _mixes(mode, parts):
+    if isinstance(parts, (tuple, list)) and mixes(mode, parts):
         met = [meet(mode, func, a, a.shape) if mode.is_root(a) else a for a in parts]
         if all(m is not None for m in met):
             return func(met, *args[1:], **kwargs)
@@ -232,7 +232,8 @@ def _writes_root(
     return kwargs.get("out") is not None or (mode.is_root(args[0]) and writes(func, kwargs))
 
 
-def _mixes(mode: Interception, operands: tuple[Any, ...] | list[Any]) -> bool:
+def mixes(mode: Interception, operands: Sequence[Any]) -> bool:
+    """Whether there are roots as well as data among the operands."""
     root = data = False
     for a in operands:
         if isinstance(a, Tensor):

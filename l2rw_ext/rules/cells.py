@@ -84,6 +84,18 @@ def _plus_bias(pre: Tensor, bias: Tensor | None) -> Tensor:
     return gates.copy_(pre) if bias is None else torch.add(pre, bias, out=gates)
 
 
+def _through_sigmoid(g: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """What reaches a from y = sigmoid(a), in one pass: g y (1 - y)."""
+    out = torch.empty_like(g) if out is None else out
+    return torch.ops.aten.sigmoid_backward.grad_input(g, y, grad_input=out)  # type: ignore[no-any-return]
+
+
+def _through_tanh(g: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """What reaches a from y = tanh(a), in one pass: g (1 - y²)."""
+    out = torch.empty_like(g) if out is None else out
+    return torch.ops.aten.tanh_backward.grad_input(g, y, grad_input=out)  # type: ignore[no-any-return]
+
+
 class LSTM(Cell):
     """c_t = f c_{t-1} + i g, h_t = o tanh(c_t)."""
 
@@ -139,11 +151,11 @@ class LSTM(Cell):
         i, f, candidate, o = gates.split(size, 2)
         # Of i, f and g: what the gradient of c_t is multiplied by. Of o: that of h_t.
         by_memory = gates.new_empty(steps, batch, 3, size)
-        torch.mul(i * (1 - i), candidate, out=by_memory[:, :, 0])
-        torch.mul(f * (1 - f), before(memory, reverse=reverse), out=by_memory[:, :, 1])
-        torch.mul(1 - candidate.square(), i, out=by_memory[:, :, 2])
-        to_memory = o * (1 - squashed.square())
-        by_hidden = o * (1 - o) * squashed
+        _through_sigmoid(candidate, i, out=by_memory[:, :, 0])
+        _through_sigmoid(before(memory, reverse=reverse), f, out=by_memory[:, :, 1])
+        _through_tanh(i, candidate, out=by_memory[:, :, 2])
+        to_memory = _through_tanh(o, squashed)
+        by_hidden = _through_sigmoid(squashed, o)
         d_gates = torch.empty_like(gates)
         d_gate = d_gates.unbind(0)
         d_ifg = d_gates[:, :, : 3 * size].unflatten(2, (3, size)).unbind(0)
@@ -213,9 +225,9 @@ class GRU(Cell):
         r, z, n = gates.split(size, 2)
         # What the gradient of h_t is multiplied by, for the three parts of W h + b and for pre_n.
         by_hidden = gates.new_empty(steps, batch, 3, size)
-        by_n = (1 - z) * (1 - n.square())
-        torch.mul(by_n * candidates, r * (1 - r), out=by_hidden[:, :, 0])
-        torch.mul(before(hidden, reverse=reverse) - n, z * (1 - z), out=by_hidden[:, :, 1])
+        by_n = _through_tanh(1 - z, n)
+        _through_sigmoid(by_n * candidates, r, out=by_hidden[:, :, 0])
+        _through_sigmoid(before(hidden, reverse=reverse) - n, z, out=by_hidden[:, :, 1])
         torch.mul(by_n, r, out=by_hidden[:, :, 2])
         d_states = torch.empty_like(hidden[1:])
         d_products = torch.empty_like(gates)

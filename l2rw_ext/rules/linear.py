@@ -1,4 +1,4 @@
-"""Linear layers: ``F.linear``, and products of data with a trainable matrix."""
+"""Linear layers: ``F.linear`` with a trainable matrix or vector."""
 
 from __future__ import annotations
 
@@ -166,34 +166,8 @@ def handle_linear(
         out = use_linear(mode, "linear", x, weight, bias)
         if out is not None:
             return out
-    return mode.other(func, args, kwargs)
-
-
-@handles(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-def _matmul(
-    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if len(args) == 2 and not kwargs:
-        x, weight = args
-        if mode.is_use(x, weight, None) and weight.dim() == 2 and x.dim() >= 2:
-            transposed = weight.t()
-            mode.follow(transposed)
-            out = use_linear(mode, "matmul", x, transposed, None)
-            if out is not None:
-                return out
-    return mode.other(func, args, kwargs)
-
-
-@handles(torch.addmm, Tensor.addmm)
-def _addmm(
-    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if len(args) == 3 and not kwargs:
-        bias, x, weight = args
-        if mode.is_use(x, weight, bias) and bias.dim() == 1 and bias.numel() == weight.shape[1]:
-            transposed = weight.t()
-            mode.follow(transposed)
-            out = use_linear(mode, "addmm", x, transposed, bias)
-            if out is not None:
-                return out
+    if mode.is_use(x, weight, bias) and weight.dim() == 1 and torch.is_grad_enabled():
+        with mode:
+            out = F.linear(x, weight.unsqueeze(0)).squeeze(-1)
+            return out if bias is None else out + bias
     return mode.other(func, args, kwargs)

@@ -1,0 +1,103 @@
+"""Linear layers side by side: one matrix for each head, or for each expert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from . import rates
+from .base import Cost, Roots, RowMap, Rule, Size, Use, accumulation_dtype
+
+if TYPE_CHECKING:
+    from ..interception import Interception
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(rows..., h, d) -> (h, rows, d)."""
+    return x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
+
+
+class _BatchedLinearUse(torch.autograd.Function):
+    """y_h = W_h z_h for every head; only the data gradient flows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
+        ctx.use = use
+        weight = use.weight
+        assert weight is not None
+        ctx.save_for_backward(x, weight)
+        out = _heads_first(x) @ weight.mT
+        return out.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        use: Use = ctx.use
+        assert use.sink is not None
+        with use.sink.backward_of(use):
+            use.sink.report(use, x, g)
+            if not ctx.needs_input_grad[0]:
+                return None, None, None
+            return (_heads_first(g) @ weight).transpose(0, 1).reshape(x.shape), None, None
+
+
+class BatchedLinear(Rule):
+    """y_h = W_h z_h on rows z of shape (h, d), W (h, k, d); form: dense."""
+
+    name = "batched linear"
+
+    def leading(self, use: Use, g: Tensor) -> int:
+        """All dimensions but head and feature."""
+        return g.dim() - 2
+
+    def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
+        """(N, T, h, d) and (N, T, h, k)."""
+        leading = self.leading(use, g)
+        return rows.arrange(z, leading), rows.arrange(g, leading)
+
+    def costs(self, use: Use, size: Size) -> dict[str, Cost]:
+        """That of a dense linear layer for each head."""
+        assert use.weight is not None
+        heads, d_out, d_in = use.weight.shape
+        item = use.weight.element_size()
+        n_rows, m_rows = size.n * size.positions, size.m * size.clean_positions
+        score = (n_rows + m_rows) * use.weight.numel()
+        weighted = 0.5 * n_rows * use.weight.numel()
+        kept = n_rows * heads * (d_in + d_out) * item
+        return {"dense": Cost(score, weighted, kept, (score + weighted) / rates.MATMUL)}
+
+    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
+        """V_h = Σ g'_h z'_hᵀ."""
+        dtype = accumulation_dtype(g.dtype)
+        return _heads_first(g.to(dtype)).mT @ _heads_first(z.to(dtype)), None
+
+    def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
+        """u_i = Σ_t Σ_h g_h·V_h z_h."""
+        weight, _ = direction
+        assert weight is not None
+        moved = (_heads_first(z.to(weight.dtype)) @ weight.mT).transpose(0, 1).reshape(g.shape)
+        return moved.mul_(g).sum((1, 2, 3))
+
+    def weighted_gradient(
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+    ) -> Roots:
+        """Σ w g_h z_hᵀ over the rows of active examples."""
+        scaled = ops.scale_rows(g.flatten(2), weights, active).unflatten(2, g.shape[2:])
+        return _heads_first(scaled).mT @ _heads_first(z.index_select(0, active)), None
+
+
+BATCHED_LINEAR = BatchedLinear()
+
+
+def use_batched_linear(
+    mode: Interception, operation: str, x: Tensor, weight: Tensor
+) -> Tensor | None:
+    """The products as one use; None where autograd should just run them."""
+    use = mode.use(BATCHED_LINEAR, operation, weight, None, None, x)
+    if use is None:
+        return None
+    out: Tensor = _BatchedLinearUse.apply(x, mode.token, use)
+    return out
