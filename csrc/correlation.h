@@ -123,6 +123,18 @@ group_norm_backward(
     const OptionalTensor& weight,       // [C]
     int64_t groups);
 
+// The derivative of a batch norm in train mode along (x_tangent, V, V_b). With x^ = (x - mean) rstd
+// and E over examples and positions: weight rstd (x_tangent - E x_tangent - x^ E(x^ x_tangent)) +
+// x^ V + V_b.
+torch::stable::Tensor batch_norm_tangent(  // [n, C, *s], dtype of x
+    const torch::stable::Tensor& x,         // [n, C, *s]
+    const OptionalTensor& x_tangent,        // [n, C, *s]
+    const torch::stable::Tensor& mean,      // [C]
+    const torch::stable::Tensor& rstd,      // [C]
+    const OptionalTensor& weight,           // [C]
+    const OptionalTensor& direction,        // [C]
+    const OptionalTensor& direction_bias);  // [C]
+
 // sum of w_i G_i over the examples with w_i != 0.
 torch::stable::Tensor weighted_sum(  // [*], acc
     const torch::stable::Tensor& gradients,  // [n, *]

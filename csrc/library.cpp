@@ -35,6 +35,9 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
   m.def(
       "group_norm_backward(Tensor g, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, int "
       "groups) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_tangent(Tensor x, Tensor? x_tangent, Tensor mean, Tensor rstd, Tensor? weight, "
+      "Tensor? direction, Tensor? direction_bias) -> Tensor");
   m.def("weighted_sum(Tensor gradients, Tensor weights) -> Tensor");
   m.def("scale_rows(Tensor g, Tensor weights, Tensor active) -> Tensor");
   m.def("normalize_weights(Tensor u) -> Tensor");

@@ -30,6 +30,7 @@ OPERATORS = (
     "conv_weighted_gradient",
     "affine_example_gradients",
     "group_norm_backward",
+    "batch_norm_tangent",
     "weighted_sum",
     "scale_rows",
     "normalize_weights",
@@ -140,6 +141,19 @@ def _fake_group_norm_backward(
     kept = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
     data = torch.empty_like(x) if kept else x.new_empty(x.shape)
     return data, x.new_empty((n, c), dtype=dtype), x.new_empty((n, c), dtype=dtype)
+
+
+def _fake_batch_norm_tangent(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    direction: Tensor | None,
+    direction_bias: Tensor | None,
+) -> Tensor:
+    kept = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    return torch.empty_like(x) if kept else x.new_empty(x.shape)
 
 
 def _fake_weighted_sum(gradients: Tensor, weights: Tensor) -> Tensor:

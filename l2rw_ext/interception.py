@@ -253,13 +253,13 @@ def _has_saved_tensor_hooks() -> bool:
 def inside(func: Callable[..., Any]) -> Callable[..., Any]:
     """A composite Python function whose body runs under the mode instead of being sent to it.
 
-    ``F.multi_head_attention_forward`` asks ``has_torch_function`` first and, under a mode, sends
-    itself to the mode for ever; this copy of it answers no, and the operations inside are seen one
-    by one.
+    A composite asks ``has_torch_function`` first and, under a mode, sends itself to the mode for
+    ever; this copy of it answers no, and the operations inside are seen one by one.
     """
     assert isinstance(func, types.FunctionType)
     scope = dict(func.__globals__)
-    scope["has_torch_function"] = lambda *_: False
+    for question in ("", "_unary", "_variadic"):
+        scope[f"has_torch_function{question}"] = lambda *_: False
     clone = types.FunctionType(
         func.__code__, scope, func.__name__, func.__defaults__, func.__closure__
     )

@@ -38,6 +38,7 @@ _conv_example_gradients = _ops.conv_example_gradients.default
 _conv_weighted_gradient = _ops.conv_weighted_gradient.default
 _affine_example_gradients = _ops.affine_example_gradients.default
 _group_norm_backward = _ops.group_norm_backward.default
+_batch_norm_tangent = _ops.batch_norm_tangent.default
 _weighted_sum = _ops.weighted_sum.default
 _scale_rows = _ops.scale_rows.default
 _normalize_weights = _ops.normalize_weights.default
@@ -377,6 +378,47 @@ def group_norm_backward(
     """
     return cast(
         "tuple[Tensor, Tensor, Tensor]", _group_norm_backward(g, x, mean, rstd, weight, groups)
+    )
+
+
+def batch_norm_tangent(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    direction: Tensor | None,
+    direction_bias: Tensor | None,
+) -> Tensor:
+    """Derivative of a batch norm in train mode along a direction of its input and parameters.
+
+    With x̂ = (x - mean) rstd and E the mean over examples and positions, it is
+    weight rstd (ẋ - E ẋ - x̂ E(x̂ ẋ)) + x̂ V + V_b.
+
+    Args:
+        x: (n, C, *s) input of the layer.
+        x_tangent: (n, C, *s) ẋ; None where x is constant.
+        mean: (C,) as ``torch.native_batch_norm`` returns it.
+        rstd: (C,) as ``torch.native_batch_norm`` returns it.
+        weight: (C,) scale; None stands for ones.
+        direction: (C,) V, of the scale; None stands for zeros.
+        direction_bias: (C,) V_b, of the shift; None stands for zeros.
+
+    Returns:
+        (n, C, *s) in the dtype and memory format of x.
+
+    Example:
+        >>> import torch
+        >>> from l2rw_ext import ops
+        >>> x = torch.tensor([[-1.0], [1.0]])
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> ops.batch_norm_tangent(x, x + 1, zero, one, None, one, one)
+        tensor([[0.],
+                [2.]])
+    """
+    return cast(
+        Tensor,
+        _batch_norm_tangent(x, x_tangent, mean, rstd, weight, direction, direction_bias),
     )
 
 

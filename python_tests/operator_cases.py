@@ -312,6 +312,48 @@ def group_norm(
     return data.reshape(x.shape), (g * normalized).sum(3).view(n, c), g.sum(3).view(n, c)
 
 
+def batch_norm_tangent_arguments(d: Draw) -> Arguments:
+    n, channels = d.size(0, 1, 2, 5, 40), d.size()
+    shape = (n, channels, *[d.size(0, 1, 2, 5, 9, 40) for _ in range(d.size(0, 1, 2, 3))])
+    # Both fast layouts need that x and its tangent agree.
+    fast = d
+    if d.draw(st.booleans()):
+        layout = d.draw(st.sampled_from(("contiguous", "channels_last")))
+        fast = Draw(d.draw, d.dtype, d.generator, (layout,))
+    x, x_tangent = fast.tensor(*shape), d.maybe(lambda: fast.tensor(*shape))
+    optional = [d.maybe(lambda: d.wide(channels)) for _ in range(3)]
+    return x, x_tangent, d.wide(channels), d.wide(channels), *optional
+
+
+def batch_norm_tangent(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    V: Tensor | None,
+    V_b: Tensor | None,
+    sign: int = 1,
+) -> Results:
+    others = (0, *range(2, x.dim()))
+    shape = (1, -1, *[1] * (x.dim() - 2))
+
+    def mean_of(values: Tensor) -> Tensor:
+        return values.sum(others, keepdim=True) / max(1, values.numel() // max(1, x.shape[1]))
+
+    normalized = (x - sign * mean.view(shape)) * rstd.view(shape)
+    result = torch.zeros_like(x)
+    if x_tangent is not None:
+        scale = rstd if weight is None else rstd * weight
+        along = normalized * mean_of(normalized * x_tangent)
+        result = scale.view(shape) * (x_tangent - sign * (mean_of(x_tangent) + along))
+    if V is not None:
+        result = result + normalized * V.view(shape)
+    if V_b is not None:
+        result = result + V_b.view(shape)
+    return (result,)
+
+
 def embedding_arguments(d: Draw) -> Arguments:
     n, t, c, v = d.size(0, 1, 2, 5), d.size(0, 1, 2, 7), d.size(), d.size(1, 2, 9)
     index = torch.randint(v, (n, t), generator=d.generator)
@@ -370,6 +412,7 @@ OPERATORS: dict[str, Operator] = {
     "conv_weighted_gradient": Operator(conv_weighted_arguments, conv_weighted),
     "affine_example_gradients": Operator(affine_arguments, affine_example),
     "group_norm_backward": Operator(group_norm_arguments, group_norm),
+    "batch_norm_tangent": Operator(batch_norm_tangent_arguments, batch_norm_tangent),
     "weighted_sum": Operator(weighted_sum_arguments, weighted_sum),
     "scale_rows": Operator(scale_rows_arguments, scale_rows),
     "normalize_weights": Operator(normalize_arguments, normalize),
@@ -420,6 +463,15 @@ def sample(name: str, dtype: torch.dtype = torch.float32, optional: bool = True)
             tensor(2, 2).abs(),
             some(tensor(4)),
             2,
+        ),
+        "batch_norm_tangent": (
+            image,
+            some(tensor(2, 4, 5, 6).flip(3)),
+            tensor(4),
+            tensor(4).abs(),
+            some(tensor(4).flip(0)),
+            some(tensor(4)),
+            some(tensor(4)),
         ),
         "weighted_sum": (z, w),
         "scale_rows": (z.transpose(1, 2) if optional else z, w, torch.tensor([1])),

@@ -21,6 +21,8 @@ from l2rw_ext import ops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CORRELATIONS = tuple(name for name in OPERATORS if name.endswith("_correlation"))
 OTHERS = tuple(name for name in OPERATORS if not name.endswith("_correlation"))
+# One result, in the dtype of the input.
+STORED = ("batch_norm_tangent", "scale_rows", "normalize_weights")
 # Results in the accumulation dtype although the operator's first result has that of the input.
 WIDE_RESULTS = {
     "linear_example_gradients": (2,),
@@ -80,7 +82,7 @@ def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObjec
     for k, (result, exact, bound) in enumerate(zip(results, expected, bounds, strict=True)):
         wide = k in WIDE_RESULTS.get(name, ())
         tolerance = (SCORES if wide else TOLERANCES[name])[dtype]
-        stored = name in ("scale_rows", "normalize_weights", *WIDE_RESULTS) and not wide
+        stored = name in (*STORED, *WIDE_RESULTS) and not wide
         assert result.dtype == (dtype if stored else accumulation(dtype))
         assert result.shape == exact.shape
         # The smallest numbers of a dtype have fewer digits.
@@ -91,7 +93,10 @@ def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObjec
             assert torch.equal(argument, copy)
 
 
-@pytest.mark.parametrize("name", ["conv_correlation", *OTHERS[1:3], "group_norm_backward"])
+@pytest.mark.parametrize(
+    "name",
+    ["conv_correlation", *OTHERS[1:3], "group_norm_backward", "batch_norm_tangent"],
+)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_channels_last_images(name: str, layout: str) -> None:
     arguments = sample(name, torch.float64)

@@ -47,6 +47,7 @@ TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     "conv_example_gradients": _IN_INPUT_DTYPE,
     # Of a group norm, the gradient of the input; those of its scale and shift are as above.
     "group_norm_backward": _IN_INPUT_DTYPE,
+    "batch_norm_tangent": _IN_INPUT_DTYPE,
     # One product, or one quotient, stored in the dtype of the input.
     "scale_rows": _IN_INPUT_DTYPE,
     "normalize_weights": _IN_INPUT_DTYPE,

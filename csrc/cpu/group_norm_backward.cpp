@@ -6,36 +6,13 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/layout.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
 namespace {
 
 constexpr const char* kOperation = "group_norm_backward";
-
-// Whether the channels lie side by side, then the positions, then the examples.
-bool channels_last(const Tensor& x) {
-  int64_t stride = x.size(1);
-  if (x.size(1) != 1 && x.stride(1) != 1) {
-    return false;
-  }
-  for (int64_t d = x.dim() - 1; d >= 0; --d) {
-    if (d == 1) {
-      continue;
-    }
-    if (x.size(d) != 1 && x.stride(d) != stride) {
-      return false;
-    }
-    stride *= x.size(d);
-  }
-  return true;
-}
-
-Tensor in_accumulation_dtype(const Tensor& tensor) {
-  const ScalarType dtype = accumulation_dtype(tensor.scalar_type());
-  return torch::stable::contiguous(
-      tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
-}
 
 void check_layer(
     const Tensor& g,
@@ -102,10 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(
   const Tensor factor = in_accumulation_dtype(rstd);
   const OptionalTensor scale =
       weight.has_value() ? OptionalTensor(in_accumulation_dtype(*weight)) : std::nullopt;
-  int64_t positions = 1;
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    positions *= x.size(d);
-  }
+  const int64_t positions = positions_of(x);
 
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

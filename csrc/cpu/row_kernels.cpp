@@ -251,6 +251,100 @@ void group_norm_by_position(const GroupNormBlock<T>& b, accumulation_t<T>* buffe
   }
 }
 
+template <class T>
+void batch_norm_sums_by_channel(
+    const BatchNormBlock<T>& b, accumulation_t<T>* sum, accumulation_t<T>* product) {
+  using A = accumulation_t<T>;
+  const T* __restrict__ x = b.x;
+  const T* __restrict__ dx = b.dx;
+  const A mean = *b.mean;
+  A part = 0;
+  A part_product = 0;
+#pragma omp simd reduction(+ : part, part_product)
+  for (int64_t t = 0; t < b.positions; ++t) {
+    const A value = load(dx[t]);
+    part += value;
+    part_product += value * (load(x[t]) - mean);
+  }
+  *sum = part;
+  *product = part_product;
+}
+
+template <class T>
+void batch_norm_sums_by_position(
+    const BatchNormBlock<T>& b,
+    accumulation_t<T>* __restrict__ sum,
+    accumulation_t<T>* __restrict__ product) {
+  using A = accumulation_t<T>;
+  const A* __restrict__ mean = b.mean;
+  for (int64_t c = 0; c < b.channels; ++c) {
+    sum[c] = 0;
+    product[c] = 0;
+  }
+  for (int64_t t = 0; t < b.positions; ++t) {
+    const T* __restrict__ x = b.x + t * b.channels;
+    const T* __restrict__ dx = b.dx + t * b.channels;
+#pragma omp simd
+    for (int64_t c = 0; c < b.channels; ++c) {
+      const A value = load(dx[c]);
+      sum[c] += value;
+      product[c] += value * (load(x[c]) - mean[c]);
+    }
+  }
+}
+
+template <class T>
+void batch_norm_tangent_by_channel(
+    const BatchNormBlock<T>& b,
+    const accumulation_t<T>* scale,
+    const accumulation_t<T>* slope,
+    const accumulation_t<T>* offset) {
+  using A = accumulation_t<T>;
+  const T* __restrict__ x = b.x;
+  T* __restrict__ to = b.to;
+  const A mean = *b.mean;
+  const A factor = *scale;
+  const A along = *slope;
+  const A constant = *offset;
+  if (b.dx == nullptr) {
+#pragma omp simd
+    for (int64_t t = 0; t < b.positions; ++t) {
+      store(to + t, along * (load(x[t]) - mean) + constant);
+    }
+    return;
+  }
+  const T* __restrict__ dx = b.dx;
+#pragma omp simd
+  for (int64_t t = 0; t < b.positions; ++t) {
+    store(to + t, factor * load(dx[t]) + (along * (load(x[t]) - mean) + constant));
+  }
+}
+
+template <class T>
+void batch_norm_tangent_by_position(
+    const BatchNormBlock<T>& b,
+    const accumulation_t<T>* __restrict__ scale,
+    const accumulation_t<T>* __restrict__ slope,
+    const accumulation_t<T>* __restrict__ offset) {
+  const accumulation_t<T>* __restrict__ mean = b.mean;
+  for (int64_t t = 0; t < b.positions; ++t) {
+    const T* __restrict__ x = b.x + t * b.channels;
+    T* __restrict__ to = b.to + t * b.channels;
+    if (b.dx == nullptr) {
+#pragma omp simd
+      for (int64_t c = 0; c < b.channels; ++c) {
+        store(to + c, slope[c] * (load(x[c]) - mean[c]) + offset[c]);
+      }
+      continue;
+    }
+    const T* __restrict__ dx = b.dx + t * b.channels;
+#pragma omp simd
+    for (int64_t c = 0; c < b.channels; ++c) {
+      store(to + c, scale[c] * load(dx[c]) + (slope[c] * (load(x[c]) - mean[c]) + offset[c]));
+    }
+  }
+}
+
 template <class T, class V>
 accumulation_t<T> dot(const T* a, int64_t a_stride, const V* b, int64_t b_stride, int64_t count) {
   accumulation_t<T> sum = 0;
@@ -337,6 +431,20 @@ void combine(
       const AffineExample<T>&, accumulation_t<T>*, accumulation_t<T>*);                          \
   template void group_norm_by_channel<T>(const GroupNormBlock<T>&);                              \
   template void group_norm_by_position<T>(const GroupNormBlock<T>&, accumulation_t<T>*);         \
+  template void batch_norm_sums_by_channel<T>(                                                   \
+      const BatchNormBlock<T>&, accumulation_t<T>*, accumulation_t<T>*);                         \
+  template void batch_norm_sums_by_position<T>(                                                  \
+      const BatchNormBlock<T>&, accumulation_t<T>*, accumulation_t<T>*);                         \
+  template void batch_norm_tangent_by_channel<T>(                                                \
+      const BatchNormBlock<T>&,                                                                  \
+      const accumulation_t<T>*,                                                                  \
+      const accumulation_t<T>*,                                                                  \
+      const accumulation_t<T>*);                                                                 \
+  template void batch_norm_tangent_by_position<T>(                                               \
+      const BatchNormBlock<T>&,                                                                  \
+      const accumulation_t<T>*,                                                                  \
+      const accumulation_t<T>*,                                                                  \
+      const accumulation_t<T>*);                                                                 \
   template void scale<T>(const T*, int64_t, accumulation_t<T>, T*, int64_t);                     \
   template void combine<T>(                                                                      \
       const T* const*, int64_t, const accumulation_t<T>*, int64_t, accumulation_t<T>*, int64_t); \

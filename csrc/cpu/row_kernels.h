@@ -41,6 +41,18 @@ struct GroupNormBlock {
   int64_t groups, channels, positions;  // channels of one group
 };
 
+// What the tangent of a batch norm reads and writes: part of one channel, or rows of all of them.
+// x, dx and to have the same layout. dx is null where x has no tangent.
+template <class T>
+struct BatchNormBlock {
+  using A = accumulation_t<T>;
+  const T* x;
+  const T* dx;
+  T* to;
+  const A* mean;                // [channels]
+  int64_t positions, channels;  // [positions, channels], or [positions] of one channel
+};
+
 }  // namespace l2rw
 
 L2RW_FOR_EACH_ISA(
@@ -59,6 +71,34 @@ L2RW_FOR_EACH_ISA(
     void group_norm_by_position(
         const GroupNormBlock<T>& block,
         accumulation_t<T>* buffer);  // [4, groups * channels]
+
+    // sum = sum_t dx_t; product = sum_t dx_t (x_t - mean), of one channel.
+    template <class T>
+    void batch_norm_sums_by_channel(
+        const BatchNormBlock<T>& block, accumulation_t<T>* sum, accumulation_t<T>* product);
+
+    // The same of all channels, which lie side by side.
+    template <class T>
+    void batch_norm_sums_by_position(
+        const BatchNormBlock<T>& block,
+        accumulation_t<T>* sum,       // [channels]
+        accumulation_t<T>* product);  // [channels]
+
+    // to = scale dx + slope (x - mean) + offset, of one channel.
+    template <class T>
+    void batch_norm_tangent_by_channel(
+        const BatchNormBlock<T>& block,
+        const accumulation_t<T>* scale,
+        const accumulation_t<T>* slope,
+        const accumulation_t<T>* offset);
+
+    // The same of all channels, which lie side by side.
+    template <class T>
+    void batch_norm_tangent_by_position(
+        const BatchNormBlock<T>& block,
+        const accumulation_t<T>* scale,    // [channels]
+        const accumulation_t<T>* slope,    // [channels]
+        const accumulation_t<T>* offset);  // [channels]
 
     // sum_c a_c b_c.
     template <class T, class V>

@@ -1,0 +1,66 @@
+"""Scores as a derivative along the direction: one forward carries losses and tangents."""
+
+from __future__ import annotations
+
+from torch.autograd import forward_ad
+
+from ..plan import Explanation
+from ..preserve import Snapshot
+from ..tangents import Tangents
+from ..tangents.base import unpack
+from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
+from .direction import clean_direction
+from .graph import GraphScored, check_finite, check_scores
+
+
+class Forward(Engine):
+    """u = J v with J the Jacobian of the training losses with respect to the parameters.
+
+    Exact also where examples reach each other's losses (BatchNorm in train mode). The primal of the
+    one training forward keeps its graph, which serves the weighted backward.
+    """
+
+    name = "forward"
+
+    def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
+        """Clean forward and backward, then the training forward; see :class:`Engine`."""
+        scored, _ = _score(task, snapshot, direction)
+        return scored
+
+    def explain(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
+    ) -> Explanation:
+        """See :class:`Engine`."""
+        _, mode = _score(task, snapshot, direction)
+        reason = "the forward has a derivative along the direction; examples may share statistics"
+        passes = "a clean forward and backward, a training forward with tangents"
+        if mode.attention:
+            passes += " (attention on the math kernel)"
+        return Explanation.of_graph(self.name, task, reason, passes, forwards=5)
+
+
+def _score(
+    task: Task, snapshot: Snapshot, direction: Direction | None
+) -> tuple[GraphScored, Tangents]:
+    if direction is None:
+        direction = clean_direction(task, snapshot)
+    try:
+        with forward_ad.dual_level():
+            mode = Tangents(task, direction)
+            with mode:
+                losses = task.forward_train()
+            require_grad(losses)
+            scores = mode.scores(losses)
+            losses, _ = unpack(losses)
+    except NotImplementedError as error:
+        if not _no_forward_derivative(error):
+            raise
+        raise NotExactError(str(error).partition("\n")[0]) from error
+    check_finite(losses.detach(), "losses")
+    check_scores(task, scores)
+    return GraphScored(task, losses, scores, direction.clean_loss), mode
+
+
+def _no_forward_derivative(error: NotImplementedError) -> bool:
+    text = str(error)
+    return any(name in text for name in ("forward AD", "forward mode", "forward-mode"))

@@ -1,0 +1,9 @@
+"""Forward-mode differentiation of an unmodified model along one direction.
+
+Importing this package fills the registry of rules, one file per family.
+"""
+
+from . import composite, multilinear, normalization
+from .mode import Tangents
+
+__all__ = ["Tangents", "composite", "multilinear", "normalization"]

@@ -1,0 +1,58 @@
+"""Dual tensors, and the registry of operations whose tangent has a rule of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import make_dual
+
+if TYPE_CHECKING:
+    from .mode import Tangents
+
+Function: TypeAlias = Callable[..., Any]
+Handler: TypeAlias = Callable[["Tangents", Function, tuple[Any, ...], dict[str, Any]], Any]
+"""(mode, function, arguments, keyword arguments) -> what the function returns, as dual tensors."""
+
+REGISTRY: dict[Function, Handler] = {}
+
+
+def handles(*functions: Function) -> Callable[[Handler], Handler]:
+    """Register a handler for torch functions."""
+
+    def register(handler: Handler) -> Handler:
+        for function in functions:
+            REGISTRY[function] = handler
+        return handler
+
+    return register
+
+
+def operands(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    """The first arguments of a call, by position or taken out of ``kwargs``; None where absent."""
+    given = list(args[: len(names)])
+    return given + [kwargs.pop(name, None) for name in names[len(given) :]]
+
+
+def unpack(x: Any) -> tuple[Any, Any]:
+    """The primal with its autograd graph, and the tangent; None for what is absent."""
+    if x is None:
+        return None, None
+    primal, tangent = torch._VF._unpack_dual(x, level=0)
+    return (x, None) if tangent is None else (primal, tangent)
+
+
+def tangent_of(x: Tensor) -> Tensor | None:
+    """The tangent of a dual tensor, None for any other."""
+    tangent: Tensor | None = torch._VF._unpack_dual(x, level=0)[1]
+    return tangent
+
+
+def dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
+    """The dual tensor, or the primal itself where there is no tangent."""
+    if tangent is None:
+        return primal
+    joined: Tensor = make_dual(primal, tangent)
+    return joined

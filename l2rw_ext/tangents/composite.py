@@ -1,0 +1,53 @@
+"""Functions that run as what they are made of, or with a backend that has a forward derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..interception import inside
+from .base import Function, handles
+
+if TYPE_CHECKING:
+    from .mode import Tangents
+
+_BY_PARTS = {func: inside(func) for func in (F.batch_norm, F.multi_head_attention_forward)}
+
+
+@handles(*_BY_PARTS)
+def _by_parts(mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with mode:
+        return _BY_PARTS[func](*args, **kwargs)
+
+
+@handles(F.scaled_dot_product_attention)
+def _attention(
+    mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    mode.attention = True
+    with sdpa_kernel(SDPBackend.MATH):
+        return func(*args, **kwargs)
+
+
+@handles(torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu)
+def _recurrence(
+    mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with _without_onednn():
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Its fused recurrent layer has no forward derivative; torch's own composition has."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)

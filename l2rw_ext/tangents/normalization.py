@@ -1,0 +1,52 @@
+"""Batch norm with the statistics of the batch, which the direction moves as well.
+
+The Jacobian of the normalisation is symmetric, so that the tangent is the backward applied to the
+tangent of the input; one operator forms it together with x̂ V + V_b. Statistics and primal are
+torch's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .base import Function, dual, handles, unpack
+
+if TYPE_CHECKING:
+    from .mode import Tangents
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@handles(torch.batch_norm)
+def _batch_norm(
+    mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    def normalize(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        cudnn_enabled: bool,
+    ) -> Any:
+        here = input.device.type == "cpu" and input.dtype in _DTYPES
+        if not training or not here or input.numel() == 0:
+            return func(*args, **kwargs)
+        x, dx = unpack(input)
+        gamma, V = unpack(weight)
+        beta, V_b = unpack(bias)
+        y, mean, rstd = torch.native_batch_norm(
+            x, gamma, beta, running_mean, running_var, True, momentum, eps
+        )
+        with torch.no_grad():
+            dy = ops.batch_norm_tangent(x, dx, mean, rstd, gamma, V, V_b)
+        return dual(y, dy)
+
+    return normalize(*args, **kwargs)
