@@ -193,8 +193,8 @@ class Interception(TorchFunctionMode):
     ) -> Use | None:
         """A new use of the given operands on data x; None where autograd should just run.
 
-        That is so under ``no_grad`` (a target network, or a reentrant checkpoint, which the graph
-        check after the forward tells apart).
+        That is so under ``no_grad`` (a target network, or the forward of a custom Function, which
+        the graph check after the forward tells apart).
         """
         roots: Roots = (
             weight if weight is not None and self.is_root(weight) else None,
@@ -311,8 +311,7 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
     if hides:
         raise NotExactError(
             f"parameter {interception.without_grad!r} is used without grad and the custom autograd "
-            f"function {hides} may hide that use (a reentrant checkpoint does; use_reentrant=False "
-            "is covered)"
+            f"function {hides} may hide that use"
         )
     return after_each
 

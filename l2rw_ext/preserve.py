@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .autocast import without_autocast
+from .checkpointing import without_reentrance
+from .compiled import eagerly
 from .members import Members
 
 
@@ -109,11 +111,17 @@ def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[No
 def preserved(members: Members, *, always: bool) -> Iterator[Snapshot]:
     """Leave buffers and generators as they were if the body raises, or ``always``.
 
-    Hooks on the parameters do not run in the body, and autocast is off but for the forwards.
+    In the body hooks on the parameters do not run, compiled models and reentrant checkpoints take
+    the ways that engines see through, and autocast is off but for the forwards.
     """
     snapshot = Snapshot(members)
     try:
-        with without_hooks(members.parameters), without_autocast():
+        with (
+            without_hooks(members.parameters),
+            without_autocast(),
+            without_reentrance,
+            eagerly,
+        ):
             yield snapshot
     except BaseException:
         snapshot.restore()

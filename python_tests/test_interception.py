@@ -13,7 +13,6 @@ from models import CLASSES, cross_entropy, mlp, model_of, vectors
 from oracle import assert_exact, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.interception import Interception, check_graph
@@ -213,24 +212,6 @@ def test_loss_function_with_parameters_of_its_own() -> None:
     with pytest.warns(UserWarning, match="no parameter of the model"):
         assert_exact(model, loss, vectors(6), vectors(4), engine="double_backward")
     assert head.weight.grad is None
-
-
-def test_reentrant_checkpoint_is_an_error_not_a_wrong_number() -> None:
-    inner = nn.Sequential(nn.Linear(5, 5), nn.Tanh())
-    model = model_of(
-        lambda s, x: s.head(checkpoint(s.inner, s.first(x), use_reentrant=True)),
-        first=nn.Linear(5, 5),
-        inner=inner,
-        head=nn.Linear(5, CLASSES),
-    )
-    with pytest.raises(NotExactError, match="reentrant checkpoint"), unchanged(model):
-        Reweighter(model, cross_entropy, engine="layerwise").backward(vectors(6), vectors(4))
-    with (
-        pytest.warns(UserWarning, match="reentrant checkpoint"),
-        pytest.raises(RuntimeError, match="use_reentrant"),
-        unchanged(model),
-    ):
-        Reweighter(model, cross_entropy).backward(vectors(6), vectors(4))
 
 
 def test_teacher_under_no_grad_is_data() -> None:

@@ -1,0 +1,61 @@
+"""Reentrant checkpoints run as non-reentrant ones during a step.
+
+``torch.utils.checkpoint`` with ``use_reentrant=True`` hides what it runs from autograd and forbids
+``autograd.grad``. The other kind computes the same numbers, and every engine sees through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
+
+from .shared import Shared
+
+
+class _NonReentrant:
+    """Stands in for ``CheckpointFunction``, by which ``checkpoint`` runs the reentrant kind."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        """The outputs of the function.
+
+        Raises:
+            ValueError: the reentrant kind would have trained nothing, without a word but a warning.
+        """
+        if not torch.is_grad_enabled():
+            return function(*args)
+        out = checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+        if not any(_requires_grad(a) for a in args) and any(
+            _requires_grad(x) for x in pytree.tree_leaves(out)
+        ):
+            raise ValueError(
+                "a checkpoint with use_reentrant=True none of whose inputs requires grad does not "
+                "train the parameters inside it; use use_reentrant=False"
+            )
+        return out
+
+
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+class _Replaced(Shared):
+    """Of the whole process: another thread that checkpoints meanwhile gets the other kind too."""
+
+    def change(self) -> None:
+        self._original = checkpoint.CheckpointFunction
+        checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc,assignment]
+
+    def put_back(self) -> None:
+        checkpoint.CheckpointFunction = self._original  # type: ignore[misc]
+
+
+without_reentrance = _Replaced()
+"""A context: checkpoints entered in it are non-reentrant."""
