@@ -16,6 +16,7 @@ from .deliver import deliver
 from .engines.base import Direction, Engine, NotExactError, Scored, Task
 from .engines.direction import clean_direction
 from .engines.double_backward import DoubleBackward
+from .engines.forward import Forward
 from .engines.layerwise import Layerwise
 from .engines.remembered import Remembered
 from .examples import ExampleRecord, check_index
@@ -26,7 +27,7 @@ from .preserve import Snapshot, preserved
 from .result import Step
 from .weighing import Degenerate, Weighed, weigh
 
-EngineName = Literal["auto", "layerwise", "double_backward"]
+EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
 
 
@@ -45,8 +46,8 @@ class Reweighter:
         model: any ``nn.Module``.
         loss_fn: (outputs, targets) -> unreduced losses, shape (n,).
         engine: ``"auto"`` takes the first engine that is exact for the model: ``"layerwise"``
-            (about the price of a plain step), else ``"double_backward"`` with one warning. A forced
-            engine that would be wrong is an error.
+            (about the price of a plain step), else ``"forward"`` (two more forwards), else
+            ``"double_backward"`` with one warning. A forced engine that would be wrong is an error.
         clean_loss_fn: losses of the clean batch; default ``loss_fn``.
         on_degenerate: what to do when no score is positive, which is common at high imbalance:
             ``"zero"`` accumulates zeros, ``"uniform"`` falls back to equal weights, ``"skip"``
@@ -137,7 +138,7 @@ class Reweighter:
             l2=l2,
             preconditioner=preconditioner,
         )
-        self._engines: list[Engine] = [Layerwise(), DoubleBackward()]
+        self._engines: list[Engine] = [Layerwise(), Forward(), DoubleBackward()]
         self._accumulation: Accumulation | None = None
         self._warned: set[str] = set()
 
