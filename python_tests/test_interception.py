@@ -39,51 +39,35 @@ class _Double(torch.autograd.Function):
 
 # name -> (model, the parameter and the operation that the message names, batches)
 UNRULED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Any]]] = {
-    "einsum": (
-        lambda: model_of(lambda s, x: torch.einsum("nd,cd->nc", x, s.w), w=torch.randn(CLASSES, 5)),
+    "distance to prototypes": (
+        lambda: model_of(
+            lambda s, x: F.cosine_similarity(x.unsqueeze(1), s.w, dim=-1), w=torch.randn(CLASSES, 5)
+        ),
+        "'w' goes into cosine_similarity",
+        vectors,
+    ),
+    "einsum over a diagonal": (
+        lambda: model_of(lambda s, x: torch.einsum("nd,cdd->nc", x, s.w), w=torch.randn(3, 5, 5)),
         "'w' goes into einsum",
         vectors,
     ),
-    "weight on the left": (
-        lambda: model_of(lambda s, x: (s.w @ x.t()).t(), w=torch.randn(CLASSES, 5)),
-        "'w' goes into (__matmul__|matmul)",
-        vectors,
-    ),
-    "lstm": (
+    "lstm with projected states": (
         lambda: model_of(
             lambda s, x: s.head(s.recurrent(x)[0][:, -1]),
-            recurrent=nn.LSTM(5, 4, batch_first=True),
-            head=nn.Linear(4, CLASSES),
+            recurrent=nn.LSTM(5, 4, batch_first=True, proj_size=2),
+            head=nn.Linear(2, CLASSES),
         ),
         "goes into lstm",
         _sequences,
     ),
-    "gru": (
+    "packed sequence": (
         lambda: model_of(
-            lambda s, x: s.head(s.recurrent(x)[0][:, -1]),
-            recurrent=nn.GRU(5, 4, batch_first=True),
+            lambda s, x: s.head(s.recurrent(_packed(x))[1][0]),
+            recurrent=nn.GRU(5, 4),
             head=nn.Linear(4, CLASSES),
         ),
-        "goes into gru",
+        "goes into gru of a packed sequence",
         _sequences,
-    ),
-    "bilinear": (
-        lambda: model_of(lambda s, x: s.pair(x, x), pair=nn.Bilinear(5, 5, CLASSES)),
-        "goes into bilinear",
-        vectors,
-    ),
-    "prelu": (
-        lambda: nn.Sequential(nn.Linear(5, 6), nn.PReLU(6), nn.Linear(6, CLASSES)).double(),
-        "'1.weight' goes into prelu",
-        vectors,
-    ),
-    "conv transpose": (
-        lambda: model_of(
-            lambda s, x: s.up(x.unsqueeze(1)).flatten(1)[:, :CLASSES],
-            up=nn.ConvTranspose1d(1, 2, 3),
-        ),
-        "goes into conv_transpose1d",
-        vectors,
     ),
     "complex filter": (
         lambda: model_of(
@@ -150,6 +134,11 @@ UNRULED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Any]]] = 
         vectors,
     ),
 }
+
+
+def _packed(x: Tensor) -> Any:
+    lengths = x[:, 0, 0].sigmoid().mul(3).long().add(1).clamp(max=3)
+    return nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
 
 
 def _writes_a_layer_into_a_weight(model: Any, x: Tensor) -> Tensor:

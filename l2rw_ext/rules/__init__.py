@@ -1,12 +1,14 @@
 """One rule per torch operation; importing this package fills the registry."""
 
 from . import (
+    activation,
     attention,
     autocast,
     batched,
     broadcast,
     convolution,
     embedding,
+    embedding_bag,
     linear,
     normalization,
     products,
@@ -18,12 +20,14 @@ from .base import REGISTRY
 
 __all__ = [
     "REGISTRY",
+    "activation",
     "attention",
     "autocast",
     "batched",
     "broadcast",
     "convolution",
     "embedding",
+    "embedding_bag",
     "linear",
     "normalization",
     "products",

@@ -1,0 +1,34 @@
+"""Activations with trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import handles
+from .broadcast import mixes
+
+if TYPE_CHECKING:
+    from ..interception import Interception
+
+
+def _arguments(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return input, weight
+
+
+@handles(F.prelu, Tensor.prelu)
+def _prelu(
+    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """X where positive, else x times the slope of its channel."""
+    x, slope = _arguments(*args, **kwargs)
+    if not mixes(mode, [x, slope]) or x.dim() == 0 or not torch.is_grad_enabled():
+        return mode.other(func, args, kwargs)
+    with mode:
+        if slope.numel() > 1:
+            slope = slope.reshape(-1, *[1] * (x.dim() - 2))
+        return torch.where(x > 0, x, slope * x)
