@@ -67,8 +67,9 @@ class Reweighter:
             from small clean batches, at the price of older parameters.
         layers: names of parameters or modules (or patterns such as ``"*.bias"``); scores are then
             the inner products over these parameters alone. The weighted gradient has all.
-        l2: a penalty l2/2 |θ|² on all matrices and kernels is added to the clean loss, as the
-            authors' published code does with their weight decay. The training losses have none.
+        l2: the gradient of a penalty, l2 times θ, of all matrices and kernels is added to the clean
+            gradient, as in the authors' published code, whose clean loss has their weight decay.
+            The training losses have none.
         preconditioner: the optimizer that follows, a ``torch.optim.SGD``, ``Adam`` or ``AdamW``;
             Algorithm 1 then looks ahead along its step instead of one of plain gradient descent.
             Under Adam the inner product is <∇f_i, P v>, P = 1 / (sqrt(v̂) + eps); under SGD with
