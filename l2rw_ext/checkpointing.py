@@ -50,10 +50,12 @@ class _Replaced(Shared):
     """Of the whole process: another thread that checkpoints meanwhile gets the other kind too."""
 
     def change(self) -> None:
+        """See :class:`~l2rw_ext.shared.Shared`."""
         self._original = checkpoint.CheckpointFunction
         checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc,assignment]
 
     def put_back(self) -> None:
+        """See :class:`~l2rw_ext.shared.Shared`."""
         checkpoint.CheckpointFunction = self._original  # type: ignore[misc]
 
 

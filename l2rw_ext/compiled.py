@@ -19,13 +19,21 @@ class _Eager(Shared):
     _stance: Any = None
 
     def change(self) -> None:
+        """See :class:`~l2rw_ext.shared.Shared`."""
         # Without it nothing is compiled, and importing it takes seconds.
         if "torch._dynamo" in sys.modules:
             from torch.compiler import set_stance
 
-            self._stance = set_stance("force_eager")
+            try:
+                self._stance = set_stance("force_eager")
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "a step cannot run inside torch.compile: compile the model, and call the step "
+                    "from code that is not compiled"
+                ) from error
 
     def put_back(self) -> None:
+        """See :class:`~l2rw_ext.shared.Shared`."""
         if self._stance is not None:
             self._stance.__exit__(None, None, None)
             self._stance = None

@@ -334,7 +334,12 @@ def _uncovered(interception: Interception, variable: Tensor) -> str:
         )
     operation = interception.unruled.get(id(variable))
     if operation is None:
-        operation = next(iter(interception.unruled.values()), "an operation")
+        operation = next(iter(interception.unruled.values()), None)
+    if operation is None:
+        return (
+            f"parameter {name!r} is used where no torch function is seen, as in a scripted module "
+            "or a custom autograd function"
+        )
     return f"parameter {name!r} goes into {operation}, which has no layer-wise rule"
 
 

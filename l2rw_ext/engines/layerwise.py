@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import describe, merge, split
 from ..interception import Interception, check_graph, inside, sources
@@ -199,6 +199,7 @@ class Layerwise(Engine):
         merged: bool,
     ) -> Plan:
         """A plan from two more backwards over the same graph."""
+        _check_wrappers(task.model)
         reached = scoring.reached
         probe = scoring.probe = Probe()
         _run_backward(interception, seeded, retain=True)
@@ -236,6 +237,20 @@ def _key(task: Task, given: bool) -> Key:
         id(task.clean_loss_fn),
         task.autocast.key,
     )
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Raise for a wrapper that searches the graph of the outputs for parameters.
+
+    It finds none, since uses hide them, and takes all for unused.
+    """
+    for module in model.modules():
+        finds = getattr(module, "find_unused_parameters", False)
+        if finds and type(module).__name__ == "DistributedDataParallel":
+            raise NotExactError(
+                "DistributedDataParallel cannot find unused parameters in a layer-wise step; leave "
+                "find_unused_parameters off"
+            )
 
 
 def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
