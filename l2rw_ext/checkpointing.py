@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -44,6 +45,21 @@ class _NonReentrant:
 
 def _requires_grad(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
+
+
+def recomputed() -> bool:
+    """Whether what autograd saves now is dropped by a checkpoint, to be computed again."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top is not None and top[0].__module__ == checkpoint.__name__
+
+
+def kept() -> AbstractContextManager[None]:
+    """Autograd saves as it does outside of a checkpoint."""
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class _Replaced(Shared):

@@ -154,17 +154,18 @@ def test_errs_at_most_twice_as_much_as_double_backward(
     model = make()
     batch, clean = batches(16), batches(clean_size)
     expected = truth(model, cross_entropy, batch, clean)
-    step, gradient = _step(model, "layerwise", batch, clean, dtype)
     plain, plain_gradient = _step(model, "double_backward", batch, clean, dtype)
-    assert step.scores.dtype == step.weights.dtype == torch.float32
     exact_gradient = flat(expected.gradients.values())
     ulp = torch.finfo(dtype).eps / 2
-    for found, other, exact in (
-        (step.scores, plain.scores, expected.scores),
-        (step.weights, plain.weights, expected.weights),
-        (gradient, plain_gradient, exact_gradient),
-    ):
-        assert relative_error(found, exact) <= 2 * relative_error(other, exact) + ulp
+    for engine in ("layerwise", "forward"):
+        step, gradient = _step(model, engine, batch, clean, dtype)
+        assert step.scores.dtype == step.weights.dtype == torch.float32
+        for found, other, exact in (
+            (step.scores, plain.scores, expected.scores),
+            (step.weights, plain.weights, expected.weights),
+            (gradient, plain_gradient, exact_gradient),
+        ):
+            assert relative_error(found, exact) <= 2 * relative_error(other, exact) + ulp
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ..plan import Explanation
 from ..preserve import Snapshot
@@ -45,22 +47,19 @@ def _score(
     if direction is None:
         direction = clean_direction(task, snapshot)
     try:
-        with forward_ad.dual_level():
+        # Nothing is recomputed (see Tangents); were something, torch would count and find out.
+        with forward_ad.dual_level(), set_checkpoint_early_stop(False):
             mode = Tangents(task, direction)
             with mode:
                 losses = task.forward_train()
             require_grad(losses)
             scores = mode.scores(losses)
             losses, _ = unpack(losses)
-    except NotImplementedError as error:
-        if not _no_forward_derivative(error):
-            raise
-        raise NotExactError(str(error).partition("\n")[0]) from error
+    except (NotExactError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise NotExactError(f"the forward cannot carry tangents: {line}") from error
     check_finite(losses.detach(), "losses")
     check_scores(task, scores)
     return GraphScored(task, losses, scores, direction.clean_loss), mode
-
-
-def _no_forward_derivative(error: NotImplementedError) -> bool:
-    text = str(error)
-    return any(name in text for name in ("forward AD", "forward mode", "forward-mode"))

@@ -22,12 +22,16 @@ from torch.autograd.forward_ad import make_dual
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..checkpointing import kept, recomputed
 from ..engines.base import Direction, NotExactError, Task
 from ..rules.base import writes
-from .base import REGISTRY, tangent_of, unpack
+from .base import REGISTRY, Handler, tangent_of, unpack
 
 _VIEWS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
 """The attributes that are views; no other attribute carries a tangent."""
+
+_HOOKS = {torch.Tensor.register_hook, torch.Tensor.grad_fn.__get__}  # type: ignore[union-attr]
+"""How a forward reaches the gradient that will pass (a module's backward hooks by the second)."""
 
 
 class Tangents(TorchFunctionMode):
@@ -66,8 +70,12 @@ class Tangents(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", str(func))
+        if func in _HOOKS and args[0].requires_grad:
+            raise NotExactError("a hook on a gradient may change it, and no forward derivative")
         if name in ("__get__", "__set__") and func not in _VIEWS:
             return func(*args, **(kwargs or {}))
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotExactError(f"{name} is called inside a torch.func transform")
         tensors: list[Tensor] = []
         if not torch.is_grad_enabled():
             return self._constant(func, args, kwargs or {})
@@ -84,12 +92,26 @@ class Tangents(TorchFunctionMode):
                     "compiled or scripted region)"
                 )
         handler = None if still else REGISTRY.get(func)
-        out = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
+        if recomputed():
+            # A recomputation in the weighted backward would have no tangents.
+            with kept():
+                out = self._run(handler, func, args, kwargs)
+        else:
+            out = self._run(handler, func, args, kwargs)
         if not tensors:
             return out
         if writes(func, kwargs):
             self._settle(name, kwargs.get("out", args[0]), still, tensors)
         return self._settle(name, out, still, tensors)
+
+    def _run(
+        self,
+        handler: Handler | None,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        return func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
 
     def _moving(self, x: Tensor) -> Tensor:
         return self._duals.get(id(x), x)
@@ -186,8 +208,9 @@ def _leaves(out: Tensor) -> Iterator[tuple[Tensor, Any]]:
         if node is None:
             continue
         for following, _ in node.next_functions:
-            if isinstance(following, torch._C._functions.AccumulateGrad):
-                yield following.variable, node
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                yield variable, node
             elif following not in seen:
                 seen.add(following)
                 stack.append(following)
