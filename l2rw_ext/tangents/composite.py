@@ -11,18 +11,30 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..interception import inside
-from .base import Function, handles
+from .base import Function, handles, operands
 
 if TYPE_CHECKING:
     from .mode import Tangents
 
-_BY_PARTS = {func: inside(func) for func in (F.batch_norm, F.multi_head_attention_forward)}
+_BY_PARTS = {
+    func: inside(func)
+    for func in (F.batch_norm, F.embedding, F.embedding_bag, F.multi_head_attention_forward)
+}
 
 
 @handles(*_BY_PARTS)
 def _by_parts(mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with mode:
         return _BY_PARTS[func](*args, **kwargs)
+
+
+@handles(torch._weight_norm)
+def _weight_norm(
+    mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Its fused kernel has no forward derivative."""
+    v, g, dim = operands(args, kwargs, "v", "g", "dim")
+    return v * (g / torch.norm_except_dim(v, 2, dim or 0))
 
 
 @handles(F.scaled_dot_product_attention)

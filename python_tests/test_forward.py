@@ -1,0 +1,580 @@
+"""The forward engine against the oracle, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from models import (
+    CLASSES,
+    Drawn,
+    Residual,
+    cross_entropy,
+    mlp,
+    model_of,
+    networks_on_images,
+    networks_on_tokens,
+    networks_on_vectors,
+    token_loss,
+    vectors,
+)
+from oracle import EXACT, assert_exact, flat, gradients_of, relative_error, truth, unchanged
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from benchmarks.models import GPT, ResNet32
+from l2rw_ext import NotExactError, Reweighter, reference
+
+# A batch norm divides by what is left of a difference, and the next one does so again.
+COUPLED = 1e-11
+
+Batch = tuple[Any, Tensor]
+
+
+def images(n: int, side: int = 6, channels: int = 3, dims: int = 2) -> Batch:
+    x = torch.randn(n, channels, *[side] * dims, dtype=torch.float64)
+    return x, torch.randint(CLASSES, (n,))
+
+
+def lines(n: int) -> Batch:
+    return images(n, side=9, dims=1)
+
+
+def volumes(n: int) -> Batch:
+    return images(n, side=4, dims=3)
+
+
+def sequences(n: int, length: int = 4) -> Batch:
+    return torch.randn(n, length, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))
+
+
+def tokens(n: int, length: int = 4) -> Batch:
+    return torch.randint(7, (n, length)), torch.randint(CLASSES, (n,))
+
+
+def on_images(*layers: nn.Module, width: int, dims: int = 2) -> nn.Module:
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
+    return nn.Sequential(*layers, pool(1), nn.Flatten(), nn.Linear(width, CLASSES)).double()
+
+
+def on_vectors(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), *layers, nn.Linear(6, CLASSES)).double()
+
+
+def with_weights(model: nn.Module, value: float | None = None) -> nn.Module:
+    """Batch norms whose parameters are random, or all of one value."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for p in module.parameters():
+                if value is None:
+                    nn.init.normal_(p)
+                else:
+                    nn.init.constant_(p, value)
+    return model
+
+
+def frozen(model: nn.Module, *names: str) -> nn.Module:
+    for name, p in model.named_parameters():
+        if name.startswith(names):
+            p.requires_grad_(False)
+    return model
+
+
+def _in_place(model: Any, x: Tensor) -> Tensor:
+    h = model.a(x)
+    h += model.b(x)
+    h[:, 0] = model.c(x)[:, 0]
+    h[:, 1:3] *= 2
+    h.view(-1, 2, 3)[:, 1].mul_(torch.tanh(x[:, :3]))
+    filled = torch.zeros(len(x), 4, dtype=x.dtype)
+    filled[:, 0] = h[:, 5]
+    filled[:, 1].add_(h[:, 4] * h[:, 3])
+    filled[:, 2:] = h[:, :2]
+    filled.T[0].exp_()
+    return model.head(filled)
+
+
+def _in_pieces(model: Any, x: Tensor) -> Tensor:
+    first, second = model.a(x).chunk(2, 1)
+    one, two, three = first.unbind(1)
+    rest = second.split([1, 2], 1)[1]
+    values, _ = torch.stack([one, two, three * one], 1).max(1, keepdim=True)
+    return model.head(torch.cat([values, rest, one[:, None]], 1))
+
+
+def _constants(model: Any, x: Tensor) -> Tensor:
+    """Values without grad are constant, whichever way they were made."""
+    h = torch.tanh(model.a(x))
+    with torch.no_grad():
+        scale = model.b(h).abs().amax(1, keepdim=True)
+        model.seen.mul_(0.9).add_(h.mean(0), alpha=0.1)
+    h = h / scale + h.detach() * 0.5 + h.data + model.seen
+    with torch.no_grad():
+        h.clamp_(-2, 2)
+    return model.head(h + torch.sign(h) + (h > 0) * h)
+
+
+def _straight_through(model: Any, x: Tensor) -> Tensor:
+    h = model.a(x)
+    return model.head(h + (h.round() - h).detach())
+
+
+def _per_example_sums(model: Any, x: Tensor) -> Tensor:
+    h = torch.einsum("ni,oi->no", x, model.w)
+    h = torch.baddbmm(h[:, :, None], h[:, :, None], h[:, None, :1])
+    return torch.einsum("nod,od->no", h, model.v).cumsum(1)
+
+
+def _buffer(**parts: Any) -> nn.Module:
+    model = model_of(_constants, **parts)
+    model.register_buffer("seen", torch.zeros(6, dtype=torch.float64))
+    return model
+
+
+def _batch_norm(**options: Any) -> nn.Module:
+    return with_weights(
+        on_images(
+            nn.Conv2d(3, 4, 3, bias=False),
+            nn.BatchNorm2d(4, **options),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.BatchNorm2d(4, **options),
+            width=4,
+        )
+    )
+
+
+def _gpt() -> nn.Module:
+    return GPT(vocabulary=7, tokens=4, width=8, layers=2, heads=2).double()
+
+
+def _language(n: int) -> Batch:
+    return torch.randint(7, (n, 4)), torch.randint(7, (n, 4))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
+    "linear": (mlp, vectors),
+    "linear without bias": (lambda: on_vectors(nn.Tanh(), nn.Linear(6, 6, bias=False)), vectors),
+    "conv1d": (
+        lambda: on_images(nn.Conv1d(3, 4, 3, 2, 1), nn.BatchNorm1d(4), width=4, dims=1),
+        lines,
+    ),
+    "conv2d, grouped and padded": (
+        lambda: on_images(
+            nn.Conv2d(3, 4, 3, padding="same", padding_mode="circular"),
+            nn.GELU(),
+            nn.Conv2d(4, 4, (3, 2), groups=2, dilation=2, padding=1, bias=False),
+            width=4,
+        ),
+        images,
+    ),
+    "conv3d": (
+        lambda: on_images(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4), nn.ReLU(), width=4, dims=3),
+        volumes,
+    ),
+    "transposed convolution": (
+        lambda: on_images(
+            nn.ConvTranspose2d(3, 4, 3, 2), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2), width=2
+        ),
+        images,
+    ),
+    "batch norm": (_batch_norm, images),
+    "batch norm of vectors": (
+        lambda: with_weights(on_vectors(nn.BatchNorm1d(6), nn.Tanh(), nn.BatchNorm1d(6))),
+        vectors,
+    ),
+    "batch norm of the input": (
+        lambda: with_weights(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)).double()),
+        vectors,
+    ),
+    "batch norm without momentum": (lambda: _batch_norm(momentum=None), images),
+    "batch norm without statistics": (lambda: _batch_norm(track_running_stats=False), images),
+    "batch norm without parameters": (lambda: _batch_norm(affine=False), images),
+    "batch norm, frozen": (lambda: frozen(_batch_norm(), "1.", "4.weight"), images),
+    "batch norm of zeros": (lambda: with_weights(_batch_norm(), 0.0), images),
+    "batch norm in eval mode": (
+        lambda: nn.Sequential(_batch_norm(), nn.BatchNorm1d(3).eval()).double(),
+        images,
+    ),
+    "synchronised batch norm": (
+        lambda: nn.SyncBatchNorm.convert_sync_batchnorm(_batch_norm()),
+        images,
+    ),
+    "instance, group and layer norm": (
+        lambda: on_images(
+            nn.Conv2d(3, 4, 3),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.GroupNorm(2, 4),
+            nn.LayerNorm([4, 4, 4]),
+            nn.LocalResponseNorm(2),
+            width=4,
+        ),
+        images,
+    ),
+    "activations in place": (
+        lambda: on_images(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            Residual(nn.Conv2d(4, 4, 1)),
+            nn.SiLU(inplace=True),
+            nn.Hardswish(inplace=True),
+            nn.Dropout(0.0, inplace=True),
+            width=4,
+        ),
+        images,
+    ),
+    "writes in place": (
+        lambda: model_of(
+            _in_place,
+            a=nn.Linear(5, 6),
+            b=nn.Linear(5, 6),
+            c=nn.Linear(5, 1),
+            head=nn.Linear(4, 3),
+        ),
+        vectors,
+    ),
+    "pieces": (lambda: model_of(_in_pieces, a=nn.Linear(5, 6), head=nn.Linear(4, 3)), vectors),
+    "constants": (
+        lambda: _buffer(a=nn.Linear(5, 6), b=nn.Linear(6, 6), head=nn.Linear(6, 3)),
+        vectors,
+    ),
+    "straight through": (
+        lambda: model_of(_straight_through, a=nn.Linear(5, 6), head=nn.Linear(6, 3)),
+        vectors,
+    ),
+    "einsum and batched products": (
+        lambda: model_of(_per_example_sums, w=torch.randn(3, 5), v=torch.randn(3, 1)),
+        vectors,
+    ),
+    "pooling": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.MaxPool2d(2),
+            nn.PReLU(4),
+            nn.Upsample(scale_factor=2),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        ).double(),
+        images,
+    ),
+    "weight norm": (
+        lambda: on_vectors(parametrizations.weight_norm(nn.Linear(6, 6)), nn.Tanh()),
+        vectors,
+    ),
+    "spectral norm": (
+        lambda: on_images(
+            parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), width=4
+        ),
+        images,
+    ),
+    "orthogonal": (
+        lambda: on_vectors(parametrizations.orthogonal(nn.Linear(6, 6)), nn.Tanh()),
+        vectors,
+    ),
+    "lstm": (
+        lambda: model_of(
+            lambda s, x: s.head(s.recurrent(x)[0][:, -1]),
+            recurrent=nn.LSTM(5, 4, 2, batch_first=True, bidirectional=True),
+            head=nn.Linear(8, 3),
+        ),
+        sequences,
+    ),
+    "gru": (
+        lambda: model_of(
+            lambda s, x: s.head(s.recurrent(x)[1][0]),
+            recurrent=nn.GRU(5, 4, batch_first=True),
+            head=nn.Linear(4, 3),
+        ),
+        sequences,
+    ),
+    "rnn": (
+        lambda: model_of(
+            lambda s, x: s.head(s.recurrent(x)[0][:, -1]),
+            recurrent=nn.RNN(5, 4, batch_first=True),
+            head=nn.Linear(4, 3),
+        ),
+        sequences,
+    ),
+    "recurrent cell": (
+        lambda: model_of(
+            lambda s, x: s.head(s.cell(x[:, 1], s.cell(x[:, 0]))[0]),
+            cell=nn.LSTMCell(5, 4),
+            head=nn.Linear(4, 3),
+        ),
+        sequences,
+    ),
+    "attention": (
+        lambda: model_of(
+            lambda s, x: s.head(
+                s.a(x, x, x, need_weights=False)[0].mean(1) + s.b(x, x, x)[1][:, 0]
+            ),
+            a=nn.MultiheadAttention(5, 1, batch_first=True),
+            b=nn.MultiheadAttention(5, 1, batch_first=True),
+            head=nn.Linear(5, 3),
+        ),
+        lambda n: sequences(n, length=5),
+    ),
+    "transformer": (
+        lambda: model_of(
+            lambda s, x: s.head(s.layer(x).mean(1)),
+            layer=nn.TransformerEncoderLayer(5, 1, 8, dropout=0.0, batch_first=True),
+            head=nn.Linear(5, 3),
+        ),
+        sequences,
+    ),
+    "tied language model": (_gpt, _language),
+    "embedding": (
+        lambda: model_of(
+            lambda s, x: s.head(torch.tanh(s.table(x)).sum(1)),
+            table=nn.Embedding(7, 4, padding_idx=0),
+            head=nn.Linear(4, 3),
+        ),
+        tokens,
+    ),
+    "embedding bag": (
+        lambda: model_of(
+            lambda s, x: s.head(
+                torch.tanh(s.mean(x) + s.sum(x, per_sample_weights=s.scale(x)[..., 0]))
+            ),
+            mean=nn.EmbeddingBag(7, 4),
+            sum=nn.EmbeddingBag(7, 4, mode="sum"),
+            scale=nn.Embedding(7, 1),
+            head=nn.Linear(4, 3),
+        ),
+        tokens,
+    ),
+    "tied embedding with padding": (
+        lambda: model_of(
+            lambda s, x: F.linear(torch.tanh(s.table(x)).sum(1), s.table.weight)[:, :3],
+            table=nn.Embedding(7, 4, padding_idx=1),
+        ),
+        tokens,
+    ),
+    "bilinear": (
+        lambda: model_of(
+            lambda s, x: s.head(torch.tanh(s.inner(x, s.a(x)))),
+            inner=nn.Bilinear(5, 4, 6),
+            a=nn.Linear(5, 4),
+            head=nn.Linear(6, 3),
+        ),
+        vectors,
+    ),
+    "one module twice": (
+        lambda: model_of(
+            lambda s, x: s.head(torch.tanh(s.a(torch.tanh(s.a(x))))),
+            a=nn.Linear(5, 5),
+            head=nn.Linear(5, 3),
+        ),
+        vectors,
+    ),
+    "inputs by name": (
+        lambda: model_of(
+            lambda s, first, second: s.a(first) * s.b(second), a=nn.Linear(5, 3), b=nn.Linear(2, 3)
+        ),
+        lambda n: ({"first": vectors(n)[0], "second": vectors(n, 2)[0]}, torch.randint(3, (n,))),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(weight_norm|Lazy modules).*")
+@pytest.mark.parametrize("sizes", [(6, 4), (3, 5)], ids=["6+4", "3+5"])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_oracle(name: str, sizes: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    make, batch_of = CASES[name]
+    model = make()
+    batch, clean = batch_of(sizes[0]), batch_of(sizes[1])
+    if name == "pooling":
+        model(batch[0])
+    loss = token_loss if name == "tied language model" else cross_entropy
+    before = copy.deepcopy(model)
+    reweighter = Reweighter(model, loss, engine="forward")
+    assert_exact(model, loss, batch, clean, reweighter=reweighter, tolerance=COUPLED)
+    before(**batch[0]) if isinstance(batch[0], dict) else before(batch[0])
+    for (key, found), expected in zip(model.named_buffers(), before.buffers(), strict=True):
+        assert torch.equal(found, expected), key
+
+
+class _Doubled(torch.autograd.Function):
+    """Without a forward derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return 2 * grads[0]
+
+
+class _WithJvp(_Doubled):
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        return 2 * tangents[0]
+
+
+@torch.library.custom_op("forward_test::doubled", mutates_args=())
+def _operator(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+_operator.register_autograd(lambda ctx, grad: 2 * grad)
+
+
+def _between(function: Callable[[Tensor], Tensor]) -> nn.Module:
+    return model_of(
+        lambda s, x: s.head(torch.tanh(function(s.a(x)))), a=nn.Linear(5, 6), head=nn.Linear(6, 3)
+    )
+
+
+def _changed(change: Callable[[nn.Parameter], None]) -> nn.Module:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        h = model.a(x)
+        change(model.a.weight)
+        return model.head(torch.tanh(h))
+
+    return model_of(forward, a=nn.Linear(5, 6), head=nn.Linear(6, 3))
+
+
+def _scaled_in_place(p: nn.Parameter) -> None:
+    with torch.no_grad():
+        p.mul_(0.5)
+
+
+def _exchanged(p: nn.Parameter) -> None:
+    p.data = 0.5 * p.data
+
+
+def _hooked(x: Tensor) -> Tensor:
+    x.register_hook(lambda g: 2 * g)
+    return x
+
+
+def _with_backward_hook(full: bool) -> nn.Module:
+    model = mlp()
+    if full:
+        model[1].register_full_backward_hook(lambda *_: None)
+    else:
+        model[1].register_backward_hook(lambda *_: None)
+    return model
+
+
+def _scripted() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 5).double(),
+        torch.jit.script(nn.Linear(5, 6).double()),
+        nn.Tanh(),
+        nn.Linear(6, CLASSES).double(),
+    )
+
+
+def _labelled(n: int) -> Batch:
+    return torch.randn(n, 4, 5, dtype=torch.float64), torch.randint(1, 3, (n, 2))
+
+
+def _alignment(outputs: Tensor, targets: Tensor) -> Tensor:
+    lengths = torch.full((len(outputs),), outputs.shape[1])
+    return F.ctc_loss(
+        outputs.log_softmax(-1).transpose(0, 1), targets, lengths, lengths // 2, reduction="none"
+    )
+
+
+Refusal = tuple[Callable[[], nn.Module], str, Callable[[int], Batch], Any]
+REFUSED: dict[str, Refusal] = {
+    "custom function": (
+        lambda: _between(_Doubled.apply),
+        "custom autograd.Function",
+        vectors,
+        None,
+    ),
+    "custom operator": (lambda: _between(_operator), "custom autograd.Function", vectors, None),
+    "scripted module": (_scripted, "TorchScript interpreter", vectors, None),
+    "scripted first layer": (
+        lambda: _scripted()[1:],
+        "hides how it depends",
+        vectors,
+        None,
+    ),
+    "parameter changed in place": (
+        lambda: _changed(_scaled_in_place),
+        "'a.weight' was changed during the forward",
+        vectors,
+        None,
+    ),
+    "parameter exchanged": (
+        lambda: _changed(_exchanged),
+        "'a.weight' was changed during the forward",
+        vectors,
+        None,
+    ),
+    "complex parameter": (
+        lambda: model_of(
+            lambda s, x: s.head(torch.fft.irfft(torch.fft.rfft(x) * s.filter, n=5)),
+            filter=torch.randn(3, dtype=torch.complex128),
+            head=nn.Linear(5, 3),
+        ),
+        "'filter' is complex",
+        vectors,
+        None,
+    ),
+    "torch.func transform": (
+        lambda: model_of(lambda s, x: torch.vmap(s.a)(x), a=nn.Linear(5, 3)),
+        "inside a torch.func transform",
+        vectors,
+        None,
+    ),
+    "hook on a gradient": (lambda: _between(_hooked), "hook on a gradient", vectors, None),
+    "hook on a module": (lambda: _with_backward_hook(full=False), "hook", vectors, None),
+    "full hook on a module": (lambda: _with_backward_hook(full=True), "autograd", vectors, None),
+    "gradient scaled by frequency": (
+        lambda: model_of(
+            lambda s, x: s.head(s.table(x).sum(1)),
+            table=nn.Embedding(7, 4, scale_grad_by_freq=True),
+            head=nn.Linear(4, 3),
+        ),
+        "scale_grad_by_freq",
+        tokens,
+        None,
+    ),
+    "embedding that renormalises": (
+        lambda: model_of(
+            lambda s, x: s.head(s.table(x).sum(1)),
+            table=nn.Embedding(7, 4, max_norm=0.5),
+            head=nn.Linear(4, 3),
+        ),
+        "'table.weight' was changed",
+        tokens,
+        None,
+    ),
+    "loss without forward derivative": (
+        lambda: model_of(lambda s, x: s.a(x), a=nn.Linear(5, 3)),
+        "_ctc_loss",
+        _labelled,
+        _alignment,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_by_name(name: str) -> None:
+    make, message, batch_of, loss = REFUSED[name]
+    model = make()
+    batch, clean = batch_of(6), batch_of(4)
+    keeps = "changed" not in message
+    reweighter = Reweighter(model, loss or cross_entropy, engine="forward")
+    for method in (reweighter.backward, reweighter.weights, reweighter.explain):
+        with (
+            pytest.raises(NotExactError, match=message),
+            unchanged(model) if keeps else contextlib.nullcontext(),
+        ):
+            method(batch, clean)
