@@ -72,25 +72,15 @@ COUPLING: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("name", COUPLING)
-def test_coupled_examples_go_to_double_backward_with_one_warning(name: str) -> None:
+@pytest.mark.parametrize("engine", ["forward", "double_backward"])
+def test_coupled_examples(name: str, engine: Any) -> None:
     make, loss = COUPLING[name]
     model = make()
     batch, clean = vectors(6), vectors(4)
-    reweighter = Reweighter(model, loss)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            assert_exact(
-                model,
-                loss,
-                batch,
-                clean,
-                reweighter=reweighter,
-                engine="double_backward",
-                tolerance=COUPLED,
-            )
-    assert "Using the double_backward engine" in str(caught[0].message)
-    assert len(caught) == 1
+    for reweighter in (Reweighter(model, loss), Reweighter(model, loss, engine=engine)):
+        for _ in range(2):
+            step = assert_exact(model, loss, batch, clean, reweighter=reweighter, tolerance=COUPLED)
+            assert step.engine == ("forward" if reweighter.engine == "auto" else engine)
     with pytest.raises(NotExactError), unchanged(model):
         Reweighter(model, loss, engine="layerwise").backward(batch, clean)
 
@@ -120,7 +110,7 @@ def test_coupling_of_a_single_pair_is_seen(pair: tuple[int, int]) -> None:
         Reweighter(model, cross_entropy, engine="layerwise").backward(vectors(100), vectors(7))
 
 
-@pytest.mark.parametrize("engine", ["auto", "double_backward"])
+@pytest.mark.parametrize("engine", ["auto", "forward", "double_backward"])
 def test_batch_norm_statistics_are_those_of_one_plain_forward(engine: Any) -> None:
     """Training and clean batch are two forwards; the running statistics advance once."""
     model = _batch_norm_net()
@@ -139,17 +129,9 @@ def test_batch_norm_statistics_are_those_of_one_plain_forward(engine: Any) -> No
 def test_frozen_batch_norm_in_train_mode_still_couples() -> None:
     model = _batch_norm_net()
     model[1].requires_grad_(False)
-    reweighter = Reweighter(model, cross_entropy)
-    with pytest.warns(UserWarning, match="BatchNorm in train mode"):
-        assert_exact(
-            model,
-            cross_entropy,
-            vectors(6),
-            vectors(4),
-            reweighter=reweighter,
-            engine="double_backward",
-            tolerance=COUPLED,
-        )
+    reweighter = Reweighter(model, cross_entropy, engine="layerwise")
+    with pytest.raises(NotExactError, match="BatchNorm in train mode"):
+        reweighter.backward(vectors(6), vectors(4))
 
 
 def test_engine_when_asked_for_does_not_warn() -> None:
