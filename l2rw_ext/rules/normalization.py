@@ -196,7 +196,7 @@ class _GroupNormUse(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 n, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
                 data = torch.ops.aten.native_group_norm_backward(
-                    g if g.is_contiguous() else g.contiguous(memory_format=_format(x)),
+                    g if g.is_contiguous() else g.contiguous(memory_format=format_of(x)),
                     x,
                     mean,
                     rstd,
@@ -210,7 +210,8 @@ class _GroupNormUse(torch.autograd.Function):
             return data, None, None, None, None
 
 
-def _format(x: Tensor) -> torch.memory_format:
+def format_of(x: Tensor) -> torch.memory_format:
+    """Channels last where x is so and not contiguous as well."""
     for memory_format in (torch.channels_last, torch.channels_last_3d):
         dimensions = 4 if memory_format is torch.channels_last else 5
         if (
@@ -299,7 +300,9 @@ def _group_norm(
     use = mode.use(SCALE, "group_norm", weight, bias, Layout(True, x.dim() - 1), x)
     if use is None:
         return mode.other(func, args, kwargs)
-    return _GroupNormUse.apply(x.contiguous(memory_format=_format(x)), mode.token, use, groups, eps)
+    return _GroupNormUse.apply(
+        x.contiguous(memory_format=format_of(x)), mode.token, use, groups, eps
+    )
 
 
 def _rms_norm_arguments(

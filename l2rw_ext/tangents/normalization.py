@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import ops
+from ..rules.normalization import format_of
 from .base import Function, dual, handles, unpack
 
 if TYPE_CHECKING:
@@ -50,3 +52,18 @@ def _batch_norm(
         return dual(y, dy)
 
     return normalize(*args, **kwargs)
+
+
+@handles(F.group_norm)
+def _group_norm(
+    mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Contiguous inside: torch's forward derivative fails for channels last."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    if x.is_contiguous():
+        return func(*args, **kwargs)
+    if args:
+        args = (x.contiguous(), *args[1:])
+    else:
+        kwargs = {**kwargs, "input": x.contiguous()}
+    return func(*args, **kwargs).contiguous(memory_format=format_of(x))
