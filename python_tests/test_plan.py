@@ -72,7 +72,7 @@ def test_rows_that_happened_to_be_in_order_at_the_first_step(name: str) -> None:
     clean_x, clean_y = vectors(4)
     in_order = (_sorted(x), y), (_sorted(clean_x) + 100, clean_y)
     out_of_order = (x.flip(0), y), (clean_x, clean_y)
-    engines = ["layerwise", "layerwise", "double_backward", "double_backward"]
+    engines = ["layerwise", "layerwise", "forward", "forward"]
     _steps(model, in_order, in_order, out_of_order, in_order, engines=engines)
 
 
@@ -187,7 +187,7 @@ def test_mixing_of_examples_that_comes_and_goes() -> None:
     for mixes in (False, True):
         model.mixes = mixes
         step = assert_exact(model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter)
-        assert step.engine == ("double_backward" if mixes else "layerwise")
+        assert step.engine == ("forward" if mixes else "layerwise")
 
 
 def test_inputs_that_are_the_same_in_both_batches_are_not_merged() -> None:
@@ -338,7 +338,7 @@ def test_train_and_eval_mode_in_turn() -> None:
         step = assert_exact(
             model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter, tolerance=1e-11
         )
-        assert step.engine == ("double_backward" if training else "layerwise")
+        assert step.engine == ("forward" if training else "layerwise")
 
 
 def test_parameters_that_are_frozen_loaded_and_replaced() -> None:
