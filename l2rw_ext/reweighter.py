@@ -388,7 +388,7 @@ class Reweighter:
             try:
                 return engine, engine.score(task, snapshot, direction)
             except NotExactError as error:
-                refusals.append(str(error))
+                refusals.append(str(error).rstrip("."))
             snapshot.restore()
         last = candidates[-1]
         if refusals and refusals[-1] not in self._warned:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, reference
 
-ENGINES = ["layerwise", "double_backward"]
+ENGINES = ["layerwise", "forward", "double_backward"]
 
 
 def _parts(batch: Any, sizes: list[int]) -> list[Any]:

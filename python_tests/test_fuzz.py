@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from models import CLASSES, Affine, Residual, Transposed, Twice, cross_entropy
 from oracle import EXACT, assert_matches, relative_error, truth
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from l2rw_ext import NotExactError, Reweighter, reference
@@ -68,7 +69,10 @@ class _Over(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.movedim(-1, 1)).movedim(1, -1)
+        x = x.movedim(-1, 1)
+        if isinstance(self.inner, nn.GroupNorm):
+            x = x.contiguous()  # torch 2.13 crashes on strided input that needs no gradient
+        return self.inner(x).movedim(1, -1)
 
 
 class _Squared(nn.Module):
@@ -84,7 +88,7 @@ class _InPlace(nn.Module):
     """Writes to its activation, and to a view of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = 2 * x
+        y = 0.5 * x
         y += torch.tanh(x)
         y[..., :1].mul_(1.5)
         return nn.functional.relu_(y + 0.1)
@@ -212,7 +216,7 @@ def _networks(draw: st.DrawFn) -> _Drawn:
     for p in list(model.parameters())[:-1]:
         if draw(st.integers(0, 7)) == 0:
             p.requires_grad_(False)
-    n, m = draw(st.integers(2, 5)), draw(st.integers(2, 5))
+    n, m = draw(st.integers(3, 6)), draw(st.integers(3, 6))  # of two, batch norm leaves signs
 
     def batch(size: int, shape: list[int]) -> tuple[Tensor, Tensor]:
         y = torch.randint(CLASSES, (size,))
@@ -228,7 +232,7 @@ def _tolerance(drawn: _Drawn) -> float:
     if not drawn.coupled:
         return EXACT
     ways = (reference.single_gradient_scores, reference.meta_scores)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
         a, b = (
             way(copy.deepcopy(drawn.model), cross_entropy, drawn.batch, drawn.clean) for way in ways
@@ -241,8 +245,8 @@ def _tolerance(drawn: _Drawn) -> float:
 @given(_networks())
 def test_random_models(drawn: _Drawn) -> None:
     expected = truth(drawn.model, cross_entropy, drawn.batch, drawn.clean)
-    if not all(g is None or g.isfinite().all() for g in expected.gradients.values()):
-        return
+    if float(expected.scores.abs().max()) < 1e-9:
+        return  # a saturated loss, whose gradients are rounding
     tolerance = _tolerance(drawn)
     after = copy.deepcopy(drawn.model)
     after(drawn.batch[0])

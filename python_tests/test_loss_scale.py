@@ -13,7 +13,7 @@ from torch import nn
 
 from l2rw_ext import Reweighter
 
-ENGINES = ["layerwise", "double_backward"]
+ENGINES = ["layerwise", "forward", "double_backward"]
 
 
 def _scaler(scale: float) -> torch.amp.GradScaler:
@@ -59,7 +59,7 @@ def test_a_step_of_the_scaler(engine: Any) -> None:
         assert relative_error(p.detach(), q.detach()) < 1e-6
 
 
-@pytest.mark.parametrize("engine", ["layerwise", "double_backward"])
+@pytest.mark.parametrize("engine", ["layerwise", "forward", "double_backward"])
 @pytest.mark.parametrize("warm", [False, True])
 def test_overflow_skips_the_step_and_lowers_the_scale(engine: Any, warm: bool) -> None:
     model = mlp(dtype=torch.float32)

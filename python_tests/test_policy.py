@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, reference
 
-ENGINES = ["layerwise", "double_backward"]
+ENGINES = ["layerwise", "forward", "double_backward"]
 Gradients = dict[str, Tensor]
 
 
