@@ -110,6 +110,32 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Batches]] = {
         ),
         _images,
     ),
+    "slopes": (lambda: _between(nn.PReLU(12)), _vectors),
+    "bilinear": (
+        lambda: model_of(
+            lambda s, x: s.head(s.pair(x, x.cos()).tanh()),
+            pair=nn.Bilinear(12, 12, 8),
+            head=nn.Linear(8, CLASSES),
+        ).float(),
+        _vectors,
+    ),
+    "products": (
+        lambda: model_of(
+            lambda s, x: torch.einsum("ni,io->no", (x @ s.a).tanh(), s.b) + s.c,
+            a=torch.randn(12, 8) / 4,
+            b=torch.randn(8, CLASSES),
+            c=torch.randn(CLASSES),
+        ).float(),
+        _vectors,
+    ),
+    "lstm cell": (
+        lambda: model_of(
+            lambda s, x: s.head(s.cell(x[:, 1], s.cell(x[:, 0]))[0]),
+            cell=nn.LSTMCell(12, 8),
+            head=nn.Linear(8, CLASSES),
+        ).float(),
+        _sequences,
+    ),
     "attention": (
         lambda: _Pooled(nn.MultiheadAttention(12, 2, batch_first=True)),
         _sequences,
