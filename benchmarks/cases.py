@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .models import GPT, MLP, LeNet, ResNet32, ViT
+from .models import GPT, LSTM, MLP, LeNet, ResNet32, ViT
 
 RHO_RANGE = (0.45, 0.55)
 Batch = tuple[Tensor, Tensor]
@@ -141,6 +141,7 @@ CASES: dict[str, CaseSpec] = {
             attention=True,
             tokens=True,
         ),
+        CaseSpec("lstm", "LSTM 64-128, 40 steps, 32+16", LSTM, (40, 64), 10, 32, 16, default=False),
         CaseSpec("tiny", "MLP 6-8-3, 20+4", _tiny, (6,), 3, 20, 4, default=False),
     )
 }

@@ -88,6 +88,53 @@ class ResNet32(nn.Module):
         return out
 
 
+class WideBlock(nn.Module):
+    """Pre-activation block of two 3x3 convolutions with dropout between them."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride > 1 or c_in != c_out:
+            self.shortcut = nn.Conv2d(c_in, c_out, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(x), inplace=True)
+        shortcut = x if self.shortcut is None else self.shortcut(h)
+        y = F.relu(self.norm2(self.conv1(h)), inplace=True)
+        out: Tensor = self.conv2(self.dropout(y)) + shortcut
+        return out
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width with BatchNorm; WRN-28-10 with dropout is the CIFAR-100 model."""
+
+    def __init__(
+        self, depth: int = 28, width: int = 10, dropout: float = 0.3, classes: int = 100
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        blocks = []
+        c_in = 16
+        for stage, c_out in enumerate((16 * width, 32 * width, 64 * width)):
+            for index in range((depth - 4) // 6):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(WideBlock(c_in, c_out, stride, dropout))
+                c_in = c_out
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(c_in)
+        self.fc = nn.Linear(c_in, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.blocks(self.conv(x))), inplace=True)
+        out: Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm attention and a GELU MLP of four times the width, without dropout."""
 
@@ -159,3 +206,17 @@ class GPT(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         x = self.blocks(self.token(index) + self.position)
         return F.linear(self.norm(x), self.token.weight)
+
+
+class LSTM(nn.Module):
+    """One LSTM layer of width 128 on 64 features, and a classifier of its last state."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(64, 128, batch_first=True)
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, _ = self.recurrent(x)
+        out: Tensor = self.head(hidden[:, -1])
+        return out

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .cases import Case
@@ -62,10 +64,19 @@ class _Recorder(TorchFunctionMode):
             self.uses.append(
                 LayerUse(positions, weight[0].numel(), weight.size(0), x.requires_grad)
             )
+        elif func is torch.lstm:
+            self._lstm(*args)
         elif func is F.scaled_dot_product_attention:
             query, key = args[0], args[1]
             self.attention += 2 * query.numel() * key.size(-2)
         return out
+
+    def _lstm(self, x: Tensor, hx: Any, parameters: Sequence[Tensor], *options: Any) -> None:
+        """One layer in one direction: its input projection, then its recurrence."""
+        w_input, w_hidden = parameters[:2]
+        steps = x.numel() // x.size(-1)
+        for weight, data_gradient in ((w_input, x.requires_grad), (w_hidden, True)):
+            self.uses.append(LayerUse(steps, weight.size(1), weight.size(0), data_gradient))
 
 
 def layer_uses(case: Case) -> tuple[list[LayerUse], int]:
