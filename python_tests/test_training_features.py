@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import CLASSES, Tokens, cross_entropy, mlp, model_of, vectors
 from oracle import (
     Truth,
@@ -346,6 +347,19 @@ def test_backward_hooks_that_look(kind: str) -> None:
         assert seen
 
 
+@pytest.mark.parametrize("kind", ["full", "tensor"])
+def test_backward_hooks_in_the_forward_engine(kind: str) -> None:
+    """It has no backward for scores, which a hook might change."""
+    model = mlp()
+    if kind == "full":
+        model[2].register_full_backward_hook(lambda m, gi, go: None)
+    else:
+        model[0].register_forward_hook(lambda m, i, out: out.register_hook(print) and None)
+    batch, clean = vectors(6), vectors(4)
+    with pytest.raises(NotExactError), unchanged(model):
+        Reweighter(model, cross_entropy, engine="forward").backward(batch, clean)
+
+
 @pytest.mark.parametrize("clips", [False, True])
 def test_backward_hooks_that_change_the_gradient(clips: bool) -> None:
     """What is linear is exact layer by layer; what is not is refused there."""
@@ -366,8 +380,6 @@ def test_backward_hooks_that_change_the_gradient(clips: bool) -> None:
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of one."""
-    import torch.distributed as dist
-
     store: pathlib.Path = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
@@ -390,6 +402,26 @@ def test_distributed_data_parallel(engine: Any, options: dict[str, bool]) -> Non
             assert relative_error(reweighter.weights(batch, clean), expected.weights) < 1e-12
         model.zero_grad()
         assert_matches(reweighter.backward(batch, clean), inner, expected)
+
+
+def _work(rank: int, store: str, engine: Any) -> None:
+    """A process that steps on a batch of its own and expects the mean of both gradients."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    inner = mlp()
+    batches = [(vectors(6), vectors(4)) for _ in range(2)]
+    expected = [truth(inner, cross_entropy, *b) for b in batches]
+    mean = sum(flat(e.gradients.values()) for e in expected) / 2
+    model = nn.parallel.DistributedDataParallel(inner)
+    step = Reweighter(model, cross_entropy, engine=engine).backward(*batches[rank])
+    assert relative_error(step.weights, expected[rank].weights) < 1e-12
+    assert relative_error(flat(gradients_of(inner).values()), mean) < 1e-12
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes(engine: Any, tmp_path: pathlib.Path) -> None:
+    torch.multiprocessing.spawn(_work, (str(tmp_path / "store"), engine), nprocs=2)
 
 
 @pytest.mark.usefixtures("group")
