@@ -3,7 +3,7 @@
 Importing this package fills the registry of rules, one file per family.
 """
 
-from . import composite, embedding, multilinear, normalization
+from . import activation, composite, embedding, multilinear, normalization
 from .mode import Tangents
 
-__all__ = ["Tangents", "composite", "embedding", "multilinear", "normalization"]
+__all__ = ["Tangents", "activation", "composite", "embedding", "multilinear", "normalization"]
