@@ -9,6 +9,7 @@ from .. import reference
 from ..plan import Explanation
 from ..preserve import Buffers, Snapshot
 from .base import Direction, Engine, Scored, Task, require_grad
+from .corrected import Corrected
 from .direction import clean_direction
 from .graph import GraphScored, check_finite, check_scores
 
@@ -18,7 +19,8 @@ class DoubleBackward(Engine):
 
     At ε = 0 the look-ahead θ̂ equals θ, so the clean gradient of step 9 is taken at the model's own
     parameters: a loss function that holds one by reference is then differentiated too.
-    Attention runs on the math kernel, because the fused ones have no second derivative.
+    Attention runs on the math kernel, because the fused ones have no second derivative; functions
+    whose second derivative torch has wrong run as what they are made of.
     """
 
     name = "double_backward"
@@ -26,7 +28,8 @@ class DoubleBackward(Engine):
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Scores by Eq. 4-7; see :class:`Engine`."""
         with sdpa_kernel(SDPBackend.MATH):
-            losses = task.forward_train()
+            with Corrected():
+                losses = task.forward_train()
             require_grad(losses)
             check_finite(losses.detach(), "losses")
             epsilon = torch.zeros(

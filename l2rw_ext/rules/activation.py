@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import composites
 from .base import handles
 from .broadcast import mixes
 
@@ -29,6 +30,4 @@ def _prelu(
     if not mixes(mode, [x, slope]) or x.dim() == 0 or not torch.is_grad_enabled():
         return mode.other(func, args, kwargs)
     with mode:
-        if slope.numel() > 1:
-            slope = slope.reshape(-1, *[1] * (x.dim() - 2))
-        return torch.where(x > 0, x, slope * x)
+        return composites.prelu(x, slope)

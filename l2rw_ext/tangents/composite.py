@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .. import composites
 from ..interception import inside
 from .base import Function, handles, operands
 
@@ -35,6 +37,24 @@ def _weight_norm(
     """Its fused kernel has no forward derivative."""
     v, g, dim = operands(args, kwargs, "v", "g", "dim")
     return v * (g / torch.norm_except_dim(v, 2, dim or 0))
+
+
+_CORRECTED = {
+    F.prelu: composites.prelu,
+    Tensor.prelu: composites.prelu,
+    torch.fmax: composites.fmax,
+    Tensor.fmax: composites.fmax,
+    torch.fmin: composites.fmin,
+    Tensor.fmin: composites.fmin,
+}
+
+
+@handles(*_CORRECTED)
+def _corrected(
+    mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What torch's forward mode has wrong."""
+    return _CORRECTED[func](*args, **kwargs)
 
 
 @handles(F.scaled_dot_product_attention)
