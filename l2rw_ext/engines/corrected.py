@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .. import composites
 from .base import NotExactError
 
-_REPLACED = {
+_REPLACED: dict[Any, Callable[..., Any]] = {
     F.prelu: composites.prelu,
     Tensor.prelu: composites.prelu,
     F.layer_norm: composites.layer_norm,

@@ -39,7 +39,7 @@ def _weight_norm(
     return v * (g / torch.norm_except_dim(v, 2, dim or 0))
 
 
-_CORRECTED = {
+_CORRECTED: dict[Function, Function] = {
     F.prelu: composites.prelu,
     Tensor.prelu: composites.prelu,
     torch.fmax: composites.fmax,
