@@ -627,6 +627,36 @@ def test_custom_function_with_a_forward_derivative() -> None:
     assert_exact(model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter)
 
 
+def _penalised(how: str) -> nn.Module:
+    """The gradient of the outputs with respect to the inputs goes on through a layer."""
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        outputs = model.head(torch.tanh(model.a(x)))
+        create_graph = how.endswith("graph")
+        if how.startswith("backward"):
+            outputs.sum().backward(inputs=[x], retain_graph=True, create_graph=create_graph)
+            return outputs + model.last(x.grad)
+        (g,) = torch.autograd.grad(outputs.sum(), x, retain_graph=True, create_graph=create_graph)
+        return outputs + model.last(g)
+
+    parts = {"a": nn.Linear(5, 6), "head": nn.Linear(6, CLASSES), "last": nn.Linear(5, CLASSES)}
+    return model_of(forward, **parts)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["grad with graph", "grad", "backward with graph", "backward"])
+def test_a_backward_inside_the_forward(how: str) -> None:
+    """Its results are constants, or they hide how they depend on the parameters."""
+    model, batch, clean = _penalised(how), vectors(6), vectors(4)
+    reweighter = Reweighter(model, cross_entropy, engine="forward")
+    if how.endswith("graph"):
+        with unchanged(model), pytest.raises(NotExactError, match="a backward of its own"):
+            reweighter.backward(batch, clean)
+        reweighter = Reweighter(model, cross_entropy)
+    assert_exact(model, cross_entropy, batch, clean, reweighter=reweighter)
+
+
 def test_what_is_refused_goes_to_double_backward_with_one_warning() -> None:
     model = nn.Sequential(_between(_Doubled.apply), nn.BatchNorm1d(3)).double()
     reweighter = Reweighter(model, cross_entropy)

@@ -33,6 +33,9 @@ _VIEWS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH",
 _HOOKS = {torch.Tensor.register_hook, torch.Tensor.grad_fn.__get__}  # type: ignore[union-attr]
 """How a forward reaches the gradient that will pass (a module's backward hooks by the second)."""
 
+_GRADIENTS = {torch.autograd.grad, torch.Tensor.grad.__get__}  # type: ignore[union-attr]
+"""How a forward reaches what a backward of its own found."""
+
 
 class Tangents(TorchFunctionMode):
     """Runs a forward at θ + ε v, to first order in ε.
@@ -72,6 +75,8 @@ class Tangents(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if func in _HOOKS and args[0].requires_grad:
             raise NotExactError("a hook on a gradient may change it, and no forward derivative")
+        if func in _GRADIENTS:
+            return self._gradients(func, args, kwargs or {})
         if name in ("__get__", "__set__") and func not in _VIEWS:
             return func(*args, **(kwargs or {}))
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -112,6 +117,19 @@ class Tangents(TorchFunctionMode):
         kwargs: dict[str, Any],
     ) -> Any:
         return func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
+
+    def _gradients(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a backward inside the forward found: constant, or refused.
+
+        The rules carry tangents past autograd, so that a backward would not see all of them.
+        """
+        out = func(*args, **kwargs)
+        found = out if isinstance(out, (tuple, list)) else (out,)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in found):
+            raise NotExactError("the forward runs a backward of its own with create_graph=True")
+        return _map(Tensor.detach, out, [])
 
     def _moving(self, x: Tensor) -> Tensor:
         return self._duals.get(id(x), x)
