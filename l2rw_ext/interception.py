@@ -204,6 +204,8 @@ class Interception(TorchFunctionMode):
             raise NotExactError(f"{operation} is called inside a torch.func transform")
         if any(root is not None and root.is_complex() for root in roots):
             return None
+        if x.layout != torch.strided or x.is_nested:
+            return None
         if not torch.is_grad_enabled():
             trained = roots[0] if roots[0] is not None else roots[1]
             if trained is not None and self.without_grad is None:

@@ -250,6 +250,37 @@ def test_recurrent_layers_with_frozen_parts(kind: Any, frozen: str) -> None:
     check(model, sequences)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_states_of_all_layers_and_directions_from_the_data(kind: Any) -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        h, c = torch.tanh(model.first(x[:, 0])).unflatten(1, (8, 5)).transpose(0, 1).chunk(2)
+        out, _ = model.recurrent(x, (h, c) if kind is nn.LSTM else h)
+        return model.head(out.mean(1))
+
+    layer = kind(6, 5, num_layers=2, bidirectional=True, batch_first=True)
+    model = model_of(forward, recurrent=layer, first=nn.Linear(6, 40), head=nn.Linear(10, CLASSES))
+    check(model, sequences, 2)
+
+
+def test_outputs_of_a_recurrent_layer_that_are_changed_in_place() -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        out, _ = model.recurrent(x)
+        out[:, 0].mul_(2)
+        return model.head(out.sum(1))
+
+    layer = nn.GRU(6, 5, batch_first=True)
+    check(model_of(forward, recurrent=layer, head=nn.Linear(5, CLASSES)), sequences)
+
+
+def test_recurrent_layer_called_twice() -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        ends = [model.recurrent(part)[0][:, -1] for part in (x, x.flip(1))]
+        return model.head(torch.cat(ends, 1))
+
+    layer = nn.LSTM(6, 5, batch_first=True)
+    check(model_of(forward, recurrent=layer, head=nn.Linear(10, CLASSES)), sequences, 2)
+
+
 def test_recurrent_weights_that_are_derived() -> None:
     def forward(model: Any, x: Tensor) -> Tensor:
         zeros = torch.zeros(1, x.shape[0], 5, dtype=x.dtype)
@@ -596,6 +627,14 @@ def test_steps_of_a_plan_are_the_first_step_again(name: str) -> None:
     held = Reweighter(model, cross_entropy, engine="layerwise")
     for _ in range(3):
         assert_exact(model, cross_entropy, batch_of(5), batch_of(3), reweighter=held)
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_low_memory(name: str) -> None:
+    make, batch_of = _MODELS[name]
+    model = make()
+    held = Reweighter(model, cross_entropy, engine="layerwise", low_memory=True)
+    assert_exact(model, cross_entropy, batch_of(5), batch_of(3), reweighter=held)
 
 
 @pytest.mark.parametrize("name", _MODELS)

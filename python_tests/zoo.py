@@ -794,6 +794,29 @@ def _() -> Made:
     return model, *batches(5)
 
 
+@feature(
+    "obstacles",
+    "sparse features",
+    layerwise=_no_rule("mm"),
+    forward=Refusal("the forward cannot carry tangents", "no forward mode in torch"),
+)
+def _() -> Made:
+    model = model_of(
+        lambda s, x: s.head(torch.tanh(torch.mm(x.to_sparse(), s.w))),
+        w=torch.randn(5, 6),
+        head=nn.Linear(6, CLASSES),
+    )
+    return model, *batches(5)
+
+
+@feature("obstacles", "a loop over the examples", layerwise=_MIXES)
+def _() -> Made:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return torch.stack([model.head(torch.tanh(model.inner(one))) for one in x])
+
+    return model_of(forward, inner=nn.Linear(5, 6), head=nn.Linear(6, CLASSES)), *batches(5)
+
+
 @feature("obstacles", "a complex parameter", layerwise=_no_rule("mul"))
 def _() -> Made:
     model = model_of(
@@ -944,6 +967,16 @@ def _contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
 @feature("coupling", "a contrastive loss", layerwise=_MIXES, loss=_contrastive)
 def _() -> Made:
     return stacked(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+@feature("coupling", "a recurrence over the examples (`batch_first` forgotten)", layerwise=_MIXES)
+def _() -> Made:
+    model = model_of(
+        lambda s, x: s.head(s.layer(x)[0].mean(1)),
+        layer=nn.LSTM(5, 6),
+        head=nn.Linear(6, CLASSES),
+    )
+    return model, *batches(4, 5)
 
 
 @feature("coupling", "attention over the examples", layerwise=_MIXES)

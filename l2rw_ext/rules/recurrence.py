@@ -41,7 +41,8 @@ class _Recurrence(torch.autograd.Function):
         ctx.cell, ctx.use, ctx.reverse = cell, use, reverse
         hidden, memory, saved = cell.run(pre, states, weight, bias, reverse=reverse)
         ctx.save_for_backward(hidden, weight, *saved)
-        return after(hidden, reverse=reverse), memory
+        # A copy, so that the model may write to what it gets.
+        return after(hidden, reverse=reverse).clone(), memory
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, g_memory: Tensor | None) -> tuple[Tensor | None, ...]:
