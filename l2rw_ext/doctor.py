@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, _loader, _registration, reference
+from l2rw_ext.reweighter import EngineName
 
 __all__ = ["main"]
 
@@ -92,6 +93,16 @@ def _operator_cases() -> dict[str, Case]:
         data = rstd[..., None] * (scaled - slope * x_hat - scaled.mean(2, keepdim=True))
         return data.view_as(x), (g * normalized).sum((2, 3)), g.sum((2, 3))
 
+    def batch_norm_tangent(
+        x: Tensor, dx: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, V: Tensor, V_b: Tensor
+    ) -> Results:
+        mean, rstd, weight, V, V_b = (c.view(-1, 1, 1) for c in (mean, rstd, weight, V, V_b))
+        others = (0, 2, 3)
+        x_hat = (x - mean) * rstd
+        along = x_hat * (x_hat * dx).mean(others, keepdim=True)
+        moved = dx - dx.mean(others, keepdim=True) - along
+        return (weight * rstd * moved + x_hat * V + V_b,)
+
     generator = torch.Generator().manual_seed(0)
     z, g, V, V_b = draw(n, t, i), draw(n, t, o), draw(o, i), draw(o)
     x, h, mean, rstd = draw(n, t, i), draw(n, t, i), draw(n, t, 1), draw(n, 1, i)
@@ -152,6 +163,10 @@ def _operator_cases() -> dict[str, Case]:
             (image.flip(0), image, draw(n, 2), draw(n, 2), kernel_b, 2),
             group_norm,
         ),
+        "batch_norm_tangent": (
+            (image, image.flip(0), *(draw(4) for _ in range(4)), kernel_b),
+            batch_norm_tangent,
+        ),
         "weighted_sum": ((z, w), lambda G, w: (torch.einsum("n,nti->ti", w, G),)),
         "scale_rows": (
             (g, w, active),
@@ -196,13 +211,13 @@ def _check_operator(name: str, case: Case) -> Iterator[Checked]:
             yield f"{device}, {str(dtype)[6:]}", error, tolerance
 
 
-def _check_reweighter() -> Iterator[Checked]:
+def _check_reweighter(engine: EngineName) -> Iterator[Checked]:
     """A step of a small convolutional model against single gradients, in float64."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1),
-            nn.GroupNorm(2, 4),
+            nn.Conv2d(1, 4, 3, padding=1, bias=False),  # batch norm would leave it no gradient
+            nn.GroupNorm(2, 4) if engine == "layerwise" else nn.BatchNorm2d(4),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(4 * 36, 3),
@@ -216,8 +231,8 @@ def _check_reweighter() -> Iterator[Checked]:
     scores = reference.single_gradient_scores(model, losses, batch, clean)
     weights = reference.weights_from_scores(scores)
     gradients = reference.weighted_gradient(model, losses, batch, weights)
-    step = Reweighter(model, losses).backward(batch, clean)
-    label = f"cpu, float64, engine {step.engine}"
+    step = Reweighter(model, losses, engine=engine).backward(batch, clean)
+    label = "cpu, float64"
     yield f"{label}, scores", _relative_error(step.scores, scores), _TOLERANCE_FLOAT64
     yield f"{label}, weights", _relative_error(step.weights, weights), _TOLERANCE_FLOAT64
     errors = [
@@ -240,7 +255,9 @@ def _self_check() -> tuple[int, list[str]]:
         name: functools.partial(_check_operator, name, case)
         for name, case in _operator_cases().items()
     }
-    checks["Reweighter.backward"] = _check_reweighter
+    engines: tuple[EngineName, ...] = ("layerwise", "forward", "double_backward")
+    for engine in engines:
+        checks[f"engine {engine}"] = functools.partial(_check_reweighter, engine)
     checked = 0
     failures = []
     for name, check in checks.items():

@@ -77,13 +77,14 @@ def test_wrong_numbers_are_reported(
 def test_exceptions_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken() -> Iterator[doctor.Checked]:
+    def broken(*_: object) -> Iterator[doctor.Checked]:
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr(doctor, "_check_reweighter", broken)
     assert doctor.main() == 1
     report = capsys.readouterr().out
-    assert "Reweighter.backward: RuntimeError: first line\n" in report
+    for engine in ("layerwise", "forward", "double_backward"):
+        assert f"engine {engine}: RuntimeError: first line\n" in report
     assert "second line" not in report
 
     monkeypatch.setattr(doctor, "_installation", broken)
