@@ -115,7 +115,6 @@ CASES: dict[str, CaseSpec] = {
             10,
             100,
             100,
-            default=False,
             coupled=True,
         ),
         CaseSpec(
@@ -126,7 +125,6 @@ CASES: dict[str, CaseSpec] = {
             10,
             100,
             10,
-            default=False,
             coupled=True,
         ),
         CaseSpec(
