@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
@@ -416,7 +417,8 @@ def _work(rank: int, store: str, engine: Any) -> None:
     step = Reweighter(model, cross_entropy, engine=engine).backward(*batches[rank])
     assert relative_error(step.weights, expected[rank].weights) < 1e-12
     assert relative_error(flat(gradients_of(inner).values()), mean) < 1e-12
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # gloo's threads abort one in ten processes that end the ordinary way
 
 
 @pytest.mark.parametrize("engine", ENGINES)
