@@ -3,7 +3,15 @@
 Importing this package fills the registry of rules, one file per family.
 """
 
-from . import activation, composite, embedding, multilinear, normalization
+from . import activation, composite, embedding, indexed_writes, multilinear, normalization
 from .mode import Tangents
 
-__all__ = ["Tangents", "activation", "composite", "embedding", "multilinear", "normalization"]
+__all__ = [
+    "Tangents",
+    "activation",
+    "composite",
+    "embedding",
+    "indexed_writes",
+    "multilinear",
+    "normalization",
+]

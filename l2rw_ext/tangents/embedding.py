@@ -31,7 +31,9 @@ def _embedding(
     _refuse_scaling(by_frequency)
     W, V = unpack(weight)
     padding = -1 if padding is None else padding
-    y = func(W, index, padding, False, bool(sparse))
+    primal = _with_sparse_gradient(mode, weight, W, sparse)
+    y = func(primal, index, padding, False, bool(sparse))
+    mode.entered_by(y)
     with torch.no_grad():
         dy = func(V, index)
         if padding >= 0:
@@ -63,7 +65,9 @@ def _embedding_bag(
     W, V = unpack(weight)
     s, ds = unpack(scale)
     rest = [bool(rest[0]), rest[1]]
-    y, *others = func(W, index, offsets, False, how, bool(sparse), s, *rest)
+    primal = _with_sparse_gradient(mode, weight, W, sparse)
+    y, *others = func(primal, index, offsets, False, how, bool(sparse), s, *rest)
+    mode.entered_by(y)
     with torch.no_grad():
         dy = None
         if V is not None:
@@ -72,6 +76,12 @@ def _embedding_bag(
             through = func(W, index, offsets, False, how, False, ds, *rest)[0]
             dy = through if dy is None else dy.add_(through)
     return dual(y, dy), *others
+
+
+def _with_sparse_gradient(mode: Tangents, weight: Tensor, primal: Tensor, sparse: Any) -> Tensor:
+    """The parameter itself where its gradient is sparse, which the view in a dual refuses."""
+    parameter = mode.parameter_of(weight) if sparse else None
+    return primal if parameter is None else parameter
 
 
 def _refuse_scaling(by_frequency: bool | None) -> None:

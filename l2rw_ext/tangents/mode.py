@@ -51,6 +51,7 @@ class Tangents(TorchFunctionMode):
         super().__init__()
         self._names = {id(p): name for name, p in task.members.parameters}
         self._duals: dict[int, Tensor] = {}
+        self._entrances: set[Any] = set()
         self._states: list[tuple[Tensor, int, int]] = []
         self._still: Any = WeakTensorKeyDictionary()
         self.attention = False
@@ -62,7 +63,8 @@ class Tangents(TorchFunctionMode):
             if p.is_complex():
                 raise NotExactError(f"parameter {self._names[id(p)]!r} is complex")
             v = (v.to_dense() if v.is_sparse else v).detach().to(p.dtype)
-            self._duals[id(p)] = make_dual(p, v)
+            self._duals[id(p)] = moving = make_dual(p, v)
+            self._entrances.add(moving.grad_fn)
             self._states.append((p, p._version, p.data_ptr()))
 
     def __torch_function__(
@@ -176,6 +178,14 @@ class Tangents(TorchFunctionMode):
                 return make_dual(primal, tangent.detach())
         return out
 
+    def parameter_of(self, dual: Tensor) -> Tensor | None:
+        """The parameter that a dual tensor stands for; None for any other."""
+        return next((p for p, *_ in self._states if self._duals[id(p)] is dual), None)
+
+    def entered_by(self, out: Tensor) -> None:
+        """A rule gave a parameter itself to the operation that made ``out``."""
+        self._entrances.add(out.grad_fn)
+
     def scores(self, losses: Tensor) -> Tensor:
         """The derivative of the losses along v, shape (n,), once the forward is over.
 
@@ -188,9 +198,8 @@ class Tangents(TorchFunctionMode):
                 raise NotExactError(
                     f"parameter {self._names[id(p)]!r} was changed during the forward"
                 )
-        entrances = {x.grad_fn for x in self._duals.values()}
         for variable, user in _leaves(losses):
-            if id(variable) in self._duals and user not in entrances:
+            if id(variable) in self._duals and user not in self._entrances:
                 raise NotExactError(
                     f"parameter {self._names[id(variable)]!r} is used where no torch function "
                     "shows it (a compiled or scripted region)"
