@@ -8,7 +8,22 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from models import CLASSES, Affine, Residual, Tokens, Transposed, Twice, cross_entropy, model_of
+from hypothesis import given
+from hypothesis import strategies as st
+from models import (
+    CLASSES,
+    Affine,
+    Drawn,
+    Residual,
+    Tokens,
+    Transposed,
+    Twice,
+    cross_entropy,
+    model_of,
+    networks_on_images,
+    networks_on_tokens,
+    networks_on_vectors,
+)
 from oracle import flat, gradients_of, relative_error, truth, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -217,6 +232,31 @@ def test_every_module_returns_what_it_returns_under_plain_autocast(
     assert [x.dtype for x in found] == [x.dtype for x in plain]
     for x, y in zip(found, plain, strict=True):
         assert relative_error(x, y) <= 8 * torch.finfo(dtype).eps
+
+
+def _float(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map(
+        lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, tree
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(drawn=st.one_of(networks_on_vectors(), networks_on_images(), networks_on_tokens()))
+def test_drawn_networks(dtype: torch.dtype, drawn: Drawn) -> None:
+    """No refusal, and no error beyond what rounding makes of scores that may be a single number."""
+    model = drawn.model.float()
+    batch, clean = _float(drawn.batch), _float(drawn.clean)
+    expected = truth(model, drawn.loss_fn, batch, clean).scores
+    found = {}
+    for engine in ENGINES:
+        reweighter = Reweighter(model, drawn.loss_fn, engine=engine)  # type: ignore[arg-type]
+        with torch.autocast("cpu", dtype=dtype):
+            found[engine] = reweighter.backward(batch, clean).scores
+        assert found[engine].isfinite().all()
+    plain = float((found["double_backward"] - expected).norm())
+    ulp = torch.finfo(dtype).eps / 2
+    for scores in found.values():
+        assert float((scores - expected).norm()) <= 2 * plain + 4 * ulp * float(expected.norm())
 
 
 class _Islands(nn.Module):
