@@ -27,6 +27,7 @@ from models import (
 from oracle import (
     EXACT,
     assert_exact,
+    assert_matches,
     flat,
     gradients_of,
     relative_error,
@@ -655,6 +656,48 @@ def test_a_backward_inside_the_forward(how: str) -> None:
             reweighter.backward(batch, clean)
         reweighter = Reweighter(model, cross_entropy)
     assert_exact(model, cross_entropy, batch, clean, reweighter=reweighter)
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_sparse_gradients(bag: bool) -> None:
+    """They are those of the dense layer, and stay sparse."""
+    table = nn.EmbeddingBag(7, 4, mode="sum") if bag else nn.Embedding(7, 4)
+    model = model_of(
+        lambda s, x: s.head(s.table(x) if bag else s.table(x).sum(1)),
+        table=table,
+        head=nn.Linear(4, CLASSES),
+    )
+    batch, clean = tokens(6), tokens(4)
+    expected = truth(model, cross_entropy, batch, clean)
+    table.sparse = True
+    reweighter = Reweighter(model, cross_entropy)
+    for scale in (None, torch.amp.GradScaler("cpu", init_scale=1.0)):
+        model.zero_grad()
+        step = reweighter.backward(batch, clean, grad_scaler=scale)
+        assert step.engine == "forward"
+        assert table.weight.grad is not None
+        assert table.weight.grad.is_sparse
+        table.weight.grad = table.weight.grad.to_dense()
+        assert_matches(step, model, expected)
+    model.zero_grad()
+    with reweighter.accumulate():
+        reweighter.backward(batch, clean)
+        reweighter.backward(batch, clean)
+    assert table.weight.grad.is_sparse  # type: ignore[union-attr]
+    assert (
+        relative_error(
+            flat(x.to_dense() for x in gradients_of(model).values() if x is not None),
+            flat(expected.gradients.values()),
+        )
+        < EXACT
+    )
+    model.zero_grad()
+    model.float()
+    too_large = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    reweighter = Reweighter(model, lambda *args: 100 * cross_entropy(*args))
+    step = reweighter.backward(batch, clean, grad_scaler=too_large)
+    assert step.nonfinite == 6
+    assert not table.weight.grad.to_dense().isfinite().all()
 
 
 def test_what_is_refused_goes_to_double_backward_with_one_warning() -> None:
