@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from . import ops
 from .engines.base import Direction
 from .rules.base import accumulation_dtype
-from .weighing import Weighed
-
-Gradients = list[tuple[nn.Parameter, Tensor]]
+from .weighing import Gradients, Weighed, infinite_if
 
 
 class Accumulation:
@@ -29,6 +27,7 @@ class Accumulation:
         self._rectified: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._sum: Tensor | None = None
+        self._overflow: Tensor | None = None
         self._uniform = False
         self._weights: list[Tensor] | None = None
 
@@ -43,6 +42,12 @@ class Accumulation:
             raise RuntimeError("the weights are known when the accumulate() context has ended")
         return self._weights
 
+    @property
+    def empty(self) -> bool:
+        """Whether no weight is positive, though no gradient overflowed."""
+        overflowed = self._overflow is not None and bool(self._overflow)
+        return not overflowed and not any(bool(w.any()) for w in self.weights)
+
     def add(self, weighed: Weighed, gradients: Gradients, *, uniform: bool) -> None:
         """Take in a micro-batch: its gradient, weighed with weights that sum to one, or to zero.
 
@@ -55,6 +60,9 @@ class Accumulation:
         self._kept.append(weighed.kept)
         self._sum = positive if self._sum is None else self._sum + positive
         self._reached.update((p, None) for p, _ in gradients)
+        if weighed.overflow is not None:
+            held = self._overflow
+            self._overflow = weighed.overflow if held is None else held | weighed.overflow
         if self._uniform and not uniform:
             self._totals.clear()
         if uniform and self._totals and not self._uniform:
@@ -81,9 +89,10 @@ class Accumulation:
             joined = ops.normalize_weights(torch.cat(self._rectified))
             self._weights = list(joined.split([r.numel() for r in self._rectified]))
             total = self._sum + (self._sum == 0).to(self._sum.dtype)  # Eq. 9
-        return [
+        gradients = [
             (p, (self._totals[p] / total.to(self._totals[p].dtype)).to(p.dtype))
             if p in self._totals
             else (p, torch.zeros_like(p))
             for p in self._reached
         ]
+        return infinite_if(self._overflow, gradients)

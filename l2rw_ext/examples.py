@@ -67,15 +67,15 @@ class ExampleRecord:
         return int(index.max()) < len(self) and bool((self._visits[index] > 0).all())
 
     def add(self, index: Tensor, step: Step) -> None:
-        """Take in the scores of a step; one that is not finite counts as a visit alone."""
+        """Take in the scores of a step that are finite."""
         scores = step.scores
         self._grow(int(index.max()) + 1, scores)
         on_cpu, index = index.cpu(), index.to(scores.device)
         finite = scores.isfinite()
-        self._visits.index_add_(0, on_cpu, torch.ones_like(on_cpu))
+        self._visits.index_add_(0, on_cpu, finite.to(on_cpu))
         self._positive.index_add_(0, index, (finite & (scores > 0)).to(scores.dtype))
         self._total.index_add_(0, index, scores.where(finite, 0))
-        self._last[index] = scores.where(finite, self._last[index].nan_to_num(0))
+        self._last[index] = scores.where(finite, self._last[index])
 
     def state_dict(self) -> dict[str, Any]:
         """The tables, for a checkpoint."""

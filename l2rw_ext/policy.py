@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,31 @@ from .engines.direction import clean_direction
 from .members import Members
 from .preconditioner import Preconditioner
 from .preserve import Snapshot
+from .rules.base import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A direction between steps.
+
+    By parameter, not by id: it goes with a copy of the model, and a parameter that takes another's
+    place has no part in it.
+    """
+
+    values: dict[nn.Parameter, Tensor | None]
+    """Of all parameters that it was formed for; None where zero."""
+    clean_loss: Tensor
+
+    def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether it says something of each of these parameters."""
+        return all(
+            p in self.values and ((v := self.values[p]) is None or v.shape == p.shape)
+            for p in parameters
+        )
+
+    def finite(self) -> bool:
+        """Whether all of it is, which the device is waited for."""
+        return all(bool(v.isfinite().all()) for v in self.values.values() if v is not None)
 
 
 class Policy:
@@ -47,10 +73,10 @@ class Policy:
         self._preconditioner = None if preconditioner is None else Preconditioner(preconditioner)
         self._layers = None if layers is None else _names(layers)
         if self._layers is not None:
-            self._chosen(Members.of(model))
+            self._chosen(model)
         self._steps = 0
-        self._held: Direction | None = None
-        self._next: Direction | None = None
+        self._held: _Held | None = None
+        self._next: _Held | None = None
 
     @property
     def active(self) -> bool:
@@ -63,10 +89,11 @@ class Policy:
             or self._layers is not None
         )
 
-    @property
-    def due(self) -> bool:
-        """Whether this step needs a clean batch."""
-        return self._held is None or self._steps % self.every == 0
+    def due(self, model: nn.Module) -> bool:
+        """Whether this step needs a clean batch; parameters new to the direction need one too."""
+        if self._held is None or self._steps % self.every == 0:
+            return True
+        return not self._held.fits([p for p in model.parameters() if p.requires_grad])
 
     @property
     def clean_loss(self) -> Tensor:
@@ -76,18 +103,25 @@ class Policy:
 
     def direction(self, task: Task, snapshot: Snapshot) -> Direction:
         """The direction of this step; :meth:`advance` makes it the one that is held."""
-        if self.due:
-            self._next = self._averaged(self._of_clean_batch(task, snapshot))
+        if self.due(task.model):
+            self._next = self._averaged(task, self._of_clean_batch(task, snapshot))
         else:
             self._next = self._held
         assert self._next is not None
         return self._applied(task, self._next)
 
     def advance(self) -> None:
-        """A step was completed."""
+        """A step was completed.
+
+        One whose direction overflowed under a loss scale does not count: held or averaged, it would
+        spoil the steps to come.
+        """
+        found, self._next = self._next, None
+        if found is not None and (self.every > 1 or self._decay):
+            if found is not self._held and not found.finite():
+                return
+            self._held = found
         self._steps += 1
-        if self._next is not None:
-            self._held, self._next = self._next, None
 
     @contextlib.contextmanager
     def dry(self) -> Iterator[None]:
@@ -120,7 +154,9 @@ class Policy:
             values = self._held.values
             held = {
                 "values": {
-                    name: values[id(p)].clone() for name, p in members.parameters if id(p) in values
+                    name: None if (v := values[p]) is None else v.clone()
+                    for name, p in members.parameters
+                    if p in values
                 },
                 "clean_loss": self._held.clean_loss.clone(),
             }
@@ -132,21 +168,25 @@ class Policy:
         Raises:
             ValueError: the state has a direction for parameters that the model does not have.
         """
-        held = state["direction"]
-        direction = None
-        if held is not None:
+        saved = state["direction"]
+        held = None
+        if saved is not None:
             parameters = dict(members.parameters)
-            for name, value in held["values"].items():
-                if name not in parameters or parameters[name].shape != value.shape:
+            for name, v in saved["values"].items():
+                if name not in parameters or (v is not None and parameters[name].shape != v.shape):
+                    of_shape = "" if v is None else f"of shape {tuple(v.shape)} "
                     raise ValueError(
-                        f"state: it has a direction of shape {tuple(value.shape)} for {name!r}; "
+                        f"state: it has a direction {of_shape}for {name!r}; "
                         "the model has no such parameter"
                     )
-            direction = Direction(
-                {id(parameters[k]): v.to(parameters[k].device) for k, v in held["values"].items()},
-                held["clean_loss"].clone(),
+            held = _Held(
+                {
+                    parameters[name]: None if v is None else v.clone()
+                    for name, v in saved["values"].items()
+                },
+                saved["clean_loss"].clone(),
             )
-        self._steps, self._held = int(state["steps"]), direction
+        self._steps, self._held = int(state["steps"]), held
 
     def _of_clean_batch(self, task: Task, snapshot: Snapshot) -> Direction:
         point = {} if self._preconditioner is None else self._preconditioner.point(task.parameters)
@@ -162,38 +202,44 @@ class Policy:
                 values[id(p)] = penalty if v is None else v + penalty
         return Direction(values, direction.clean_loss)
 
-    def _averaged(self, new: Direction) -> Direction:
-        if not self._decay or self._held is None:
-            return new
-        old = self._held.values
-        values = {}
-        for key in new.values.keys() | old.keys():
-            kept, fresh = old.get(key), new.values.get(key)
-            if kept is None or fresh is None:
-                one = kept if kept is not None else fresh
-                assert one is not None
-                values[key] = one * (1 - self._decay if kept is None else self._decay)
-            else:
-                values[key] = kept.lerp(fresh, 1 - self._decay)
-        return Direction(values, new.clean_loss)
+    def _averaged(self, task: Task, new: Direction) -> _Held:
+        """In the accumulation dtype, for what a step adds is small beside what is there."""
+        values = {p: new.values.get(id(p)) for p in task.parameters}
+        before = None if self._held is None or not self._decay else self._held.values
+        if before is not None:
+            for p, v in values.items():
+                old = before.get(p)
+                if p not in before or (old is None and v is None):
+                    continue
+                zero = torch.zeros(p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
+                kept, fresh = (zero if x is None else x.to(zero) for x in (old, v))
+                values[p] = kept.lerp(fresh, 1 - self._decay)
+        return _Held(values, new.clean_loss)
 
-    def _applied(self, task: Task, direction: Direction) -> Direction:
-        values = direction.values
-        if self._layers is not None:
-            chosen = self._chosen(task.members)
-            values = {key: v for key, v in values.items() if key in chosen}
+    def _applied(self, task: Task, held: _Held) -> Direction:
+        chosen = None if self._layers is None else self._chosen(task.model)
+        values = {}
+        for p in task.parameters:
+            v = held.values[p]
+            if v is None or (chosen is not None and id(p) not in chosen):
+                continue
+            values[id(p)] = v.to(
+                p.device, v.dtype if v.dtype == p.dtype else accumulation_dtype(p.dtype)
+            )
         if self._preconditioner is not None:
             factors = self._preconditioner.diagonal(task.parameters)
             values = {key: v * factors[key] for key, v in values.items()}
-        return Direction(values, direction.clean_loss)
+        return Direction(values, held.clean_loss)
 
-    def _chosen(self, members: Members) -> set[int]:
+    def _chosen(self, model: nn.Module) -> set[int]:
+        """A parameter that is shared may be chosen by any of its names."""
         assert self._layers is not None
+        named = list(model.named_parameters(remove_duplicate=False))
         chosen: set[int] = set()
         for name in self._layers:
             found = {
                 id(p)
-                for path, p in members.parameters
+                for path, p in named
                 if path == name or path.startswith(name + ".") or fnmatch.fnmatchcase(path, name)
             }
             if not found:

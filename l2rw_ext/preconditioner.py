@@ -16,11 +16,13 @@ from torch import Tensor, nn
 class Preconditioner:
     """P and the look-ahead point of an optimiser, from its present state.
 
-    SGD (momentum μ, dampening τ, Nesterov, weight decay): P is the rate of the parameter's
-    group over that of the first parameter's, and the clean gradient is taken at the point to which
-    the optimiser would go with a zero gradient. Adam, AdamW: P is that ratio over
-    sqrt(v̂) + eps, where v̂ is the second moment that a zero gradient would leave; the dependence of
-    v̂ on ε, and the move along the first moment, are neglected. Before the first step it is one.
+    SGD (momentum μ, dampening τ, Nesterov, weight decay): P is the rate of the parameter over that
+    of the first, and the clean gradient is taken at the point to which the optimiser would go with
+    a zero gradient. Adam, AdamW: P is that ratio over sqrt(v̂) + eps, where v̂ is the second moment
+    that a zero gradient would leave; the dependence of v̂ on ε, and the move along the first moment,
+    are neglected. Before the first step it is the ratio alone. Where all rates are zero, as when
+    they are warmed up from there, they count as equal. A rate is negative under ``maximize``,
+    so that only groups that differ in it change scores.
 
     Raises:
         TypeError: another optimiser.
@@ -48,12 +50,14 @@ class Preconditioner:
         """
         groups = self._groups(parameters)
         rates = {id(p): self._rate(p, groups[id(p)]) for p in parameters}
-        first = rates[id(parameters[0])] or 1.0
+        first = next(filter(None, rates.values()), None)
+        if first is None:
+            rates, first = dict.fromkeys(rates, 1.0), 1.0
         adam = isinstance(self._optimizer, torch.optim.Adam)
         begun = adam and any(self._optimizer.state.get(p) for p in parameters)
         factors = {}
         for p in parameters:
-            rate = torch.full((), rates[id(p)] / first, device=p.device)
+            rate = torch.full((), rates[id(p)] / first, dtype=torch.float64, device=p.device)
             factors[id(p)] = rate / self._denominator(p, groups[id(p)]) if begun else rate
         return factors
 
@@ -81,8 +85,7 @@ class Preconditioner:
                     step = step + (1 - group["dampening"]) * gradient
                 if group["nesterov"]:
                     step = gradient + momentum * step
-            sign = 1 if group["maximize"] else -1
-            point[p] = p.detach() + sign * float(group["lr"]) * step
+            point[p] = p.detach() - float(group["lr"]) * step
         return point
 
     def _groups(self, parameters: Sequence[nn.Parameter]) -> dict[int, dict[str, Any]]:
@@ -93,23 +96,31 @@ class Preconditioner:
 
     def _rate(self, p: nn.Parameter, group: dict[str, Any]) -> float:
         """How far the optimiser moves p for a unit of gradient, but for the denominator of Adam."""
-        rate = float(group["lr"])
+        rate = -float(group["lr"]) if group["maximize"] else float(group["lr"])
         if isinstance(self._optimizer, torch.optim.SGD) and group["momentum"]:
             begun = self._optimizer.state.get(p, {}).get("momentum_buffer") is not None
             gain = 1 - group["dampening"] if begun else 1
             rate *= 1 + group["momentum"] * gain if group["nesterov"] else gain
+        elif isinstance(self._optimizer, torch.optim.Adam):
+            decay = float(group["betas"][0])
+            rate *= (1 - decay) / (1 - decay ** self._next_step(p))  # of the first moment
         return rate
+
+    def _next_step(self, p: nn.Parameter) -> float:
+        state = self._optimizer.state.get(p)
+        return float(state["step"]) + 1 if state else 1.0
 
     def _denominator(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
         """sqrt(v̂) + eps after a step with a zero gradient."""
         state = self._optimizer.state.get(p)
         eps = float(group["eps"])
         if not state:
-            return torch.full((), eps, device=p.device)
+            return torch.full((), eps, dtype=torch.float64, device=p.device)
         decay = float(group["betas"][1])
-        step = float(state["step"]) + 1
         moment: Tensor = decay * state["exp_avg_sq"]
+        if group["weight_decay"] and not group.get("decoupled_weight_decay"):
+            moment = moment + (1 - decay) * (group["weight_decay"] * p.detach()).square()
         if group["amsgrad"]:
             moment = torch.maximum(state["max_exp_avg_sq"], moment)
-        root: Tensor = (moment / (1 - decay**step)).sqrt()
+        root: Tensor = (moment / (1 - decay ** self._next_step(p))).sqrt()
         return root + eps

@@ -25,7 +25,7 @@ from .plan import Explanation
 from .policy import Policy
 from .preserve import Snapshot, preserved
 from .result import Step
-from .weighing import Degenerate, Weighed, weigh
+from .weighing import Degenerate, Weighed, infinite_if, weigh
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
@@ -184,13 +184,11 @@ class Reweighter:
             gradients = []
             if not weighed.skip or self._accumulation is not None:
                 gradients = scored.weighted_gradients(weighed.for_gradient)
-            if weighed.overflow is not None:
-                gradients = [(p, _infinite_if(weighed.overflow, g)) for p, g in gradients]
         if self._accumulation is not None:
             self._accumulation.add(weighed, gradients, uniform=weighed.uniform)
         else:
             self._policy.advance()
-            deliver(gradients)
+            deliver(infinite_if(weighed.overflow, gradients))
         if numbers is not None and not isinstance(engine, Remembered):
             self.record.add(numbers, weighed.step)
         return weighed.step
@@ -236,10 +234,7 @@ class Reweighter:
             self._accumulation = None
         if gradients:
             self._policy.advance()
-            empty = self.on_degenerate == "skip" and not any(
-                bool(w.any()) for w in accumulation.weights
-            )
-            if not empty:
+            if self.on_degenerate != "skip" or not accumulation.empty:
                 deliver(gradients)
 
     @property
@@ -247,7 +242,7 @@ class Reweighter:
         """Whether the next :meth:`backward` needs a clean batch; see ``every``."""
         if self._accumulation is not None and self._accumulation.direction is not None:
             return False
-        return not self._policy.active or self._policy.due
+        return not self._policy.active or self._policy.due(self.model)
 
     def weights(self, batch: Any, clean: Any = None) -> Tensor:
         """The weights alone, shape (n,): Eq. 9; gradients, buffers and generators stay untouched.
@@ -369,7 +364,7 @@ class Reweighter:
 
     def _remembered(self, task: Task, index: Tensor | None) -> Remembered | None:
         """The engine of a step between, where scores are remembered for the whole batch."""
-        if index is None or self.reuse == "direction" or self._policy.due:
+        if index is None or self.reuse == "direction" or self._policy.due(task.model):
             return None
         if not self.record.knows(index):
             return None
@@ -408,10 +403,6 @@ class Reweighter:
             on_degenerate=self.on_degenerate,
             check_finite=self.check_finite,
         )
-
-
-def _infinite_if(overflow: Tensor, gradient: Tensor) -> Tensor:
-    return torch.where(overflow, float("inf"), gradient)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

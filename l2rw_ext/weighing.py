@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .engines.base import Scored, Task
@@ -15,6 +15,8 @@ from .engines.scoring import BelowAutograd
 from .result import Step, clean_loss_error
 
 Degenerate = Literal["zero", "uniform", "skip"]
+
+Gradients = list[tuple[nn.Parameter, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def weigh(
         waits = on_degenerate != "zero" or weights.device.type == "cpu"
         if waits and not weights.any():
             for_gradient = None
-            skip = on_degenerate == "skip"
+            skip = on_degenerate == "skip" and not (overflow is not None and bool(overflow))
             if on_degenerate == "uniform":
                 kept = torch.ones_like(weights) if excluded is None else (~excluded)
                 if kept.any():
@@ -94,3 +96,16 @@ def weigh(
                     uniform = True
     step = Step(weights, scores, losses, engine, clean_loss, excluded)
     return Weighed(step, for_gradient, uniform, skip, excluded, overflow)
+
+
+def infinite_if(overflow: Tensor | None, gradients: Gradients) -> Gradients:
+    """The gradients, infinite where some overflowed, so that a gradient scaler skips its step."""
+    if overflow is None:
+        return gradients
+    return [
+        # ``where`` takes no sparse gradient; a zero times infinity is not finite either.
+        (p, g / (~overflow).to(g.dtype))
+        if g.is_sparse
+        else (p, torch.where(overflow, float("inf"), g))
+        for p, g in gradients
+    ]

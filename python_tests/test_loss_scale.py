@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -88,6 +89,51 @@ def test_overflow_skips_the_step_and_lowers_the_scale(engine: Any, warm: bool) -
     found = step(_scaler(2.0**8))
     assert found.engine == engine
     assert relative_error(found.weights, expected.weights) < 1e-2  # float16: eps is 1e-3
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "forward", "double_backward"])
+@pytest.mark.parametrize(
+    "options", [{"direction_decay": 0.5}, {"every": 3}, {"every": 3, "reuse": "scores"}]
+)
+def test_a_step_after_an_overflow_is_as_if_that_had_not_been(
+    engine: Any, options: dict[str, Any]
+) -> None:
+    model = mlp(dtype=torch.float32)
+    batch, clean = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
+
+    def step(reweighter: Reweighter, scale: float) -> Any:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            return reweighter.backward(
+                batch, clean, grad_scaler=_scaler(scale), index=torch.arange(6)
+            )
+
+    plain = step(Reweighter(model, cross_entropy, engine=engine), 2.0**8)
+    reweighter = Reweighter(model, cross_entropy, engine=engine, **options)
+    assert step(reweighter, 2.0**40).nonfinite == 6
+    assert not reweighter.record.visits.any()
+    assert reweighter.needs_clean
+    found = step(reweighter, 2.0**8)
+    assert found.engine == engine
+    assert relative_error(found.weights, plain.weights) < 1e-2  # float16: eps is 1e-3
+
+
+@pytest.mark.parametrize("on_degenerate", ["zero", "uniform", "skip"])
+@pytest.mark.parametrize("scales", [(2.0**40,), (2.0**40, 2.0**8), (2.0**8, 2.0**40)])
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_overflow_is_left_for_the_scaler(
+    on_degenerate: Any, scales: tuple[float, ...], accumulated: bool
+) -> None:
+    model = mlp(dtype=torch.float32)
+    batch, clean = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
+    reweighter = Reweighter(model, cross_entropy, on_degenerate=on_degenerate)
+    with (
+        reweighter.accumulate() if accumulated else contextlib.nullcontext(),
+        torch.autocast("cpu", torch.float16),
+    ):
+        for scale in scales:
+            reweighter.backward(batch, clean, grad_scaler=_scaler(scale))
+    assert all(p.grad is not None and not p.grad.isfinite().any() for p in model.parameters())
 
 
 def test_an_example_with_an_infinite_loss_is_no_overflow() -> None:

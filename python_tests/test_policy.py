@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -83,6 +84,16 @@ def test_l2_penalty_of_matrices_joins_the_clean_loss(engine: Any) -> None:
     _assert_scores(step, model, batch, v)
 
 
+def test_a_shared_parameter_is_chosen_by_any_of_its_names() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, CLASSES))
+    model.double()
+    model[2].weight = model[0].weight  # type: ignore[union-attr]
+    batch, clean = vectors(6), vectors(4)
+    v = _clean(model, clean)
+    step = Reweighter(model, cross_entropy, layers=["2"]).backward(batch, clean)
+    _assert_scores(step, model, batch, {name: v[name] for name in ("0.weight", "2.bias")})
+
+
 def _train(model: nn.Module, lr: float = 0.1) -> None:
     with torch.no_grad():
         for p in model.parameters():
@@ -143,6 +154,105 @@ def test_a_clean_batch_that_is_needed_is_asked_for() -> None:
         Reweighter(model, cross_entropy, every=2).backward(vectors(6))
     with pytest.raises(TypeError, match="clean batch: expected a pair"):
         Reweighter(model, cross_entropy).backward(vectors(6))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_keeps_the_direction_that_is_held(how: str) -> None:
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    reweighter = Reweighter(model, cross_entropy, every=2)
+    v = _clean(model, clean)
+    reweighter.backward(batch, clean)
+    model.zero_grad()
+    other = (
+        copy.deepcopy(reweighter) if how == "deepcopy" else pickle.loads(pickle.dumps(reweighter))
+    )
+    _assert_scores(other.backward(batch), other.model, batch, v)
+
+
+@pytest.mark.parametrize("change", ["exchanged", "unfrozen"])
+def test_parameters_new_to_the_direction_need_a_clean_batch(change: str) -> None:
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    layer: Any = model[0]
+    layer.weight.requires_grad_(change != "unfrozen")
+    reweighter = Reweighter(model, cross_entropy, every=3, direction_decay=0.5)
+    reweighter.backward(batch, clean)
+    held = _clean(model, clean)
+    if change == "unfrozen":
+        layer.weight.requires_grad_()
+    else:
+        layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    model.zero_grad()
+    assert reweighter.needs_clean
+    with unchanged(model), pytest.raises(TypeError, match="clean batch: expected a pair"):
+        reweighter.backward(batch)
+    v = {
+        name: g if name == "0.weight" else 0.5 * (g + held[name])
+        for name, g in _clean(model, clean).items()
+    }
+    _assert_scores(reweighter.backward(batch, clean), model, batch, v)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_the_direction_serves_when_parameters_are_frozen(preconditioned: bool) -> None:
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    options: dict[str, Any] = {}
+    if preconditioned:
+        options["preconditioner"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    reweighter = Reweighter(model, cross_entropy, every=2, **options)
+    reweighter.backward(batch, clean)
+    v = _clean(model, clean)
+    layer: Any = model[0]
+    layer.weight.requires_grad_(False)
+    step = reweighter.backward(batch)
+    del v["0.weight"]
+    assert relative_error(step.scores, _along(model.requires_grad_(), batch, v)) < EXACT
+
+
+def test_the_direction_follows_the_model_to_another_dtype() -> None:
+    model, batch, clean = mlp(dtype=torch.float32), vectors(6), vectors(4)
+    reweighter = Reweighter(model, cross_entropy, every=2)
+    reweighter.backward((batch[0].float(), batch[1]), (clean[0].float(), clean[1]))
+    v = {name: g.double() for name, g in _clean(model, (clean[0].float(), clean[1])).items()}
+    model.zero_grad()
+    model.double()
+    step = reweighter.backward(batch)
+    assert relative_error(step.scores, _along(model, batch, v)) < 1e-6
+
+
+def test_an_average_in_low_precision_does_not_stand_still() -> None:
+    """Half of what a step adds to it would be lost in bfloat16, and much more in the long run."""
+    model = mlp(dtype=torch.bfloat16)
+    batch, first, second = (vectors(6, dtype=torch.bfloat16) for _ in range(3))
+    reweighter = Reweighter(model, cross_entropy, direction_decay=0.998)
+    reweighter.backward(batch, first)
+    for _ in range(400):
+        reweighter.backward(batch, second)
+    a, b = (
+        {name: g.double() for name, g in _clean(model, clean).items()} for clean in (first, second)
+    )
+    left = 0.998**400
+    v = {name: left * a[name] + (1 - left) * b[name] for name in a}
+    double = copy.deepcopy(model).double()
+    model.zero_grad()
+    found = reweighter.backward(batch, second).scores
+    assert relative_error(found, _along(double, (batch[0].double(), batch[1]), v)) < 0.03
+
+
+@pytest.mark.parametrize("option", [{"l2": 0.1}, {"direction_decay": 0.5}, {"layers": ["0"]}])
+def test_sparse_gradients(option: dict[str, Any]) -> None:
+    def model_with(sparse: bool) -> nn.Module:
+        torch.manual_seed(0)
+        bag = nn.EmbeddingBag(9, 5, mode="sum", sparse=sparse)
+        return nn.Sequential(bag, nn.Linear(5, CLASSES)).double()
+
+    (index, labels), other = ((torch.randint(9, (6, 3)), torch.randint(3, (6,))) for _ in range(2))
+    found = []
+    for sparse in (False, True):
+        reweighter = Reweighter(model_with(sparse), cross_entropy, **option)
+        for clean in (other, (index, labels)):
+            step = reweighter.backward((index, labels), clean)
+        found.append(step.scores)
+    assert relative_error(found[1], found[0]) < EXACT
 
 
 def test_scores_are_remembered_between() -> None:
@@ -211,7 +321,17 @@ def test_adam_divides_by_the_root_of_the_second_moment(engine: Any, kind: Any) -
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": True},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "maximize": True},
+        {"weight_decay": 0.1, "nesterov": True},
+        {"weight_decay": 0.1, "dampening": 0.3},
+    ],
+)
 def test_momentum_looks_where_sgd_goes(engine: Any, options: dict[str, Any]) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, **options)
@@ -233,6 +353,45 @@ def test_momentum_looks_where_sgd_goes(engine: Any, options: dict[str, Any]) -> 
     reweighter = Reweighter(model, cross_entropy, engine=engine, preconditioner=optimizer)
     step = reweighter.backward(batch, clean)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    _assert_scores(step, model, batch, v)
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0), (0.0, 0.1)])
+def test_rates_that_are_zero(rates: tuple[float, float]) -> None:
+    """All of them, where they are warmed up from there; else that layer has no part."""
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    groups = [
+        {"params": list(layer.parameters()), "lr": rate}
+        for layer, rate in zip((model[0], model[2]), rates, strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups)
+    step = Reweighter(model, cross_entropy, preconditioner=optimizer).backward(batch, clean)
+    v = _clean(model, clean)
+    if rates[1]:
+        v = {name: v[name] for name in ("2.weight", "2.bias")}
+    _assert_scores(step, model, batch, v)
+
+
+def test_parameters_that_join_adam_later() -> None:
+    """Their moments are of another age, and their first is less of an average."""
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.2, amsgrad=True)
+    model[2].requires_grad_(False)
+    for step in range(4):
+        if step == 2:
+            model[2].requires_grad_()
+        optimizer.zero_grad()
+        cross_entropy(model(batch[0]), batch[1]).mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    v = _clean(model, clean)
+    for name, p in model.named_parameters():
+        state, t = optimizer.state[p], 5 if name.startswith("0") else 3
+        moment = 0.999 * state["exp_avg_sq"] + 0.001 * (0.2 * p.detach()) ** 2
+        moment = torch.maximum(moment, state["max_exp_avg_sq"]) / (1 - 0.999**t)
+        rate = (1 - 0.9**5) / (1 - 0.9**t)
+        v[name] = rate * v[name] / (moment.sqrt() + 1e-8)
+    step = Reweighter(model, cross_entropy, preconditioner=optimizer).backward(batch, clean)
     _assert_scores(step, model, batch, v)
 
 
@@ -348,3 +507,12 @@ def test_record_of_examples() -> None:
     assert record.kept_share[9] == ((a[2] > 0).double() + (b[2] > 0).double()) / 2
     assert record.scores[2].isnan()
     assert record.mean_scores[2].isnan()
+
+
+def test_scores_that_are_not_finite_are_not_recorded() -> None:
+    model, (x, y), clean = mlp(), vectors(4), vectors(3)
+    x[2] = float("nan")
+    reweighter = Reweighter(model, cross_entropy, engine="layerwise")
+    reweighter.backward((x, y), clean, index=range(4))
+    assert reweighter.record.visits.tolist() == [1, 1, 0, 1]
+    assert reweighter.record.scores.isnan().tolist() == [False, False, True, False]

@@ -19,7 +19,7 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
         gradients = torch.autograd.grad(losses, task.parameters, seed, allow_unused=True)
         values = {
-            id(p): task.unscaled(g)
+            id(p): task.unscaled(g.to_dense() if g.is_sparse else g)
             for p, g in zip(task.parameters, gradients, strict=True)
             if g is not None
         }

@@ -29,7 +29,8 @@ class Remembered(Engine):
         losses = task.forward_train()
         require_grad(losses)
         check_finite(losses.detach(), "losses")
-        return GraphScored(task, losses, self._scores, self._clean_loss)
+        scores, clean_loss = (x.to(losses.device) for x in (self._scores, self._clean_loss))
+        return GraphScored(task, losses, scores, clean_loss)
 
     def explain(
         self, task: Task, snapshot: Snapshot, direction: Direction | None = None
