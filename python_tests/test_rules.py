@@ -332,6 +332,33 @@ def test_recurrent_cells(kind: Any, options: dict[str, Any], first_state: str) -
     check(model, sequences, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_layers_called_once_for_each_step(dtype: torch.dtype) -> None:
+    """Uses with few rows each are put side by side."""
+
+    def forward(model: Any, index: Tensor) -> Tensor:
+        h = torch.zeros(index.shape[0], 2, 5, dtype=model.scale.dtype)
+        for t in range(index.shape[1]):
+            x = model.embedding(index[:, t]).unsqueeze(1)
+            mixed = torch.einsum("nhd,hdk->nhk", h, model.mix)
+            h = torch.tanh(model.read(x) + mixed + model.keep(h) * model.scale)
+        return model.head(h.flatten(1))
+
+    model = model_of(
+        forward,
+        embedding=nn.Embedding(7, 4, padding_idx=1),
+        read=nn.Linear(4, 5),
+        keep=nn.Linear(5, 5, bias=False),
+        mix=torch.randn(2, 5, 5) / 3,
+        scale=torch.randn(5),
+        head=nn.Linear(10, CLASSES),
+    ).to(dtype)
+    tolerance = EXACT if dtype == torch.float64 else 2e-5
+    for clean_length in (5, 3):
+        batch, clean = _indices(6), _indices(4, clean_length)
+        assert_exact(model, cross_entropy, batch, clean, engine="layerwise", tolerance=tolerance)
+
+
 # Products.
 
 _PRODUCTS: dict[str, tuple[Forward, dict[str, Any]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..plan import Plan, UsePlan
+from ..rules import rates
 from ..rules.base import Roots, RowMap, Use, accumulation_dtype
 from .base import NotExactError, Scored, Task
 from .derived import Leaves
@@ -281,6 +282,7 @@ class Scoring(Recorder, Scored):
         """Uses that share parameters: the direction is the sum over all of them first."""
         n = self._n
         totals: dict[int, tuple[Tensor, Tensor]] = {}
+        reports: list[tuple[Use, str, Tensor, Tensor]] = []
         training: list[tuple[Use, str, Tensor, Tensor]] = []
         with BelowAutograd():
             for use, planned, z, g in waiting:
@@ -288,10 +290,10 @@ class Scoring(Recorder, Scored):
                     add_roots(totals, use, whole_direction(use, z, g))
                     continue
                 rows = self._rows(use, planned, z, g)
-                if rows is None:
-                    continue
-                z, g = rows
-                training.append((use, planned.form, z[:n], g[:n]))
+                if rows is not None:
+                    reports.append((use, planned.form, *rows))
+            for use, form, z, g in self._side_by_side(reports):
+                training.append((use, form, z[:n], g[:n]))
                 if use.part == "merged":
                     add_roots(totals, use, use.rule.direction(use, z[n:], g[n:]))
         directions = self._leaves.pull_back(totals.values())
@@ -299,6 +301,25 @@ class Scoring(Recorder, Scored):
         with BelowAutograd():
             for use, form, z, g in training:
                 self._correlate(use, form, z, g, self._direction_of(use))
+
+    def _side_by_side(
+        self, reports: list[tuple[Use, str, Tensor, Tensor]]
+    ) -> Iterator[tuple[Use, str, Tensor, Tensor]]:
+        """Uses of the same operands with few rows each, as a cell's in a loop, as one use."""
+        trained = {use.index for use in self._trained}
+        groups: dict[Any, list[tuple[Use, str, Tensor, Tensor]]] = {}
+        for report in reports:
+            use, form, z, g = report
+            key: Any = use.index
+            if use.rule.rows_add_up and g.shape[1] <= rates.FEW_POSITIONS:
+                roots = tuple(map(id, use.roots))
+                key = (use.rule, use.part, roots, use.options, form, use.index in trained, g.dtype)
+            groups.setdefault(key, []).append(report)
+        for group in groups.values():
+            use, form, z, g = group[0]
+            if len(group) > 1:
+                z, g = torch.cat([r[2] for r in group], 1), torch.cat([r[3] for r in group], 1)
+            yield use, form, z, g
 
     def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
         """See :class:`~l2rw_ext.engines.base.Scored`; frees what was kept as it goes."""

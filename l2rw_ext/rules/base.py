@@ -143,6 +143,8 @@ class Rule(abc.ABC):
     name: ClassVar[str]
     reduces: ClassVar[bool] = False
     """Whether :meth:`prepare` already returns the per-example gradients."""
+    rows_add_up: ClassVar[bool] = False
+    """Whether z and g are (N, T, ...), so that uses of the same operands are one with all rows."""
 
     @abc.abstractmethod
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:

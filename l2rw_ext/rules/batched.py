@@ -48,6 +48,7 @@ class BatchedLinear(Rule):
     """y_h = W_h z_h on rows z of shape (h, d), W (h, k, d); form: dense."""
 
     name = "batched linear"
+    rows_add_up = True
 
     def leading(self, use: Use, g: Tensor) -> int:
         """All dimensions but head and feature."""

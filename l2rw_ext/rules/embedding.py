@@ -42,6 +42,7 @@ class Embedding(Rule):
     """y = W[index]; the padding row has no gradient."""
 
     name = "embedding"
+    rows_add_up = True
 
     def leading(self, use: Use, g: Tensor) -> int:
         """All dimensions of the index."""

@@ -43,6 +43,7 @@ class Linear(Rule):
     """y = W z + b on rows z; forms: factored, dense, per example."""
 
     name = "linear"
+    rows_add_up = True
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """(N, T, d_in) and (N, T, d_out)."""

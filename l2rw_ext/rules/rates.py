@@ -29,3 +29,7 @@ BYTES = 10e9
 BLOCKED_POSITIONS = 16
 """From this many positions an example's gradient is a matrix product worth a block of its own, and
 a weighted gradient of a linear layer is faster example by example than gathered and multiplied."""
+
+FEW_POSITIONS = 8
+"""Up to this many positions a use costs more in calls than in arithmetic, and those of the same
+operands are put side by side."""
