@@ -152,7 +152,7 @@ IMAGES: list[Maker] = [
     lambda: _Over(nn.BatchNorm2d(WIDTH).eval()),
     lambda: _Over(nn.GroupNorm(2, WIDTH)),
     lambda: _Over(nn.InstanceNorm2d(WIDTH, affine=True)),
-    lambda: _Over(nn.MaxPool2d(2, 1)),
+    lambda: _Over(nn.MaxPool2d(3, 1, 1)),
 ]
 VECTORS: list[Maker] = [
     lambda: nn.BatchNorm1d(WIDTH),
