@@ -399,6 +399,17 @@ def test_default_dtype(dtype: torch.dtype) -> None:
     assert step.scores.dtype == torch.float32
 
 
+@pytest.mark.parametrize("engine", ["layerwise", "forward", "double_backward"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_scores_are_in_the_accumulation_dtype(engine: Any, dtype: torch.dtype) -> None:
+    model = mlp(dtype=dtype)
+    batch, clean = vectors(6, dtype=dtype), vectors(4, dtype=dtype)
+    step = Reweighter(model, cross_entropy, engine=engine).backward(batch, clean)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert step.scores.dtype == step.weights.dtype == wide
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:l2rw_ext")
 def test_another_loss_function_on_the_same_reweighter() -> None:
     model = mlp()

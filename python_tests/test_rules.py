@@ -359,6 +359,19 @@ def test_layers_called_once_for_each_step(dtype: torch.dtype) -> None:
         assert_exact(model, cross_entropy, batch, clean, engine="layerwise", tolerance=tolerance)
 
 
+def test_a_bias_shared_by_frozen_matrices_of_different_width() -> None:
+    model = model_of(
+        lambda s, x: s.head(F.linear(torch.tanh(F.linear(x, s.first, s.bias)), s.second, s.bias)),
+        first=torch.randn(4, 5),
+        second=torch.randn(4, 4),
+        bias=torch.randn(4),
+        head=nn.Linear(4, CLASSES),
+    )
+    model.first.requires_grad_(False)
+    model.second.requires_grad_(False)
+    assert_exact(model, cross_entropy, vectors(6), vectors(4), engine="layerwise")
+
+
 # Products.
 
 _PRODUCTS: dict[str, tuple[Forward, dict[str, Any]]] = {

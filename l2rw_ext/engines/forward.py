@@ -8,6 +8,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ..plan import Explanation
 from ..preserve import Snapshot
+from ..rules.base import accumulation_dtype
 from ..tangents import Tangents
 from ..tangents.base import unpack
 from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
@@ -53,7 +54,7 @@ def _score(
             with mode:
                 losses = task.forward_train()
             require_grad(losses)
-            scores = mode.scores(losses)
+            scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
             losses, _ = unpack(losses)
     except (NotExactError, torch.OutOfMemoryError):
         raise

@@ -313,7 +313,8 @@ class Scoring(Recorder, Scored):
             key: Any = use.index
             if use.rule.rows_add_up and g.shape[1] <= rates.FEW_POSITIONS:
                 roots = tuple(map(id, use.roots))
-                key = (use.rule, use.part, roots, use.options, form, use.index in trained, g.dtype)
+                features = (z.shape[2:], g.shape[2:], g.dtype)
+                key = (use.rule, use.part, roots, use.options, form, use.index in trained, features)
             groups.setdefault(key, []).append(report)
         for group in groups.values():
             use, form, z, g = group[0]
