@@ -51,6 +51,7 @@ class Interception(TorchFunctionMode):
         self.saved_tensor_hooks = False
         self.below_autocast: tuple[str, torch.dtype | None] | None = None
         """In a handler that runs with autocast off: the device, and the dtype to compute in."""
+        self._casts: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._recording = True
         self._roots: dict[int, Tensor] = {}
         self._constants: dict[int, Tensor] = {}
@@ -213,7 +214,7 @@ class Interception(TorchFunctionMode):
             return None
         if self.below_autocast is not None and self.below_autocast[1] is not None:
             dtype = self.below_autocast[1]
-            weight, bias = autocast.operand(weight, dtype), autocast.operand(bias, dtype)
+            weight, bias = self._operand(weight, dtype), self._operand(bias, dtype)
         elif torch.is_autocast_enabled(x.device.type):
             raise NotExactError(f"no layer-wise rule covers {operation} under autocast")
         use = Use(rule, operation, weight, bias, roots, options)
@@ -226,6 +227,16 @@ class Interception(TorchFunctionMode):
             if not self.saved_tensor_hooks:
                 self.saved_tensor_hooks = _has_saved_tensor_hooks()
         return use
+
+    def _operand(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A parameter as the kernel takes it, without gradient; cast once for all its uses."""
+        if x is None or x.dtype == dtype:
+            return x
+        key = (id(x), x._version, dtype)
+        found = self._casts.get(key)
+        if found is None:
+            found = self._casts[key] = autocast.cast(x.detach(), dtype)
+        return found
 
     def recompute(self) -> Recomputation:
         """For the backward of a checkpointed forward: calls take the same way, unrecorded."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .autocast import without_autocast
-from .checkpointing import without_reentrance
+from .checkpointing import SERVES_ONCE, serves_once, without_reentrance
 from .compiled import eagerly
 from .members import Members
 
@@ -123,8 +123,10 @@ def preserved(members: Members, *, always: bool) -> Iterator[Snapshot]:
             eagerly,
         ):
             yield snapshot
-    except BaseException:
+    except BaseException as error:
         snapshot.restore()
+        if serves_once(error):
+            raise RuntimeError(SERVES_ONCE) from error
         raise
     if always:
         snapshot.restore()

@@ -14,7 +14,11 @@ from models import CLASSES, Tokens, cross_entropy, model_of, vectors
 from oracle import assert_matches, flat, gradients_of, relative_error, truth, unchanged
 from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.reweighter import EngineName
@@ -125,6 +129,36 @@ def test_contexts_and_early_stop(engine: Any, early: bool) -> None:
 
     _assert_exact(_model(False, context_fn=contexts, early_stop=early), engine)
     assert {"forward", "recomputation"} <= set(entered)
+
+
+def _selective() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default])
+
+
+@contextlib.contextmanager
+def _generator() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize("contexts", [_selective, lambda: (_generator(), _generator())])
+def test_contexts_that_serve_one_recomputation(contexts: Any) -> None:
+    """A selective checkpoint says so itself; the forward engine needs no recomputation."""
+    model = _model(False, context_fn=contexts)
+    batch, clean = vectors(6), vectors(4)
+    refused = pytest.raises(RuntimeError, match="serves one recomputation")
+    for engine in ("layerwise", "double_backward"):
+        with refused, unchanged(model):
+            Reweighter(model, cross_entropy, engine=engine).backward(batch, clean)  # type: ignore[arg-type]
+    plain = model_of(
+        lambda s, x: s.head(s.inner(s.first(x))),
+        first=model.first,
+        inner=model.inner,
+        head=model.head,
+    )
+    expected = truth(plain, cross_entropy, batch, clean)
+    step = Reweighter(model, cross_entropy).backward(batch, clean)
+    assert step.engine == "forward"
+    assert relative_error(step.scores, expected.scores) < 1e-12
 
 
 @pytest.mark.parametrize("engine", ENGINES)

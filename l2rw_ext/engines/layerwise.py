@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import describe, merge, split
+from ..checkpointing import SERVES_ONCE, serves_once
 from ..interception import Interception, check_graph, inside, sources
 from ..members import Members
 from ..plan import Explanation, Plan, UsePlan, choose_form
@@ -347,8 +348,13 @@ def _run_backward(
         retain,
     )
     if interception.saved_tensor_hooks:
-        with interception.recompute():
-            inside(torch.autograd.grad)(*arguments, allow_unused=True)
+        try:
+            with interception.recompute():
+                inside(torch.autograd.grad)(*arguments, allow_unused=True)
+        except (AttributeError, RuntimeError) as error:
+            if serves_once(error):
+                raise NotExactError(SERVES_ONCE) from error
+            raise
     else:
         torch.autograd.grad(*arguments, allow_unused=True)
 

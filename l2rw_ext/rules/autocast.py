@@ -57,7 +57,7 @@ def handle(
         policy = _policy(func, args, kwargs, tensors, device)
     if policy.compute is not None:
         args, kwargs = (
-            _each(lambda x: _cast(x, policy.compute) if mode.is_data(x) else x, tree)
+            _each(lambda x: cast(x, policy.compute) if mode.is_data(x) else x, tree)
             for tree in (args, kwargs)
         )
     before = mode.below_autocast
@@ -68,7 +68,7 @@ def handle(
     finally:
         torch.set_autocast_enabled(device, True)
         mode.below_autocast = before
-    return out if policy.output is None else _each(lambda x: _cast(x, policy.output), out)
+    return out if policy.output is None else _each(lambda x: cast(x, policy.output), out)
 
 
 def call(
@@ -128,7 +128,7 @@ def _output_dtype(
 
     def copied(x: Tensor) -> Tensor:
         x = x.detach().clone()
-        return x if dtype is None else _cast(x, dtype)
+        return x if dtype is None else cast(x, dtype)
 
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -140,12 +140,7 @@ def _output_dtype(
     return next((x.dtype for x in _tensors((out,)) if x.is_floating_point()), None)
 
 
-def operand(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A parameter of a use as its kernel takes it; no gradient flows to it."""
-    return x if x is None or x.dtype == dtype else _cast(x.detach(), dtype)
-
-
-def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Autocast leaves float64 and whatever is not floating alone."""
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
