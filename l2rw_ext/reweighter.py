@@ -289,8 +289,9 @@ class Reweighter:
         Raises:
             ValueError, KeyError: the state is not of this model or not of a reweighter.
         """
-        self._policy.load_state_dict(state["policy"], Members.of(self.model))
-        self.record.load_state_dict(state["record"])
+        policy, record = state["policy"], state["record"]
+        self._policy.load_state_dict(policy, Members.of(self.model))
+        self.record.load_state_dict(record)
 
     def _task(
         self, batch: Any, clean: Any, grad_scaler: torch.amp.GradScaler | None = None

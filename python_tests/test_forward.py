@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -105,6 +106,15 @@ def _in_place(model: Any, x: Tensor) -> Tensor:
     filled[:, 2:] = h[:, :2]
     filled.T[0].exp_()
     return model.head(filled)
+
+
+def _relu_and_views(model: Any, x: Tensor) -> Tensor:
+    h = model.norm(model.a(x))
+    some = h[:, :2]
+    r = F.relu(h, inplace=True)
+    other = model.a(x)
+    other.t().relu_()
+    return model.head(h + 2 * r.flip(1) + some.sum(1, keepdim=True) + other)
 
 
 def _in_pieces(model: Any, x: Tensor) -> Tensor:
@@ -236,6 +246,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
             width=4,
         ),
         images,
+    ),
+    "views of what ReLU writes to": (
+        lambda: model_of(
+            _relu_and_views, a=nn.Linear(5, 6), norm=nn.BatchNorm1d(6), head=nn.Linear(6, 3)
+        ),
+        vectors,
     ),
     "writes in place": (
         lambda: model_of(
@@ -780,6 +796,20 @@ def test_dropout_masks_are_those_of_the_losses() -> None:
     step = Reweighter(model, cross_entropy, engine="forward").backward(batch, clean)
     assert relative_error(step.scores, scores) < EXACT
     assert relative_error(flat(gradients_of(model).values()), flat(gradients.values())) < EXACT
+
+
+def test_steps_of_several_threads() -> None:
+    batch, clean = vectors(6), vectors(4)
+    models = [nn.Sequential(nn.BatchNorm1d(5), mlp()).double() for _ in range(4)]
+    expected = [truth(model, cross_entropy, batch, clean).scores for model in models]
+
+    def scores(model: nn.Module) -> list[Tensor]:
+        reweighter = Reweighter(model, cross_entropy, engine="forward")
+        return [reweighter.backward(batch, clean).scores for _ in range(20)]
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        for found, exact in zip(pool.map(scores, models), expected, strict=True):
+            assert all(relative_error(u, exact) < EXACT for u in found)
 
 
 def test_same_seed_same_bits() -> None:

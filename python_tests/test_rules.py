@@ -369,7 +369,10 @@ def test_a_bias_shared_by_frozen_matrices_of_different_width() -> None:
     )
     model.first.requires_grad_(False)
     model.second.requires_grad_(False)
-    assert_exact(model, cross_entropy, vectors(6), vectors(4), engine="layerwise")
+    batch, clean = (
+        (torch.randn(n, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))) for n in (6, 4)
+    )
+    assert_exact(model, cross_entropy, batch, clean, engine="layerwise")
 
 
 # Products.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import set_checkpoint_early_stop
@@ -14,6 +16,9 @@ from ..tangents.base import unpack
 from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
 from .direction import clean_direction
 from .graph import GraphScored, check_finite, check_scores
+
+_LEVEL = threading.RLock()
+"""The process has one level of forward-mode differentiation: steps of several threads take turns."""
 
 
 class Forward(Engine):
@@ -49,7 +54,7 @@ def _score(
         direction = clean_direction(task, snapshot)
     try:
         # Nothing is recomputed (see Tangents); were something, torch would count and find out.
-        with forward_ad.dual_level(), set_checkpoint_early_stop(False):
+        with _LEVEL, forward_ad.dual_level(), set_checkpoint_early_stop(False):
             mode = Tangents(task, direction)
             with mode:
                 losses = task.forward_train()
