@@ -89,6 +89,10 @@ def _resnet_batch() -> nn.Module:
     return ResNet32("batch")
 
 
+def _vit_checkpointed() -> nn.Module:
+    return ViT(checkpointed=True)
+
+
 def _tiny() -> nn.Module:
     return MLP(6, 8, 3)
 
@@ -126,6 +130,17 @@ CASES: dict[str, CaseSpec] = {
             100,
             10,
             coupled=True,
+        ),
+        CaseSpec(
+            "vit-checkpointed",
+            "ViT, every block checkpointed, 64+16",
+            _vit_checkpointed,
+            _IMAGE,
+            10,
+            64,
+            16,
+            default=False,
+            attention=True,
         ),
         CaseSpec(
             "gpt",

@@ -33,7 +33,7 @@ from rich.table import Table
 from . import record
 from .cases import CASES, Case, CaseSpec, default_cases, draw_case_labels, make_case
 from .errors import UsageError
-from .methods import METHODS, YARDSTICK, Method, Step
+from .methods import METHODS, YARDSTICK, Method, Step, chosen
 
 # Fixed thresholds: by default glibc raises them with use, and what a process holds would depend on
 # the order of its allocations.
@@ -206,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status is 1 where this package's step failed."""
     record.check_device(args.device)
-    methods = [METHODS[name] for name in args.methods or METHODS]
+    methods = chosen(args.methods)
     report = record.header("memory", args.device, sys.argv[1:])
     report["allocator"] = ALLOCATOR
     report["cases"] = []

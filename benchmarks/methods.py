@@ -44,7 +44,8 @@ class Method:
     """A way to make one training step.
 
     ``kind`` is ``plain`` (no weights), ``exact`` (held to the oracle) or ``approximate`` (its error
-    is reported). ``requires`` names the module that must be installed.
+    is reported). ``requires`` names the module that must be installed; without ``default`` the
+    method runs where it is asked for.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Method:
     kind: str
     prepare: Callable[[Case], Step]
     requires: str | None = None
+    default: bool = True
 
     @property
     def available(self) -> bool:
@@ -95,17 +97,22 @@ def plain_union(case: Case) -> Step:
     return step
 
 
-def l2rw(case: Case) -> Step:
+def l2rw(case: Case, **options: Any) -> Step:
     """This package, engine chosen by itself."""
     from l2rw_ext import Reweighter
 
-    reweighter = Reweighter(case.model, case.loss)
+    reweighter = Reweighter(case.model, case.loss, **options)
 
     def step() -> Outcome:
         result = reweighter.backward(case.train, case.clean)
         return Outcome(result.scores, result.weights, result.engine)
 
     return step
+
+
+def l2rw_low_memory(case: Case) -> Step:
+    """This package, with a second backward instead of what it keeps of each layer."""
+    return l2rw(case, low_memory=True)
 
 
 def _clean_direction(case: Case, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
@@ -300,6 +307,9 @@ METHODS: dict[str, Method] = {
         Method("plain", "plain, n", "plain", plain),
         Method("plain_union", "plain, union", "plain", plain_union),
         Method("l2rw_ext", "l2rw_ext", "exact", l2rw),
+        Method(
+            "l2rw_ext_low_memory", "l2rw_ext, low memory", "exact", l2rw_low_memory, default=False
+        ),
         Method("double_backward", "double backward", "exact", double_backward),
         Method("jvp", "torch.func.jvp", "exact", forward_mode),
         Method("finite_difference", "finite differences", "approximate", finite_difference),
@@ -310,3 +320,10 @@ METHODS: dict[str, Method] = {
     )
 }
 YARDSTICK = "plain_union"
+
+
+def chosen(names: list[str] | None) -> list[Method]:
+    """The methods of these names, or those that run when none is asked for."""
+    return [
+        method for method in METHODS.values() if (method.name in names if names else method.default)
+    ]

@@ -7,6 +7,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class MLP(nn.Sequential):
@@ -163,9 +164,16 @@ class ViT(nn.Module):
     """Vision transformer of width 192 and 6 layers on 64 patches of 4x4 and a class token."""
 
     def __init__(
-        self, classes: int = 10, width: int = 192, layers: int = 6, heads: int = 3
+        self,
+        classes: int = 10,
+        width: int = 192,
+        layers: int = 6,
+        heads: int = 3,
+        *,
+        checkpointed: bool = False,
     ) -> None:
         super().__init__()
+        self.checkpointed = checkpointed
         self.patches = nn.Conv2d(3, width, 4, stride=4)
         self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.position = nn.Parameter(torch.randn(1, 65, width) * 0.02)
@@ -178,8 +186,12 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(x.size(0), -1, -1), x], dim=1) + self.position
-        x = self.norm(self.blocks(x))
-        out: Tensor = self.head(x[:, 0])
+        if self.checkpointed:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = self.blocks(x)
+        out: Tensor = self.head(self.norm(x)[:, 0])
         return out
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from . import record
 from .cases import CASES, Case, CaseSpec, default_cases, make_case
-from .methods import METHODS, YARDSTICK, Method, Outcome, Step
+from .methods import METHODS, YARDSTICK, Method, Outcome, Step, chosen
 from .operations import operation_bound
 from .oracle import Oracle, gradient_error, oracle, relative_error
 
@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
     record.check_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    methods = [METHODS[name] for name in args.methods or METHODS]
+    methods = chosen(args.methods)
     report = record.header("step", args.device, sys.argv[1:])
     report["cases"] = []
     console = Console()
