@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -163,7 +165,7 @@ def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
     """Cut merged outputs into the rows of the training and of the clean batch.
 
     None where some output tensor has no dimension 0 of size n + m, or some output is an object
-    that may hold tensors: it cannot be cut.
+    that may hold tensors and is neither a dataclass nor a dict: it cannot be cut.
     """
     if isinstance(outputs, Tensor):
         if outputs.dim() == 0 or outputs.size(0) != n + m:
@@ -178,11 +180,48 @@ def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
             train.append(x)
             clean.append(x)
             continue
-        if not isinstance(x, Tensor) or x.dim() == 0 or x.size(0) != n + m:
+        if isinstance(x, Tensor):
+            if x.dim() == 0 or x.size(0) != n + m:
+                return None
+            parts: tuple[Any, Any] | None = (x[:n], x[n:])
+        else:
+            parts = _split_object(x, n, m)
+        if parts is None:
             return None
-        train.append(x[:n])
-        clean.append(x[n:])
+        train.append(parts[0])
+        clean.append(parts[1])
     return pytree.tree_unflatten(train, spec), pytree.tree_unflatten(clean, spec)
+
+
+def _split_object(x: Any, n: int, m: int) -> tuple[Any, Any] | None:
+    """:func:`split` of a dataclass, or of a dict of another type whose attributes are its items.
+
+    None for an object that holds more than that.
+    """
+    attributes = getattr(x, "__dict__", None)
+    if attributes is None:
+        return None
+    if isinstance(x, dict):
+        if any(key not in x or x[key] is not value for key, value in attributes.items()):
+            return None
+        parts = split(dict(x), n, m)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        if attributes.keys() != {field.name for field in dataclasses.fields(x)}:
+            return None
+        parts = split(dict(attributes), n, m)
+    else:
+        return None
+    return None if parts is None else (_with_parts(x, parts[0]), _with_parts(x, parts[1]))
+
+
+def _with_parts(x: Any, values: dict[Any, Any]) -> Any:
+    new = copy.copy(x)
+    for key, value in values.items():
+        if isinstance(x, dict):
+            new[key] = value
+        if key in vars(x):
+            object.__setattr__(new, key, value)
+    return new
 
 
 def batch_size(inputs: Any, targets: Any, name: str) -> int:

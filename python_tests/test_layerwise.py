@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable
@@ -392,6 +394,51 @@ def test_outputs_that_cannot_be_cut() -> None:
     )
     loss = lambda out, y: -out.log_prob(y)  # noqa: E731
     assert_exact(model, loss, vectors(6), vectors(4), engine="layerwise")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outputs:
+    logits: Tensor
+    parts: Any
+    scale: float = 1.0
+
+
+class _Extended(_Outputs):
+    """Holds more than its fields."""
+
+    def __init__(self, logits: Tensor, parts: Any) -> None:
+        super().__init__(logits, parts)
+        object.__setattr__(self, "mean", logits.mean())
+
+
+class _Mirrored(collections.OrderedDict[str, Any]):
+    """A dict whose items are attributes too."""
+
+    def __init__(self, *args: Any, **items: Any) -> None:
+        super().__init__(*args, **items)
+        self.__dict__.update(self)
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [(_Outputs, "layerwise"), (_Mirrored, "layerwise"), (_Extended, "forward")],
+)
+def test_outputs_in_objects(kind: Any, engine: str) -> None:
+    """Those that hold nothing but their parts are cut, so that the two batches are merged."""
+
+    def forward(model: Any, x: Tensor) -> Any:
+        hidden = torch.tanh(model.inner(x))
+        return kind(logits=model.head(hidden), parts=[hidden, _Mirrored(x=x)])
+
+    def loss(out: Any, y: Tensor) -> Tensor:
+        penalty = out.parts[0].square().sum(1) + out.parts[1].x.sum(1)
+        return cross_entropy(out.logits, y) + penalty + getattr(out, "mean", 0)
+
+    model = model_of(forward, inner=nn.Linear(5, 5), head=nn.Linear(5, CLASSES))
+    reweighter = Reweighter(model, loss)
+    assert_exact(model, loss, vectors(6), vectors(4), engine=engine, reweighter=reweighter)
+    merged = "merged" in reweighter.explain(vectors(6), vectors(4)).passes
+    assert merged == (engine == "layerwise")
 
 
 def test_weight_made_by_a_straight_through_function() -> None:
