@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Function, dual, handles, operands, unpack
+from .base import Function, dual, handles, operands, tangent_of, unpack
 
 if TYPE_CHECKING:
     from .mode import Tangents
@@ -20,11 +20,40 @@ if TYPE_CHECKING:
 
 @handles(F.relu, torch.relu, Tensor.relu)
 def _relu(mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, inplace = operands(args, kwargs, "input", "inplace")
-    if inplace:
-        return torch.relu_(x)
+    x, in_place = operands(args, kwargs, "input", "inplace")
+    if in_place:
+        return _relu_in_place(x)
     z, dz = unpack(x)
     y = torch.relu(z)
     with torch.no_grad():
         dy = torch.ops.aten.threshold_backward(dz, y, 0)
     return dual(y, dy)
+
+
+@handles(torch.relu_, Tensor.relu_)
+def _relu_(mode: Tangents, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _relu_in_place(*operands(args, kwargs, "input"))
+
+
+def _relu_in_place(x: Tensor) -> Tensor:
+    """On what x is a view of, where it is all of it: a dual tensor is a view of its primal.
+
+    For a write to a view autograd's backward copies the whole gradient three times.
+    """
+    base = x._base
+    if base is None or base.grad_fn is None or not _same_place(x, base):
+        return torch.relu_(x)
+    tangent = tangent_of(x)
+    torch.relu_(base)
+    with torch.no_grad():
+        torch.ops.aten.threshold_backward.grad_input(tangent, base, 0, grad_input=tangent)
+    return dual(base, tangent)
+
+
+def _same_place(x: Tensor, base: Tensor) -> bool:
+    return (
+        base.data_ptr() == x.data_ptr()
+        and base.shape == x.shape
+        and base.stride() == x.stride()
+        and tangent_of(base) is None
+    )
