@@ -150,11 +150,10 @@ CASES: dict[str, CaseSpec] = {
             1000,
             16,
             8,
-            default=False,
             attention=True,
             tokens=True,
         ),
-        CaseSpec("lstm", "LSTM 64-128, 40 steps, 32+16", LSTM, (40, 64), 10, 32, 16, default=False),
+        CaseSpec("lstm", "LSTM 64-128, 40 steps, 32+16", LSTM, (40, 64), 10, 32, 16),
         CaseSpec("tiny", "MLP 6-8-3, 20+4", _tiny, (6,), 3, 20, 4, default=False),
     )
 }

@@ -13,7 +13,7 @@ from typing import Any
 from . import record
 from .errors import UsageError
 
-PARTS = ("summary", "step", "step-pair", "memory")
+PARTS = ("summary", "step", "step-pair", "memory", "memory-checkpointed")
 PART = re.compile(
     r"(?P<begin><!-- recorded (?P<name>[a-z-]+): begin -->\n).*?"
     r"(?P<end><!-- recorded (?P=name): end -->)",
