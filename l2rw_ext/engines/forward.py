@@ -18,7 +18,7 @@ from .direction import clean_direction
 from .graph import GraphScored, check_finite, check_scores
 
 _LEVEL = threading.RLock()
-"""The process has one level of forward-mode differentiation: steps of several threads take turns."""
+"""One level of forward mode is all that torch has: steps of several threads take turns."""
 
 
 class Forward(Engine):
