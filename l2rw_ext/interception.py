@@ -49,6 +49,8 @@ class Interception(TorchFunctionMode):
         self.chooses: str | None = None
         """The first operation through which values of the data may decide what is computed."""
         self.saved_tensor_hooks = False
+        self.narrow = False
+        """Whether some of the forward ran in float16 under autocast, with its small range."""
         self.below_autocast: tuple[str, torch.dtype | None] | None = None
         """In a handler that runs with autocast off: the device, and the dtype to compute in."""
         self._casts: dict[tuple[int, int, torch.dtype], Tensor] = {}

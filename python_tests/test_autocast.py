@@ -234,6 +234,31 @@ def test_every_module_returns_what_it_returns_under_plain_autocast(
         assert relative_error(x, y) <= 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_only_norms_are_trained(engine: Any, dtype: torch.dtype, inside: bool) -> None:
+    """No gradient that a use sees has the low dtype, though others that it comes from do."""
+    frozen = [nn.Linear(12, 12).requires_grad_(False) for _ in range(4)]
+    layers = nn.Sequential(
+        frozen[0], nn.LayerNorm(12), frozen[1], nn.GELU(), frozen[2], nn.LayerNorm(12), frozen[3]
+    )
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype, enabled=inside or torch.is_autocast_enabled("cpu")):
+            return model.layers(x)
+
+    model = model_of(forward, layers=layers).float()
+    for layer in frozen:
+        layer.requires_grad_(False)
+    batch, clean = _vectors(64), _vectors(32)
+    expected = truth(layers, cross_entropy, batch, clean).scores
+    reweighter = Reweighter(model, cross_entropy, engine=engine)
+    with torch.autocast("cpu", dtype=dtype, enabled=not inside):
+        scores = reweighter.backward(batch, clean).scores
+    assert relative_error(scores, expected) <= 8 * torch.finfo(dtype).eps
+
+
 def _float(tree: Any) -> Any:
     return torch.utils._pytree.tree_map(
         lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x, tree

@@ -36,7 +36,7 @@ class Layerwise(Engine):
     name = "layerwise"
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[Key, bool], Plan] = {}
+        self._plans: dict[Key, Plan] = {}
         self._refused: dict[Key, str] = {}
         self._by_row: set[Key] = set()
         self._separate: dict[Key, str] = {}
@@ -108,7 +108,7 @@ class Layerwise(Engine):
         scoring = Scoring(task, leaves)
         interception = self._interception(task.members, scoring, key, task.n + task.m)
         losses, clean_losses = _merged_losses(task, inputs, interception)
-        plan = None if fresh else self._plans.get((key, True))
+        plan = None if fresh else self._plans.get(key)
         if plan is None or plan.due() or plan.calls != interception.calls:
             precision = _precision(interception, losses)
             check_mergeable(task, snapshot, inputs, losses, clean_losses, precision)
@@ -120,7 +120,7 @@ class Layerwise(Engine):
             (clean_losses, task.scaled(torch.full_like(clean_losses, 1 / task.m))),
         ]
         plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=True)
-        self._plans[key, True] = plan
+        self._plans[key] = plan
         return scoring, plan
 
     def _two_passes(
@@ -145,10 +145,12 @@ class Layerwise(Engine):
         require_grad(losses)
         scoring.start(losses, direction.clean_loss, reached, reached)
         seeded = [(losses, task.scaled(_finite_seed(losses)))]
-        plan = None if fresh else self._plans.get((key, False))
+        # Whatever the clean batch is like: a loop of many lengths makes a plan for each, not pair.
+        own = (_key(task, True), key in self._by_row)
+        plan = None if fresh else self._plans.get(own)
         plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=False)
         plan.why_separate = why
-        self._plans[key, False] = plan
+        self._plans[own] = plan
         return scoring, plan
 
     def _interception(
@@ -202,7 +204,7 @@ class Layerwise(Engine):
         """A plan from two more backwards over the same graph."""
         _check_wrappers(task.model)
         reached = scoring.reached
-        probe = scoring.probe = Probe()
+        probe = scoring.probe = Probe(narrow=interception.narrow)
         _run_backward(interception, seeded, retain=True)
         finite = probe.finite or not bool(scoring.losses.isfinite().all())
         if task.loss_scale is not None and not finite:

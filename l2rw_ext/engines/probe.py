@@ -57,9 +57,9 @@ class Probe:
     Between the two, :attr:`seeds` is set: r of the examples of each part.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, narrow: bool = False) -> None:
         self.seeds: dict[str, Tensor] = {}
-        self.narrow = False
+        self.narrow = narrow
         """Whether some gradient of the plain backward has the small range of float16."""
         self._largest = 0.0
         self.finite = True

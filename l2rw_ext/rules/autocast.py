@@ -41,6 +41,9 @@ def handle(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run a rule's handler with autocast off, on operands as autocast would cast them."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            mode.narrow = True
     tensors = list(_tensors((*args, *kwargs.values())))
     data = [x for x in tensors if mode.is_data(x)]
     if (
@@ -130,10 +133,11 @@ def _output_dtype(
         x = x.detach().clone()
         return x if dtype is None else cast(x, dtype)
 
+    devices = {x.device for x in _tensors((*args, *kwargs.values())) if x.is_cuda}
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices):
             out = func(*_each(copied, args), **_each(copied, kwargs))
     finally:
         torch.set_autocast_cache_enabled(caches)
