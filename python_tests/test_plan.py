@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CLASSES, cross_entropy, mlp, model_of, vectors
+from models import CLASSES, cross_entropy, mlp, model_of, token_loss, vectors
 from oracle import assert_exact, truth, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -483,6 +483,23 @@ def test_picking_the_class_in_the_loss_is_not_reordering(
     reweighter = Reweighter(model, loss)
     assert_exact(model, loss, vectors(6), vectors(4), reweighter=reweighter, engine="layerwise")
     probed = []
-    monkeypatch.setattr(layerwise, "Probe", lambda: probed.append(1))
+    monkeypatch.setattr(layerwise, "Probe", lambda **_: probed.append(1))
     assert_exact(model, loss, vectors(6), vectors(4), reweighter=reweighter, engine="layerwise")
     assert not probed
+
+
+def test_two_passes_make_a_plan_for_each_training_length_not_for_each_pair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+    monkeypatch.setattr(layerwise, "Probe", lambda **options: made.append(1) or Probe(**options))
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+
+    def batch(n: int, length: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(n, length, 5).double(), torch.randint(CLASSES, (n, length))
+
+    reweighter = Reweighter(model, token_loss)
+    for length, clean_length in ((3, 4), (3, 5), (3, 6), (2, 4), (3, 4), (2, 7)):
+        batches = batch(6, length), batch(4, clean_length)
+        assert_exact(model, token_loss, *batches, reweighter=reweighter)
+    assert len(made) == 2
