@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import Reweighter
+from l2rw_ext.engines import layerwise
 from l2rw_ext.interception import Interception
 from l2rw_ext.members import Members
 from l2rw_ext.rules.base import Use
@@ -561,6 +562,60 @@ def test_bilinear(bias: bool, frozen: str | None) -> None:
         head=nn.Linear(5, CLASSES),
     )
     check(model, sequences, 3)
+
+
+def _forced(form: str) -> Callable[..., Any]:
+    def choose(use: Any, size: Any, *, without: tuple[str, ...] = ()) -> Any:
+        costs = use.rule.costs(use, size)
+        allowed = [f for f in (form, *costs) if f in costs and f not in without]
+        return allowed[0], costs
+
+    return choose
+
+
+@pytest.mark.parametrize("form", ["factored", "dense", "per example"])
+@pytest.mark.parametrize("frozen", [None, "w", "b"])
+@pytest.mark.parametrize("clean_length", [4, 3])
+@pytest.mark.parametrize("length", [4, 20])
+def test_every_form_of_a_weight_that_has_its_inputs_first(
+    monkeypatch: pytest.MonkeyPatch, form: str, frozen: str | None, clean_length: int, length: int
+) -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        rows = torch.addmm(model.b, x.flatten(0, 1), model.w).unflatten(0, x.shape[:2])
+        mixed = torch.einsum("ntd,dk->ntk", torch.tanh(rows), model.mix)
+        return (torch.tanh(mixed) @ model.head).mean(1)
+
+    monkeypatch.setattr(layerwise, "choose_form", _forced(form))
+    shapes = {"w": (6, 5), "b": (5,), "mix": (5, 4), "head": (4, CLASSES)}
+    model = model_of(forward, **{name: torch.randn(shape) for name, shape in shapes.items()})
+    if frozen is not None:
+        getattr(model, frozen).requires_grad_(False)
+    batch, clean = sequences(5, length), sequences(3, length - 4 + clean_length)
+    assert_exact(model, cross_entropy, batch, clean, engine="layerwise")
+    for p in model.parameters():
+        assert p.grad is None or p.grad.is_contiguous()
+    assert not any("derived" in layer.name for layer in _layers(model, batch, clean))
+
+
+def _layers(model: nn.Module, batch: Any, clean: Any) -> Any:
+    return Reweighter(model, cross_entropy, engine="layerwise").explain(batch, clean).layers
+
+
+@pytest.mark.parametrize("form", ["dense", "per example"])
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+def test_every_form_of_a_transposed_convolution(
+    monkeypatch: pytest.MonkeyPatch, form: str, frozen: str | None
+) -> None:
+    monkeypatch.setattr(layerwise, "choose_form", _forced(form))
+    up = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1)
+    for name, p in up.named_parameters():
+        p.requires_grad_(name != frozen)
+    model = model_of(
+        lambda s, x: s.head(torch.tanh(s.up(x)).flatten(2).mean(2)),
+        up=up,
+        head=nn.Linear(6, CLASSES),
+    )
+    check(model, _images(2), 3)
 
 
 # Activations and bags.

@@ -86,8 +86,11 @@ class BatchedLinear(Rule):
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
     ) -> Roots:
         """Σ w g_h z_hᵀ over the rows of active examples."""
+        assert use.roots[0] is not None
+        dtype = use.roots[0].dtype
         scaled = ops.scale_rows(g.flatten(2), weights, active).unflatten(2, g.shape[2:])
-        return _heads_first(scaled).mT @ _heads_first(z.index_select(0, active)), None
+        z = z.index_select(0, active)
+        return _heads_first(scaled.to(dtype)).mT @ _heads_first(z.to(dtype)), None
 
 
 BATCHED_LINEAR = BatchedLinear()

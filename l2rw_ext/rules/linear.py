@@ -27,7 +27,7 @@ class _LinearUse(torch.autograd.Function):
         weight = use.weight
         assert weight is not None
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, use.bias)
+        return F.linear(x, _outputs_first(use, weight), use.bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
@@ -36,7 +36,9 @@ class _LinearUse(torch.autograd.Function):
         assert use.sink is not None
         with use.sink.backward_of(use):
             use.sink.report(use, x, g)
-            return (torch.matmul(g, weight) if ctx.needs_input_grad[0] else None), None, None
+            if not ctx.needs_input_grad[0]:
+                return None, None, None
+            return torch.matmul(g, _outputs_first(use, weight)), None, None
 
 
 class Linear(Rule):
@@ -137,14 +139,56 @@ class Linear(Rule):
         return weight.squeeze(2), (bias if use.roots[1] is not None else None)
 
 
+def _transposed(roots: Roots) -> Roots:
+    weight, bias = roots
+    return (None if weight is None else weight.mT), bias
+
+
+class InputsFirst(Linear):
+    """y = Wᵀ z + b with W (d_in, d_out), as in ``x @ W``: the same with each matrix transposed."""
+
+    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
+        """V = Σ z' g'ᵀ, V_b = Σ g'."""
+        return _transposed(super().direction(use, z, g))
+
+    def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
+        """u_i = Σ_t g·(Vᵀ z + V_b)."""
+        return super().correlation(use, z, g, _transposed(direction))
+
+    def example_gradients(
+        self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
+    ) -> tuple[Roots, Tensor]:
+        """G_i = Σ_t z gᵀ."""
+        turned = None if direction is None else _transposed(direction)
+        examples, u = super().example_gradients(use, z, g, turned)
+        return _transposed(examples), u
+
+    def weighted_gradient(
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+    ) -> Roots:
+        """Σ w z gᵀ over the rows of active examples, laid out as the parameter is."""
+        weight, bias = _transposed(super().weighted_gradient(use, z, g, weights, active))
+        return (None if weight is None else weight.contiguous()), bias
+
+
 LINEAR = Linear()
+INPUTS_FIRST = InputsFirst()
+
+
+def _outputs_first(use: Use, weight: Tensor) -> Tensor:
+    return weight.t() if use.rule is INPUTS_FIRST else weight
 
 
 def use_linear(
-    mode: Interception, operation: str, x: Tensor, weight: Tensor, bias: Tensor | None
+    mode: Interception,
+    operation: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: Linear = LINEAR,
 ) -> Tensor | None:
     """The product as a use; None where autograd should just run it."""
-    use = mode.use(LINEAR, operation, weight, bias, None, x)
+    use = mode.use(rule, operation, weight, bias, None, x)
     if use is None:
         return None
     out: Tensor = _LinearUse.apply(x, mode.token, use)

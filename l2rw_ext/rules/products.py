@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .base import handles
 from .batched import use_batched_linear
 from .broadcast import mixes
-from .linear import use_linear
+from .linear import INPUTS_FIRST, LINEAR, use_linear
 
 if TYPE_CHECKING:
     from ..interception import Interception
@@ -52,21 +52,20 @@ def contract(
     inner = "".join(c for c in own if c in kept and c not in out_letters)
     outer = "".join(c for c in own if c not in kept)
     blocks = [heads] if heads else []
+    inputs_first = own == inner + outer
     with mode:
-        weight = _arranged(weight, own, [*blocks, outer, inner], sizes)
+        matrix = [inner, outer] if inputs_first else [*blocks, outer, inner]
+        weight = _arranged(weight, own, matrix, sizes)
     x = _arranged(x, kept, [*rows, *blocks, inner], sizes)
-    use = use_batched_linear if heads else _use_plain_linear
-    out = use(mode, operation, x, weight)
+    if heads:
+        out = use_batched_linear(mode, operation, x, weight)
+    else:
+        rule = INPUTS_FIRST if inputs_first else LINEAR
+        out = use_linear(mode, operation, x, weight, None, rule)
     if out is None:
         return None
     out = out.reshape([sizes[c] for c in rows + heads + outer])
     return _permuted(out, rows + heads + outer, out_letters)
-
-
-def _use_plain_linear(
-    mode: Interception, operation: str, x: Tensor, weight: Tensor
-) -> Tensor | None:
-    return use_linear(mode, operation, x, weight, None)
 
 
 def _summed(x: Tensor, letters: str, kept: str) -> Tensor:
@@ -92,9 +91,7 @@ def _product(mode: Interception, operation: str, a: Any, b: Any) -> Tensor | Non
         return None
     if mode.is_use(a, b, None):
         if b.dim() == 2:
-            with mode:
-                transposed = b.t()
-            return use_linear(mode, operation, a, transposed, None)
+            return use_linear(mode, operation, a, b, None, INPUTS_FIRST)
     elif not mode.is_use(b, a, None):
         return None
     ranks = a.dim(), b.dim()
@@ -179,9 +176,7 @@ def _product_plus(
     start, a, b = args
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     if mode.is_use(a, b, start) and b.dim() == 2 and start.shape == b.shape[1:] and not kwargs:
-        with mode:
-            transposed = b.t()
-        out = use_linear(mode, func.__name__, a, transposed, start)
+        out = use_linear(mode, func.__name__, a, b, start, INPUTS_FIRST)
         return mode.other(func, args, kwargs) if out is None else out
     if not mixes(mode, args) or not torch.is_grad_enabled():
         return mode.other(func, args, kwargs)
