@@ -41,7 +41,7 @@ class Interception(TorchFunctionMode):
         self.token = torch.zeros((), requires_grad=True, device="cpu")
         self.uses: list[Use] = []
         self.calls: list[str] = []
-        """Names of all torch functions called, in order."""
+        """All torch functions called, in order; see :meth:`_described`."""
         self.part = ""
         self.sink = sink
         self.unruled: dict[int, str] = {}
@@ -108,13 +108,32 @@ class Interception(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self._recording:
-            self.calls.append(getattr(func, "__name__", ""))
+            self.calls.append(self._described(func, args, kwargs or {}))
         handler = REGISTRY.get(func)
         if handler is not None:
             if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
                 return autocast.handle(self, handler, func, args, kwargs or {})
             return handler(self, func, args, kwargs or {})
         return self.other(func, args, kwargs or {})
+
+    def _described(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str:
+        """Its name, marked where a number among its arguments is zero.
+
+        What a zero multiplies is hidden from the checks of this step, but may show in the next.
+        """
+        name = getattr(func, "__name__", "")
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if type(a) is float or type(a) is int:
+                zero = not a
+            elif isinstance(a, Tensor) and a.dim() == 0 and a.device.type == "cpu":
+                zero = torch._C._functorch.peek_interpreter_stack() is None and not a.any()
+            else:
+                continue
+            if zero:
+                return f"{name} of zero"
+        return name
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation without a rule: run it, and follow roots and constants through it."""

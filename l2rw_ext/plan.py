@@ -33,7 +33,8 @@ class Plan:
     merged: bool
     certain: bool
     """Whether the row map of every use with a gradient was the only one that fits, and will be at
-    each step, because no value of the data decides what is computed."""
+    each step, because no value of the data decides what is computed and no trained factor is zero.
+    """
     why_separate: str = ""
     uses: list[UsePlan] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)

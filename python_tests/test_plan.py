@@ -369,11 +369,11 @@ def test_parameters_that_are_frozen_loaded_and_replaced() -> None:
 def test_coupling_that_comes_later_is_found_at_step_16() -> None:
     """Where nothing in the forward tells, the maps are checked again at steps 16, 256, ..."""
     model = _model(lambda s, x: s.b((h := torch.tanh(s.a(x))) - s.share * h.mean(0)))
-    model.share = 0.0
+    model.share = torch.zeros(8, dtype=torch.float64)
     reweighter = Reweighter(model, cross_entropy, engine="layerwise")
     batches = vectors(6), vectors(4)
     reweighter.backward(*batches)
-    model.share = 1.0
+    model.share = torch.ones(8, dtype=torch.float64)
     for _ in range(15):
         reweighter.backward(*batches)
     with pytest.raises(NotExactError, match="mixes examples"):
@@ -486,6 +486,48 @@ def test_picking_the_class_in_the_loss_is_not_reordering(
     monkeypatch.setattr(layerwise, "Probe", lambda **_: probed.append(1))
     assert_exact(model, loss, vectors(6), vectors(4), reweighter=reweighter, engine="layerwise")
     assert not probed
+
+
+def _centred(model: Any, x: Tensor) -> Tensor:
+    """A branch in which examples reach each other, times a factor that is zero at first."""
+    h = torch.tanh(model.a(x))
+    return model.head(h + model.branch(torch.sin(h - h.mean(0))))
+
+
+class _Times(nn.Module):
+    def __init__(self, factor: Any) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize("factor", ["matrix", "parameter", "number", "tensor", "buffer"])
+def test_coupling_behind_a_factor_that_is_zero_at_first(factor: str) -> None:
+    branch: Any
+    if factor == "matrix":
+        branch = nn.Linear(8, 8)
+        nn.init.zeros_(branch.weight)
+    else:
+        branch = _Times(0.0)
+        zero: Any = {"number": 0.0, "parameter": nn.Parameter(torch.zeros(()))}
+        branch.factor = zero.get(factor, torch.zeros((), dtype=torch.float64))
+        if factor == "buffer":
+            value = branch.__dict__.pop("factor")
+            branch.register_buffer("factor", value)
+    model = model_of(_centred, a=nn.Linear(5, 8), branch=branch, head=nn.Linear(8, CLASSES))
+    reweighter = Reweighter(model, cross_entropy)
+    batches = vectors(6), vectors(4)
+    first = assert_exact(model, cross_entropy, *batches, reweighter=reweighter)
+    assert first.engine == "layerwise"
+    if factor == "matrix":
+        nn.init.constant_(branch.weight, 0.1)
+    elif isinstance(branch.factor, Tensor):
+        branch.factor.data.fill_(0.1)
+    else:
+        branch.factor = 0.1
+    assert_exact(model, cross_entropy, *batches, reweighter=reweighter, engine="forward")
 
 
 def test_two_passes_make_a_plan_for_each_training_length_not_for_each_pair(

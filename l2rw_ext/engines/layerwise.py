@@ -16,6 +16,7 @@ from ..members import Members
 from ..plan import Explanation, Plan, UsePlan, choose_form
 from ..preserve import Snapshot
 from ..rules.base import Size, Use
+from ..rules.broadcast import BROADCAST, FACTORS
 from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
 from .derived import Leaves
 from .direction import clean_direction
@@ -212,6 +213,7 @@ class Layerwise(Engine):
         _run_backward(interception, _with_seeds(seeded, probe), retain=True)
         scoring.probe = None
         certain = probe.certain and interception.chooses is None
+        certain = certain and not any(_multiplies_by_zero(use) for use in reached)
         plan = Plan(merged, certain=certain, steps=0 if before is None else before.steps)
         plan.calls = interception.calls
         counts: dict[int, int] = {}
@@ -254,6 +256,17 @@ def _check_wrappers(model: nn.Module) -> None:
                 "DistributedDataParallel cannot find unused parameters in a layer-wise step; leave "
                 "find_unused_parameters off"
             )
+
+
+def _multiplies_by_zero(use: Use) -> bool:
+    """Whether a trained factor is zero, as that of a residual branch often is at first.
+
+    What it multiplies shows no gradient in this step, but may in the next.
+    """
+    root = use.roots[0]
+    if root is None or (use.rule is BROADCAST and use.operation not in FACTORS):
+        return False
+    return not bool(root.any())
 
 
 def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:

@@ -145,6 +145,9 @@ _BROADCASTING = [
     for name in names.split()
 ]
 
+FACTORS = {"mul", "rmul", "imul", "multiply", "pow", "lerp", "addcmul"}
+"""Operations that hide one operand where another is zero."""
+
 _JOINING = [torch.cat, torch.concat, torch.concatenate, torch.stack]
 
 _EXPANDING = [Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to]
