@@ -91,7 +91,7 @@ class Linear(Rule):
         flat = g.reshape(-1, g.shape[-1])
         weight = None
         if use.roots[0] is not None:
-            weight = product(flat, z.reshape(-1, z.shape[-1]), dtype)
+            weight = self._outer(flat, z.reshape(-1, z.shape[-1]), dtype)
         return weight, (flat.sum(0, dtype=dtype) if use.roots[1] is not None else None)
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
@@ -128,8 +128,12 @@ class Linear(Rule):
         assert root is not None
         weight = None
         if use.roots[0] is not None:
-            weight = product(flat, z.reshape(-1, z.shape[-1]), root.dtype)
+            weight = self._outer(flat, z.reshape(-1, z.shape[-1]), root.dtype)
         return weight, (flat.sum(0, dtype=root.dtype) if use.roots[1] is not None else None)
+
+    def _outer(self, g: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """Σ g zᵀ over rows."""
+        return product(g, z, dtype)
 
     def _by_example(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """A linear layer is a convolution of width T with a kernel of one."""
@@ -147,10 +151,6 @@ def _transposed(roots: Roots) -> Roots:
 class InputsFirst(Linear):
     """y = Wᵀ z + b with W (d_in, d_out), as in ``x @ W``: the same with each matrix transposed."""
 
-    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
-        """V = Σ z' g'ᵀ, V_b = Σ g'."""
-        return _transposed(super().direction(use, z, g))
-
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ_t g·(Vᵀ z + V_b)."""
         return super().correlation(use, z, g, _transposed(direction))
@@ -163,12 +163,15 @@ class InputsFirst(Linear):
         examples, u = super().example_gradients(use, z, g, turned)
         return _transposed(examples), u
 
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
-    ) -> Roots:
-        """Σ w z gᵀ over the rows of active examples, laid out as the parameter is."""
-        weight, bias = _transposed(super().weighted_gradient(use, z, g, weights, active))
-        return (None if weight is None else weight.contiguous()), bias
+    def _outer(self, g: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """Σ z gᵀ over rows."""
+        return product(z, g, dtype)
+
+    def _by_example(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
+        """Turned, and laid out as the parameter is."""
+        weight, bias = _transposed(super()._by_example(use, z, g, weights))
+        assert weight is not None
+        return weight.contiguous(), bias
 
 
 LINEAR = Linear()
