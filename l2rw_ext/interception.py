@@ -57,7 +57,7 @@ class Interception(TorchFunctionMode):
         self._recording = True
         self._roots: dict[int, Tensor] = {}
         self._constants: dict[int, Tensor] = {}
-        self._expanded: dict[int, Tensor] = {}
+        self._expanded: dict[int, tuple[Tensor, int]] = {}
         self.names: dict[int, str] = {}
         for name, p in members.parameters:
             (self._roots if p.requires_grad else self._constants)[id(p)] = p
@@ -97,8 +97,9 @@ class Interception(TorchFunctionMode):
         )
 
     def expanded_from(self, x: Tensor) -> Tensor | None:
-        """The root that x is an expanded view of."""
-        return self._expanded.get(id(x))
+        """The root that x repeats, unless x was written to since."""
+        base, version = self._expanded.get(id(x), (None, 0))
+        return base if x._version == version else None
 
     def __torch_function__(
         self,
@@ -202,7 +203,8 @@ class Interception(TorchFunctionMode):
     def follow_expansion(self, out: Tensor, root: Tensor) -> None:
         """Remember that ``out`` repeats ``root`` along leading or broadcast dimensions."""
         self._roots[id(out)] = out
-        self._expanded[id(out)] = self._expanded.get(id(root), root)
+        base = self.expanded_from(root)
+        self._expanded[id(out)] = (root if base is None else base, out._version)
 
     def use(
         self,

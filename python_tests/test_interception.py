@@ -424,3 +424,48 @@ def test_constants_and_roots_are_told_apart() -> None:
     assert not interception.is_data(constant)
     assert interception.is_data(x)
     assert interception.is_data(mixed)
+
+
+def _writes(change: Callable[[Tensor, Tensor], Any]) -> Callable[..., Any]:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        token = model.token.repeat(x.shape[0], 1)
+        change(token, x)
+        return model.head(torch.tanh(x + token))
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda token, x: token.mul_(2),
+        lambda token, x: F.relu(token, inplace=True),
+        lambda token, x: token[:, 1].fill_(0.5),
+        lambda token, x: token.view(-1)[2:9].zero_(),
+        lambda token, x: token[:, 1].copy_(x[:, 0]),
+    ],
+    ids=["scaled", "activated", "column", "flat", "data"],
+)
+def test_a_repeated_parameter_that_is_written_to(change: Callable[[Tensor, Tensor], Any]) -> None:
+    """It repeats the parameter no longer."""
+    model = model_of(_writes(change), token=torch.randn(5), head=nn.Linear(5, CLASSES))
+    assert_exact(model, cross_entropy, vectors(6), vectors(4), engine="layerwise")
+
+
+def test_a_copy_of_an_expanded_parameter() -> None:
+    """As a learned initial state is often made."""
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        h = model.h.expand(-1, x.shape[0], -1).contiguous()
+        c = model.c.expand(-1, x.shape[0], -1).clone()
+        out, (_, memory) = model.lstm(x.unflatten(1, (5, 1)), (h, c))
+        return model.head(out[:, -1] + memory[0])
+
+    model = model_of(
+        forward,
+        h=torch.randn(1, 1, 6),
+        c=torch.randn(1, 1, 6),
+        lstm=nn.LSTM(1, 6, batch_first=True),
+        head=nn.Linear(6, CLASSES),
+    )
+    assert_exact(model, cross_entropy, vectors(6), vectors(4), engine="layerwise")

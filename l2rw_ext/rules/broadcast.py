@@ -177,7 +177,20 @@ def _repeat(
         aligned = [1] * (out.dim() - root.dim()) + list(root.shape)
         pairs = zip(out.shape, aligned, strict=True)
         if all(size == own or own == 1 for size, own in pairs):
-            return _expanded(mode, func, root, out)
+            found = _expanded(mode, func, root, out)
+            return out if found is out else found.clone()  # which may be written to
+    return out
+
+
+@handles(Tensor.contiguous, Tensor.clone, torch.clone)
+def _copy(
+    mode: Interception, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What was expanded and is copied still repeats its root."""
+    out = mode.other(func, args, kwargs)
+    root = args[0] if args else None
+    if isinstance(root, Tensor) and mode.is_root(root) and mode.expanded_from(root) is not None:
+        mode.follow_expansion(out, root)
     return out
 
 
