@@ -146,6 +146,14 @@ class Rule(abc.ABC):
     rows_add_up: ClassVar[bool] = False
     """Whether z and g are (N, T, ...), so that uses of the same operands are one with all rows."""
 
+    def call(self, use: Use, x: Tensor) -> Tensor:
+        """What the operation returns; only for rules whose uses run as :class:`UseFunction`."""
+        raise AssertionError(f"{self.name} runs as a Function of its own")
+
+    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+        """The gradient with respect to x; only for rules that have :meth:`call`."""
+        raise AssertionError(f"{self.name} runs as a Function of its own")
+
     @abc.abstractmethod
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """Bring a report into the rule's form, examples first.
@@ -188,6 +196,29 @@ class Rule(abc.ABC):
     ) -> tuple[Roots, Tensor]:
         """((G, G_b), u), u = <direction, G>; only for rules that list the form."""
         raise AssertionError(f"{self.name} has no per-example form")
+
+
+class UseFunction(torch.autograd.Function):
+    """A use as a node of autograd's graph: only the data gradient flows, z and g are reported."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
+        """``token`` requires grad, so that a first layer is in the graph too."""
+        ctx.use = use
+        ctx.save_for_backward(x, use.weight)
+        return use.rule.call(use, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
+        """Report, and pass on what the layers below need."""
+        x, weight = ctx.saved_tensors
+        use: Use = ctx.use
+        assert use.sink is not None
+        with use.sink.backward_of(use):
+            use.sink.report(use, x, g)
+            if not ctx.needs_input_grad[0]:
+                return None, None, None
+            return use.rule.data_gradient(use, x, weight, g), None, None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

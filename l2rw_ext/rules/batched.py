@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from . import rates
-from .base import Cost, Roots, RowMap, Rule, Size, Use, accumulation_dtype
+from .base import Cost, Roots, RowMap, Rule, Size, Use, UseFunction, accumulation_dtype
 
 if TYPE_CHECKING:
     from ..interception import Interception
@@ -20,35 +19,22 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
 
 
-class _BatchedLinearUse(torch.autograd.Function):
-    """y_h = W_h z_h for every head; only the data gradient flows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
-        ctx.use = use
-        weight = use.weight
-        assert weight is not None
-        ctx.save_for_backward(x, weight)
-        out = _heads_first(x) @ weight.mT
-        return out.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        use: Use = ctx.use
-        assert use.sink is not None
-        with use.sink.backward_of(use):
-            use.sink.report(use, x, g)
-            if not ctx.needs_input_grad[0]:
-                return None, None, None
-            return (_heads_first(g) @ weight).transpose(0, 1).reshape(x.shape), None, None
-
-
 class BatchedLinear(Rule):
     """y_h = W_h z_h on rows z of shape (h, d), W (h, k, d); form: dense."""
 
     name = "batched linear"
     rows_add_up = True
+
+    def call(self, use: Use, x: Tensor) -> Tensor:
+        """W_h z_h, head by head."""
+        assert use.weight is not None
+        out = _heads_first(x) @ use.weight.mT
+        return out.transpose(0, 1).reshape(*x.shape[:-1], use.weight.shape[1])
+
+    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+        """W_hᵀ g_h."""
+        assert weight is not None
+        return (_heads_first(g) @ weight).transpose(0, 1).reshape(x.shape)
 
     def leading(self, use: Use, g: Tensor) -> int:
         """All dimensions but head and feature."""
@@ -103,5 +89,5 @@ def use_batched_linear(
     use = mode.use(BATCHED_LINEAR, operation, weight, None, None, x)
     if use is None:
         return None
-    out: Tensor = _BatchedLinearUse.apply(x, mode.token, use)
+    out: Tensor = UseFunction.apply(x, mode.token, use)
     return out

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from . import rates
-from .base import Cost, Roots, RowMap, Rule, Size, Use, handles
+from .base import Cost, Roots, RowMap, Rule, Size, Use, UseFunction, handles
 
 if TYPE_CHECKING:
     from ..interception import Interception
@@ -27,54 +27,14 @@ class Geometry:
     padding: list[int]
     dilation: list[int]
     groups: int
+    output_padding: list[int] | None = None
+    """Of a transposed convolution; None for any other."""
 
-
-class _ConvolutionUse(torch.autograd.Function):
-    """y = W * z + b; only the data gradient flows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
-        ctx.use = use
-        weight = use.weight
-        assert weight is not None
-        ctx.save_for_backward(x, weight)
-        geometry: Geometry = use.options
-        return torch.convolution(
-            x,
-            weight,
-            use.bias,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            False,
-            [0] * len(geometry.stride),
-            geometry.groups,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        use: Use = ctx.use
-        assert use.sink is not None
-        with use.sink.backward_of(use):
-            use.sink.report(use, x, g)
-            if not ctx.needs_input_grad[0]:
-                return None, None, None
-            geometry: Geometry = use.options
-            data_gradient, _, _ = torch.ops.aten.convolution_backward(
-                g,
-                x,
-                weight,
-                None,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                False,
-                [0] * len(geometry.stride),
-                geometry.groups,
-                [True, False, False],
-            )
-            return data_gradient, None, None
+    def arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        """As ``torch.convolution`` takes them."""
+        transposed = self.output_padding is not None
+        output_padding = self.output_padding or [0] * len(self.stride)
+        return self.stride, self.padding, self.dilation, transposed, output_padding, self.groups
 
 
 class Convolution(Rule):
@@ -85,6 +45,20 @@ class Convolution(Rule):
     """
 
     name = "convolution"
+
+    def call(self, use: Use, x: Tensor) -> Tensor:
+        """W * z + b."""
+        geometry: Geometry = use.options
+        assert use.weight is not None
+        return torch.convolution(x, use.weight, use.bias, *geometry.arguments())
+
+    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+        """The convolution of g that undoes the shape of the call."""
+        geometry: Geometry = use.options
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            g, x, weight, None, *geometry.arguments(), [True, False, False]
+        )[0]
+        return gradient
 
     def leading(self, use: Use, g: Tensor) -> int:
         """Dimension 0 alone."""
@@ -103,7 +77,7 @@ class Convolution(Rule):
         assert use.weight is not None
         item = use.weight.element_size()
         product = use.weight.numel()
-        pixels = math.prod(use.output_shape[2:])
+        pixels = self._pixels(use)
         frames = size.positions
         n_rows, m_rows = size.n * frames * pixels, size.m * size.clean_positions * pixels
         score = (n_rows + m_rows) * product
@@ -119,6 +93,10 @@ class Convolution(Rule):
                 score / rates.EXAMPLES + 2.5 * stored * item / rates.BYTES,
             ),
         }
+
+    def _pixels(self, use: Use) -> int:
+        """Positions that every element of the kernel meets."""
+        return math.prod(use.output_shape[2:])
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """V = Σ_i G'_i, the ordinary weight gradient of the clean rows."""
@@ -249,7 +227,7 @@ def _convolution(
     use = mode.use(CONVOLUTION, f"conv{spatial}d", weight, bias, geometry, x)
     if use is None:
         return mode.other(func, args, kwargs)
-    out = _ConvolutionUse.apply(x, mode.token, use)
+    out = UseFunction.apply(x, mode.token, use)
     use.output_shape = tuple(out.shape)
     return out
 

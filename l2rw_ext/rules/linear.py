@@ -11,34 +11,11 @@ from torch.nn import functional as F
 
 from .. import ops
 from . import rates
-from .base import Cost, Roots, RowMap, Rule, Size, Use, accumulation_dtype, handles
+from .base import Cost, Roots, RowMap, Rule, Size, Use, UseFunction, accumulation_dtype, handles
 from .rows import active_rows, product
 
 if TYPE_CHECKING:
     from ..interception import Interception
-
-
-class _LinearUse(torch.autograd.Function):
-    """y = W z + b; only the data gradient flows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
-        ctx.use = use
-        weight = use.weight
-        assert weight is not None
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, _outputs_first(use, weight), use.bias)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        use: Use = ctx.use
-        assert use.sink is not None
-        with use.sink.backward_of(use):
-            use.sink.report(use, x, g)
-            if not ctx.needs_input_grad[0]:
-                return None, None, None
-            return torch.matmul(g, _outputs_first(use, weight)), None, None
 
 
 class Linear(Rule):
@@ -46,6 +23,19 @@ class Linear(Rule):
 
     name = "linear"
     rows_add_up = True
+
+    def call(self, use: Use, x: Tensor) -> Tensor:
+        """W z + b."""
+        assert use.weight is not None
+        return F.linear(x, self._outputs_first(use.weight), use.bias)
+
+    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+        """Wᵀ g."""
+        assert weight is not None
+        return torch.matmul(g, self._outputs_first(weight))
+
+    def _outputs_first(self, weight: Tensor) -> Tensor:
+        return weight
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """(N, T, d_in) and (N, T, d_out)."""
@@ -151,6 +141,9 @@ def _transposed(roots: Roots) -> Roots:
 class InputsFirst(Linear):
     """y = Wᵀ z + b with W (d_in, d_out), as in ``x @ W``: the same with each matrix transposed."""
 
+    def _outputs_first(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ_t g·(Vᵀ z + V_b)."""
         return super().correlation(use, z, g, _transposed(direction))
@@ -178,10 +171,6 @@ LINEAR = Linear()
 INPUTS_FIRST = InputsFirst()
 
 
-def _outputs_first(use: Use, weight: Tensor) -> Tensor:
-    return weight.t() if use.rule is INPUTS_FIRST else weight
-
-
 def use_linear(
     mode: Interception,
     operation: str,
@@ -194,7 +183,7 @@ def use_linear(
     use = mode.use(rule, operation, weight, bias, None, x)
     if use is None:
         return None
-    out: Tensor = _LinearUse.apply(x, mode.token, use)
+    out: Tensor = UseFunction.apply(x, mode.token, use)
     return out
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..engines.base import NotExactError
 from . import rates
-from .base import Cost, Roots, RowMap, Rule, Size, Use, handles
+from .base import Cost, Roots, RowMap, Rule, Size, Use, UseFunction, handles
 
 if TYPE_CHECKING:
     from ..interception import Interception
@@ -40,6 +40,20 @@ class Scale(Rule):
 
     name = "normalization"
     reduces = True
+
+    def call(self, use: Use, x: Tensor) -> Tensor:
+        """γ x̂ + β of a given x̂."""
+        layout: Layout = use.options
+        out = x
+        if use.weight is not None:
+            out = out * _broadcast(use.weight, x, layout)
+        if use.bias is not None:
+            out = out + _broadcast(use.bias, x, layout)
+        return out.clone() if out is x else out
+
+    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+        """γ g."""
+        return g if weight is None else g * _broadcast(weight, g, use.options)
 
     def leading(self, use: Use, g: Tensor) -> int:
         """Dimension 0 for channels; else all dimensions before the normalised ones."""
@@ -223,34 +237,6 @@ def format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-class _ScaleUse(torch.autograd.Function):
-    """y = γ x̂ + β on a given x̂."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
-        ctx.use = use
-        ctx.save_for_backward(x, use.weight)
-        layout: Layout = use.options
-        out = x
-        if use.weight is not None:
-            out = out * _broadcast(use.weight, x, layout)
-        if use.bias is not None:
-            out = out + _broadcast(use.bias, x, layout)
-        return out.clone() if out is x else out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        use: Use = ctx.use
-        assert use.sink is not None
-        with use.sink.backward_of(use):
-            use.sink.report(use, x, g)
-            if not ctx.needs_input_grad[0]:
-                return None, None, None
-            layout: Layout = use.options
-            return (g if weight is None else g * _broadcast(weight, g, layout)), None, None
-
-
 def _broadcast(parameter: Tensor, x: Tensor, layout: Layout) -> Tensor:
     if not layout.channels:
         return parameter
@@ -383,4 +369,4 @@ def _scaled(
     layout: Layout,
 ) -> Any:
     use = mode.use(SCALE, operation, weight, bias, layout, normalized)
-    return None if use is None else _ScaleUse.apply(normalized, mode.token, use)
+    return None if use is None else UseFunction.apply(normalized, mode.token, use)

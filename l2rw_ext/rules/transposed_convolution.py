@@ -8,82 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from . import rates
-from .base import Cost, Roots, RowMap, Rule, Size, Use, accumulation_dtype, handles
-from .convolution import numbers
+from .base import Roots, RowMap, Use, UseFunction, accumulation_dtype, handles
+from .convolution import Convolution, Geometry, numbers
 
 if TYPE_CHECKING:
     from ..interception import Interception
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Stride, padding, output padding, dilation and groups of a transposed convolution."""
-
-    stride: list[int]
-    padding: list[int]
-    output_padding: list[int]
-    dilation: list[int]
-    groups: int
-
-
-class _TransposedConvolutionUse(torch.autograd.Function):
-    """y = Wᵀ * z + b; only the data gradient flows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
-        ctx.use = use
-        weight = use.weight
-        assert weight is not None
-        ctx.save_for_backward(x, weight)
-        geometry: Geometry = use.options
-        return torch.convolution(
-            x,
-            weight,
-            use.bias,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            True,
-            geometry.output_padding,
-            geometry.groups,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        use: Use = ctx.use
-        assert use.sink is not None
-        with use.sink.backward_of(use):
-            use.sink.report(use, x, g)
-            if not ctx.needs_input_grad[0]:
-                return None, None, None
-            geometry: Geometry = use.options
-            data_gradient, _, _ = torch.ops.aten.convolution_backward(
-                g,
-                x,
-                weight,
-                None,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                True,
-                geometry.output_padding,
-                geometry.groups,
-                [True, False, False],
-            )
-            return data_gradient, None, None
-
-
-class TransposedConvolution(Rule):
+class TransposedConvolution(Convolution):
     """y = Wᵀ * z + b; forms: dense, per example.
 
     z and g are (N, frames, C, *s) and (N, frames, O, *p), with frames as the rows of dimension 0
@@ -92,47 +30,24 @@ class TransposedConvolution(Rule):
 
     name = "transposed convolution"
 
-    def leading(self, use: Use, g: Tensor) -> int:
-        """Dimension 0 alone."""
-        return 1
-
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """Both with frames; zeros behind z where output padding leaves room for more positions."""
         geometry: Geometry = use.options
         missing: list[int] = []
+        assert geometry.output_padding is not None
         for extra, stride in zip(geometry.output_padding, geometry.stride, strict=True):
             missing = [0, extra // stride, *missing]
         if any(missing):
             z = F.pad(z, missing)
         return rows.arrange(z, 1), rows.arrange(g, 1)
 
-    def costs(self, use: Use, size: Size) -> dict[str, Cost]:
+    def _pixels(self, use: Use) -> int:
         """Those of the convolution of g."""
-        if use.roots[0] is None:
-            return {"dense": Cost(0, 0, 0, 0)}
-        assert use.weight is not None
-        item = use.weight.element_size()
-        product = use.weight.numel()
-        pixels = math.prod(use.shape[2:])
-        frames = size.positions
-        n_rows, m_rows = size.n * frames * pixels, size.m * size.clean_positions * pixels
-        score = (n_rows + m_rows) * product
-        weighted = 0.5 * n_rows * product
-        kept = size.n * frames * (math.prod(use.shape[1:]) + math.prod(use.output_shape[1:])) * item
-        stored = size.n * frames * product
-        return {
-            "dense": Cost(score, weighted, kept, (score + weighted) / rates.EXAMPLES),
-            "per example": Cost(
-                score + stored,
-                0.5 * stored,
-                stored * item,
-                score / rates.EXAMPLES + 2.5 * stored * item / rates.BYTES,
-            ),
-        }
+        return math.prod(use.shape[2:])
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """V = Σ_i G'_i, V_b = Σ g'."""
-        weight = None if use.roots[0] is None else self._sum(use, z, g, None)
+        weight = None if use.roots[0] is None else _gathered(use, z, g, None)
         return weight, None if use.roots[1] is None else _bias_gradients(g).sum(0)
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
@@ -186,24 +101,26 @@ class TransposedConvolution(Rule):
         """Σ w_i G_i; examples with w = 0 are never read."""
         weight = bias = None
         if use.roots[0] is not None:
-            weight = self._sum(use, z, g, weights.repeat_interleave(g.shape[1]))
+            weight = _gathered(use, z, g, weights.repeat_interleave(g.shape[1]))
         if use.roots[1] is not None:
             bias = ops.weighted_sum(_bias_gradients(g), weights)
         return weight, bias
 
-    def _sum(self, use: Use, z: Tensor, g: Tensor, weights: Tensor | None) -> Tensor:
-        assert use.weight is not None
-        geometry: Geometry = use.options
-        gradient, _ = ops.conv_weighted_gradient(
-            *_swapped(z, g),
-            weights,
-            list(use.weight.shape[2:]),
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-        )
-        return gradient
+
+def _gathered(use: Use, z: Tensor, g: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ w_i G_i, frames as rows; all w_i one without weights."""
+    assert use.weight is not None
+    geometry: Geometry = use.options
+    gradient, _ = ops.conv_weighted_gradient(
+        *_swapped(z, g),
+        weights,
+        list(use.weight.shape[2:]),
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+    )
+    return gradient
 
 
 def _swapped(z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,14 +165,14 @@ def _transposed_convolution(
     geometry = Geometry(
         numbers(stride, spatial),
         numbers(padding, spatial),
-        numbers(output_padding, spatial),
         numbers(dilation, spatial),
         groups,
+        numbers(output_padding, spatial),
     )
     operation = f"conv_transpose{spatial}d"
     use = mode.use(TRANSPOSED_CONVOLUTION, operation, weight, bias, geometry, x)
     if use is None:
         return mode.other(func, args, kwargs)
-    out = _TransposedConvolutionUse.apply(x, mode.token, use)
+    out = UseFunction.apply(x, mode.token, use)
     use.output_shape = tuple(out.shape)
     return out
