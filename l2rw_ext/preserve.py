@@ -83,9 +83,17 @@ class Snapshot:
     def __init__(self, members: Members) -> None:
         self.buffers = Buffers(members.buffers)
         self.generators = Generators(members.devices())
+        self.trained: Buffers | None = None
+        """Buffers after the training forward, where a checkpoint may run parts of it again."""
+
+    def settle(self) -> None:
+        """The backwards of a step are over: one training forward is all that buffers have seen."""
+        if self.trained is not None:
+            self.trained.restore()
 
     def restore(self) -> None:
         """Put both back."""
+        self.trained = None
         self.buffers.restore()
         self.generators.restore()
 

@@ -184,6 +184,7 @@ class Reweighter:
             gradients = []
             if not weighed.skip or self._accumulation is not None:
                 gradients = scored.weighted_gradients(weighed.for_gradient)
+            snapshot.settle()
         if self._accumulation is not None:
             self._accumulation.add(weighed, gradients, uniform=weighed.uniform)
         else:

@@ -376,3 +376,48 @@ def test_a_checkpoint_function_of_ones_own_is_an_error_not_a_wrong_number() -> N
         Reweighter(model, cross_entropy, engine="layerwise").backward(batch, clean)
     with pytest.raises(RuntimeError, match=r"incompatible with .grad\(\)"), unchanged(model):
         Reweighter(model, cross_entropy).backward(batch, clean)
+
+
+class _Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.inner(x))
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "norm"),
+    [
+        ("layerwise", False),
+        ("forward", False),
+        ("forward", True),
+        ("double_backward", False),
+        ("double_backward", True),
+    ],
+)
+def test_buffers_advance_once_though_parts_are_run_again(
+    engine: Any, low_memory: bool, norm: bool
+) -> None:
+    inner = nn.Sequential(_Counted(), nn.BatchNorm1d(8) if norm else nn.Identity())
+    model = model_of(
+        lambda s, x: s.head(
+            torch_checkpoint.checkpoint(s.inner, torch.tanh(s.first(x)), use_reentrant=False)
+        ),
+        first=nn.Linear(5, 8),
+        inner=inner,
+        head=nn.Linear(8, CLASSES),
+    )
+    reweighter = Reweighter(model, cross_entropy, engine=engine, low_memory=low_memory)
+    batch, clean = vectors(6), vectors(4)
+    for _ in range(2):
+        expected = copy.deepcopy(model)
+        with torch.no_grad():
+            expected(batch[0])
+        reweighter.backward(batch, clean)
+        for found, exact in zip(model.buffers(), expected.buffers(), strict=True):
+            assert torch.equal(found, exact)

@@ -30,6 +30,7 @@ class DoubleBackward(Engine):
         with sdpa_kernel(SDPBackend.MATH):
             with Corrected():
                 losses = task.forward_train()
+            snapshot.trained = Buffers.of(task.model)
             require_grad(losses)
             check_finite(losses.detach(), "losses")
             epsilon = torch.zeros(
@@ -40,10 +41,9 @@ class DoubleBackward(Engine):
             )
             stepped = list(reference.look_ahead(task.model, losses, task.scaled(epsilon)).values())
             if direction is None:
-                after_training = Buffers.of(task.model)
                 snapshot.buffers.restore()
                 direction = clean_direction(task, snapshot)
-                after_training.restore()
+                snapshot.settle()
             values = [direction.values.get(id(p)) for p in task.parameters]
             moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
             gradient = None

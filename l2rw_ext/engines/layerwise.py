@@ -14,7 +14,7 @@ from ..checkpointing import SERVES_ONCE, serves_once
 from ..interception import Interception, check_graph, inside, sources
 from ..members import Members
 from ..plan import Explanation, Plan, UsePlan, choose_form
-from ..preserve import Snapshot
+from ..preserve import Buffers, Snapshot
 from ..rules.base import Size, Use
 from ..rules.broadcast import BROADCAST, FACTORS
 from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
@@ -142,6 +142,8 @@ class Layerwise(Engine):
         interception.part = "train"
         with interception:
             losses = task.forward_train()
+        if interception.saved_tensor_hooks:
+            snapshot.trained = Buffers.of(task.model)
         (reached,) = _reached(interception, [losses])
         require_grad(losses)
         scoring.start(losses, direction.clean_loss, reached, reached)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..plan import Explanation
-from ..preserve import Snapshot
+from ..preserve import Buffers, Snapshot
 from .base import Direction, Engine, Scored, Task, require_grad
 from .graph import GraphScored, check_finite
 
@@ -27,6 +27,7 @@ class Remembered(Engine):
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`Engine`."""
         losses = task.forward_train()
+        snapshot.trained = Buffers.of(task.model)
         require_grad(losses)
         check_finite(losses.detach(), "losses")
         scores, clean_loss = (x.to(losses.device) for x in (self._scores, self._clean_loss))
