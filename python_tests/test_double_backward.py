@@ -278,3 +278,20 @@ def test_coupling_is_seen_in_a_part_of_another_dtype() -> None:
     model.coupled = 1
     with pytest.raises(NotExactError, match="mixes examples"):
         Reweighter(model, cross_entropy, engine="layerwise").backward(batch, clean)
+
+
+@pytest.mark.parametrize("engine", ["auto", "double_backward"])
+@pytest.mark.filterwarnings("ignore:l2rw_ext")
+def test_an_operation_without_a_second_derivative_is_named(engine: Any) -> None:
+    model = model_of(
+        lambda s, x: s.norm(torch.cdist(s.a(x), s.centres)),
+        a=nn.Linear(5, 4),
+        centres=torch.randn(CLASSES, 4),
+        norm=nn.BatchNorm1d(CLASSES),
+    )
+    batch, clean = vectors(6), vectors(4)
+    with (
+        unchanged(model),
+        pytest.raises(NotExactError, match=r"lacks a second derivative: .*cdist"),
+    ):
+        Reweighter(model, cross_entropy, engine=engine).backward(batch, clean)

@@ -86,7 +86,6 @@ def _no_second(operation: str) -> Refusal:
     return Refusal(
         f"derivative for .*{operation}.* is not implemented",
         "no second derivative in torch",
-        RuntimeError,
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import reference
 from ..plan import Explanation
 from ..preserve import Buffers, Snapshot
-from .base import Direction, Engine, Scored, Task, require_grad
+from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
 from .corrected import Corrected
 from .direction import clean_direction
 from .graph import GraphScored, check_finite, check_scores
@@ -48,13 +49,7 @@ class DoubleBackward(Engine):
             moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
             gradient = None
             if moved:
-                (gradient,) = torch.autograd.grad(
-                    [p for p, _ in moved],
-                    epsilon,
-                    [v for _, v in moved],
-                    allow_unused=True,
-                    retain_graph=True,
-                )
+                gradient = _second(moved, epsilon)
         scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
         check_scores(task, scores)
         return GraphScored(task, losses, scores.detach(), direction.clean_loss)
@@ -63,9 +58,31 @@ class DoubleBackward(Engine):
         self, task: Task, snapshot: Snapshot, direction: Direction | None = None
     ) -> Explanation:
         """See :class:`Engine`."""
-        passes = (
-            "a training forward, a backward with graph, a clean forward, a backward through both"
-        )
+        clean = "a clean forward and backward, " if direction is None else ""
+        passes = f"a training forward, a backward with graph, {clean}a backward through it"
         return Explanation.of_graph(
             self.name, task, "works for anything twice differentiable", passes, forwards=10
         )
+
+
+def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | None:
+    """The derivative in ε of Σ <θ̂, v>.
+
+    Raises:
+        NotExactError: torch has no second derivative of some operation.
+    """
+    try:
+        (gradient,) = torch.autograd.grad(
+            [p for p, _ in moved],
+            epsilon,
+            [v for _, v in moved],
+            allow_unused=True,
+            retain_graph=True,
+        )
+    except RuntimeError as error:
+        if "not implemented" not in str(error):
+            raise
+        raise NotExactError(
+            f"torch lacks a second derivative: {str(error).splitlines()[0]}"
+        ) from error
+    return gradient

@@ -41,7 +41,8 @@ class Forward(Engine):
         """See :class:`Engine`."""
         _, mode = _score(task, snapshot, direction)
         reason = "the forward has a derivative along the direction; examples may share statistics"
-        passes = "a clean forward and backward, a training forward with tangents"
+        clean = "a clean forward and backward, " if direction is None else ""
+        passes = f"{clean}a training forward with tangents"
         if mode.attention:
             passes += " (attention on the math kernel)"
         return Explanation.of_graph(self.name, task, reason, passes, forwards=5)
