@@ -36,13 +36,13 @@ class WideLeNet(nn.Module):
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "lenet": LeNet,
-    "lenet-wide": WideLeNet,
+    "lenet-authors": WideLeNet,
     "resnet-32": lambda classes: ResNet32("batch", classes),
     "wrn-28-10": lambda classes: WideResNet(28, 10, 0.3, classes),
 }
 SHAPES = {
     "lenet": (1, 28, 28),
-    "lenet-wide": (1, 28, 28),
+    "lenet-authors": (1, 28, 28),
     "resnet-32": (3, 32, 32),
     "wrn-28-10": (3, 32, 32),
 }
