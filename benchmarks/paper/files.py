@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import tempfile
@@ -27,6 +28,13 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, key: str) -> None:
+    """Remove what a killed process was writing of this run."""
+    for suffix in (".pt", ".json"):
+        for path in folder.glob(f".{glob.escape(key)}{suffix}.*"):
+            path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .augment import crop_and_flip
-from .files import read_checkpoint, read_result, write_checkpoint, write_json
+from .files import (
+    read_checkpoint,
+    read_result,
+    remove_temporaries,
+    write_checkpoint,
+    write_json,
+)
 from .images import Images
 from .logs import Log
 from .methods import Batch, CleanOnly, Context, Method, Statistics, make
@@ -110,6 +116,7 @@ def run(
     finished = check(settings, place)
     if finished is not None:
         return finished
+    remove_temporaries(place.folder, settings.key)
     with _reproducible(settings.seed, place.device):
         training = Training(settings, place)
         training.load()
