@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import tarfile
@@ -102,20 +103,23 @@ def _unpack(
     """The pickles by name, and the encoded images of a part by class and file name."""
     wanted = {*layout.files[part], layout.names[0]}
     pickles, pictures = {}, {}
+    opened: Any = gzip.open if archive.suffix == ".gz" else open
     try:
-        with tarfile.open(archive, "r|*") as members:
+        with opened(archive, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as members:
             for member in members:
                 path = PurePosixPath(member.name)
                 is_pickle = path.parent.name == layout.folder and path.name in wanted
                 is_picture = len(path.parts) >= 3 and path.parts[-3] == part
                 if not member.isfile() or not (is_pickle or is_picture):
                     continue
-                file = members.extractfile(member)
-                content = b"" if file is None else file.read()
+                packed = members.extractfile(member)
+                content = b"" if packed is None else packed.read()
                 if is_pickle:
                     pickles[path.name] = content
                 else:
                     pictures[path.parent.name, path.name] = content
+            while file.read(2**20):
+                pass  # The checksum is looked at when the end is reached.
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UsageError(f"--data-root: cannot read {archive}: {error}") from error
     return pickles, pictures
