@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -25,7 +26,7 @@ pytest.importorskip("scipy", reason="confidence intervals need the t distributio
 
 from benchmarks.__main__ import main
 from benchmarks.errors import UsageError
-from benchmarks.paper import data, models
+from benchmarks.paper import data, models, tables
 from benchmarks.paper.methods import METHODS, Batch, Context, make
 from benchmarks.paper.order import Epochs
 from benchmarks.paper.runs import Place, StoppedError, run
@@ -69,6 +70,10 @@ def _tiny(classes: int) -> nn.Module:
     return nn.Sequential(
         nn.AvgPool2d(7), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2)
     )
+
+
+def _tiny_cifar(classes: int) -> nn.Module:
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, classes))
 
 
 SETTINGS = Settings(
@@ -330,6 +335,42 @@ def test_runs_side_by_side_give_the_same(tmp_path: Path) -> None:
     )
     assert one == two
     assert len(one) == 2
+
+
+def write_cifar(root: Path, count: int) -> None:
+    """CIFAR-10 of noise as python pickles: ``count`` images in each batch."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
+        values = torch.randint(256, (count, 3072), generator=generator, dtype=torch.uint8)
+        content = {b"data": values.numpy(), b"labels": [k % 10 for k in range(count)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {b"label_names": [f"class {k}".encode() for k in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+
+
+def test_table2_shows_the_papers_numbers_beside_the_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(data.COUNTS, "cifar10", {"train": 400, "test": 80})
+    monkeypatch.setitem(models.MODELS, "resnet-32", _tiny_cifar)
+    monkeypatch.setattr(tables, "VALIDATION", 50)
+    write_cifar(tmp_path, 80)
+    arguments = ["paper", "table2", "--rows", "baseline", "baseline +es +ft", "ours"]
+    arguments += ["--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--seeds", "1", "--scale", "0.0001"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("86.73 ± 0.48", "s-model +conf +es", "not run", "scale 0.0001"):
+        assert word in shown
+    report = json.loads((tmp_path / "out" / "table2" / "table2-cifar10.json").read_text())
+    settings = {r["settings"]["row"]: r["settings"] for r in report["runs"]}
+    assert [settings["ours"][k] for k in ("steps", "decays", "finetune")] == [8, [4, 6], 0]
+    early = settings["baseline +es +ft"]
+    assert [early[k] for k in ("steps", "decays", "finetune")] == [6, [4, 5], 1]
+    assert sum(report["runs"][0]["counts"]) == 400 - 100 - 50
+    assert main([*arguments, "--seeds", "6", "--scale", "0.0001"]) == 2
+    assert "background" in capsys.readouterr().err
 
 
 # The child's own copy of the counts, as another process knows nothing of monkeypatch.

@@ -161,7 +161,9 @@ def _begin(ticks: multiprocessing.Queue[Progress], stop: Event) -> None:
 
 
 def _run(settings: Settings, place: Place) -> dict[str, Any]:
-    """In a process of the pool."""
+    """In a process of the pool; some are handed to it before the others are cancelled."""
+    if _stop.is_set():
+        return {}
     try:
         return run(settings, place, _ticks.put, _stop.is_set)
     except StoppedError:

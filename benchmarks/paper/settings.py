@@ -36,6 +36,7 @@ class Settings:
         signed: inputs in [-1, 1] instead of [0, 1].
         finetune: steps on the clean images alone at the end.
         scale: what the schedule was shortened by.
+        row: name of the run in its table, where that is not the method's.
     """
 
     experiment: str
@@ -61,13 +62,13 @@ class Settings:
     signed: bool = False
     finetune: int = 0
     scale: float = 1.0
+    row: str = ""
 
     @property
     def key(self) -> str:
         """The run's name among those of its experiment, fit for a file."""
-        method = self.method.replace(" ", "-")
-        tail = "-ft" if self.finetune else ""
-        return f"{self.data}-{self.task}-{self.level:g}-{method}{tail}-seed{self.seed}"
+        name = (self.row or self.method).replace(" +", "+").replace(" ", "-")
+        return f"{self.data}-{self.task}-{self.level:g}-{name}-seed{self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it: lists for tuples."""
