@@ -12,6 +12,7 @@ COMMANDS = {
     "profile": "where the time of a step goes, and what each intercepted call costs",
     "report": "draw the README's chart from recorded results",
     "demo": "train on imbalanced digits: plain, clean images only, reweighted",
+    "paper": "the paper's experiments, each ending in a table beside the paper's numbers",
 }
 USAGE = 2
 INTERRUPTED = 130

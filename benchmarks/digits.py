@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
-import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .idx import find_idx, read_idx
 
 RARE, COMMON = 4, 9
 CLEAN_A_CLASS = 5
@@ -36,21 +34,6 @@ class Task:
     imbalance: float
 
 
-def _read_idx(path: Path, dimensions: int) -> Tensor:
-    """An IDX file of unsigned bytes, gzipped: magic 0x0000080D, D sizes, then the bytes."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UsageError(f"--data-root: {path} does not exist") from error
-    except (OSError, EOFError) as error:
-        raise UsageError(f"--data-root: cannot read {path}: {error}") from error
-    start = 4 + 4 * dimensions
-    magic, *sizes = struct.unpack(f">{1 + dimensions}I", content[:start].ljust(start, b"\0"))
-    if magic != 0x0800 + dimensions or len(content) != start + math.prod(sizes):
-        raise UsageError(f"--data-root: {path} is not an IDX file of {dimensions} dimensions")
-    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(sizes)
-
-
 def _select(images: Tensor, labels: Tensor, digit: int) -> Tensor:
     return images[labels == digit].view(-1, 1, 28, 28).float() / 255
 
@@ -61,8 +44,8 @@ def mnist(root: Path) -> dict[int, Pool]:
         raise UsageError(f"--data-root: {root} is not a folder")
     parts = {}
     for name in ("train", "t10k"):
-        images = _read_idx(root / "mnist" / f"{name}-images-idx3-ubyte.gz", 3)
-        labels = _read_idx(root / "mnist" / f"{name}-labels-idx1-ubyte.gz", 1)
+        images = read_idx(find_idx(root / "mnist" / f"{name}-images-idx3-ubyte"), 3)
+        labels = read_idx(find_idx(root / "mnist" / f"{name}-labels-idx1-ubyte"), 1)
         parts[name] = (images, labels)
     return {
         digit: Pool(_select(*parts["train"], digit), _select(*parts["t10k"], digit))

@@ -1,0 +1,37 @@
+"""The command line of ``python -m benchmarks paper``: one subcommand for each experiment."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+EXPERIMENTS = {
+    "figure2": "MNIST 4 against 9: test error over imbalance, all methods",
+    "table1": "CIFAR, labels flipped to any class: test accuracy, WRN-28-10",
+    "table2": "CIFAR, labels flipped to one class: test accuracy, ResNet-32",
+    "lemma1": "does the clean loss fall at every step, where L and sigma are known",
+    "theorem2": "the rate of convergence, where L and sigma are known",
+}
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One subcommand for each experiment."""
+    commands = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    for name, help_text in EXPERIMENTS.items():
+        module = importlib.import_module(f".{name}", __package__)
+        module.add_arguments(commands.add_parser(name, help=help_text, description=module.__doc__))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the experiment; after Ctrl-C, say how to go on."""
+    module = importlib.import_module(f".{args.experiment}", __package__)
+    try:
+        return int(module.run(args))
+    except KeyboardInterrupt:
+        print(
+            f"\nStopped by Ctrl-C; the same command continues from the checkpoints in {args.out}.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED

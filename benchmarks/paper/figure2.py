@@ -1,0 +1,183 @@
+"""Figure 2: 4 against 9 on MNIST, test error over how rare the 4s are."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import record
+from .grid import Results
+from .methods import METHODS
+from .options import add_methods, add_shared, run_grid, scaled
+from .output import pyplot, write_figure, write_tables
+from .settings import Settings
+from .statistics import Mean, mean
+
+NAME = "figure2"
+COMPARED = ["proportion", "resample", "hard mining", "random", "baseline", "ours"]
+RATIOS = (1, 50, 100, 200)
+STEPS = 8000
+IMAGES, FEW_IMAGES = 5000, 400
+FEW_RATIOS = (1, 10, 20)
+PAPER = {"ours": "about 2 at 200:1"}
+PAPER_OTHERS = "far more"
+Cells = dict[tuple[str, float], tuple[Mean, Mean]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``figure2``."""
+    add_shared(parser, seeds=5)
+    add_methods(parser, COMPARED)
+    parser.add_argument(
+        "--ratios",
+        nargs="+",
+        type=record.positive,
+        metavar="R",
+        help="9s for each 4 (default: 1 50 100 200; without --data-root 1 10 20)",
+    )
+    parser.add_argument(
+        "--images",
+        type=record.positive,
+        metavar="N",
+        help="training images, clean ones included (default: 5000; without --data-root 400)",
+    )
+    parser.add_argument(
+        "--model",
+        choices=("lenet", "lenet-authors"),
+        default="lenet",
+        help="lenet (default), or the wider net of the authors' code",
+    )
+
+
+def settings(args: argparse.Namespace) -> list[Settings]:
+    """One run for each ratio, seed and method; the paper's schedule and momentum 0.9.
+
+    The ten clean images are split off the training images for the methods that ask for them; the
+    others train on them too, as the paper says that its method has no more data.
+    """
+    small = args.data_root is None
+    return [
+        Settings(
+            experiment=NAME,
+            data="digits" if small else "mnist",
+            task="imbalance",
+            level=ratio,
+            method=method,
+            seed=seed,
+            model=args.model,
+            steps=scaled(STEPS, args.scale),
+            batch=100,
+            clean_batch=10,
+            lr=1e-3,
+            images=args.images or (FEW_IMAGES if small else IMAGES),
+            clean=5,
+            clean_in_training=True,
+            scale=args.scale,
+        )
+        for seed in range(args.seeds)
+        for ratio in args.ratios or (FEW_RATIOS if small else RATIOS)
+        for method in args.methods
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, print the table, write numbers and figure."""
+    console = Console()
+    results, report = run_grid(NAME, settings(args), args, console)
+    cells = summary(results)
+    console.print(table(cells, args))
+    stem = args.out / NAME / NAME
+    rows = [
+        {
+            "method": method,
+            "ratio": ratio,
+            "seeds": args.seeds,
+            "scale": args.scale,
+            "error": error.value,
+            "half_width_95": error.half_width,
+            "error_of_4s": rare.value,
+        }
+        for (method, ratio), (error, rare) in cells.items()
+    ]
+    runs = [
+        {
+            **{k: r["settings"][k] for k in ("method", "level", "seed")},
+            **{k: r[k] for k in ("test_error", "class_errors", "counts", "seconds")},
+        }
+        for r in results
+    ]
+    written = write_tables(stem, {**report, "settings": common(results), "runs": runs}, rows)
+    written += picture(stem, cells)
+    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
+    return 0
+
+
+def common(results: Results) -> dict[str, Any]:
+    """The settings that all runs share."""
+    first = results[0]["settings"]
+    return {k: v for k, v in first.items() if all(r["settings"][k] == v for r in results)}
+
+
+def summary(results: Results) -> Cells:
+    """Error of all test images and of the 4s, by method and ratio, over the seeds."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        where = (result["settings"]["method"], result["settings"]["level"])
+        groups.setdefault(where, []).append(result)
+    return {
+        where: (
+            mean([r["test_error"] for r in group]),
+            mean([r["class_errors"][0] for r in group]),
+        )
+        for where, group in groups.items()
+    }
+
+
+def table(cells: Cells, args: argparse.Namespace) -> Table:
+    """Errors by method and ratio, and by how much they rise, beside what the paper says."""
+    methods = [m for m in METHODS if any(m == method for method, _ in cells)]
+    ratios = sorted({ratio for _, ratio in cells})
+    out = Table(
+        title=f"Test error in percent, mean of {args.seeds} seeds ± 95% confidence, "
+        f"scale {args.scale:g}",
+        title_justify="left",
+    )
+    out.add_column("")
+    for ratio in ratios:
+        out.add_column(f"{ratio:g}:1", justify="right")
+    out.add_column(f"rise to {ratios[-1]:g}:1", justify="right")
+    out.add_column("rise in the paper", justify="right")
+    for method in methods:
+        errors = [cells[method, ratio][0] for ratio in ratios]
+        rise = f"{errors[-1].value - errors[0].value:.2f}"
+        claim = PAPER.get(method, PAPER_OTHERS)
+        style = "bold" if method == "ours" else None
+        out.add_row(method, *(error.text for error in errors), rise, claim, style=style)
+    return out
+
+
+def picture(stem: Path, cells: Cells) -> list[Path]:
+    """Error over ratio, with confidence intervals."""
+    figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for method in METHODS:
+        points = sorted((r, error) for (m, r), (error, _) in cells.items() if m == method)
+        if not points:
+            continue
+        axes.errorbar(
+            [ratio for ratio, _ in points],
+            [error.value for _, error in points],
+            yerr=[error.half_width for _, error in points],
+            marker="o",
+            capsize=3,
+            linewidth=2.5 if method == "ours" else 1.2,
+            label=method,
+        )
+    axes.set_xlabel("9s for each 4 in the training set")
+    axes.set_ylabel("test error, %")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return write_figure(stem, figure)

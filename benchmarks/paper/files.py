@@ -1,0 +1,102 @@
+"""Checkpoints and results on disk: written whole or not at all, and read with suspicion."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from .settings import Settings, difference
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes the place of ``path`` when the body ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, key: str) -> None:
+    """Remove what a killed process was writing of this run."""
+    for suffix in (".pt", ".json"):
+        for path in folder.glob(f".{glob.escape(key)}{suffix}.*"):
+            path.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        UsageError: that, or writing a file there, does not work.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out: cannot write to {folder}: {error.strerror}") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint atomically."""
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def read_result(path: Path, settings: Settings) -> dict[str, Any] | None:
+    """The result of a finished run; None where there is none.
+
+    Raises:
+        UsageError: it cannot be read, or is of other settings.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}; remove it to run again") from error
+    return _checked(path, content, settings)
+
+
+def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any] | None:
+    """The checkpoint of an interrupted run; None where there is none.
+
+    Raises:
+        UsageError: it cannot be read, or is of other settings.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        # Damaged files raise whatever the unpickler or the archive reader trips over.
+        raise UsageError(f"cannot read {path}; remove it to run from the start") from error
+    return _checked(path, content, settings)
+
+
+def _checked(path: Path, content: object, settings: Settings) -> dict[str, Any]:
+    found = content.get("settings") if isinstance(content, dict) else None
+    other = difference(settings.as_dict(), found)
+    if other or not isinstance(content, dict):
+        raise UsageError(f"{path} is of other settings ({other}); give another --out or remove it")
+    return content

