@@ -83,6 +83,7 @@ class Snapshot:
     def __init__(self, members: Members) -> None:
         self.buffers = Buffers(members.buffers)
         self.generators = Generators(members.devices())
+        self._begun = self.generators
         self.trained: Buffers | None = None
         """Buffers after the training forward, where a checkpoint may run parts of it again."""
 
@@ -91,10 +92,19 @@ class Snapshot:
         if self.trained is not None:
             self.trained.restore()
 
+    def begin(self, members: Members) -> None:
+        """The clean batch was seen: an engine that tries again draws other masks than it did."""
+        self._begun = Generators(members.devices())
+
     def restore(self) -> None:
-        """Put both back."""
+        """Put both back, for another try."""
         self.trained = None
         self.buffers.restore()
+        self._begun.restore()
+
+    def undo(self) -> None:
+        """Put both back to before the step."""
+        self.restore()
         self.generators.restore()
 
 
@@ -132,9 +142,9 @@ def preserved(members: Members, *, always: bool) -> Iterator[Snapshot]:
         ):
             yield snapshot
     except BaseException as error:
-        snapshot.restore()
+        snapshot.undo()
         if serves_once(error):
             raise RuntimeError(SERVES_ONCE) from error
         raise
     if always:
-        snapshot.restore()
+        snapshot.undo()

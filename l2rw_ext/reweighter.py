@@ -379,6 +379,8 @@ class Reweighter:
         if remembered is not None:
             return remembered, remembered.score(task, snapshot)
         direction = self._direction(task, snapshot)
+        if direction is not None:
+            snapshot.begin(task.members)
         candidates = self._candidates()
         refusals: list[str] = []
         for engine in candidates[:-1]:

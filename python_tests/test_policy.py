@@ -516,3 +516,18 @@ def test_scores_that_are_not_finite_are_not_recorded() -> None:
     reweighter.backward((x, y), clean, index=range(4))
     assert reweighter.record.visits.tolist() == [1, 1, 0, 1]
     assert reweighter.record.scores.isnan().tolist() == [False, False, True, False]
+
+
+def test_a_refused_engine_leaves_the_masks_of_the_clean_batch_behind() -> None:
+    """The same draws as with the engine that is taken in the end, not those of the clean batch."""
+    model = nn.Sequential(
+        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, CLASSES)
+    ).double()
+    batch, clean = vectors(6), vectors(6)
+    scores = []
+    for engine in ("auto", "forward"):
+        reweighter = Reweighter(copy.deepcopy(model), cross_entropy, engine=engine, l2=0.1)
+        for _ in range(2):
+            torch.manual_seed(3)
+            scores.append(reweighter.backward(batch, clean).scores)
+    assert all(torch.equal(u, scores[-1]) for u in scores)
