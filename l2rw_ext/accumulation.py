@@ -48,12 +48,12 @@ class Accumulation:
         overflowed = self._overflow is not None and bool(self._overflow)
         return not overflowed and not any(bool(w.any()) for w in self.weights)
 
-    def add(self, weighed: Weighed, gradients: Gradients, *, uniform: bool) -> None:
+    def add(self, weighed: Weighed, gradients: Gradients) -> None:
         """Take in a micro-batch: its gradient, weighed with weights that sum to one, or to zero.
 
-        ``uniform`` marks a gradient of equal weights, which counts as long as no score of any
-        micro-batch was positive.
+        A gradient of equal weights counts as long as no score of any micro-batch was positive.
         """
+        uniform = weighed.uniform
         rectified = weighed.rectified
         positive = rectified.sum()
         self._rectified.append(rectified)

@@ -81,6 +81,7 @@ class _Replaced(Shared):
 
     def change(self) -> None:
         """See :class:`~l2rw_ext.shared.Shared`."""
+        # Types know one class of this name, and another in its place is the point.
         self._original = checkpoint.CheckpointFunction
         checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc,assignment]
 

@@ -186,7 +186,7 @@ class Reweighter:
                 gradients = scored.weighted_gradients(weighed.for_gradient)
             snapshot.settle()
         if self._accumulation is not None:
-            self._accumulation.add(weighed, gradients, uniform=weighed.uniform)
+            self._accumulation.add(weighed, gradients)
         else:
             self._policy.advance()
             deliver(infinite_if(weighed.overflow, gradients))

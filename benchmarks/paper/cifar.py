@@ -118,8 +118,9 @@ def _unpack(
                     pickles[path.name] = content
                 else:
                     pictures[path.parent.name, path.name] = content
-            while file.read(2**20):
-                pass  # The checksum is looked at when the end is reached.
+            left = True
+            while left:  # to the end, where gzip looks at the checksum
+                left = bool(file.read(2**20))
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UsageError(f"--data-root: cannot read {archive}: {error}") from error
     return pickles, pictures

@@ -19,7 +19,7 @@ from rich.table import Table
 from .. import record
 from .convergence import copies, descend, drawn, logistic
 from .files import check_writable
-from .options import OUT
+from .options import add_descents
 from .output import pyplot, write_figure, write_tables
 
 NAME = "lemma1"
@@ -32,13 +32,7 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``lemma1``."""
-    parser.add_argument(
-        "--seeds", type=record.positive, default=10, metavar="N", help="seeds 0 to N-1 (default 10)"
-    )
-    parser.add_argument("--steps", type=record.positive, default=300, help="default: 300")
-    parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help="default: benchmarks/results/paper"
-    )
+    add_descents(parser, steps=300)
 
 
 def run_lemma1(

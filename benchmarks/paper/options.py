@@ -21,6 +21,21 @@ from .settings import Settings
 OUT = record.ROOT / "benchmarks" / "results" / "paper"
 
 
+def add_descents(parser: argparse.ArgumentParser, *, steps: int) -> None:
+    """The options of the experiments on problems whose constants are known."""
+    parser.add_argument(
+        "--seeds", type=record.positive, default=10, metavar="N", help="seeds 0 to N-1 (default 10)"
+    )
+    parser.add_argument("--steps", type=record.positive, default=steps, help=f"default: {steps}")
+    _add_out(parser)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="FOLDER", help="default: benchmarks/results/paper"
+    )
+
+
 def add_shared(parser: argparse.ArgumentParser, *, seeds: int) -> None:
     """The options of every experiment that trains."""
     parser.add_argument(
@@ -51,9 +66,7 @@ def add_shared(parser: argparse.ArgumentParser, *, seeds: int) -> None:
         help="runs at a time, one thread each (default: 1)",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:K")
-    parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help="default: benchmarks/results/paper"
-    )
+    _add_out(parser)
     parser.add_argument(
         "--checkpoint-every",
         type=record.positive,

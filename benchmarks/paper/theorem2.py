@@ -22,7 +22,7 @@ from .. import record
 from ..errors import UsageError
 from .convergence import descend, drawn, logistic, tail
 from .files import check_writable
-from .options import OUT
+from .options import add_descents
 from .output import pyplot, write_figure, write_tables
 
 NAME = "theorem2"
@@ -34,13 +34,7 @@ Row = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``theorem2``."""
-    parser.add_argument(
-        "--seeds", type=record.positive, default=10, metavar="N", help="seeds 0 to N-1 (default 10)"
-    )
-    parser.add_argument("--steps", type=record.positive, default=4096, help="default: 4096")
-    parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help="default: benchmarks/results/paper"
-    )
+    add_descents(parser, steps=4096)
 
 
 def run_theorem2(

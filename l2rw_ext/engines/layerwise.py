@@ -22,7 +22,7 @@ from .derived import Leaves
 from .direction import clean_direction
 from .merging import NotMergeableError, check_mergeable
 from .probe import Probe, seeds
-from .scoring import OverflowedError, Recorder, Scoring, StalePlanError
+from .scoring import OverflowedError, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
 
@@ -134,6 +134,8 @@ class Layerwise(Engine):
         fresh: bool,
     ) -> tuple[Scoring, Plan]:
         """The clean batch first, to its direction; then the training batch."""
+        # Whatever the clean batch is like: a loop of many lengths makes a plan for each, not pair.
+        own = (_key(task, True) if direction is None else key, key in self._by_row)
         if direction is None:
             direction = clean_direction(task, snapshot)
         leaves = Leaves(task.parameters)
@@ -148,8 +150,6 @@ class Layerwise(Engine):
         require_grad(losses)
         scoring.start(losses, direction.clean_loss, reached, reached)
         seeded = [(losses, task.scaled(_finite_seed(losses)))]
-        # Whatever the clean batch is like: a loop of many lengths makes a plan for each, not pair.
-        own = (_key(task, True), key in self._by_row)
         plan = None if fresh else self._plans.get(own)
         plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=False)
         plan.why_separate = why
@@ -157,7 +157,7 @@ class Layerwise(Engine):
         return scoring, plan
 
     def _interception(
-        self, members: Members, sink: Recorder, key: Key, examples: int
+        self, members: Members, sink: Scoring, key: Key, examples: int
     ) -> Interception:
         return Interception(members, sink, examples if key in self._by_row else None)
 
@@ -376,9 +376,9 @@ def _run_backward(
         torch.autograd.grad(*arguments, allow_unused=True)
 
 
-def _check_reported(recorder: Recorder, reached: list[Use]) -> None:
+def _check_reported(scoring: Scoring, reached: list[Use]) -> None:
     for use in reached:
-        if use.index not in recorder.reported:
+        if use.index not in scoring.reported:
             raise NotExactError(
                 f"the backward did not pass through {use.operation} on {use.shape}, which the "
                 "losses reach"

@@ -48,52 +48,6 @@ class OverflowedError(Exception):
         self.scoring = scoring
 
 
-class Recorder:
-    """The sink of one forward: keeps what the backward reports, in order.
-
-    Nothing is kept before :meth:`arm`, nor of uses that the losses do not reach: a backward that
-    the model itself runs, in its forward or in a hook, produces constants.
-    """
-
-    def __init__(self) -> None:
-        self.armed = False
-        self.probe: Probe | None = None
-        self.reports: dict[int, Report] = {}
-        self.reported: set[int] = set()
-        self.expected: set[int] = set()
-
-    def arm(self, reached: list[Use]) -> None:
-        """The step's own backward begins; it is to pass through the uses in ``reached``."""
-        self.expected = {use.index for use in reached}
-        self.armed = True
-
-    def backward_of(self, use: Use) -> AbstractContextManager[None]:
-        """See :class:`~l2rw_ext.rules.base.Sink`."""
-        if torch.is_grad_enabled():
-            raise NotExactError(
-                f"{use.operation} was differentiated with create_graph=True inside the step"
-            )
-        return BelowAutograd()
-
-    def report(self, use: Use, z: Tensor, g: Tensor) -> None:
-        """See :class:`~l2rw_ext.rules.base.Sink`."""
-        if not self.armed or use.index not in self.expected:
-            return
-        if self.probe is not None:
-            self.probe.report(use, g)
-            return
-        if use.index in self.reported:
-            raise NotExactError(
-                f"{use.operation} on {use.shape} was differentiated more than once in the backward"
-            )
-        self.reported.add(use.index)
-        self.receive(use, z, g)
-
-    def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
-        """A report of the step's own backward."""
-        self.reports[use.index] = (use, z, g)
-
-
 def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
     """A use's part of the direction, if all its rows are of the clean batch."""
     rows = math.prod(g.shape[: use.rule.leading(use, g)])
@@ -135,8 +89,11 @@ class _Weighing:
     totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class Scoring(Recorder, Scored):
+class Scoring(Scored):
     """Scores of the training examples, summed use by use while the backward runs.
+
+    The sink of one forward. Nothing is kept before :meth:`arm`, nor of uses that the losses do not
+    reach: a backward that the model itself runs, in its forward or in a hook, produces constants.
 
     Args:
         task: the step.
@@ -148,7 +105,11 @@ class Scoring(Recorder, Scored):
     def __init__(
         self, task: Task, leaves: Leaves, directions: dict[int, Tensor] | None = None
     ) -> None:
-        super().__init__()
+        self.armed = False
+        self.probe: Probe | None = None
+        self.reports: dict[int, Report] = {}
+        self.reported: set[int] = set()
+        self.expected: set[int] = set()
         self._task = task
         self._n = task.n
         self._leaves = leaves
@@ -185,6 +146,33 @@ class Scoring(Recorder, Scored):
         self._plan = {
             use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
         }
+
+    def arm(self, reached: list[Use]) -> None:
+        """The step's own backward begins; it is to pass through the uses in ``reached``."""
+        self.expected = {use.index for use in reached}
+        self.armed = True
+
+    def backward_of(self, use: Use) -> AbstractContextManager[None]:
+        """See :class:`~l2rw_ext.rules.base.Sink`."""
+        if torch.is_grad_enabled():
+            raise NotExactError(
+                f"{use.operation} was differentiated with create_graph=True inside the step"
+            )
+        return BelowAutograd()
+
+    def report(self, use: Use, z: Tensor, g: Tensor) -> None:
+        """See :class:`~l2rw_ext.rules.base.Sink`."""
+        if not self.armed or use.index not in self.expected:
+            return
+        if self.probe is not None:
+            self.probe.report(use, g)
+            return
+        if use.index in self.reported:
+            raise NotExactError(
+                f"{use.operation} on {use.shape} was differentiated more than once in the backward"
+            )
+        self.reported.add(use.index)
+        self.receive(use, z, g)
 
     def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
         """Score at once, or keep what the plan does not know or what must wait for the others."""

@@ -87,13 +87,15 @@ def _plus_bias(pre: Tensor, bias: Tensor | None) -> Tensor:
 def _through_sigmoid(g: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """What reaches a from y = sigmoid(a), in one pass: g y (1 - y)."""
     out = torch.empty_like(g) if out is None else out
-    return torch.ops.aten.sigmoid_backward.grad_input(g, y, grad_input=out)  # type: ignore[no-any-return]
+    through: Tensor = torch.ops.aten.sigmoid_backward.grad_input(g, y, grad_input=out)
+    return through
 
 
 def _through_tanh(g: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """What reaches a from y = tanh(a), in one pass: g (1 - y²)."""
     out = torch.empty_like(g) if out is None else out
-    return torch.ops.aten.tanh_backward.grad_input(g, y, grad_input=out)  # type: ignore[no-any-return]
+    through: Tensor = torch.ops.aten.tanh_backward.grad_input(g, y, grad_input=out)
+    return through
 
 
 class LSTM(Cell):

@@ -112,16 +112,7 @@ class Convolution(Rule):
             assert bias is not None
             u = g.flatten(2).sum(2, dtype=bias.dtype) @ bias
         else:
-            u = ops.conv_correlation(
-                z,
-                g,
-                weight,
-                bias,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                geometry.groups,
-            )
+            u = correlate(geometry, z, g, weight, bias)
         return u if frames == 1 else u.view(-1, frames).sum(1)
 
     def example_gradients(
@@ -129,20 +120,8 @@ class Convolution(Rule):
     ) -> tuple[Roots, Tensor]:
         """G_i, for each example its own weight gradient."""
         weight, bias = direction if direction is not None else (None, None)
-        assert use.weight is not None
-        geometry: Geometry = use.options
         z, g, frames = _frames_as_rows(use, z, g)
-        gradients, bias_gradients, u = ops.conv_example_gradients(
-            z,
-            g,
-            list(use.weight.shape[2:]),
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-            weight,
-            bias,
-        )
+        gradients, bias_gradients, u = examples_of(use, z, g, weight, bias)
         if frames > 1:
             gradients = gradients.unflatten(0, (-1, frames)).sum(1)
             bias_gradients = bias_gradients.unflatten(0, (-1, frames)).sum(1)
@@ -159,23 +138,63 @@ class Convolution(Rule):
         return self._sum(use, z, g, weights)
 
     def _sum(self, use: Use, z: Tensor, g: Tensor, weights: Tensor | None) -> Roots:
-        assert use.weight is not None
-        geometry: Geometry = use.options
         if use.roots[0] is None:
             per_example = g.flatten(2).sum(2)
             bias = per_example.sum(0) if weights is None else ops.weighted_sum(per_example, weights)
             return None, bias
-        gradient, bias = ops.conv_weighted_gradient(
-            z,
-            g,
-            weights,
-            list(use.weight.shape[2:]),
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-        )
+        gradient, bias = gathered(use, z, g, weights)
         return gradient, (bias if use.roots[1] is not None else None)
+
+
+def correlate(
+    geometry: Geometry, z: Tensor, g: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Σ_p g·(V * z + V_b) of each row, for V, V_b given as ``weight`` and ``bias``."""
+    return ops.conv_correlation(
+        z,
+        g,
+        weight,
+        bias,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+    )
+
+
+def examples_of(
+    use: Use, z: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G, G_b of each row, and their inner product with V, V_b."""
+    assert use.weight is not None
+    geometry: Geometry = use.options
+    return ops.conv_example_gradients(
+        z,
+        g,
+        list(use.weight.shape[2:]),
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+        weight,
+        bias,
+    )
+
+
+def gathered(use: Use, z: Tensor, g: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Σ w G and Σ w G_b over the rows; all w are one without ``weights``."""
+    assert use.weight is not None
+    geometry: Geometry = use.options
+    return ops.conv_weighted_gradient(
+        z,
+        g,
+        weights,
+        list(use.weight.shape[2:]),
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+    )
 
 
 def _frames_as_rows(use: Use, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from .base import Roots, RowMap, Use, UseFunction, accumulation_dtype, handles
-from .convolution import Convolution, Geometry, numbers
+from .convolution import Convolution, Geometry, correlate, examples_of, gathered, numbers
 
 if TYPE_CHECKING:
     from ..interception import Interception
@@ -47,7 +47,7 @@ class TransposedConvolution(Convolution):
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """V = Σ_i G'_i, V_b = Σ g'."""
-        weight = None if use.roots[0] is None else _gathered(use, z, g, None)
+        weight = None if use.roots[0] is None else gathered(use, *_swapped(z, g), None)[0]
         return weight, None if use.roots[1] is None else _bias_gradients(g).sum(0)
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
@@ -55,16 +55,7 @@ class TransposedConvolution(Convolution):
         weight, bias = direction
         parts = []
         if weight is not None:
-            geometry: Geometry = use.options
-            u = ops.conv_correlation(
-                *_swapped(z, g),
-                weight,
-                None,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                geometry.groups,
-            )
+            u = correlate(use.options, *_swapped(z, g), weight, None)
             parts.append(_by_example(u, g))
         if bias is not None:
             parts.append(_bias_gradients(g) @ bias)
@@ -75,18 +66,7 @@ class TransposedConvolution(Convolution):
     ) -> tuple[Roots, Tensor]:
         """G_i, for each example its own weight gradient, and Σ_p g."""
         weight, bias = direction if direction is not None else (None, None)
-        assert use.weight is not None
-        geometry: Geometry = use.options
-        gradients, _, u = ops.conv_example_gradients(
-            *_swapped(z, g),
-            list(use.weight.shape[2:]),
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-            weight,
-            None,
-        )
+        gradients, _, u = examples_of(use, *_swapped(z, g), weight, None)
         gradients, u = _by_example(gradients, g), _by_example(u, g)
         if use.roots[1] is None:
             return (gradients, None), u
@@ -101,26 +81,11 @@ class TransposedConvolution(Convolution):
         """Σ w_i G_i; examples with w = 0 are never read."""
         weight = bias = None
         if use.roots[0] is not None:
-            weight = _gathered(use, z, g, weights.repeat_interleave(g.shape[1]))
+            by_row = weights.repeat_interleave(g.shape[1])
+            weight, _ = gathered(use, *_swapped(z, g), by_row)
         if use.roots[1] is not None:
             bias = ops.weighted_sum(_bias_gradients(g), weights)
         return weight, bias
-
-
-def _gathered(use: Use, z: Tensor, g: Tensor, weights: Tensor | None) -> Tensor:
-    """Σ w_i G_i, frames as rows; all w_i one without weights."""
-    assert use.weight is not None
-    geometry: Geometry = use.options
-    gradient, _ = ops.conv_weighted_gradient(
-        *_swapped(z, g),
-        weights,
-        list(use.weight.shape[2:]),
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-    )
-    return gradient
 
 
 def _swapped(z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,13 +27,19 @@ from ..engines.base import Direction, NotExactError, Task
 from ..rules.base import writes
 from .base import REGISTRY, Handler, tangent_of, unpack
 
-_VIEWS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+
+def _getters(*names: str) -> set[Any]:
+    """What a function mode is given where an attribute of a tensor is read."""
+    return {getattr(torch.Tensor, name).__get__ for name in names}
+
+
+_VIEWS = _getters("T", "mT", "H", "mH", "real", "imag")
 """The attributes that are views; no other attribute carries a tangent."""
 
-_HOOKS = {torch.Tensor.register_hook, torch.Tensor.grad_fn.__get__}  # type: ignore[union-attr]
+_HOOKS = {torch.Tensor.register_hook} | _getters("grad_fn")
 """How a forward reaches the gradient that will pass (a module's backward hooks by the second)."""
 
-_GRADIENTS = {torch.autograd.grad, torch.Tensor.grad.__get__}  # type: ignore[union-attr]
+_GRADIENTS = {torch.autograd.grad} | _getters("grad")
 """How a forward reaches what a backward of its own found."""
 
 
