@@ -495,7 +495,7 @@ def test_uniform_flips_of_the_authors_keep_some_labels() -> None:
 @pytest.mark.parametrize("background", BACKGROUNDS["cifar10"])
 def test_background_flips(background: int) -> None:
     split = background_flip(
-        IMAGES, TEST, rate=0.4, clean_per_class=10, validation=300, background=background, seed=1
+        IMAGES, TEST, rate=0.4, clean=100, validation=300, background=background, seed=1
     )
     check_flips(split, 2000, 0.4)
     assert (split.train.targets[split.flipped] == background).all()
@@ -523,13 +523,14 @@ def test_human_noise_keeps_its_labels() -> None:
 )
 def test_imbalanced(ratio: float, size: int, clean: int, seed: int) -> None:
     few = round(size / (ratio + 1))
-    if few <= clean:
+    few_clean = clean // 2
+    if few <= few_clean:
         with pytest.raises(UsageError, match="leaves none to train on"):
-            imbalanced(IMAGES, TEST, ratio=ratio, size=size, clean_per_class=clean, seed=seed)
+            imbalanced(IMAGES, TEST, ratio=ratio, size=size, clean=clean, seed=seed)
         return
-    split = imbalanced(IMAGES, TEST, ratio=ratio, size=size, clean_per_class=clean, seed=seed)
-    assert split.train.counts().tolist() == [few - clean, size - few - clean]
-    assert split.clean.counts().tolist() == [clean, clean]
+    split = imbalanced(IMAGES, TEST, ratio=ratio, size=size, clean=clean, seed=seed)
+    assert split.clean.counts().tolist() == [few_clean, clean - few_clean]
+    assert split.train.counts().tolist() == [few - few_clean, size - few - clean + few_clean]
     assert len(torch.cat([numbers(split.train), numbers(split.clean)]).unique()) == size
     for images in (split.train, split.clean, split.test):
         assert images.classes == ("c4", "c9")
@@ -572,7 +573,7 @@ def test_a_seed_decides_the_split() -> None:
         ),
         (
             lambda: background_flip(
-                IMAGES, TEST, rate=0.1, clean_per_class=1, validation=0, background=10, seed=0
+                IMAGES, TEST, rate=0.1, clean=10, validation=0, background=10, seed=0
             ),
             "background class 10 is not one of 0 to 9",
         ),

@@ -10,9 +10,16 @@ EXPERIMENTS = {
     "figure2": "MNIST 4 against 9: test error over imbalance, all methods",
     "table1": "CIFAR, labels flipped to any class: test accuracy, WRN-28-10",
     "table2": "CIFAR, labels flipped to one class: test accuracy, ResNet-32",
+    "cifar10n": "CIFAR-10 with labels by people: test accuracy, ResNet-32",
+    "figure3": "weights of clean and flipped images that the model has not seen; AUROC",
+    "figure4": "CIFAR, labels flipped to one class: test accuracy over the size of the clean set",
+    "figure5": "CIFAR, labels flipped to one class: test accuracy over the share of flips",
+    "figure6": "CIFAR: confusion matrices",
+    "figure7": "CIFAR, labels flipped to one class: training curves",
     "lemma1": "does the clean loss fall at every step, where L and sigma are known",
     "theorem2": "the rate of convergence, where L and sigma are known",
 }
+WITHOUT_CHECKPOINTS = {"lemma1", "theorem2"}
 INTERRUPTED = 130
 
 
@@ -30,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         return int(module.run(args))
     except KeyboardInterrupt:
-        print(
-            f"\nStopped by Ctrl-C; the same command continues from the checkpoints in {args.out}.",
-            file=sys.stderr,
-        )
+        again = "starts anew"
+        if args.experiment not in WITHOUT_CHECKPOINTS:
+            again = f"continues from the checkpoints in {args.out}"
+        print(f"\nStopped by Ctrl-C; the same command {again}.", file=sys.stderr)
         return INTERRUPTED

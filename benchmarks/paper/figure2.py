@@ -74,7 +74,7 @@ def settings(args: argparse.Namespace) -> list[Settings]:
             clean_batch=10,
             lr=1e-3,
             images=args.images or (FEW_IMAGES if small else IMAGES),
-            clean=5,
+            clean=10,
             clean_in_training=True,
             scale=args.scale,
         )

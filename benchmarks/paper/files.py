@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -15,6 +16,8 @@ import torch
 
 from ..errors import UsageError
 from .settings import Settings, difference
+
+FINAL = ".final.pt"
 
 
 @contextlib.contextmanager
@@ -49,6 +52,23 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"--out: cannot write to {folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No other process can lock the folder meanwhile; a killed process leaves no lock behind.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UsageError(f"--out: another command is writing to {folder}") from error
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -92,6 +112,26 @@ def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any] | None:
         # Damaged files raise whatever the unpickler or the archive reader trips over.
         raise UsageError(f"cannot read {path}; remove it to run from the start") from error
     return _checked(path, content, settings)
+
+
+def read_final_state(path: Path, data: str) -> dict[str, Any]:
+    """What a finished run has left for others to start from.
+
+    Args:
+        path: of the file.
+        data: digest of the data that it must be of.
+
+    Raises:
+        UsageError: it is missing, cannot be read, or is of other data.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        result = path.with_name(path.name.removesuffix(FINAL) + ".json")
+        raise UsageError(f"cannot read {path}; remove {result} to run that again") from error
+    if not isinstance(content, dict) or content.get("data") != data:
+        raise UsageError(f"{path} is of other data; give another --out or remove it")
+    return content
 
 
 def _checked(path: Path, content: object, settings: Settings) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
@@ -37,7 +37,7 @@ def run_all(grid: list[Settings], place: Place, jobs: int, console: Console) -> 
     """Results in the order of ``grid``; finished runs are read, not run again.
 
     Args:
-        grid: the runs, all of different keys.
+        grid: the runs, all of different keys; those that others start from are among them.
         place: where they run.
         jobs: how many at a time; each in a process of its own if more than one.
         console: for the progress.
@@ -50,10 +50,21 @@ def run_all(grid: list[Settings], place: Place, jobs: int, console: Console) -> 
     missing = [settings for settings, result in results.items() if result is None]
     if missing:
         with _Bars(grid, missing, console) as bars:
-            runner = _in_turn if min(jobs, len(missing)) == 1 else _side_by_side
-            results.update(runner(missing, place, jobs, bars))
+            for wave in _waves(missing):
+                runner = _in_turn if min(jobs, len(wave)) == 1 else _side_by_side
+                results.update(runner(wave, place, jobs, bars))
     found = [results[settings] for settings in grid]
     return [result for result in found if result is not None]
+
+
+def _waves(missing: list[Settings]) -> Iterator[list[Settings]]:
+    """All runs, those that others start from before these."""
+    while missing:
+        keys = {settings.key for settings in missing}
+        wave = [settings for settings in missing if not settings.parents & keys]
+        assert wave, "runs that start from each other"
+        yield wave
+        missing = [settings for settings in missing if settings not in wave]
 
 
 class _Bars:
@@ -69,8 +80,8 @@ class _Bars:
             TextColumn("{task.fields[state]}"),
             console=console,
         )
-        steps = sum(s.steps + s.finetune for s in grid)
-        open_steps = sum(s.steps + s.finetune for s in missing)
+        steps = sum(s.total_steps for s in grid)
+        open_steps = sum(s.total_steps for s in missing)
         finished = f"{len(grid) - len(missing)} of {len(grid)} runs were there"
         self._all = self._display.add_task(
             "all runs, steps", total=steps, completed=steps - open_steps, state=finished
@@ -89,7 +100,7 @@ class _Bars:
         """Show how far a run is."""
         if now.key not in self._bars:
             self._bars[now.key] = self._display.add_task(now.key, total=now.steps, state="")
-        state = f"loss {now.loss:.3f}  test {now.accuracy:.1f}%  {now.rate:.0f} steps/s"
+        state = f"loss {now.loss:.3f}  held out {now.accuracy:.1f}%  {now.rate:.0f} steps/s"
         self._display.update(self._bars[now.key], completed=now.step, state=state)
         self._display.advance(self._all, now.step - self._seen.get(now.key, 0))
         self._seen[now.key] = now.step

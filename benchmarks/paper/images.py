@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,10 @@ class Images:
     def take(self, index: Tensor) -> Images:
         """The images at these indices (int64) or under this mask (bool)."""
         return replace(self, inputs=self.inputs[index], targets=self.targets[index])
+
+    def to(self, device: str | torch.device) -> Images:
+        """The images on a device."""
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
     def floats(self, index: Tensor | None = None, *, signed: bool = False) -> Tensor:
         """Inputs as float32: all, or those at ``index``; in [0, 1], or in [-1, 1] if ``signed``."""

@@ -49,9 +49,11 @@ class Log:
             share = float((weights > 0).double().mean())
             self._writer.add_scalar("training/share with weight", share, step)
 
-    def evaluation(self, step: int, accuracy: float, class_errors: list[float]) -> None:
-        """Test accuracy and the error of each class, in percent."""
+    def evaluation(self, point: dict[str, float], class_errors: list[float]) -> None:
+        """A point of the curve, and the error of each class; all in percent."""
         if self._writer is not None:
-            self._writer.add_scalar("test/accuracy", accuracy, step)
+            step = int(point["step"])
+            self._writer.add_scalar("held out/accuracy", point["accuracy"], step)
+            self._writer.add_scalar("training/accuracy", point["training_accuracy"], step)
             for label, error in enumerate(class_errors):
-                self._writer.add_scalar(f"test/error of class {label}", error, step)
+                self._writer.add_scalar(f"held out/error of class {label}", error, step)

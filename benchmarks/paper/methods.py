@@ -33,10 +33,11 @@ class Batch(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Losses f_i and weights w_i of a step, both (n,) and detached."""
+    """Losses f_i, weights w_i and, of a method that has them, scores u_i; (n,) and detached."""
 
     losses: Tensor
     weights: Tensor
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Context:
         classes: how many there are.
         size: examples in a batch.
         seed: of the run.
+        clean_l2: times θ, part of the clean gradient, as in the authors' code; else 0.
+        confusion: share of each label among the hyper-validation images that a trained model
+            takes for a class, shape (C, C), where the run starts from one.
     """
 
     model: nn.Module
@@ -58,6 +62,8 @@ class Context:
     classes: int
     size: int
     seed: int
+    clean_l2: float = 0.0
+    confusion: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -158,12 +164,12 @@ class Ours(Method):
     def prepare(self, context: Context) -> None:
         """Make the reweighter."""
         super().prepare(context)
-        self._reweighter = Reweighter(context.model, losses)
+        self._reweighter = Reweighter(context.model, losses, l2=context.clean_l2)
 
     def step(self, number: int, batch: Batch, clean: Batch | None) -> Statistics:
         """One call of :meth:`l2rw_ext.Reweighter.backward`."""
         done = self._reweighter.backward(batch, clean)
-        return Statistics(done.losses, done.weights)
+        return Statistics(done.losses, done.weights, done.scores)
 
     def state_dict(self) -> dict[str, Any]:
         """The reweighter's."""
@@ -340,19 +346,24 @@ class ReedHard(Reed):
 class SModel(Weighted):
     """A softmax layer after the outputs models the noise (Goldberger & Ben-Reuven, 2017).
 
-    p(label = k) = Σ_c p(true = c) softmax(T_c)_k; T starts at the logarithm of a smoothed identity
-    and is trained along. Tests use the outputs before that layer.
+    p(label = k) = Σ_c p(true = c) softmax(T_c)_k; T is trained along. It starts at the logarithm of
+    a smoothed identity or, where the run has one, of a trained model's confusion of labels. Tests
+    use the outputs before that layer.
     """
 
     name = "s-model"
     smoothing = 0.1
+    smallest = 1e-4
 
     def prepare(self, context: Context) -> None:
         """Transition logits T, shape (C, C), from the true class to the label."""
         super().prepare(context)
-        off = self.smoothing / max(1, context.classes - 1)
-        start = torch.full((context.classes, context.classes), off)
-        start.fill_diagonal_(1 - self.smoothing)
+        if context.confusion is None:
+            off = self.smoothing / max(1, context.classes - 1)
+            start = torch.full((context.classes, context.classes), off)
+            start.fill_diagonal_(1 - self.smoothing)
+        else:
+            start = context.confusion.float().clamp(min=self.smallest)
         self._transition = nn.Parameter(start.log().to(context.device))
 
     def parameters(self) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from .. import record
 from ..errors import UsageError
 from . import logs
-from .files import check_writable
+from .files import check_writable, locked
 from .grid import Results, run_all
 from .methods import METHODS
 from .runs import Place
@@ -99,15 +99,32 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """An argparse type: a number of at least 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
+    return value
+
+
 def scaled(steps: int, scale: float) -> int:
     """Steps of a shortened schedule, at least one."""
     return max(1, round(steps * scale))
 
 
 def run_grid(
-    experiment: str, grid: list[Settings], args: argparse.Namespace, console: Console
+    kind: str, grid: list[Settings], args: argparse.Namespace, console: Console
 ) -> tuple[Results, dict[str, Any]]:
-    """Run what the options ask for.
+    """Run what the options ask for, each run in the folder of its own experiment.
+
+    Args:
+        kind: the experiment that the runs are for; others may share them.
+        grid: all of one experiment.
+        args: the options of :func:`add_shared`.
+        console: for the progress.
 
     Returns:
         The results in the order of ``grid``, and the head of the report.
@@ -118,9 +135,11 @@ def run_grid(
     record.check_device(args.device)
     if args.tensorboard:
         logs.check_installed()
+    (experiment,) = {settings.experiment for settings in grid}
     folder = args.out / experiment / "runs"
     check_writable(folder)
-    header = record.header(f"paper {experiment}", args.device, sys.argv[1:])
+    check_writable(args.out / kind)
+    header = record.header(f"paper {kind}", args.device, sys.argv[1:])
     place = Place(
         folder,
         args.data_root,
@@ -132,7 +151,8 @@ def run_grid(
     repeated = {s.key for s in grid if sum(s.key == other.key for other in grid) > 1}
     if repeated:
         raise UsageError(f"asked for twice: {', '.join(sorted(repeated))}")
-    results = run_all(grid, place, args.jobs, console)
+    with locked(folder):
+        results = run_all(grid, place, args.jobs, console)
     header |= {"jobs": args.jobs, "scale": args.scale, "seeds": args.seeds}
     header["commits_of_runs"] = sorted({result["origin"]["commit"] for result in results})
     header["hours_of_runs"] = sum(result["seconds"] for result in results) / 3600

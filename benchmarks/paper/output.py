@@ -16,6 +16,11 @@ def pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
+def without(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Results less some of their fields."""
+    return [{k: v for k, v in result.items() if k not in names} for result in results]
+
+
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows that all have the keys of the first."""
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:

@@ -16,8 +16,12 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .augment import crop_and_flip
+from .diagnosis import diagnose
+from .evaluation import accuracy, class_errors, confusion, confusion_of_labels, probabilities
 from .files import (
+    FINAL,
     read_checkpoint,
+    read_final_state,
     read_result,
     remove_temporaries,
     write_checkpoint,
@@ -31,13 +35,14 @@ from .order import Epochs, generator
 from .settings import Settings
 from .tasks import make_split
 
-EVALUATIONS = 20
+EVALUATIONS = 40
+CLOSEST = 100
 REPORTS = 200
-TEST_BATCH = 500
+LOOKED_AT = 1000
 
 
 class Progress(NamedTuple):
-    """How far a run is: test accuracy in percent, steps per second of this process."""
+    """How far a run is: accuracy in percent, steps per second of this process."""
 
     key: str
     step: int
@@ -78,6 +83,10 @@ class Place:
     def checkpoint(self, settings: Settings) -> Path:
         """The file of the checkpoint; gone when the result is there."""
         return self.folder / f"{settings.key}.pt"
+
+    def final(self, key: str) -> Path:
+        """The file of the state at the end of a run that is kept."""
+        return self.folder / f"{key}{FINAL}"
 
 
 def check(settings: Settings, place: Place) -> dict[str, Any] | None:
@@ -122,6 +131,8 @@ def run(
         training.load()
         with Log(place.tensorboard, settings.key, training.done) as log:
             training.to_the_end(tick, stop, log)
+        if settings.kept:
+            training.keep()
         result = training.result()
     write_json(place.result(settings), result)
     place.checkpoint(settings).unlink(missing_ok=True)
@@ -153,38 +164,43 @@ class Training:
         self.split = make_split(settings, place.data_root)
         self.classes = len(self.split.train.classes)
         self.method: Method = make(settings.method)
-        self.train_set, self.flipped = self.split.train, self.split.flipped
+        train_set, self.flipped = self.split.train, self.split.flipped
         if settings.clean_in_training and not self.method.uses_clean:
-            self.train_set = _union(self.split.train, self.split.clean)
+            train_set = _union(self.split.train, self.split.clean)
             right = torch.zeros(len(self.split.clean), dtype=torch.bool)
             self.flipped = torch.cat([self.flipped, right])
+        self.targets = train_set.targets
+        self.data = self._data_digest(train_set)
+        self.train_set = train_set.to(place.device)
+        self.clean = self.split.clean.to(place.device)
+        self.validation = self.split.validation.to(place.device)
+        self.test = self.split.test.to(place.device)
         self.model = make_model(settings.model, self.classes).to(place.device).train()
         self._prepare(self.method)
         self.tuning = CleanOnly()
         self._prepare(self.tuning)
-        clean_size = min(settings.clean_batch, len(self.split.clean))
-        self.clean_order = Epochs(len(self.split.clean), clean_size, settings.seed, "clean batches")
+        clean_size = min(settings.clean_batch, len(self.clean))
+        self.clean_order = Epochs(len(self.clean), clean_size, settings.seed, "clean batches")
         self.optimizer = self._optimizer()
-        self.data = self._data_digest()
         self.done = 0
-        self.seconds = 0.0
-        self.curve: list[list[float]] = []
-
-    @property
-    def steps(self) -> int:
-        """All of them, fine-tuning included."""
-        return self.settings.steps + self.settings.finetune
+        self.seconds = self.data_seconds = 0.0
+        self.curve: list[dict[str, float]] = []
 
     def _prepare(self, method: Method) -> None:
-        targets, settings = self.train_set.targets, self.settings
+        settings, confusion = self.settings, None
+        if settings.transition:
+            state = read_final_state(self.place.final(settings.transition), self.data)
+            confusion = state["confusion_of_labels"]
         method.prepare(
             Context(
                 self.model,
-                targets,
+                self.targets,
                 self.flipped,
                 self.classes,
-                min(settings.batch, len(targets)),
+                min(settings.batch, len(self.targets)),
                 settings.seed,
+                settings.weight_decay if settings.authors else 0.0,
+                confusion,
             )
         )
 
@@ -209,24 +225,23 @@ class Training:
         self, tick: Callable[[Progress], None], stop: Callable[[], bool], log: Log
     ) -> None:
         """Run the remaining steps; see :func:`run`."""
-        steps, first, began, earlier = self.steps, self.done, time.perf_counter(), self.seconds
-        evaluate, report = max(1, steps // EVALUATIONS), max(1, steps // REPORTS)
+        steps, first, began = self.settings.total_steps, self.done, time.perf_counter()
+        earlier = self.seconds
+        evaluate, report = max(CLOSEST, steps // EVALUATIONS), max(1, steps // REPORTS)
         while self.done < steps:
             statistics = self.step()
             self.done += 1
             last = self.done == steps
-            if self.done % report == 0 or last:
+            looking = self.done % evaluate == 0 or last
+            if self.done % report == 0 or looking:
                 loss = float((statistics.losses * statistics.weights).sum())
-                if self.done % evaluate == 0 or last:
-                    errors = self.class_errors()
-                    accuracy = 100 - self.test_error(errors)
-                    self.curve.append([self.done, loss, accuracy])
-                    log.evaluation(self.done, accuracy, errors)
+                if looking:
+                    self.look(loss, log)
                 self.seconds = earlier + time.perf_counter() - began
                 rate = (self.done - first) / (time.perf_counter() - began)
-                accuracy = self.curve[-1][2] if self.curve else float("nan")
+                reached = self.curve[-1]["accuracy"] if self.curve else float("nan")
                 log.step(self.done, loss, rate, statistics.weights)
-                tick(Progress(self.settings.key, self.done, steps, loss, accuracy, rate))
+                tick(Progress(self.settings.key, self.done, steps, loss, reached, rate))
             stopping = not last and stop()
             if self.done % self.place.interval == 0 or stopping:
                 self.seconds = earlier + time.perf_counter() - began
@@ -240,72 +255,93 @@ class Training:
         for group in self.optimizer.param_groups:
             passed = sum(number >= decay for decay in self.settings.decays)
             group["lr"] = self.settings.lr * 0.1**passed
+        began = time.perf_counter()
         tuning = number >= self.settings.steps
         method: Method = self.tuning if tuning else self.method
-        clean = None
-        if method.uses_clean:
-            clean = self.batch(self.split.clean, self.clean_order[number], number, "clean")
+        clean = self.clean_batch(number) if method.uses_clean else None
         batch = self.batch(self.train_set, method.draw(number), number, "training")
+        self.data_seconds += time.perf_counter() - began
         self.optimizer.zero_grad()
         statistics = method.step(number, batch, clean)
         self.optimizer.step()
         return statistics
 
+    def clean_batch(self, number: int) -> Batch:
+        """The clean examples of a step."""
+        return self.batch(self.clean, self.clean_order[number], number, "clean")
+
     def batch(self, images: Images, index: Tensor, number: int, purpose: str) -> Batch:
         """Examples as the model takes them."""
+        index = index.to(self.place.device)
         inputs = images.floats(index, signed=self.settings.signed)
         if self.settings.augment:
             draw = generator(self.settings.seed, f"augmentation of {purpose} images", number)
             inputs = crop_and_flip(inputs, draw)
-        targets = images.targets[index]
-        return Batch(inputs.to(self.place.device), targets.to(self.place.device))
+        return Batch(inputs, images.targets[index])
 
-    @torch.no_grad()
-    def class_errors(self) -> list[float]:
-        """Percentage of the test images of each class that the model gets wrong."""
-        self.model.eval()
-        test = self.split.test
-        wrong = torch.cat(
-            [
-                self.predict(test, index) != test.targets[index]
-                for index in torch.arange(len(test)).split(TEST_BATCH)
-            ]
-        )
-        self.model.train()
-        return [100 * float(wrong[test.targets == c].double().mean()) for c in range(self.classes)]
+    def look(self, loss: float, log: Log) -> None:
+        """Add a point to the curve: accuracy on held-out images, and on some training images.
 
-    def predict(self, images: Images, index: Tensor) -> Tensor:
+        The former are the hyper-validation images by their true labels, or the test images where
+        there are no others; the latter go by the labels that they are trained with.
+        """
+        images, true = self.validation, self.split.validation_of_true
+        if not len(images):
+            images, true = self.test, self.split.test.targets
+        held_out = confusion(self.predict(images), true, self.classes)
+        some = torch.arange(0, len(self.targets), max(1, len(self.targets) // LOOKED_AT))
+        trained = self.predict(self.train_set.take(some.to(self.place.device)))
+        point = {
+            "step": self.done,
+            "loss": loss,
+            "accuracy": accuracy(held_out),
+            "training_accuracy": 100 * float((trained == self.targets[some]).double().mean()),
+        }
+        self.curve.append(point)
+        log.evaluation(point, class_errors(held_out))
+
+    def predict(self, images: Images) -> Tensor:
         """The most likely class of each image, on the CPU."""
-        inputs = images.floats(index, signed=self.settings.signed)
-        found: Tensor = self.model(inputs.to(self.place.device)).argmax(1).cpu()
-        return found
-
-    def test_error(self, class_errors: list[float]) -> float:
-        """Over all test images, in percent."""
-        counts = torch.bincount(self.split.test.targets, minlength=self.classes).tolist()
-        wrong = sum(e * n for e, n in zip(class_errors, counts, strict=True) if n)
-        return float(wrong) / len(self.split.test)
+        return probabilities(self.model, images, signed=self.settings.signed).argmax(1)
 
     def result(self) -> dict[str, Any]:
         """What is kept of a finished run."""
-        errors = self.class_errors()
-        return {
+        counts = confusion(self.predict(self.test), self.split.test.targets, self.classes)
+        out = {
             "settings": self.settings.as_dict(),
-            "test_error": self.test_error(errors),
-            "class_errors": errors,
+            "test_error": 100 - accuracy(counts),
+            "class_errors": class_errors(counts),
+            "confusion": counts.tolist(),
+            "classes": list(self.split.test.classes),
             "curve": self.curve,
-            "counts": torch.bincount(self.train_set.targets, minlength=self.classes).tolist(),
+            "counts": torch.bincount(self.targets, minlength=self.classes).tolist(),
+            "flipped": int(self.flipped.sum()),
             "parameters": self.digest(self.model.state_dict().values()),
             "data": self.data,
             "seconds": self.seconds,
+            "data_seconds": self.data_seconds,
             "origin": self.place.origin,
         }
+        if self.settings.diagnosed:
+            out["diagnosis"] = self.diagnosis()
+        return out
 
-    def _data_digest(self) -> str:
+    def diagnosis(self) -> dict[str, Any]:
+        """Weights and scores of the hyper-validation images; the run is over afterwards."""
+        settings, steps = self.settings, self.settings.total_steps
+
+        def weigh(index: Tensor, number: int) -> Statistics:
+            self.optimizer.zero_grad()
+            batch = self.batch(self.validation, index, number, "diagnosed")
+            return self.method.step(steps + number, batch, self.clean_batch(steps + number))
+
+        return diagnose(weigh, self.split, settings.batch, settings.seed)
+
+    def _data_digest(self, train_set: Images) -> str:
         """SHA-256 of training, clean and test labels and of the training and clean inputs."""
-        split = self.split
-        tensors = [self.train_set.targets, split.clean.targets, split.test.targets]
-        return self.digest([*tensors, self.train_set.inputs, split.clean.inputs])
+        clean, test = self.split.clean, self.split.test
+        tensors = [train_set.targets, clean.targets, test.targets, train_set.inputs, clean.inputs]
+        return self.digest(tensors)
 
     @staticmethod
     def digest(tensors: Any) -> str:
@@ -317,18 +353,29 @@ class Training:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        content = {
+        write_checkpoint(self.place.checkpoint(self.settings), self.state())
+
+    def keep(self) -> None:
+        """Write the state at the end, for the runs that start from it."""
+        found = probabilities(self.model, self.validation, signed=self.settings.signed)
+        confused = confusion_of_labels(found, self.split.validation.targets)
+        content = {**self.state(), "confusion_of_labels": confused}
+        write_checkpoint(self.place.final(self.settings.key), content)
+
+    def state(self) -> dict[str, Any]:
+        """All that the remaining steps depend on."""
+        return {
             "settings": self.settings.as_dict(),
             "data": self.data,
             "done": self.done,
             "seconds": self.seconds,
+            "data_seconds": self.data_seconds,
             "curve": self.curve,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
             "generators": self._generators(),
         }
-        write_checkpoint(self.place.checkpoint(self.settings), content)
 
     def _generators(self) -> list[Tensor]:
         """States of torch's own generators, which dropout draws from."""
@@ -338,13 +385,17 @@ class Training:
         return states
 
     def load(self) -> None:
-        """Continue from the checkpoint, if there is one.
+        """Continue from the checkpoint, or else from the run that this one continues, if any.
 
         Raises:
             UsageError: it is of other settings, other data or another kind of device.
         """
         path = self.place.checkpoint(self.settings)
         content = read_checkpoint(path, self.settings)
+        if content is None and self.settings.continues:
+            path = self.place.final(self.settings.continues)
+            content = read_final_state(path, self.data)
+            content |= {"seconds": 0.0, "data_seconds": 0.0}
         if content is None:
             return
         if content["data"] != self.data:
@@ -352,8 +403,8 @@ class Training:
         states = content["generators"]
         if len(states) != len(self._generators()):
             raise UsageError(f"{path} is of another kind of device; give another --out")
-        self.done, self.seconds = content["done"], content["seconds"]
-        self.curve = content["curve"]
+        self.done, self.curve = content["done"], content["curve"]
+        self.seconds, self.data_seconds = content["seconds"], content["data_seconds"]
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.method.load_state_dict(content["method"])

@@ -17,6 +17,7 @@ class Settings:
         data: name of the data set, as ``data.load`` takes it.
         task: the corruption.
         level: how strong it is: majority images for each minority image, or the share of flips.
+        labels: which of the labels by people, where the task is ``human``.
         method: name of a method.
         seed: of the split, the initial parameters, the order of the batches and the dropout.
         model: name of a model.
@@ -28,13 +29,18 @@ class Settings:
         weight_decay: L2 on matrices and kernels, as the optimizer adds it.
         decays: the steps from which on the learning rate is ten times smaller, each.
         images: training images, clean ones included; 0 means all.
-        clean: clean images a class.
+        clean: clean images of all classes together, the same number of each or one more.
         validation: hyper-validation images.
         background: the class that labels flip to, where the task has one.
         clean_in_training: methods that ask for no clean images have them in their training set.
         augment: random crops and flips.
         signed: inputs in [-1, 1] instead of [0, 1].
         finetune: steps on the clean images alone at the end.
+        authors: as the authors' published code does it where that departs from the paper.
+        diagnosed: at the end the hyper-validation images are weighed too.
+        kept: other runs start from the state at the end, which stays on disk.
+        continues: key of the kept run that this one continues, after its last step.
+        transition: key of the kept run whose confusion of labels the method starts from.
         scale: what the schedule was shortened by.
         row: name of the run in its table, where that is not the method's.
     """
@@ -54,13 +60,19 @@ class Settings:
     weight_decay: float = 0.0
     decays: tuple[int, ...] = ()
     images: int = 0
-    clean: int = 5
+    clean: int = 10
     validation: int = 0
     background: int = 0
     clean_in_training: bool = False
     augment: bool = False
     signed: bool = False
     finetune: int = 0
+    labels: str = ""
+    authors: bool = False
+    diagnosed: bool = False
+    kept: bool = False
+    continues: str = ""
+    transition: str = ""
     scale: float = 1.0
     row: str = ""
 
@@ -68,7 +80,20 @@ class Settings:
     def key(self) -> str:
         """The run's name among those of its experiment, fit for a file."""
         name = (self.row or self.method).replace(" +", "+").replace(" ", "-")
-        return f"{self.data}-{self.task}-{self.level:g}-{name}-seed{self.seed}"
+        level = self.labels or f"{self.level:g}"
+        task = f"{self.task}{self.background}" if self.task == "background" else self.task
+        clean = f"clean{self.clean}"
+        return f"{self.data}-{task}-{level}-{clean}-{self.model}-{name}-seed{self.seed}"
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run, fine-tuning included."""
+        return self.steps + self.finetune
+
+    @property
+    def parents(self) -> set[str]:
+        """Keys of the runs that must be finished before this one begins."""
+        return {self.continues, self.transition} - {""}
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it: lists for tuples."""

@@ -53,7 +53,7 @@ def imbalanced(
     classes: tuple[int, int] = (4, 9),
     ratio: float,
     size: int = 5000,
-    clean_per_class: int = 5,
+    clean: int = 10,
     seed: int,
 ) -> Split:
     """Two classes, the second ``ratio`` times as frequent as the first.
@@ -64,7 +64,7 @@ def imbalanced(
         classes: the rare and the frequent class; they become 0 and 1.
         ratio: images of the second class for each of the first, at least 1.
         size: images drawn, clean ones included: these are split off what was drawn.
-        clean_per_class: clean images of each class.
+        clean: number of clean images, half of them rare; an odd one is frequent.
         seed: what the draw depends on.
 
     Raises:
@@ -74,29 +74,31 @@ def imbalanced(
         raise UsageError(f"an imbalance ratio is at least 1, got {ratio:g}")
     few = round(size / (ratio + 1))
     names = tuple(images.classes[c] for c in classes)
-    if few <= clean_per_class:
+    few_clean = clean // 2
+    if few <= few_clean:
         raise UsageError(
             f"at {ratio:g}:1 {few} of {size} images would be of class {names[0]}, which leaves "
-            f"none to train on beside {clean_per_class} clean ones"
+            f"none to train on beside {few_clean} clean ones"
         )
     generator = torch.Generator().manual_seed(seed)
-    train, clean = [], []
-    for label, count in zip(classes, (few, size - few), strict=True):
+    trained, kept = [], []
+    shares = ((few, few_clean), (size - few, clean - few_clean))
+    for label, (count, clean_count) in zip(classes, shares, strict=True):
         index = _shuffled((images.targets == label).nonzero().flatten(), generator)
         if len(index) < count:
             raise UsageError(
                 f"{count} images of class {images.classes[label]} are needed, {images.source} has "
                 f"{len(index)}"
             )
-        clean.append(index[:clean_per_class])
-        train.append(index[clean_per_class:count])
+        kept.append(index[:clean_count])
+        trained.append(index[clean_count:count])
     tested = (test.targets == classes[0]) | (test.targets == classes[1])
-    chosen = _two_classes(images.take(torch.cat(train)), classes[1], names)
+    chosen = _two_classes(images.take(torch.cat(trained)), classes[1], names)
     empty = torch.zeros(0, dtype=torch.int64)
     return Split(
         train=chosen,
         flipped=torch.zeros(len(chosen), dtype=torch.bool),
-        clean=_two_classes(images.take(torch.cat(clean)), classes[1], names),
+        clean=_two_classes(images.take(torch.cat(kept)), classes[1], names),
         validation=chosen.take(empty),
         validation_flipped=empty.bool(),
         test=_two_classes(test.take(tested), classes[1], names),
@@ -149,7 +151,7 @@ def background_flip(
     test: Images,
     *,
     rate: float,
-    clean_per_class: int,
+    clean: int,
     validation: int,
     background: int,
     seed: int,
@@ -157,7 +159,7 @@ def background_flip(
     """BACKGROUNDFLIP: a share ``rate`` of each other class gets the label ``background``.
 
     The paper's backgrounds, one a trial, are in ``BACKGROUNDS``. Other arguments and errors are
-    those of :func:`uniform_flip`; there are ``clean_per_class`` clean images of each class.
+    those of :func:`uniform_flip`.
     """
     count = len(images.classes)
     _check_rate(rate)
@@ -169,7 +171,7 @@ def background_flip(
         flips = _share_of_each_class(targets, rate, generator)
         return torch.where(flips, torch.full_like(targets, background), targets)
 
-    return _split(images, test, corrupt, clean_per_class * count, validation, seed)
+    return _split(images, test, corrupt, clean, validation, seed)
 
 
 def human_noise(

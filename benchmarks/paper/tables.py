@@ -1,18 +1,22 @@
-"""What Tables 1 and 2 share: rows of CIFAR runs, beside the paper's numbers."""
+"""What the CIFAR experiments share: rows of runs, beside the paper's numbers."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from .. import record
 from ..errors import UsageError
 from .grid import Results
-from .options import add_shared, run_grid, scaled
-from .output import write_tables
+from .models import SHAPES
+from .options import add_shared, run_grid, scaled, share
+from .output import without, write_tables
 from .settings import Settings, TaskName
 from .splits import BACKGROUNDS
 from .statistics import Mean, mean
@@ -43,18 +47,32 @@ class Row:
         paper: test accuracy in percent and half the width of its 95% interval, by data set.
         schedule: of the run; without one, the table's.
         finetune: steps on clean images at the end.
+        continues: the row that this one continues after its last step.
+        transition: the row whose confusion of labels the method starts from.
     """
 
     name: str
     method: str | None
-    paper: dict[str, tuple[float, float]]
+    paper: dict[str, tuple[float, float]] = field(default_factory=dict)
     schedule: Schedule | None = None
     finetune: int = 0
+    continues: str = ""
+    transition: str = ""
+
+    def tuned(self, paper: dict[str, tuple[float, float]] | None = None) -> Row:
+        """The row that trains on, with clean images."""
+        return replace(
+            self,
+            name=f"{self.name} +ft",
+            paper=paper or {},
+            finetune=FINE_TUNING,
+            continues=self.name,
+        )
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of the two tables.
+    """A table, and the runs that the figures share with it.
 
     Attributes:
         name: of the experiment.
@@ -62,7 +80,7 @@ class Experiment:
         task: the corruption.
         model: a name that ``make_model`` takes.
         schedule: of rows that have none of their own.
-        clean: clean images a class, by data set.
+        clean: clean images of all classes together, by data set.
         rows: from top to bottom.
     """
 
@@ -74,6 +92,11 @@ class Experiment:
     clean: dict[str, int]
     rows: tuple[Row, ...]
 
+    def row(self, name: str) -> Row:
+        """A row by its name."""
+        (found,) = (row for row in self.rows if row.name == name)
+        return found
+
     @property
     def runnable(self) -> list[str]:
         """Names of the rows that can be run."""
@@ -81,94 +104,105 @@ class Experiment:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The options of the table."""
-        add_shared(parser, seeds=5)
-        parser.add_argument(
-            "--data", choices=list(self.clean), default="cifar10", help="default: cifar10"
-        )
-        parser.add_argument(
-            "--level", type=float, default=0.4, help="share of flipped labels (default: 0.4)"
-        )
-        parser.add_argument(
-            "--rows",
-            nargs="+",
-            choices=self.runnable,
-            default=self.runnable,
-            metavar="ROW",
-            help=f"of {', '.join(self.runnable)} (default: all)",
-        )
+        add_cifar(parser, list(self.clean))
+        add_level(parser)
+        add_rows(parser, self, self.runnable)
 
-    def settings(self, args: argparse.Namespace) -> list[Settings]:
-        """One run for each seed and row; a seed has its own split and background class."""
+    def grid(self, rows: Iterable[str], args: argparse.Namespace, **other: Any) -> list[Settings]:
+        """One run for each seed and row, and those that they start from.
+
+        Args:
+            rows: names.
+            args: the options of :func:`add_cifar`, and ``level``.
+            other: settings that differ from what the options say, ``level`` among them.
+
+        Raises:
+            UsageError: there is no data root, or there are more seeds than background classes.
+        """
         if args.data_root is None:
             raise UsageError(f"{args.data} needs --data-root, a folder with its files")
-        backgrounds = BACKGROUNDS[args.data]
-        if self.task == "background" and args.seeds > len(backgrounds):
-            raise UsageError(f"--seeds: the paper has {len(backgrounds)} background classes")
-        rows = {row.name: row for row in self.rows}
+        asked = dict.fromkeys(start for name in rows for start in self._chain(name))
         return [
-            self._settings(rows[name], seed, args)
-            for seed in range(args.seeds)
-            for name in args.rows
+            self.settings(name, seed, args, **other) for seed in range(args.seeds) for name in asked
         ]
 
-    def _settings(self, row: Row, seed: int, args: argparse.Namespace) -> Settings:
+    def _chain(self, name: str) -> list[str]:
+        """The rows that a row starts from, and it."""
+        row = self.row(name)
+        starts = [start for start in (row.continues, row.transition) if start]
+        return [*(early for start in starts for early in self._chain(start)), name]
+
+    def settings(self, name: str, seed: int, args: argparse.Namespace, **other: Any) -> Settings:
+        """One run; see :meth:`grid`. A seed has its own split and background class."""
+        row = self.row(name)
         assert row.method is not None
         schedule = row.schedule or self.schedule
-        background = BACKGROUNDS[args.data][seed] if self.task == "background" else 0
-        return Settings(
-            experiment=self.name,
-            row=row.name,
-            data=args.data,
-            task=self.task,
-            level=args.level,
-            method=row.method,
-            seed=seed,
-            model=self.model,
-            steps=scaled(schedule.steps, args.scale),
-            decays=tuple(scaled(step, args.scale) for step in schedule.decays),
-            finetune=scaled(row.finetune, args.scale) if row.finetune else 0,
-            batch=100,
-            clean_batch=100,
-            lr=0.1,
-            weight_decay=2e-4,
-            clean=self.clean[args.data],
-            validation=VALIDATION,
-            background=background,
-            augment=True,
-            signed=True,
-            scale=args.scale,
-        )
+        values: dict[str, Any] = {
+            "experiment": self.name,
+            "row": row.name,
+            "data": args.data,
+            "task": self.task,
+            "level": args.level,
+            "labels": args.labels,
+            "method": row.method,
+            "seed": seed,
+            "model": args.model or self.model,
+            "steps": scaled(schedule.steps, args.scale),
+            "decays": tuple(scaled(step, args.scale) for step in schedule.decays),
+            "finetune": scaled(row.finetune, args.scale) if row.finetune else 0,
+            "batch": 100,
+            "clean_batch": 100,
+            "lr": 0.1,
+            "weight_decay": 2e-4,
+            "clean": args.clean or self.clean[args.data],
+            "validation": VALIDATION,
+            "background": 0,
+            "augment": True,
+            "signed": True,
+            "authors": args.authors,
+            "scale": args.scale,
+            "kept": any(name in (r.continues, r.transition) for r in self.rows),
+        }
+        if self.task == "background" and "background" not in other:
+            values["background"] = _background(args.data, seed)
+        found = Settings(**{**values, **other})
+        keys = [
+            self.settings(start, seed, args, **other).key if start else ""
+            for start in (row.continues, row.transition)
+        ]
+        return replace(found, continues=keys[0], transition=keys[1])
 
     def run(self, args: argparse.Namespace) -> int:
         """Train, print the table, write the numbers."""
         console = Console()
-        results, report = run_grid(self.name, self.settings(args), args, console)
+        results, report = run_grid(self.name, self.grid(args.rows, args), args, console)
         found = accuracies(results)
         console.print(self.table(found, args))
         rows = [
             {
                 "row": row.name,
                 "data": args.data,
+                "noise": args.labels or args.level,
                 "seeds": args.seeds,
                 "scale": args.scale,
                 "accuracy": found[row.name].value if row.name in found else math.nan,
                 "half_width_95": found[row.name].half_width if row.name in found else math.nan,
-                "paper": row.paper[args.data][0],
-                "paper_half_width_95": row.paper[args.data][1],
+                "paper": row.paper.get(args.data, _UNKNOWN)[0],
+                "paper_half_width_95": row.paper.get(args.data, _UNKNOWN)[1],
             }
             for row in self.rows
         ]
-        runs = [{k: v for k, v in result.items() if k != "origin"} for result in results]
-        stem = args.out / self.name / f"{self.name}-{args.data}"
-        written = write_tables(stem, {**report, "runs": runs}, rows)
+        stem = args.out / self.name / f"{self.name}-{args.data}-{rows[0]['noise']}"
+        written = write_tables(stem, {**report, "runs": without(results, "origin")}, rows)
         console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
         return 0
 
     def table(self, found: dict[str, Mean], args: argparse.Namespace) -> Table:
         """All rows; those that were not run have the paper's number alone."""
+        noise = args.labels or f"{args.level:.0%} flipped"
         out = Table(
-            title=f"{self.title}, {args.level:.0%} flipped: test accuracy in percent on "
-            f"{args.data}, {args.seeds} seeds, scale {args.scale:g}",
+            title=f"{self.title}, {noise}: test accuracy in percent on {args.data}, "
+            f"{args.model or self.model}, {args.seeds} seeds, scale {args.scale:g}",
             title_justify="left",
         )
         out.add_column("")
@@ -176,9 +210,65 @@ class Experiment:
         out.add_column("paper", justify="right", no_wrap=True)
         for row in self.rows:
             measured = found[row.name].text if row.name in found else "not run"
-            claim = Mean(*row.paper[args.data]).text
+            claim = Mean(*row.paper[args.data]).text if args.data in row.paper else "none"
             out.add_row(row.name, measured, claim, style="bold" if row.name == "ours" else None)
         return out
+
+
+_UNKNOWN = (math.nan, math.nan)
+
+
+def _background(data: str, seed: int) -> int:
+    if seed >= len(BACKGROUNDS[data]):
+        raise UsageError(f"--seeds: the paper has {len(BACKGROUNDS[data])} background classes")
+    return BACKGROUNDS[data][seed]
+
+
+def add_cifar(parser: argparse.ArgumentParser, data: Sequence[str], *, seeds: int = 5) -> None:
+    """The options of every experiment with the runs of the tables."""
+    add_shared(parser, seeds=seeds)
+    parser.add_argument("--data", choices=data, default=data[0], help=f"default: {data[0]}")
+    parser.add_argument(
+        "--model",
+        choices=[name for name, shape in SHAPES.items() if shape == (3, 32, 32)],
+        help="default: wrn-28-10 for uniform flips, else resnet-32",
+    )
+    parser.add_argument(
+        "--clean",
+        type=record.positive,
+        metavar="N",
+        help="clean images of all classes together (default: the paper's)",
+    )
+    parser.add_argument(
+        "--authors",
+        action="store_true",
+        help="as the authors' published code departs from the paper: uniform flips draw from all "
+        "classes but the last, the clean loss has the weight decay in it",
+    )
+    parser.set_defaults(labels="")
+
+
+def add_level(parser: argparse.ArgumentParser) -> None:
+    """How many labels flip."""
+    parser.add_argument(
+        "--level",
+        type=share,
+        default=0.4,
+        metavar="P",
+        help="share of flipped labels (default: 0.4)",
+    )
+
+
+def add_rows(parser: argparse.ArgumentParser, table: Experiment, default: list[str]) -> None:
+    """Which rows to run."""
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=table.runnable,
+        default=default,
+        metavar="ROW",
+        help=f"of {', '.join(table.runnable)} (default: {', '.join(default)})",
+    )
 
 
 def accuracies(results: Results) -> dict[str, Mean]:

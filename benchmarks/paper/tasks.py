@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import UsageError
 from . import splits
 from .data import load
+from .human import human_labels
 from .settings import Settings
 from .splits import Split
 
@@ -18,32 +18,37 @@ def make_split(settings: Settings, data_root: Path | None) -> Split:
         UsageError: the data is not there, or the split is impossible.
     """
     images, test = (load(settings.data, part, data_root) for part in ("train", "test"))
+    clean, validation, seed = settings.clean, settings.validation, settings.seed
     if settings.task == "imbalance":
         return splits.imbalanced(
             images,
             test,
             ratio=settings.level,
             size=settings.images or len(images),
-            clean_per_class=settings.clean,
-            seed=settings.seed,
+            clean=clean,
+            seed=seed,
         )
     if settings.task == "uniform":
         return splits.uniform_flip(
             images,
             test,
             rate=settings.level,
-            clean=settings.clean * len(images.classes),
-            validation=settings.validation,
-            seed=settings.seed,
+            clean=clean,
+            validation=validation,
+            seed=seed,
+            authors=settings.authors,
         )
     if settings.task == "background":
         return splits.background_flip(
             images,
             test,
             rate=settings.level,
-            clean_per_class=settings.clean,
-            validation=settings.validation,
+            clean=clean,
+            validation=validation,
             background=settings.background,
-            seed=settings.seed,
+            seed=seed,
         )
-    raise UsageError(f"unknown task {settings.task!r}")
+    labels = human_labels(images.targets, settings.labels, data_root)
+    return splits.human_noise(
+        images, test, labels=labels, clean=clean, validation=validation, seed=seed
+    )

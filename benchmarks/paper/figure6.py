@@ -1,0 +1,117 @@
+"""Figure 6: confusion matrices on CIFAR under UNIFORMFLIP and BACKGROUNDFLIP."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .grid import Results
+from .options import run_grid
+from .output import pyplot, without, write_figure, write_tables
+from .table1 import UNIFORM
+from .table2 import BACKGROUND
+from .tables import add_cifar, add_level
+
+NAME = "figure6"
+ROWS = ("baseline", "ours")
+TABLES = {"uniform": UNIFORM, "background": BACKGROUND}
+Matrices = dict[tuple[str, str], Tensor]
+"""By corruption and row: the share of each true class (rows) that is taken for each (columns)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``figure6``."""
+    add_cifar(parser, ["cifar10", "cifar100"], seeds=1)
+    add_level(parser)
+    add_tasks(parser)
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Which corruptions."""
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=list(TABLES),
+        default=list(TABLES),
+        metavar="TASK",
+        help=f"of {', '.join(TABLES)} (default: both)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, print the shares on the diagonal, write matrices and figure."""
+    console = Console()
+    matrices: Matrices = {}
+    report: dict[str, Any] = {}
+    runs: Results = []
+    for task in dict.fromkeys(args.tasks):
+        results, report = run_grid(NAME, TABLES[task].grid(ROWS, args), args, console)
+        matrices |= {(task, row): shares(results, row) for row in ROWS}
+        runs += without(results, "origin", "curve")
+    console.print(table(matrices, args))
+    classes = runs[0]["classes"]
+    rows = [
+        {
+            "task": task,
+            "row": row,
+            "true": classes[true],
+            "taken_for": classes[taken],
+            "share": cell,
+        }
+        for (task, row), matrix in matrices.items()
+        for true, cells in enumerate(matrix.tolist())
+        for taken, cell in enumerate(cells)
+    ]
+    stem = args.out / NAME / f"{NAME}-{args.data}"
+    written = write_tables(stem, {**report, "runs": runs}, rows)
+    written += picture(stem, matrices, classes)
+    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
+    return 0
+
+
+def shares(results: Results, row: str) -> Tensor:
+    """The confusion matrix over the test images of all seeds of a row, each row summing to one."""
+    found = [torch.tensor(r["confusion"]) for r in results if r["settings"]["row"] == row]
+    counts = torch.stack(found).sum(0).double()
+    return counts / counts.sum(1, keepdim=True)
+
+
+def table(matrices: Matrices, args: argparse.Namespace) -> Table:
+    """How much lies on the diagonal, and the largest cell beside it."""
+    out = Table(
+        title=f"Confusion on {args.data}, {args.level:.0%} flipped, {args.seeds} seeds, "
+        f"scale {args.scale:g}",
+        title_justify="left",
+    )
+    for name in ("", "", "right, %", "largest confusion, %"):
+        out.add_column(name, justify="right" if name else "left")
+    for (task, row), matrix in matrices.items():
+        right = matrix.diagonal()
+        wrong = matrix - right.diag()
+        style = "bold" if row == "ours" else None
+        out.add_row(task, row, f"{100 * right.mean():.2f}", f"{100 * wrong.max():.2f}", style=style)
+    return out
+
+
+def picture(stem: Path, matrices: Matrices, classes: list[str]) -> list[Path]:
+    """One panel for each corruption and row."""
+    tasks = list(dict.fromkeys(task for task, _ in matrices))
+    size = (4.2 * len(ROWS), 3.8 * len(tasks))
+    figure, panels = pyplot().subplots(
+        len(tasks), len(ROWS), figsize=size, layout="constrained", squeeze=False
+    )
+    for line, task in zip(panels, tasks, strict=True):
+        for panel, row in zip(line, ROWS, strict=True):
+            image = panel.imshow(matrices[task, row].numpy(), vmin=0, vmax=1, cmap="Blues")
+            panel.set(title=f"{row}, {task} flips", xlabel="taken for", ylabel="true class")
+            if len(classes) <= 10:
+                panel.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+                panel.set_yticks(range(len(classes)), classes, fontsize=7)
+    figure.colorbar(image, ax=panels, shrink=0.6)
+    return write_figure(stem, figure)

@@ -1,0 +1,144 @@
+"""BACKGROUNDFLIP on CIFAR over one setting: what Figures 4 and 5 share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .grid import Results
+from .options import run_grid
+from .output import pyplot, without, write_figure, write_tables
+from .settings import Settings
+from .statistics import Mean, mean
+from .table2 import BACKGROUND
+from .tables import add_cifar, add_rows
+
+Cells = dict[tuple[str, float], Mean]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Accuracy of some rows of Table 2 over one setting; the runs are those of ``table2``.
+
+    Attributes:
+        name: of the experiment.
+        title: what stands above the table.
+        setting: name of the field of :class:`Settings`.
+        option: of the command line, for its values.
+        kind: argparse type of a value.
+        values: the default.
+        label: of the axis.
+        rows: the default.
+        fixed: other settings that differ from the table's.
+        log: whether the axis is logarithmic.
+    """
+
+    name: str
+    title: str
+    setting: str
+    option: str
+    kind: Callable[[str], float]
+    values: tuple[float, ...]
+    label: str
+    rows: tuple[str, ...]
+    fixed: dict[str, Any]
+    log: bool = False
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """The options of the experiment."""
+        add_cifar(parser, list(BACKGROUND.clean), seeds=1)
+        add_rows(parser, BACKGROUND, list(self.rows))
+        parser.set_defaults(level=0.4)
+        parser.add_argument(
+            self.option,
+            dest="values",
+            nargs="+",
+            type=self.kind,
+            default=list(self.values),
+            metavar="X",
+            help=f"{self.label} (default: {' '.join(f'{value:g}' for value in self.values)})",
+        )
+
+    def grid(self, args: argparse.Namespace) -> list[Settings]:
+        """One run for each value, seed and row, and those that they start from."""
+        return [
+            settings
+            for value in args.values
+            for settings in BACKGROUND.grid(args.rows, args, **self.fixed, **{self.setting: value})
+        ]
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Train, print the table, write numbers and figure."""
+        console = Console()
+        results, report = run_grid(self.name, self.grid(args), args, console)
+        cells = self.summary(results)
+        console.print(self.table(cells, args))
+        rows = [
+            {
+                "row": row,
+                self.setting: value,
+                "data": args.data,
+                "seeds": args.seeds,
+                "scale": args.scale,
+                "accuracy": accuracy.value,
+                "half_width_95": accuracy.half_width,
+            }
+            for (row, value), accuracy in cells.items()
+        ]
+        stem = args.out / self.name / f"{self.name}-{args.data}"
+        runs = without(results, "origin", "curve", "confusion")
+        written = write_tables(stem, {**report, "runs": runs}, rows)
+        written += self.picture(stem, cells)
+        console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
+        return 0
+
+    def summary(self, results: Results) -> Cells:
+        """Test accuracy by row and value, over the seeds."""
+        groups: dict[tuple[str, float], list[float]] = {}
+        for result in results:
+            where = (result["settings"]["row"], result["settings"][self.setting])
+            groups.setdefault(where, []).append(100 - result["test_error"])
+        return {where: mean(values) for where, values in groups.items()}
+
+    def table(self, cells: Cells, args: argparse.Namespace) -> Table:
+        """Accuracy, a row for each method and a column for each value."""
+        out = Table(
+            title=f"{self.title}: test accuracy in percent on {args.data}, "
+            f"{args.model or BACKGROUND.model}, {args.seeds} seeds, scale {args.scale:g}",
+            title_justify="left",
+        )
+        values = sorted({value for _, value in cells})
+        out.add_column("")
+        for value in values:
+            out.add_column(f"{value:g}", justify="right", no_wrap=True)
+        for row in dict.fromkeys(row for row, _ in cells):
+            texts = [cells[row, value].text for value in values]
+            out.add_row(row, *texts, style="bold" if row == "ours" else None)
+        return out
+
+    def picture(self, stem: Path, cells: Cells) -> list[Path]:
+        """Accuracy over the setting, with confidence intervals."""
+        figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
+        for row in dict.fromkeys(row for row, _ in cells):
+            points = sorted((value, found) for (name, value), found in cells.items() if name == row)
+            axes.errorbar(
+                [value for value, _ in points],
+                [found.value for _, found in points],
+                yerr=[found.half_width for _, found in points],
+                marker="o",
+                capsize=3,
+                linewidth=2.5 if row == "ours" else 1.2,
+                label=row,
+            )
+        if self.log:
+            axes.set_xscale("log")
+        axes.set_xlabel(self.label)
+        axes.set_ylabel("test accuracy, %")
+        axes.legend()
+        return write_figure(stem, figure)
