@@ -121,7 +121,7 @@ def test_lemma1_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "Steps at which the clean loss rises" in capsys.readouterr().out
     folder = tmp_path / "lemma1"
     assert sorted(p.name for p in folder.iterdir()) == [
-        f"lemma1.{suffix}" for suffix in ("csv", "json", "png", "svg")
+        f"lemma1.{suffix}" for suffix in ("csv", "json", "md", "png", "svg")
     ]
     with open(folder / "lemma1.csv", newline="") as file:
         rows = list(csv.DictReader(file))

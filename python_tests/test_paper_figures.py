@@ -25,6 +25,7 @@ from benchmarks.paper.evaluation import accuracy, class_errors, confusion, confu
 from benchmarks.paper.files import locked
 from benchmarks.paper.images import Images
 from benchmarks.paper.methods import Batch, Context, Statistics, make
+from benchmarks.paper.output import Sheet
 from benchmarks.paper.runs import Place, run
 from benchmarks.paper.settings import Settings
 from benchmarks.paper.splits import Split, uniform_flip
@@ -251,7 +252,7 @@ def test_sweeps_share_the_runs_of_table2(
         {3} if experiment == "figure4" else {0}
     )
     folder = tmp_path / experiment
-    assert {p.suffix for p in folder.iterdir()} == {".json", ".csv", ".png", ".svg"}
+    assert {p.suffix for p in folder.iterdir()} == {".json", ".csv", ".md", ".png", ".svg"}
     assert (folder / f"{experiment}-cifar10.csv").read_text().count("\n") == 5
 
 
@@ -389,3 +390,19 @@ def test_after_ctrl_c_only_what_has_checkpoints_speaks_of_them(
         monkeypatch.setattr(f"benchmarks.paper.{experiment}.run", stop)
         assert main(["paper", experiment, "--out", str(tmp_path)]) == 130
         assert word in capsys.readouterr().err
+
+
+def test_a_table_as_markdown() -> None:
+    sheet = Sheet("Title", ("a", "b"), caption="Below.")
+    sheet.add("x", "1")
+    sheet.add("y", "", bold=True)
+    assert sheet.markdown().splitlines() == [
+        "Title.",
+        "",
+        "| a | b |",
+        "| --- | ---: |",
+        "| x | 1 |",
+        "| **y** |  |",
+        "",
+        "Below.",
+    ]

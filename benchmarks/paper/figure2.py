@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from .. import record
 from .grid import Results
 from .methods import METHODS
 from .options import add_methods, add_shared, run_grid, scaled
-from .output import pyplot, write_figure, write_tables
+from .output import Sheet, finish, pyplot
 from .settings import Settings
 from .statistics import Mean, mean
 
@@ -89,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     results, report = run_grid(NAME, settings(args), args, console)
     cells = summary(results)
-    console.print(table(cells, args))
     stem = args.out / NAME / NAME
     rows = [
         {
@@ -110,10 +107,8 @@ def run(args: argparse.Namespace) -> int:
         }
         for r in results
     ]
-    written = write_tables(stem, {**report, "settings": common(results), "runs": runs}, rows)
-    written += picture(stem, cells)
-    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-    return 0
+    report |= {"settings": common(results), "runs": runs}
+    return finish(console, stem, table(cells, args), report, rows, picture(cells))
 
 
 def common(results: Results) -> dict[str, Any]:
@@ -137,30 +132,24 @@ def summary(results: Results) -> Cells:
     }
 
 
-def table(cells: Cells, args: argparse.Namespace) -> Table:
+def table(cells: Cells, args: argparse.Namespace) -> Sheet:
     """Errors by method and ratio, and by how much they rise, beside what the paper says."""
     methods = [m for m in METHODS if any(m == method for method, _ in cells)]
     ratios = sorted({ratio for _, ratio in cells})
-    out = Table(
-        title=f"Test error in percent, mean of {args.seeds} seeds ± 95% confidence, "
-        f"scale {args.scale:g}",
-        title_justify="left",
+    heads = [f"{ratio:g}:1" for ratio in ratios]
+    out = Sheet(
+        f"Test error in percent, mean of {args.seeds} seeds ± 95% confidence, scale {args.scale:g}",
+        ["", *heads, f"rise to {heads[-1]}", "rise in the paper"],
     )
-    out.add_column("")
-    for ratio in ratios:
-        out.add_column(f"{ratio:g}:1", justify="right")
-    out.add_column(f"rise to {ratios[-1]:g}:1", justify="right")
-    out.add_column("rise in the paper", justify="right")
     for method in methods:
         errors = [cells[method, ratio][0] for ratio in ratios]
         rise = f"{errors[-1].value - errors[0].value:.2f}"
         claim = PAPER.get(method, PAPER_OTHERS)
-        style = "bold" if method == "ours" else None
-        out.add_row(method, *(error.text for error in errors), rise, claim, style=style)
+        out.add(method, *(error.text for error in errors), rise, claim, bold=method == "ours")
     return out
 
 
-def picture(stem: Path, cells: Cells) -> list[Path]:
+def picture(cells: Cells) -> Any:
     """Error over ratio, with confidence intervals."""
     figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
     for method in METHODS:
@@ -180,4 +169,4 @@ def picture(stem: Path, cells: Cells) -> list[Path]:
     axes.set_ylabel("test error, %")
     axes.set_ylim(bottom=0)
     axes.legend()
-    return write_figure(stem, figure)
+    return figure

@@ -6,17 +6,15 @@ import argparse
 import itertools
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from .diagnosis import Columns, auroc
 from .figure6 import TABLES, add_tasks
 from .grid import Results
 from .options import add_shared, run_grid, scaled
-from .output import pyplot, without, write_figure, write_tables
+from .output import Sheet, finish, pyplot, without
 from .settings import Settings
 from .splits import BACKGROUNDS
 from .statistics import Mean, mean
@@ -93,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
     results, report = run_grid(NAME, settings(args), args, console)
     data = results[0]["settings"]["data"]
     cells = summary(results)
-    console.print(table(cells, data, args))
     rows = [
         {
             "data": data,
@@ -110,10 +107,8 @@ def run(args: argparse.Namespace) -> int:
     for run, result in zip(runs, results, strict=True):
         run["measured"] = {kind: measures(images(result, kind)) for kind in KINDS}
     stem = args.out / NAME / f"{NAME}-{data}"
-    written = write_tables(stem, {**report, "runs": runs}, rows)
-    written += picture(stem, results)
-    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-    return 0
+    report["runs"] = runs
+    return finish(console, stem, table(cells, data, args), report, rows, picture(results))
 
 
 def images(result: dict[str, Any], kind: str) -> Columns:
@@ -161,20 +156,17 @@ def summary(results: Results) -> Cells:
     }
 
 
-def table(cells: Cells, data: str, args: argparse.Namespace) -> Table:
+def table(cells: Cells, data: str, args: argparse.Namespace) -> Sheet:
     """How well flipped labels are found; the paper shows histograms and no numbers."""
-    out = Table(
-        title=f"Finding flipped labels of unseen images, {data}, {args.level:.0%} flipped, "
+    out = Sheet(
+        f"Finding flipped labels of unseen images, {data}, {args.level:.0%} flipped, "
         f"{args.seeds} seeds, scale {args.scale:g}",
-        caption="Batches hold all classes, or one true class and those of it that flipped.",
-        title_justify="left",
-        caption_justify="left",
+        ("flips", "batches", "AUROC of u", "AUROC of w", "flipped: w = 0", "clean: w = 0"),
+        caption="Batches are mixed, or hold one true class and what of it flipped.",
+        names=2,
     )
-    heads = ("AUROC of u", "AUROC of w", "flipped: w = 0", "clean: w = 0")
-    for name in ("flips", "batches", *heads):
-        out.add_column(name, justify="left" if name in ("flips", "batches") else "right")
     for (task, kind), found in cells.items():
-        out.add_row(task, kind, *(text(found[name]) for name in MEASURES))
+        out.add(task, kind, *(text(found[name]) for name in MEASURES))
     return out
 
 
@@ -185,7 +177,7 @@ def text(found: Mean) -> str:
     return f"{found.value:.3f} ± {found.half_width:.3f}"
 
 
-def picture(stem: Path, results: Results) -> list[Path]:
+def picture(results: Results) -> Any:
     """Histograms of the weights of clean and flipped images, over all seeds."""
     tasks = list(dict.fromkeys(result["settings"]["task"] for result in results))
     figure, panels = pyplot().subplots(
@@ -209,4 +201,4 @@ def picture(stem: Path, results: Results) -> list[Path]:
             panel.set(title=f"{task} flips, {TITLES[kind]}", yscale="log")
             panel.set(xlabel="weight times batch size", ylabel="share of images, %")
             panel.legend()
-    return write_figure(stem, figure)
+    return figure

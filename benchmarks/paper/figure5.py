@@ -15,6 +15,7 @@ SWEEP = Sweep(
     label="share of flipped labels",
     rows=("baseline", "baseline +es", "baseline +es +ft", "ours"),
     fixed={},
+    paper="The paper: from 0% to 50%, ours loses 6 points and the baseline more than 40.",
 )
 add_arguments = SWEEP.add_arguments
 run = SWEEP.run

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from .grid import Results
 from .options import run_grid
-from .output import pyplot, without, write_figure, write_tables
+from .output import Sheet, finish, pyplot, without
 from .table1 import UNIFORM
 from .table2 import BACKGROUND
 from .tables import add_cifar, add_level
@@ -54,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
         results, report = run_grid(NAME, TABLES[task].grid(ROWS, args), args, console)
         matrices |= {(task, row): shares(results, row) for row in ROWS}
         runs += without(results, "origin", "curve")
-    console.print(table(matrices, args))
     classes = runs[0]["classes"]
     rows = [
         {
@@ -69,10 +66,9 @@ def run(args: argparse.Namespace) -> int:
         for taken, cell in enumerate(cells)
     ]
     stem = args.out / NAME / f"{NAME}-{args.data}"
-    written = write_tables(stem, {**report, "runs": runs}, rows)
-    written += picture(stem, matrices, classes)
-    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-    return 0
+    report["runs"] = runs
+    sheet = table(matrices, args)
+    return finish(console, stem, sheet, report, rows, picture(matrices, classes))
 
 
 def shares(results: Results, row: str) -> Tensor:
@@ -82,24 +78,23 @@ def shares(results: Results, row: str) -> Tensor:
     return counts / counts.sum(1, keepdim=True)
 
 
-def table(matrices: Matrices, args: argparse.Namespace) -> Table:
+def table(matrices: Matrices, args: argparse.Namespace) -> Sheet:
     """How much lies on the diagonal, and the largest cell beside it."""
-    out = Table(
-        title=f"Confusion on {args.data}, {args.level:.0%} flipped, {args.seeds} seeds, "
+    out = Sheet(
+        f"Confusion on {args.data}, {args.level:.0%} flipped, {args.seeds} seeds, "
         f"scale {args.scale:g}",
-        title_justify="left",
+        ("flips", "", "right, %", "largest confusion, %"),
+        names=2,
     )
-    for name in ("", "", "right, %", "largest confusion, %"):
-        out.add_column(name, justify="right" if name else "left")
     for (task, row), matrix in matrices.items():
         right = matrix.diagonal()
         wrong = matrix - right.diag()
-        style = "bold" if row == "ours" else None
-        out.add_row(task, row, f"{100 * right.mean():.2f}", f"{100 * wrong.max():.2f}", style=style)
+        numbers = (f"{100 * right.mean():.2f}", f"{100 * wrong.max():.2f}")
+        out.add(task, row, *numbers, bold=row == "ours")
     return out
 
 
-def picture(stem: Path, matrices: Matrices, classes: list[str]) -> list[Path]:
+def picture(matrices: Matrices, classes: list[str]) -> Any:
     """One panel for each corruption and row."""
     tasks = list(dict.fromkeys(task for task, _ in matrices))
     size = (4.2 * len(ROWS), 3.8 * len(tasks))
@@ -114,4 +109,4 @@ def picture(stem: Path, matrices: Matrices, classes: list[str]) -> list[Path]:
                 panel.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
                 panel.set_yticks(range(len(classes)), classes, fontsize=7)
     figure.colorbar(image, ax=panels, shrink=0.6)
-    return write_figure(stem, figure)
+    return figure

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from .grid import Results
 from .options import run_grid
-from .output import pyplot, without, write_figure, write_tables
+from .output import Sheet, finish, pyplot, without
 from .statistics import Mean, mean
 from .table2 import BACKGROUND
 from .tables import add_cifar, add_level, add_rows
@@ -34,7 +33,6 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     results, report = run_grid(NAME, BACKGROUND.grid(args.rows, args), args, console)
     curves = summary(results)
-    console.print(table(curves, args))
     rows = [
         {
             "row": row,
@@ -47,10 +45,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     stem = args.out / NAME / f"{NAME}-{args.data}"
     runs = without(results, "origin", "confusion")
-    written = write_tables(stem, {**report, "runs": runs}, rows)
-    written += picture(stem, curves, results)
-    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-    return 0
+    report["runs"] = runs
+    return finish(console, stem, table(curves, args), report, rows, picture(curves, results))
 
 
 def summary(results: Results) -> Curves:
@@ -69,25 +65,23 @@ def summary(results: Results) -> Curves:
     }
 
 
-def table(curves: Curves, args: argparse.Namespace) -> Table:
+def table(curves: Curves, args: argparse.Namespace) -> Sheet:
     """The best accuracy of each row on held-out images, and the last: the gap is overfitting."""
-    out = Table(
-        title=f"Accuracy in percent on {args.data} while training, {args.level:.0%} flipped, "
+    out = Sheet(
+        f"Accuracy in percent on {args.data} while training, {args.level:.0%} flipped, "
         f"{args.seeds} seeds, scale {args.scale:g}",
-        title_justify="left",
+        ("", "held out: best", "at step", "held out: last", "training labels: last"),
     )
-    for name in ("", "held out: best", "at step", "held out: last", "training labels: last"):
-        out.add_column(name, justify="right" if name else "left")
     for row, points in curves.items():
         best = max(points, key=lambda step: points[step]["accuracy"].value)
         last = points[max(points)]
         texts = [points[best]["accuracy"].text, str(best)]
         texts += [last[kind].text for kind in KINDS]
-        out.add_row(row, *texts, style="bold" if row == "ours" else None)
+        out.add(row, *texts, bold=row == "ours")
     return out
 
 
-def picture(stem: Path, curves: Curves, results: Results) -> list[Path]:
+def picture(curves: Curves, results: Results) -> Any:
     """Solid lines for held-out images, by true labels; dotted ones for training labels."""
     figure, axes = pyplot().subplots(figsize=(7, 4), layout="constrained")
     for number, (row, points) in enumerate(curves.items()):
@@ -100,4 +94,4 @@ def picture(stem: Path, curves: Curves, results: Results) -> list[Path]:
     axes.set_xlabel("step; the learning rate falls at the grey lines")
     axes.set_ylabel("accuracy, %; dotted: of training labels")
     axes.legend()
-    return write_figure(stem, figure)
+    return figure

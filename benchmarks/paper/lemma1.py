@@ -9,18 +9,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from .. import record
 from .convergence import copies, descend, drawn, logistic
 from .files import check_writable
 from .options import add_descents
-from .output import pyplot, write_figure, write_tables
+from .output import Sheet, finish, pyplot
 
 NAME = "lemma1"
 SIZES = (1, 10, 100)
@@ -79,40 +77,35 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     check_writable(args.out / NAME)
     rows, curves = run_lemma1(args.seeds, args.steps, console)
-    console.print(table(rows))
     stem = args.out / NAME / NAME
     header = record.header(f"paper {NAME}", "cpu", sys.argv[1:])
-    written = write_tables(stem, {**header, "rows": rows, "clean_losses_of_seed_0": curves}, rows)
-    written += picture(stem, curves)
-    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-    return 0
+    report = {**header, "rows": rows, "clean_losses_of_seed_0": curves}
+    return finish(console, stem, table(rows), report, rows, picture(curves))
 
 
-def table(rows: list[Row]) -> Table:
+def table(rows: list[Row]) -> Sheet:
     """Rises of the clean loss beside the paper's claim, which is none."""
-    out = Table(
-        title=f"Steps at which the clean loss rises, {rows[0]['seeds']} seeds",
+    out = Sheet(
+        f"Steps at which the clean loss rises, {rows[0]['seeds']} seeds",
+        ("α", "batches", "n", "rises", "largest", "last loss"),
         caption="Lemma 1 says none for α ≤ 2n/(Lσ²), whatever the batches; Cauchy-Schwarz gives "
         "2/(Lσ²). A repeated batch is one example n times. The loss begins at 0.693.",
-        title_justify="left",
-        caption_justify="left",
+        names=2,
     )
-    for name in ("α", "n", "batches", "rises", "largest", "last loss"):
-        out.add_column(name, justify="left" if name in ("α", "batches") else "right")
     for row in rows:
-        out.add_row(
+        out.add(
             row["step_size"],
-            str(row["n"]),
             row["batches"],
+            str(row["n"]),
             f"{row['rises']} of {row['steps']}",
             f"{row['largest_rise']:.2g}",
             f"{row['largest_last_loss']:.3f}",
-            style="bold" if row["rises"] else None,
+            bold=bool(row["rises"]),
         )
     return out
 
 
-def picture(stem: Path, curves: dict[str, list[float]]) -> list[Path]:
+def picture(curves: dict[str, list[float]]) -> Any:
     """The clean loss of seed 0 over the steps, one panel for each condition."""
     figure, panels = pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for panel, condition in zip(panels, (STATED, PROVED), strict=True):
@@ -124,4 +117,4 @@ def picture(stem: Path, curves: dict[str, list[float]]) -> list[Path]:
         panel.set(title=f"α = {condition}", xlabel="step", xscale="log", yscale="log")
         panel.legend(fontsize=8)
     panels[0].set_ylabel("clean loss G, seed 0")
-    return write_figure(stem, figure)
+    return figure

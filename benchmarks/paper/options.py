@@ -155,5 +155,6 @@ def run_grid(
         results = run_all(grid, place, args.jobs, console)
     header |= {"jobs": args.jobs, "scale": args.scale, "seeds": args.seeds}
     header["commits_of_runs"] = sorted({result["origin"]["commit"] for result in results})
-    header["hours_of_runs"] = sum(result["seconds"] for result in results) / 3600
+    seconds, of_data = (sum(r[k] for r in results) for k in ("seconds", "data_seconds"))
+    header |= {"hours_of_runs": seconds / 3600, "share_of_time_for_data": of_data / seconds}
     return results, header

@@ -1,13 +1,117 @@
-"""What an experiment leaves behind: JSON, CSV, PNG and SVG of one name."""
+"""What an experiment leaves behind: its table on the terminal, and files of one name."""
 
 from __future__ import annotations
 
 import csv
 import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from .files import replacing, write_json
+
+
+@dataclass
+class Sheet:
+    """A table for the terminal and for Markdown.
+
+    Attributes:
+        title: what stands above it.
+        columns: their heads.
+        caption: what stands below it.
+        names: how many columns, from the first, hold words and no numbers.
+        rows: texts, and whether they are bold.
+    """
+
+    title: str
+    columns: Sequence[str]
+    caption: str = ""
+    names: int = 1
+    rows: list[tuple[tuple[str, ...], bool]] = field(default_factory=list)
+
+    def add(self, *cells: str, bold: bool = False) -> None:
+        """One row more."""
+        self.rows.append((cells, bold))
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        out = Table(
+            title=self.title,
+            caption=self.caption or None,
+            title_justify="left",
+            caption_justify="left",
+        )
+        for number, name in enumerate(self.columns):
+            words = number < self.names
+            out.add_column(name, justify="left" if words else "right", no_wrap=not words)
+        for cells, bold in self.rows:
+            out.add_row(*cells, style="bold" if bold else None)
+        return out
+
+    def markdown(self) -> str:
+        """For a page, with a blank line between title, table and caption."""
+        rules = ["---" if number < self.names else "---:" for number in range(len(self.columns))]
+        lines = [tuple(self.columns), tuple(rules)]
+        lines += [
+            tuple(f"**{cell}**" if bold and cell else cell for cell in cells)
+            for cells, bold in self.rows
+        ]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join(part for part in (f"{self.title}.", table, self.caption) if part)
+
+
+def provenance(report: dict[str, Any]) -> str:
+    """Command, date, commit and machine of a report, in one sentence."""
+    machine = report["machine"]
+    where = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
+    return (
+        f"Recorded by `{report['command']}` on {report['date'][:10]} at commit "
+        f"`{report['commit'][:10]}`: {where}, torch {report['versions']['torch']}."
+    )
+
+
+def finish(
+    console: Console,
+    stem: Path,
+    sheet: Sheet,
+    report: dict[str, Any],
+    rows: list[dict[str, Any]],
+    figure: Any = None,
+) -> int:
+    """Show the table; write it as Markdown, the report as JSON, its rows as CSV, and the figure.
+
+    Args:
+        console: to show it on.
+        stem: of the names of the files.
+        sheet: the table.
+        report: with the fields of ``record.header``.
+        rows: numbers of the table, all with the keys of the first.
+        figure: of matplotlib, written as PNG and SVG, and closed.
+
+    Returns:
+        0, the exit status.
+    """
+    console.print(sheet.rich())
+    suffixes = ["json", "csv", "md"] + (["png", "svg"] if figure is not None else [])
+    paths = {suffix: stem.with_name(f"{stem.name}.{suffix}") for suffix in suffixes}
+    write_json(paths["json"], report)
+    write_csv(paths["csv"], rows)
+    with replacing(paths["md"]) as temporary:
+        temporary.write_text(f"{sheet.markdown()}\n\n{provenance(report)}\n")
+    if figure is not None:
+        for suffix, metadata in _METADATA.items():
+            with replacing(paths[suffix]) as temporary:
+                figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+        pyplot().close(figure)
+    console.print(f"Written: {', '.join(map(str, paths.values()))}", soft_wrap=True)
+    return 0
+
+
+_METADATA: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}}
 
 
 def pyplot() -> Any:
@@ -27,26 +131,3 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def write_figure(stem: Path, figure: Any) -> list[Path]:
-    """Write a matplotlib figure as PNG and SVG, and close it."""
-    paths = []
-    for suffix in ("png", "svg"):
-        path = stem.with_name(f"{stem.name}.{suffix}")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=suffix, dpi=150, metadata=_METADATA[suffix])
-        paths.append(path)
-    pyplot().close(figure)
-    return paths
-
-
-_METADATA: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}}
-
-
-def write_tables(stem: Path, report: dict[str, Any], rows: list[dict[str, Any]]) -> list[Path]:
-    """Write the report as JSON and its rows as CSV."""
-    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("json", "csv")]
-    write_json(paths[0], report)
-    write_csv(paths[1], rows)
-    return paths

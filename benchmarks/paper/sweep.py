@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from .grid import Results
 from .options import run_grid
-from .output import pyplot, without, write_figure, write_tables
+from .output import Sheet, finish, pyplot, without
 from .settings import Settings
 from .statistics import Mean, mean
 from .table2 import BACKGROUND
@@ -36,6 +34,7 @@ class Sweep:
         label: of the axis.
         rows: the default.
         fixed: other settings that differ from the table's.
+        paper: what the paper says.
         log: whether the axis is logarithmic.
     """
 
@@ -48,6 +47,7 @@ class Sweep:
     label: str
     rows: tuple[str, ...]
     fixed: dict[str, Any]
+    paper: str
     log: bool = False
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,6 @@ class Sweep:
         console = Console()
         results, report = run_grid(self.name, self.grid(args), args, console)
         cells = self.summary(results)
-        console.print(self.table(cells, args))
         rows = [
             {
                 "row": row,
@@ -93,10 +92,8 @@ class Sweep:
         ]
         stem = args.out / self.name / f"{self.name}-{args.data}"
         runs = without(results, "origin", "curve", "confusion")
-        written = write_tables(stem, {**report, "runs": runs}, rows)
-        written += self.picture(stem, cells)
-        console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-        return 0
+        report["runs"] = runs
+        return finish(console, stem, self.table(cells, args), report, rows, self.picture(cells))
 
     def summary(self, results: Results) -> Cells:
         """Test accuracy by row and value, over the seeds."""
@@ -106,23 +103,21 @@ class Sweep:
             groups.setdefault(where, []).append(100 - result["test_error"])
         return {where: mean(values) for where, values in groups.items()}
 
-    def table(self, cells: Cells, args: argparse.Namespace) -> Table:
+    def table(self, cells: Cells, args: argparse.Namespace) -> Sheet:
         """Accuracy, a row for each method and a column for each value."""
-        out = Table(
-            title=f"{self.title}: test accuracy in percent on {args.data}, "
-            f"{args.model or BACKGROUND.model}, {args.seeds} seeds, scale {args.scale:g}",
-            title_justify="left",
-        )
         values = sorted({value for _, value in cells})
-        out.add_column("")
-        for value in values:
-            out.add_column(f"{value:g}", justify="right", no_wrap=True)
+        out = Sheet(
+            f"{self.title}: test accuracy in percent on {args.data}, "
+            f"{args.model or BACKGROUND.model}, {args.seeds} seeds, scale {args.scale:g}",
+            ["", *(f"{value:g}" for value in values)],
+            caption=self.paper,
+        )
         for row in dict.fromkeys(row for row, _ in cells):
             texts = [cells[row, value].text for value in values]
-            out.add_row(row, *texts, style="bold" if row == "ours" else None)
+            out.add(row, *texts, bold=row == "ours")
         return out
 
-    def picture(self, stem: Path, cells: Cells) -> list[Path]:
+    def picture(self, cells: Cells) -> Any:
         """Accuracy over the setting, with confidence intervals."""
         figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
         for row in dict.fromkeys(row for row, _ in cells):
@@ -141,4 +136,4 @@ class Sweep:
         axes.set_xlabel(self.label)
         axes.set_ylabel("test accuracy, %")
         axes.legend()
-        return write_figure(stem, figure)
+        return figure

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from .. import record
 from ..errors import UsageError
 from .grid import Results
 from .models import SHAPES
 from .options import add_shared, run_grid, scaled, share
-from .output import without, write_tables
+from .output import Sheet, finish, without
 from .settings import Settings, TaskName
 from .splits import BACKGROUNDS
 from .statistics import Mean, mean
@@ -177,7 +176,6 @@ class Experiment:
         console = Console()
         results, report = run_grid(self.name, self.grid(args.rows, args), args, console)
         found = accuracies(results)
-        console.print(self.table(found, args))
         rows = [
             {
                 "row": row.name,
@@ -193,25 +191,21 @@ class Experiment:
             for row in self.rows
         ]
         stem = args.out / self.name / f"{self.name}-{args.data}-{rows[0]['noise']}"
-        written = write_tables(stem, {**report, "runs": without(results, "origin")}, rows)
-        console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-        return 0
+        report["runs"] = without(results, "origin")
+        return finish(console, stem, self.table(found, args), report, rows)
 
-    def table(self, found: dict[str, Mean], args: argparse.Namespace) -> Table:
+    def table(self, found: dict[str, Mean], args: argparse.Namespace) -> Sheet:
         """All rows; those that were not run have the paper's number alone."""
         noise = args.labels or f"{args.level:.0%} flipped"
-        out = Table(
-            title=f"{self.title}, {noise}: test accuracy in percent on {args.data}, "
+        out = Sheet(
+            f"{self.title}, {noise}: test accuracy in percent on {args.data}, "
             f"{args.model or self.model}, {args.seeds} seeds, scale {args.scale:g}",
-            title_justify="left",
+            ("", "measured", "paper"),
         )
-        out.add_column("")
-        out.add_column("measured", justify="right", no_wrap=True)
-        out.add_column("paper", justify="right", no_wrap=True)
         for row in self.rows:
             measured = found[row.name].text if row.name in found else "not run"
             claim = Mean(*row.paper[args.data]).text if args.data in row.paper else "none"
-            out.add_row(row.name, measured, claim, style="bold" if row.name == "ours" else None)
+            out.add(row.name, measured, claim, bold=row.name == "ours")
         return out
 
 

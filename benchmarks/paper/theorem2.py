@@ -11,19 +11,17 @@ import argparse
 import itertools
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from .. import record
 from ..errors import UsageError
 from .convergence import descend, drawn, logistic, tail
 from .files import check_writable
 from .options import add_descents
-from .output import pyplot, write_figure, write_tables
+from .output import Sheet, finish, pyplot
 
 NAME = "theorem2"
 SIZE = 10
@@ -93,29 +91,22 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     check_writable(args.out / NAME)
     rows, means = run_theorem2(args.seeds, args.steps, console)
-    console.print(table(rows, args.seeds))
     stem = args.out / NAME / NAME
     header = record.header(f"paper {NAME}", "cpu", sys.argv[1:])
-    written = write_tables(stem, {**header, "seeds": args.seeds, "rows": rows}, rows)
-    written += picture(stem, means)
-    console.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
-    return 0
+    report = {**header, "seeds": args.seeds, "rows": rows}
+    return finish(console, stem, table(rows, args.seeds), report, rows, picture(means))
 
 
-def table(rows: list[Row], seeds: int) -> Table:
+def table(rows: list[Row], seeds: int) -> Sheet:
     """The minimum over T, its product with √T, and the slope beside the theorem's -1/2."""
-    out = Table(
-        title=f"Smallest mean of |∇G|² before step T, over {seeds} seeds",
+    out = Sheet(
+        f"Smallest mean of |∇G|² before step T, over {seeds} seeds",
+        ("problem", "T", "min |∇G|²", "times √T", "slope"),
         caption="Theorem 2 says that √T times it stays below a constant, so that the slope comes "
         "to -0.5 or less. The long tail is the same for all seeds.",
-        title_justify="left",
-        caption_justify="left",
     )
-    out.add_column("problem")
-    for name in ("T", "min |∇G|²", "times √T", "slope"):
-        out.add_column(name, justify="right")
     for row in rows:
-        out.add_row(
+        out.add(
             row["problem"],
             str(row["T"]),
             f"{row['smallest_squared_gradient']:.3g}",
@@ -125,7 +116,7 @@ def table(rows: list[Row], seeds: int) -> Table:
     return out
 
 
-def picture(stem: Path, means: dict[str, list[float]]) -> list[Path]:
+def picture(means: dict[str, list[float]]) -> Any:
     """Both minima over T, each below the smallest C/√T that bounds it."""
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -138,4 +129,4 @@ def picture(stem: Path, means: dict[str, list[float]]) -> list[Path]:
         panel.plot(lengths, bound, ":", color=colour, label=f"{constant:.3g}/√T")
     panel.set(xscale="log", yscale="log", xlabel="T", ylabel="smallest mean of |∇G|² before T")
     panel.legend(fontsize=8)
-    return write_figure(stem, figure)
+    return figure
