@@ -40,7 +40,7 @@ $(DEMO_VENV)/.installed: $(SOURCES)
 	$(call install,$(DEMO_VENV),demo)
 
 $(VENV)/.installed: $(SOURCES)
-	$(call install,$(VENV),$(strip test,demo))
+	$(call install,$(VENV),$(strip test,paper))
 
 demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in under three minutes
 	@"$(DEMO_VENV)/bin/python" -m benchmarks demo $(ARGS)

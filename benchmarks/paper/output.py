@@ -68,9 +68,11 @@ def provenance(report: dict[str, Any]) -> str:
     """Command, date, commit and machine of a report, in one sentence."""
     machine = report["machine"]
     where = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
+    share = report.get("share_of_time_for_data")
+    data = "" if share is None else f" Drawing batches took {share:.1%} of the time."
     return (
         f"Recorded by `{report['command']}` on {report['date'][:10]} at commit "
-        f"`{report['commit'][:10]}`: {where}, torch {report['versions']['torch']}."
+        f"`{report['commit'][:10]}`: {where}, torch {report['versions']['torch']}.{data}"
     )
 
 
