@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +62,11 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return facts
 
 
+def machine_name(machine: dict[str, Any]) -> str:
+    """The GPU of a machine, or its processor and cores."""
+    return str(machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores"))
+
+
 def versions() -> dict[str, str]:
     """Python and the installed packages that a benchmark can use."""
     found = {"python": platform.python_version()}
@@ -96,7 +102,7 @@ def header(kind: str, device: str, arguments: list[str]) -> dict[str, Any]:
         "kind": kind,
         "schema": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks", *arguments]),
+        "command": f"python -m benchmarks {shlex.join(arguments)}".rstrip(),
         "commit": commit(),
         "sources": source_hash(),
         "device": device,
@@ -165,3 +171,5 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device}: expected cpu, cuda or cuda:K")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: this torch sees no CUDA device")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")

@@ -105,7 +105,7 @@ def place(folder: Path, data_root: Path, interval: int = 1000) -> Place:
 
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """A result without its times."""
-    return {k: v for k, v in result.items() if k not in ("seconds", "data_seconds", "origin")}
+    return {k: v for k, v in result.items() if k not in ("seconds", "data_seconds", "origins")}
 
 
 def stop_after(steps: int) -> Any:

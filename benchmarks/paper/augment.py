@@ -25,6 +25,9 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, margin: int = 2
     columns = torch.where(mirrored, columns.flip(1), columns) + shift[1]
     rows = torch.arange(height) + shift[0]
     example = torch.arange(n).view(n, 1, 1)
-    picked = (x.to(images.device) for x in (example, rows[:, :, None], columns[:, None, :]))
+    picked = (
+        x.to(images.device, non_blocking=True)
+        for x in (example, rows[:, :, None], columns[:, None, :])
+    )
     padded = F.pad(images, (margin, margin, margin, margin))
     return padded.permute(0, 2, 3, 1)[tuple(picked)].permute(0, 3, 1, 2).contiguous()

@@ -10,10 +10,10 @@ from rich.console import Console
 from .. import record
 from .grid import Results
 from .methods import METHODS
-from .options import add_methods, add_shared, run_grid, scaled
-from .output import Sheet, finish, pyplot
+from .options import add_methods, add_shared, head, run_grid, scaled
+from .output import Sheet, error_bars, finish, pyplot
 from .settings import Settings
-from .statistics import Mean, mean
+from .statistics import Mean, grouped, mean
 
 NAME = "figure2"
 COMPARED = ["proportion", "resample", "hard mining", "random", "baseline", "ours"]
@@ -85,11 +85,12 @@ def settings(args: argparse.Namespace) -> list[Settings]:
 def run(args: argparse.Namespace) -> int:
     """Train, print the table, write numbers and figure."""
     console = Console()
-    results, report = run_grid(NAME, settings(args), args, console)
+    results = run_grid(NAME, settings(args), args, console)
     cells = summary(results)
     stem = args.out / NAME / NAME
     rows = [
         {
+            "data": results[0]["settings"]["data"],
             "method": method,
             "ratio": ratio,
             "seeds": args.seeds,
@@ -107,8 +108,9 @@ def run(args: argparse.Namespace) -> int:
         }
         for r in results
     ]
-    report |= {"settings": common(results), "runs": runs}
-    return finish(console, stem, table(cells, args), report, rows, picture(cells))
+    shared = common(results)
+    report = {**head(NAME, results, args), "settings": shared, "runs": runs}
+    return finish(console, stem, table(cells, shared, args), report, rows, picture(cells))
 
 
 def common(results: Results) -> dict[str, Any]:
@@ -119,10 +121,7 @@ def common(results: Results) -> dict[str, Any]:
 
 def summary(results: Results) -> Cells:
     """Error of all test images and of the 4s, by method and ratio, over the seeds."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for result in results:
-        where = (result["settings"]["method"], result["settings"]["level"])
-        groups.setdefault(where, []).append(result)
+    groups = grouped(results, lambda r: (r["settings"]["method"], r["settings"]["level"]))
     return {
         where: (
             mean([r["test_error"] for r in group]),
@@ -132,13 +131,15 @@ def summary(results: Results) -> Cells:
     }
 
 
-def table(cells: Cells, args: argparse.Namespace) -> Sheet:
+def table(cells: Cells, shared: dict[str, Any], args: argparse.Namespace) -> Sheet:
     """Errors by method and ratio, and by how much they rise, beside what the paper says."""
     methods = [m for m in METHODS if any(m == method for method, _ in cells)]
     ratios = sorted({ratio for _, ratio in cells})
     heads = [f"{ratio:g}:1" for ratio in ratios]
     out = Sheet(
-        f"Test error in percent, mean of {args.seeds} seeds ± 95% confidence, scale {args.scale:g}",
+        f"4 against 9 on {shared['data']}, {shared['model']}, {shared['images']} images, "
+        f"{shared['steps']} steps: test error in percent, mean of {args.seeds} seeds ± 95% "
+        "confidence",
         ["", *heads, f"rise to {heads[-1]}", "rise in the paper"],
     )
     for method in methods:
@@ -152,19 +153,8 @@ def table(cells: Cells, args: argparse.Namespace) -> Sheet:
 def picture(cells: Cells) -> Any:
     """Error over ratio, with confidence intervals."""
     figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
-    for method in METHODS:
-        points = sorted((r, error) for (m, r), (error, _) in cells.items() if m == method)
-        if not points:
-            continue
-        axes.errorbar(
-            [ratio for ratio, _ in points],
-            [error.value for _, error in points],
-            yerr=[error.half_width for _, error in points],
-            marker="o",
-            capsize=3,
-            linewidth=2.5 if method == "ours" else 1.2,
-            label=method,
-        )
+    found = {where: error for where, (error, _) in cells.items()}
+    error_bars(axes, found, [method for method in METHODS if any(method == m for m, _ in found)])
     axes.set_xlabel("9s for each 4 in the training set")
     axes.set_ylabel("test error, %")
     axes.set_ylim(bottom=0)

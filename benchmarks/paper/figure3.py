@@ -10,14 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
+from ..errors import UsageError
 from .diagnosis import Columns, auroc
 from .figure6 import TABLES, add_tasks
 from .grid import Results
-from .options import add_shared, run_grid, scaled
+from .options import add_shared, head, run_grid, scaled
 from .output import Sheet, finish, pyplot, without
 from .settings import Settings
 from .splits import BACKGROUNDS
-from .statistics import Mean, mean
+from .statistics import Mean, grouped, mean
 from .tables import VALIDATION, add_level
 
 NAME = "figure3"
@@ -88,7 +89,9 @@ def _cifar(data: str, task: str, seed: int, args: argparse.Namespace) -> Setting
 def run(args: argparse.Namespace) -> int:
     """Train, weigh, print the table, write numbers and figure."""
     console = Console()
-    results, report = run_grid(NAME, settings(args), args, console)
+    if not args.level:
+        raise UsageError("--level: without flipped labels there is nothing to find")
+    results = run_grid(NAME, settings(args), args, console)
     data = results[0]["settings"]["data"]
     cells = summary(results)
     rows = [
@@ -103,11 +106,11 @@ def run(args: argparse.Namespace) -> int:
         }
         for (task, kind), measured in cells.items()
     ]
-    runs = without(results, "origin", "diagnosis", "curve", "confusion")
+    runs = without(results, "origins", "diagnosis", "curve", "confusion")
     for run, result in zip(runs, results, strict=True):
         run["measured"] = {kind: measures(images(result, kind)) for kind in KINDS}
     stem = args.out / NAME / f"{NAME}-{data}"
-    report["runs"] = runs
+    report = {**head(NAME, results, args), "runs": runs}
     return finish(console, stem, table(cells, data, args), report, rows, picture(results))
 
 
@@ -124,35 +127,34 @@ def images(result: dict[str, Any], kind: str) -> Columns:
 def measures(columns: Columns) -> dict[str, float]:
     """AUROC of finding flipped labels within a batch, mean over batches; shares without weight."""
     flipped = [bool(wrong) for wrong in columns["flipped"]]
-    batches: dict[float, list[int]] = {}
-    for position, batch in enumerate(columns["batch"]):
-        batches.setdefault(batch, []).append(position)
+    batches = grouped(range(len(flipped)), lambda k: columns["batch"][k])
 
     def within(name: str) -> float:
         found = [
             auroc([columns[name][k] for k in where], [flipped[k] for k in where])
             for where in batches.values()
         ]
-        return mean([value for value in found if not math.isnan(value)]).value
+        return _mean([value for value in found if not math.isnan(value)])
 
     def without_weight(wrong: bool) -> float:
         weights = [w for w, f in zip(columns["weight"], flipped, strict=True) if f is wrong]
-        return sum(w == 0 for w in weights) / len(weights)
+        return _mean([float(w == 0) for w in weights])
 
     values = (within("score"), within("weight"), without_weight(True), without_weight(False))
     return dict(zip(MEASURES, values, strict=True))
 
 
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
 def summary(results: Results) -> Cells:
     """The measures by corruption and kind of batch, over the seeds."""
-    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for result in results:
-        for kind in KINDS:
-            found = groups.setdefault((result["settings"]["task"], kind), [])
-            found.append(measures(images(result, kind)))
+    found = [(r["settings"]["task"], k, measures(images(r, k))) for r in results for k in KINDS]
+    groups = grouped(found, lambda one: one[:2])
     return {
-        where: {name: mean([one[name] for one in found]) for name in MEASURES}
-        for where, found in groups.items()
+        where: {name: mean([one[name] for _, _, one in group]) for name in MEASURES}
+        for where, group in groups.items()
     }
 
 
@@ -195,7 +197,7 @@ def picture(results: Results) -> Any:
                     for w, f in zip(columns["weight"], columns["flipped"], strict=True)
                     if f == wrong
                 ]
-                share = [100 / len(weights)] * len(weights)
+                share = [100 / max(1, len(weights))] * len(weights)
                 bins = {"bins": 40, "range": (0, largest)}
                 panel.hist(weights, **bins, weights=share, alpha=0.6, label=label)
             panel.set(title=f"{task} flips, {TITLES[kind]}", yscale="log")

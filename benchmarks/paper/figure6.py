@@ -10,8 +10,9 @@ from rich.console import Console
 from torch import Tensor
 
 from .grid import Results
-from .options import run_grid
+from .options import head, run_grid
 from .output import Sheet, finish, pyplot, without
+from .splits import BACKGROUNDS
 from .table1 import UNIFORM
 from .table2 import BACKGROUND
 from .tables import add_cifar, add_level
@@ -46,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
     """Train, print the shares on the diagonal, write matrices and figure."""
     console = Console()
     matrices: Matrices = {}
-    report: dict[str, Any] = {}
-    runs: Results = []
+    found: Results = []
     for task in dict.fromkeys(args.tasks):
-        results, report = run_grid(NAME, TABLES[task].grid(ROWS, args), args, console)
+        other = {"background": BACKGROUNDS[args.data][0]} if task == "background" else {}
+        results = run_grid(NAME, TABLES[task].grid(ROWS, args, **other), args, console)
         matrices |= {(task, row): shares(results, row) for row in ROWS}
-        runs += without(results, "origin", "curve")
-    classes = runs[0]["classes"]
+        found += results
+    classes = found[0]["classes"]
     rows = [
         {
             "task": task,
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         for taken, cell in enumerate(cells)
     ]
     stem = args.out / NAME / f"{NAME}-{args.data}"
-    report["runs"] = runs
+    report = {**head(NAME, found, args), "runs": without(found, "origins", "curve")}
     sheet = table(matrices, args)
     return finish(console, stem, sheet, report, rows, picture(matrices, classes))
 

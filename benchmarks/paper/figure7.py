@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from .grid import Results
-from .options import run_grid
+from .options import head, run_grid
 from .output import Sheet, finish, pyplot, without
-from .statistics import Mean, mean
+from .statistics import Mean, grouped, mean
 from .table2 import BACKGROUND
 from .tables import add_cifar, add_level, add_rows
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, print best and last accuracy, write curves and figure."""
     console = Console()
-    results, report = run_grid(NAME, BACKGROUND.grid(args.rows, args), args, console)
+    results = run_grid(NAME, BACKGROUND.grid(args.rows, args), args, console)
     curves = summary(results)
     rows = [
         {
@@ -44,25 +44,21 @@ def run(args: argparse.Namespace) -> int:
         for step, point in points.items()
     ]
     stem = args.out / NAME / f"{NAME}-{args.data}"
-    runs = without(results, "origin", "confusion")
-    report["runs"] = runs
+    runs = without(results, "origins", "confusion")
+    report = {**head(NAME, results, args), "runs": runs}
     return finish(console, stem, table(curves, args), report, rows, picture(curves, results))
 
 
 def summary(results: Results) -> Curves:
     """Means over the seeds at each step that was looked at."""
-    groups: dict[str, dict[int, list[dict[str, float]]]] = {}
-    for result in results:
-        points = groups.setdefault(result["settings"]["row"], {})
-        for point in result["curve"]:
-            points.setdefault(point["step"], []).append(point)
-    return {
-        row: {
+    out: Curves = {}
+    for row, group in grouped(results, lambda result: str(result["settings"]["row"])).items():
+        points = [point for result in group for point in result["curve"]]
+        out[row] = {
             step: {kind: mean([point[kind] for point in found]) for kind in KINDS}
-            for step, found in points.items()
+            for step, found in grouped(points, lambda point: int(point["step"])).items()
         }
-        for row, points in groups.items()
-    }
+    return out
 
 
 def table(curves: Curves, args: argparse.Namespace) -> Sheet:

@@ -16,26 +16,34 @@ import torch
 
 from ..errors import UsageError
 from .settings import Settings, difference
+from .splits import sha256
 
 FINAL = ".final.pt"
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of ``path`` when the body ends without an error."""
+    """A path to write to; it takes the place of ``path`` when the body ends without an error.
+
+    Raises:
+        UsageError: writing does not work.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save tells of a full disk by a RuntimeError.
+        raise UsageError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path, key: str) -> None:
     """Remove what a killed process was writing of this run."""
-    for suffix in (".pt", ".json"):
+    for suffix in (".pt", FINAL, ".json"):
         for path in folder.glob(f".{glob.escape(key)}{suffix}.*"):
             path.unlink(missing_ok=True)
 
@@ -63,10 +71,13 @@ def locked(folder: Path) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--out: another command is writing to {folder}") from error
+        except OSError as error:
+            raise UsageError(f"--out: cannot lock {folder}: {error.strerror}") from error
         yield
-    except BlockingIOError as error:
-        raise UsageError(f"--out: another command is writing to {folder}") from error
     finally:
         os.close(descriptor)
 
@@ -114,23 +125,26 @@ def read_checkpoint(path: Path, settings: Settings) -> dict[str, Any] | None:
     return _checked(path, content, settings)
 
 
-def read_final_state(path: Path, data: str) -> dict[str, Any]:
+def read_final_state(path: Path, data: str, parameters: str) -> dict[str, Any]:
     """What a finished run has left for others to start from.
 
     Args:
         path: of the file.
-        data: digest of the data that it must be of.
+        data: digest of the split that it must be of.
+        parameters: digest of the parameters that the run ended with.
 
     Raises:
-        UsageError: it is missing, cannot be read, or is of other data.
+        UsageError: it is missing, cannot be read, or is of another run or other data.
     """
+    result = path.with_name(path.name.removesuffix(FINAL) + ".json")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        result = path.with_name(path.name.removesuffix(FINAL) + ".json")
         raise UsageError(f"cannot read {path}; remove {result} to run that again") from error
     if not isinstance(content, dict) or content.get("data") != data:
         raise UsageError(f"{path} is of other data; give another --out or remove it")
+    if sha256(content["model"].values()) != parameters:
+        raise UsageError(f"{path} is not what {result} tells of; remove both to run that again")
     return content
 
 

@@ -28,6 +28,7 @@ from rich.progress import Progress as Display
 from ..errors import UsageError
 from .runs import Place, Progress, StoppedError, check, run
 from .settings import Settings
+from .tasks import make_split
 
 Results = list[dict[str, Any]]
 POLL_SECONDS = 0.2
@@ -43,18 +44,38 @@ def run_all(grid: list[Settings], place: Place, jobs: int, console: Console) -> 
         console: for the progress.
 
     Raises:
-        UsageError: files of any of the runs are of other settings; nothing was run then.
+        UsageError: files of any of the runs are of other settings or other data, or a split is
+            impossible; nothing was run then.
         KeyboardInterrupt: by the user; runs in processes of their own have written checkpoints.
     """
     results = {settings: check(settings, place) for settings in grid}
     missing = [settings for settings, result in results.items() if result is None]
+    for settings in results.keys() - set(missing):
+        place.checkpoint(settings).unlink(missing_ok=True)  # of a run killed at its very end
     if missing:
+        _check_data(results, place)
         with _Bars(grid, missing, console) as bars:
             for wave in _waves(missing):
                 runner = _in_turn if min(jobs, len(wave)) == 1 else _side_by_side
                 results.update(runner(wave, place, jobs, bars))
     found = [results[settings] for settings in grid]
     return [result for result in found if result is not None]
+
+
+def _check_data(results: dict[Settings, dict[str, Any] | None], place: Place) -> None:
+    """Draw each split once, before anything runs.
+
+    Raises:
+        UsageError: a split is impossible, or a finished run had other data.
+    """
+    drawn: dict[tuple[Any, ...], str] = {}
+    for settings, result in results.items():
+        if settings.split not in drawn:
+            drawn[settings.split] = make_split(settings, place.data_root).digest()
+        if result is not None and result["data"] != drawn[settings.split]:
+            raise UsageError(
+                f"{place.result(settings)} is of other data; give another --out or remove it"
+            )
 
 
 def _waves(missing: list[Settings]) -> Iterator[list[Settings]]:

@@ -37,9 +37,13 @@ class Images:
 
     def floats(self, index: Tensor | None = None, *, signed: bool = False) -> Tensor:
         """Inputs as float32: all, or those at ``index``; in [0, 1], or in [-1, 1] if ``signed``."""
-        chosen = self.inputs if index is None else self.inputs[index]
-        return chosen.float().div_(127.5).sub_(1) if signed else chosen.float().div_(255)
+        return floats(self.inputs if index is None else self.inputs[index], signed=signed)
 
     def counts(self) -> Tensor:
         """How many images each class has, shape (classes,)."""
         return self.targets.bincount(minlength=len(self.classes))
+
+
+def floats(inputs: Tensor, *, signed: bool) -> Tensor:
+    """Bytes as float32 in [0, 1], or in [-1, 1] if ``signed``."""
+    return inputs.float().div_(127.5).sub_(1) if signed else inputs.float().div_(255)

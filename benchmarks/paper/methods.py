@@ -82,10 +82,12 @@ class Method(ABC):
     Attributes:
         name: as the command line and the tables have it.
         uses_clean: whether steps get a clean batch.
+        uses_training: whether they look at the training batch; else they get the clean one for it.
     """
 
     name: ClassVar[str]
     uses_clean: ClassVar[bool] = False
+    uses_training: ClassVar[bool] = True
     context: Context
 
     def prepare(self, context: Context) -> None:
@@ -276,11 +278,7 @@ class CleanOnly(Weighted):
 
     name = "clean only"
     uses_clean = True
-
-    def step(self, number: int, batch: Batch, clean: Batch | None) -> Statistics:
-        """As the baseline, on the clean batch."""
-        assert clean is not None
-        return super().step(number, clean, None)
+    uses_training = False
 
 
 @register

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from .methods import METHODS
 from .runs import Place
 from .settings import Settings
 
-OUT = record.ROOT / "benchmarks" / "results" / "paper"
+OUT = Path("paper_output")
+PACKAGES = ("matplotlib", "scipy")
 
 
 def add_descents(parser: argparse.ArgumentParser, *, steps: int) -> None:
@@ -31,9 +34,7 @@ def add_descents(parser: argparse.ArgumentParser, *, steps: int) -> None:
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="FOLDER", help="default: benchmarks/results/paper"
-    )
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"default: {OUT}")
 
 
 def add_shared(parser: argparse.ArgumentParser, *, seeds: int) -> None:
@@ -117,7 +118,7 @@ def scaled(steps: int, scale: float) -> int:
 
 def run_grid(
     kind: str, grid: list[Settings], args: argparse.Namespace, console: Console
-) -> tuple[Results, dict[str, Any]]:
+) -> Results:
     """Run what the options ask for, each run in the folder of its own experiment.
 
     Args:
@@ -127,34 +128,51 @@ def run_grid(
         console: for the progress.
 
     Returns:
-        The results in the order of ``grid``, and the head of the report.
+        The results in the order of ``grid``.
 
     Raises:
-        UsageError: an option cannot be met, or files are of other settings.
+        UsageError: an option cannot be met, or files are of other settings or data.
     """
     record.check_device(args.device)
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{package} is missing; pip install '.[paper]' has all that is needed")
     if args.tensorboard:
         logs.check_installed()
     (experiment,) = {settings.experiment for settings in grid}
     folder = args.out / experiment / "runs"
     check_writable(folder)
     check_writable(args.out / kind)
-    header = record.header(f"paper {kind}", args.device, sys.argv[1:])
+    origin = record.header(f"paper {experiment}", args.device, [])
+    origin["machine"]["threads"] = 1
     place = Place(
         folder,
         args.data_root,
         args.device,
         args.checkpoint_every,
-        {key: header[key] for key in ("date", "commit", "sources", "machine", "versions")},
+        {key: origin[key] for key in ("commit", "sources", "machine", "versions")},
         args.out / experiment / "tensorboard" if args.tensorboard else None,
     )
-    repeated = {s.key for s in grid if sum(s.key == other.key for other in grid) > 1}
-    if repeated:
-        raise UsageError(f"asked for twice: {', '.join(sorted(repeated))}")
+    keys = Counter(settings.key for settings in grid)
+    if repeated := sorted(key for key, count in keys.items() if count > 1):
+        raise UsageError(f"asked for twice: {', '.join(repeated)}")
     with locked(folder):
-        results = run_all(grid, place, args.jobs, console)
-    header |= {"jobs": args.jobs, "scale": args.scale, "seeds": args.seeds}
-    header["commits_of_runs"] = sorted({result["origin"]["commit"] for result in results})
+        return run_all(grid, place, args.jobs, console)
+
+
+def head(kind: str, results: Results, args: argparse.Namespace) -> dict[str, Any]:
+    """The head of the report of an experiment: this command, and where its runs come from."""
+    header = record.header(f"paper {kind}", args.device, sys.argv[1:])
+    origins = [origin for result in results for origin in result["origins"]]
     seconds, of_data = (sum(r[k] for r in results) for k in ("seconds", "data_seconds"))
-    header |= {"hours_of_runs": seconds / 3600, "share_of_time_for_data": of_data / seconds}
-    return results, header
+    return {
+        **header,
+        "jobs": args.jobs,
+        "scale": args.scale,
+        "seeds": args.seeds,
+        "commits_of_runs": sorted({origin["commit"] for origin in origins}),
+        "machines_of_runs": sorted({record.machine_name(o["machine"]) for o in origins}),
+        "data_of_runs": sorted({result["source"] for result in results}),
+        "hours_of_runs": seconds / 3600,
+        "share_of_time_for_data": of_data / seconds,
+    }

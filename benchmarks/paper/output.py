@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .. import record
 from .files import replacing, write_json
+from .statistics import Mean
 
 
 @dataclass
@@ -65,14 +67,15 @@ class Sheet:
 
 
 def provenance(report: dict[str, Any]) -> str:
-    """Command, date, commit and machine of a report, in one sentence."""
-    machine = report["machine"]
-    where = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
+    """Command and date of a report, commits and machines of its runs."""
+    where = report.get("machines_of_runs", [record.machine_name(report["machine"])])
+    commits = report.get("commits_of_runs", [report["commit"]])
     share = report.get("share_of_time_for_data")
     data = "" if share is None else f" Drawing batches took {share:.1%} of the time."
     return (
         f"Recorded by `{report['command']}` on {report['date'][:10]} at commit "
-        f"`{report['commit'][:10]}`: {where}, torch {report['versions']['torch']}.{data}"
+        f"{', '.join(f'`{commit[:10]}`' for commit in commits)}: {'; '.join(where)}, torch "
+        f"{report['versions']['torch']}.{data}"
     )
 
 
@@ -120,6 +123,21 @@ def pyplot() -> Any:
     """matplotlib.pyplot, drawing to files."""
     importlib.import_module("matplotlib").use("Agg")
     return importlib.import_module("matplotlib.pyplot")
+
+
+def error_bars(axes: Any, cells: dict[tuple[str, float], Mean], names: Iterable[str]) -> None:
+    """A line for each name with its confidence intervals; that of "ours" is bold."""
+    for name in names:
+        points = sorted((x, found) for (other, x), found in cells.items() if other == name)
+        axes.errorbar(
+            [x for x, _ in points],
+            [found.value for _, found in points],
+            yerr=[found.half_width for _, found in points],
+            marker="o",
+            capsize=3,
+            linewidth=2.5 if name == "ours" else 1.2,
+            label=name,
+        )
 
 
 def without(results: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +27,13 @@ from .files import (
     write_checkpoint,
     write_json,
 )
-from .images import Images
+from .images import Images, floats
 from .logs import Log
 from .methods import Batch, CleanOnly, Context, Method, Statistics, make
 from .models import make_model
 from .order import Epochs, generator
 from .settings import Settings
+from .splits import sha256
 from .tasks import make_split
 
 EVALUATIONS = 40
@@ -65,7 +66,7 @@ class Place:
         data_root: for the data; None for what packages carry.
         device: of model and batches.
         interval: steps between checkpoints.
-        origin: versions, commit and machine, for the result.
+        origin: versions, commit and machine; a result lists those of all its parts.
         tensorboard: a folder for the log; None for none.
     """
 
@@ -78,7 +79,11 @@ class Place:
 
     def result(self, settings: Settings) -> Path:
         """The file of the result."""
-        return self.folder / f"{settings.key}.json"
+        return self.of(settings.key)
+
+    def of(self, key: str) -> Path:
+        """The file of the result of a run, by its key."""
+        return self.folder / f"{key}.json"
 
     def checkpoint(self, settings: Settings) -> Path:
         """The file of the checkpoint; gone when the result is there."""
@@ -93,11 +98,18 @@ def check(settings: Settings, place: Place) -> dict[str, Any] | None:
     """The result if the run is finished; nothing is written.
 
     Raises:
-        UsageError: result or checkpoint are of other settings.
+        UsageError: result or checkpoint are of other settings, or the run that the result started
+            from has been run again and ended otherwise.
     """
-    result = read_result(place.result(settings), settings)
+    path = place.result(settings)
+    result = read_result(path, settings)
     if result is None:
         read_checkpoint(place.checkpoint(settings), settings)
+        return None
+    for key, parameters in result["parents"].items():
+        with contextlib.suppress(FileNotFoundError):
+            if json.loads(place.of(key).read_text())["parameters"] != parameters:
+                raise UsageError(f"{path} started from another {place.of(key)}; remove it")
     return result
 
 
@@ -126,7 +138,7 @@ def run(
     if finished is not None:
         return finished
     remove_temporaries(place.folder, settings.key)
-    with _reproducible(settings.seed, place.device):
+    with reproducible(settings.seed, place.device):
         training = Training(settings, place)
         training.load()
         with Log(place.tensorboard, settings.key, training.done) as log:
@@ -139,21 +151,26 @@ def run(
     return result
 
 
-@contextmanager
-def _reproducible(seed: int, device: str) -> Iterator[None]:
+@contextlib.contextmanager
+def reproducible(seed: int, device: str) -> Iterator[None]:
     """One thread, or deterministic CUDA kernels; initial parameters and dropout by the seed."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
+    warning = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
     on_cuda = device.startswith("cuda")
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
         torch.manual_seed(seed)
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(on_cuda)
+        memory.fill_uninitialized_memory = False  # no kernel reads what it has not written
         try:
             yield
         finally:
             torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warning)
+            memory.fill_uninitialized_memory = filling
 
 
 class Training:
@@ -170,27 +187,39 @@ class Training:
             right = torch.zeros(len(self.split.clean), dtype=torch.bool)
             self.flipped = torch.cat([self.flipped, right])
         self.targets = train_set.targets
-        self.data = self._data_digest(train_set)
+        self.data = self.split.digest()
         self.train_set = train_set.to(place.device)
         self.clean = self.split.clean.to(place.device)
         self.validation = self.split.validation.to(place.device)
         self.test = self.split.test.to(place.device)
         self.model = make_model(settings.model, self.classes).to(place.device).train()
-        self._prepare(self.method)
+        self.parents: dict[str, str] = {}
+        self._prepare(self.method, self._confusion())
         self.tuning = CleanOnly()
-        self._prepare(self.tuning)
+        self._prepare(self.tuning, None)
         clean_size = min(settings.clean_batch, len(self.clean))
         self.clean_order = Epochs(len(self.clean), clean_size, settings.seed, "clean batches")
         self.optimizer = self._optimizer()
         self.done = 0
         self.seconds = self.data_seconds = 0.0
         self.curve: list[dict[str, float]] = []
+        self.origins = [place.origin]
 
-    def _prepare(self, method: Method) -> None:
-        settings, confusion = self.settings, None
-        if settings.transition:
-            state = read_final_state(self.place.final(settings.transition), self.data)
-            confusion = state["confusion_of_labels"]
+    def _confusion(self) -> Tensor | None:
+        """What the noise layer starts from."""
+        if not self.settings.transition:
+            return None
+        found: Tensor = self._parent(self.settings.transition)["confusion_of_labels"]
+        return found
+
+    def _parent(self, key: str) -> dict[str, Any]:
+        """The state that a finished run has left."""
+        parameters = json.loads(self.place.of(key).read_text())["parameters"]
+        self.parents[key] = parameters
+        return read_final_state(self.place.final(key), self.data, parameters)
+
+    def _prepare(self, method: Method, confusion: Tensor | None) -> None:
+        settings = self.settings
         method.prepare(
             Context(
                 self.model,
@@ -259,7 +288,10 @@ class Training:
         tuning = number >= self.settings.steps
         method: Method = self.tuning if tuning else self.method
         clean = self.clean_batch(number) if method.uses_clean else None
-        batch = self.batch(self.train_set, method.draw(number), number, "training")
+        batch = clean
+        if method.uses_training or clean is None:
+            batch = self.batch(self.train_set, method.draw(number), number, "training")
+        assert batch is not None
         self.data_seconds += time.perf_counter() - began
         self.optimizer.zero_grad()
         statistics = method.step(number, batch, clean)
@@ -272,12 +304,12 @@ class Training:
 
     def batch(self, images: Images, index: Tensor, number: int, purpose: str) -> Batch:
         """Examples as the model takes them."""
-        index = index.to(self.place.device)
-        inputs = images.floats(index, signed=self.settings.signed)
+        index = index.to(self.place.device, non_blocking=True)
+        inputs = images.inputs[index]
         if self.settings.augment:
             draw = generator(self.settings.seed, f"augmentation of {purpose} images", number)
             inputs = crop_and_flip(inputs, draw)
-        return Batch(inputs, images.targets[index])
+        return Batch(floats(inputs, signed=self.settings.signed), images.targets[index])
 
     def look(self, loss: float, log: Log) -> None:
         """Add a point to the curve: accuracy on held-out images, and on some training images.
@@ -316,11 +348,13 @@ class Training:
             "curve": self.curve,
             "counts": torch.bincount(self.targets, minlength=self.classes).tolist(),
             "flipped": int(self.flipped.sum()),
-            "parameters": self.digest(self.model.state_dict().values()),
+            "parameters": sha256(self.model.state_dict().values()),
+            "parents": self.parents,
             "data": self.data,
+            "source": self.split.train.source,
             "seconds": self.seconds,
             "data_seconds": self.data_seconds,
-            "origin": self.place.origin,
+            "origins": self.origins,
         }
         if self.settings.diagnosed:
             out["diagnosis"] = self.diagnosis()
@@ -336,20 +370,6 @@ class Training:
             return self.method.step(steps + number, batch, self.clean_batch(steps + number))
 
         return diagnose(weigh, self.split, settings.batch, settings.seed)
-
-    def _data_digest(self, train_set: Images) -> str:
-        """SHA-256 of training, clean and test labels and of the training and clean inputs."""
-        clean, test = self.split.clean, self.split.test
-        tensors = [train_set.targets, clean.targets, test.targets, train_set.inputs, clean.inputs]
-        return self.digest(tensors)
-
-    @staticmethod
-    def digest(tensors: Any) -> str:
-        """SHA-256 of tensors, bit by bit."""
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
-        return digest.hexdigest()
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -371,6 +391,8 @@ class Training:
             "seconds": self.seconds,
             "data_seconds": self.data_seconds,
             "curve": self.curve,
+            "parents": self.parents,
+            "origins": self.origins,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
@@ -394,8 +416,9 @@ class Training:
         content = read_checkpoint(path, self.settings)
         if content is None and self.settings.continues:
             path = self.place.final(self.settings.continues)
-            content = read_final_state(path, self.data)
-            content |= {"seconds": 0.0, "data_seconds": 0.0}
+            content = self._parent(self.settings.continues)
+            own = {"seconds": 0.0, "data_seconds": 0.0, "origins": [], "parents": self.parents}
+            content |= own
         if content is None:
             return
         if content["data"] != self.data:
@@ -405,6 +428,10 @@ class Training:
             raise UsageError(f"{path} is of another kind of device; give another --out")
         self.done, self.curve = content["done"], content["curve"]
         self.seconds, self.data_seconds = content["seconds"], content["data_seconds"]
+        self.parents = content["parents"]
+        self.origins = content["origins"]
+        if self.place.origin not in self.origins:
+            self.origins = [*self.origins, self.place.origin]
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.method.load_state_dict(content["method"])

@@ -86,6 +86,12 @@ class Settings:
         return f"{self.data}-{task}-{level}-{clean}-{self.model}-{name}-seed{self.seed}"
 
     @property
+    def split(self) -> tuple[Any, ...]:
+        """What the split depends on: runs that agree here have the same images and labels."""
+        noise = (self.task, self.level, self.labels, self.background, self.authors)
+        return (self.data, *noise, self.images, self.clean, self.validation, self.seed)
+
+    @property
     def total_steps(self) -> int:
         """Steps of the run, fine-tuning included."""
         return self.steps + self.finetune

@@ -8,8 +8,10 @@ and hyper-validation set together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,20 @@ class Split:
     test: Images
     validation_of_true: Tensor
 
+    def digest(self) -> str:
+        """SHA-256 of all images and labels."""
+        parts = (self.train, self.clean, self.validation, self.test)
+        return sha256(x for images in parts for x in (images.inputs, images.targets))
+
+
+def sha256(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors, bit by bit."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        numbers: Any = tensor.detach().cpu().contiguous().numpy()
+        digest.update(memoryview(numbers).cast("B"))
+    return digest.hexdigest()
+
 
 def imbalanced(
     images: Images,
@@ -79,6 +95,11 @@ def imbalanced(
         raise UsageError(
             f"at {ratio:g}:1 {few} of {size} images would be of class {names[0]}, which leaves "
             f"none to train on beside {few_clean} clean ones"
+        )
+    if size - few <= clean - few_clean:
+        raise UsageError(
+            f"at {ratio:g}:1 {size - few} of {size} images would be of class {names[1]}, which "
+            f"leaves none to train on beside {clean - few_clean} clean ones"
         )
     generator = torch.Generator().manual_seed(seed)
     trained, kept = [], []

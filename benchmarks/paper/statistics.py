@@ -5,8 +5,19 @@ from __future__ import annotations
 import importlib
 import math
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Items by key, both in the order in which they come."""
+    out: dict[Key, list[Item]] = {}
+    for item in items:
+        out.setdefault(key(item), []).append(item)
+    return out
 
 
 class Mean(NamedTuple):

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from .grid import Results
-from .options import run_grid
-from .output import Sheet, finish, pyplot, without
+from .options import head, run_grid
+from .output import Sheet, error_bars, finish, pyplot, without
 from .settings import Settings
-from .statistics import Mean, mean
+from .statistics import Mean, grouped, mean
 from .table2 import BACKGROUND
 from .tables import add_cifar, add_rows
 
@@ -52,7 +52,7 @@ class Sweep:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The options of the experiment."""
-        add_cifar(parser, list(BACKGROUND.clean), seeds=1)
+        add_cifar(parser, list(BACKGROUND.clean), seeds=1, clean=self.setting != "clean")
         add_rows(parser, BACKGROUND, list(self.rows))
         parser.set_defaults(level=0.4)
         parser.add_argument(
@@ -76,7 +76,7 @@ class Sweep:
     def run(self, args: argparse.Namespace) -> int:
         """Train, print the table, write numbers and figure."""
         console = Console()
-        results, report = run_grid(self.name, self.grid(args), args, console)
+        results = run_grid(self.name, self.grid(args), args, console)
         cells = self.summary(results)
         rows = [
             {
@@ -91,24 +91,22 @@ class Sweep:
             for (row, value), accuracy in cells.items()
         ]
         stem = args.out / self.name / f"{self.name}-{args.data}"
-        runs = without(results, "origin", "curve", "confusion")
-        report["runs"] = runs
+        runs = without(results, "origins", "curve", "confusion")
+        report = {**head(self.name, results, args), "runs": runs}
         return finish(console, stem, self.table(cells, args), report, rows, self.picture(cells))
 
     def summary(self, results: Results) -> Cells:
         """Test accuracy by row and value, over the seeds."""
-        groups: dict[tuple[str, float], list[float]] = {}
-        for result in results:
-            where = (result["settings"]["row"], result["settings"][self.setting])
-            groups.setdefault(where, []).append(100 - result["test_error"])
-        return {where: mean(values) for where, values in groups.items()}
+        groups = grouped(results, lambda r: (r["settings"]["row"], r["settings"][self.setting]))
+        return {
+            where: mean([100 - r["test_error"] for r in group]) for where, group in groups.items()
+        }
 
     def table(self, cells: Cells, args: argparse.Namespace) -> Sheet:
         """Accuracy, a row for each method and a column for each value."""
         values = sorted({value for _, value in cells})
         out = Sheet(
-            f"{self.title}: test accuracy in percent on {args.data}, "
-            f"{args.model or BACKGROUND.model}, {args.seeds} seeds, scale {args.scale:g}",
+            f"{self.title}: test accuracy in percent on {args.data}, {BACKGROUND.how(args)}",
             ["", *(f"{value:g}" for value in values)],
             caption=self.paper,
         )
@@ -120,17 +118,7 @@ class Sweep:
     def picture(self, cells: Cells) -> Any:
         """Accuracy over the setting, with confidence intervals."""
         figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
-        for row in dict.fromkeys(row for row, _ in cells):
-            points = sorted((value, found) for (name, value), found in cells.items() if name == row)
-            axes.errorbar(
-                [value for value, _ in points],
-                [found.value for _, found in points],
-                yerr=[found.half_width for _, found in points],
-                marker="o",
-                capsize=3,
-                linewidth=2.5 if row == "ours" else 1.2,
-                label=row,
-            )
+        error_bars(axes, cells, dict.fromkeys(row for row, _ in cells))
         if self.log:
             axes.set_xscale("log")
         axes.set_xlabel(self.label)

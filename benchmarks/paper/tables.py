@@ -13,12 +13,13 @@ from rich.console import Console
 from .. import record
 from ..errors import UsageError
 from .grid import Results
+from .methods import METHODS
 from .models import SHAPES
-from .options import add_shared, run_grid, scaled, share
+from .options import add_shared, head, run_grid, scaled, share
 from .output import Sheet, finish, without
 from .settings import Settings, TaskName
 from .splits import BACKGROUNDS
-from .statistics import Mean, mean
+from .statistics import Mean, grouped, mean
 
 FINE_TUNING = 5000
 VALIDATION = 5000
@@ -92,14 +93,15 @@ class Experiment:
     rows: tuple[Row, ...]
 
     def row(self, name: str) -> Row:
-        """A row by its name."""
-        (found,) = (row for row in self.rows if row.name == name)
-        return found
+        """A row by its name; a method that has none is a row of its own."""
+        by_name = {row.name: row for row in self.rows}
+        return by_name.get(name) or Row(name, name)
 
     @property
     def runnable(self) -> list[str]:
-        """Names of the rows that can be run."""
-        return [row.name for row in self.rows if row.method is not None]
+        """Names of the rows that can be run, and of the methods that have none."""
+        names = [row.name for row in self.rows if row.method is not None]
+        return names + [name for name in METHODS if name not in names]
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The options of the table."""
@@ -171,10 +173,15 @@ class Experiment:
         ]
         return replace(found, continues=keys[0], transition=keys[1])
 
+    def how(self, args: argparse.Namespace) -> str:
+        """Model, seeds and scale, for the titles of tables."""
+        authors = ", as the authors' code" if args.authors else ""
+        return f"{args.model or self.model}, {args.seeds} seeds, scale {args.scale:g}{authors}"
+
     def run(self, args: argparse.Namespace) -> int:
         """Train, print the table, write the numbers."""
         console = Console()
-        results, report = run_grid(self.name, self.grid(args.rows, args), args, console)
+        results = run_grid(self.name, self.grid(args.rows, args), args, console)
         found = accuracies(results)
         rows = [
             {
@@ -188,21 +195,26 @@ class Experiment:
                 "paper": row.paper.get(args.data, _UNKNOWN)[0],
                 "paper_half_width_95": row.paper.get(args.data, _UNKNOWN)[1],
             }
-            for row in self.rows
+            for row in self._shown(found)
         ]
         stem = args.out / self.name / f"{self.name}-{args.data}-{rows[0]['noise']}"
-        report["runs"] = without(results, "origin")
+        report = {**head(self.name, results, args), "runs": without(results, "origins")}
         return finish(console, stem, self.table(found, args), report, rows)
+
+    def _shown(self, found: Iterable[str]) -> list[Row]:
+        """The rows of the table, and those that were run beside."""
+        names = {row.name for row in self.rows}
+        return [*self.rows, *(self.row(name) for name in found if name not in names)]
 
     def table(self, found: dict[str, Mean], args: argparse.Namespace) -> Sheet:
         """All rows; those that were not run have the paper's number alone."""
         noise = args.labels or f"{args.level:.0%} flipped"
         out = Sheet(
-            f"{self.title}, {noise}: test accuracy in percent on {args.data}, "
-            f"{args.model or self.model}, {args.seeds} seeds, scale {args.scale:g}",
+            f"{self.title}, {noise}, {args.clean or self.clean[args.data]} clean images: test "
+            f"accuracy in percent on {args.data}, {self.how(args)}",
             ("", "measured", "paper"),
         )
-        for row in self.rows:
+        for row in self._shown(found):
             measured = found[row.name].text if row.name in found else "not run"
             claim = Mean(*row.paper[args.data]).text if args.data in row.paper else "none"
             out.add(row.name, measured, claim, bold=row.name == "ours")
@@ -218,7 +230,9 @@ def _background(data: str, seed: int) -> int:
     return BACKGROUNDS[data][seed]
 
 
-def add_cifar(parser: argparse.ArgumentParser, data: Sequence[str], *, seeds: int = 5) -> None:
+def add_cifar(
+    parser: argparse.ArgumentParser, data: Sequence[str], *, seeds: int = 5, clean: bool = True
+) -> None:
     """The options of every experiment with the runs of the tables."""
     add_shared(parser, seeds=seeds)
     parser.add_argument("--data", choices=data, default=data[0], help=f"default: {data[0]}")
@@ -227,12 +241,15 @@ def add_cifar(parser: argparse.ArgumentParser, data: Sequence[str], *, seeds: in
         choices=[name for name, shape in SHAPES.items() if shape == (3, 32, 32)],
         help="default: wrn-28-10 for uniform flips, else resnet-32",
     )
-    parser.add_argument(
-        "--clean",
-        type=record.positive,
-        metavar="N",
-        help="clean images of all classes together (default: the paper's)",
-    )
+    if clean:
+        parser.add_argument(
+            "--clean",
+            type=record.positive,
+            metavar="N",
+            help="clean images of all classes together (default: the paper's)",
+        )
+    else:
+        parser.set_defaults(clean=None)
     parser.add_argument(
         "--authors",
         action="store_true",
@@ -267,10 +284,8 @@ def add_rows(parser: argparse.ArgumentParser, table: Experiment, default: list[s
 
 def accuracies(results: Results) -> dict[str, Mean]:
     """Test accuracy after the last step, by row, over the seeds."""
-    groups: dict[str, list[float]] = {}
-    for result in results:
-        groups.setdefault(result["settings"]["row"], []).append(100 - result["test_error"])
-    return {row: mean(values) for row, values in groups.items()}
+    groups = grouped(results, lambda result: str(result["settings"]["row"]))
+    return {row: mean([100 - r["test_error"] for r in group]) for row, group in groups.items()}
 
 
 def numbers(
