@@ -26,7 +26,7 @@ from benchmarks.paper.files import locked
 from benchmarks.paper.images import Images
 from benchmarks.paper.methods import Batch, Context, Statistics, make
 from benchmarks.paper.output import Sheet
-from benchmarks.paper.runs import Place, run
+from benchmarks.paper.runs import Place, StoppedError, run
 from benchmarks.paper.settings import Settings
 from benchmarks.paper.splits import Split, uniform_flip
 from benchmarks.paper.table1 import UNIFORM
@@ -69,7 +69,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _tiny(classes: int) -> nn.Module:
     return nn.Sequential(
-        nn.AvgPool2d((3, 8), ceil_mode=True), nn.Flatten(), nn.Dropout(0.2), nn.Linear(132, classes)
+        *(nn.AvgPool2d((3, 8), ceil_mode=True), nn.Flatten(), nn.Dropout(0.2)),
+        *(nn.BatchNorm1d(132), nn.Linear(132, classes)),
     )
 
 
@@ -109,6 +110,86 @@ def test_a_lost_state_of_the_run_before_is_one_sentence(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "baseline-seed0.json to run that again" in err
+
+
+@pytest.mark.parametrize("row", ["baseline +ft", "s-model +conf", "s-model +conf +ft"])
+def test_a_stopped_run_with_parents_continues_bit_equal(
+    row: str, data_root: Path, tmp_path: Path
+) -> None:
+    assert paper(data_root, tmp_path, "table2", "--rows", row) == 0
+    whole = runs(tmp_path, "table2")[row]
+    settings = Settings(**{**whole["settings"], "decays": (20, 30)})
+    place = Place(tmp_path / "table2" / "runs", data_root, "cpu", 1, {})
+    place.result(settings).unlink()
+    with pytest.raises(StoppedError):
+        run(settings, place, lambda _: None, lambda: True)
+    assert place.checkpoint(settings).exists()
+    again = run(settings, place, lambda _: None)
+    assert again["parameters"] == whole["parameters"]
+    assert again["parents"] == whole["parents"]
+    assert len(again["origins"]) == 1
+
+
+def test_a_child_knows_its_parent(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["--rows", "baseline +ft"]
+    assert paper(data_root, tmp_path, "table2", *rows) == 0
+    folder = tmp_path / "table2" / "runs"
+    (parent,) = folder.glob("*-baseline-seed0.json")
+    (child,) = folder.glob("*-baseline+ft-seed0.json")
+    parent.write_text(json.dumps({**json.loads(parent.read_text()), "parameters": "0"}))
+    capsys.readouterr()
+    assert paper(data_root, tmp_path, "table2", *rows) == 2
+    assert "started from another" in capsys.readouterr().err
+    child.unlink()
+    assert paper(data_root, tmp_path, "table2", *rows) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "remove both" in err
+
+
+def test_finished_runs_of_other_data_are_not_mixed_with_new_ones(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert paper(data_root, out, "table2", "--rows", "baseline") == 0
+    other = tmp_path / "other" / "cifar-10-batches-py"
+    other.mkdir(parents=True)
+    for path in (data_root / other.name).iterdir():
+        content = pickle.loads(path.read_bytes())
+        if b"data" in content:
+            content[b"data"] = content[b"data"] // 2
+        (other / path.name).write_bytes(pickle.dumps(content))
+    data.load.cache_clear()
+    capsys.readouterr()
+    assert paper(other.parent, out, "table2", "--rows", "baseline", "random") == 2
+    assert "other data" in capsys.readouterr().err
+    assert runs(out, "table2").keys() == {"baseline"}
+
+
+def test_an_impossible_split_is_found_before_anything_runs(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--rows", "baseline", "--sizes", "10", "500"]
+    assert paper(data_root, tmp_path, "figure4", *sizes) == 2
+    assert "50 clean images of class" in capsys.readouterr().err
+    assert not runs(tmp_path, "table2")
+
+
+def test_methods_without_a_row_can_be_run_beside_the_table(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paper(data_root, tmp_path, "table1", "--rows", "proportion") == 0
+    assert "proportion" in capsys.readouterr().out
+    assert "proportion" in (tmp_path / "table1" / "table1-cifar10-0.4.csv").read_text()
+
+
+def test_nothing_flipped_is_nothing_to_find(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paper(data_root, tmp_path, "figure3", "--level", "0") == 2
+    assert "--level" in capsys.readouterr().err
 
 
 def test_the_noise_layer_starts_from_the_confusion_of_a_baseline(

@@ -138,8 +138,8 @@ def table(cells: Cells, shared: dict[str, Any], args: argparse.Namespace) -> She
     heads = [f"{ratio:g}:1" for ratio in ratios]
     out = Sheet(
         f"4 against 9 on {shared['data']}, {shared['model']}, {shared['images']} images, "
-        f"{shared['steps']} steps: test error in percent, mean of {args.seeds} seeds ± 95% "
-        "confidence",
+        f"{shared['steps']} steps, scale {args.scale:g}: test error in percent, {args.seeds} seeds "
+        "± 95% confidence",
         ["", *heads, f"rise to {heads[-1]}", "rise in the paper"],
     )
     for method in methods:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +56,7 @@ def sha256(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of tensors, bit by bit."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        numbers: Any = tensor.detach().cpu().contiguous().numpy()
-        digest.update(memoryview(numbers).cast("B"))
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
