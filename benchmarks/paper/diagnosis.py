@@ -51,9 +51,10 @@ def diagnose(weigh: Weigh, split: Split, size: int, seed: int) -> dict[str, Colu
 
 
 def _parts(groups: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """Full batches of each group, or all of a group that is smaller than one."""
+    """Full batches of each group, or all of a group that is smaller than one; none of one image."""
     for group in groups:
-        yield from (part for part in group.split(size) if len(part) == min(size, len(group)))
+        whole = max(2, min(size, len(group)))
+        yield from (part for part in group.split(size) if len(part) == whole)
 
 
 def _columns(weigh: Weigh, split: Split, parts: Sequence[Tensor], first: int) -> Columns:
