@@ -232,8 +232,8 @@ def _check_reweighter(engine: EngineName) -> Iterator[Checked]:
     gradients = reference.weighted_gradient(model, losses, batch, weights)
     for device in _devices():
         moved = copy.deepcopy(model).to(device)
-        on_device = [[x.to(device) for x in part] for part in (batch, clean)]
-        step = Reweighter(moved, losses, engine=engine).backward(*on_device)
+        here, clean_here = ([x.to(device) for x in part] for part in (batch, clean))
+        step = Reweighter(moved, losses, engine=engine).backward(here, clean_here)
         label = f"{device}, float64"
         yield f"{label}, scores", _relative_error(step.scores, scores), _TOLERANCE_FLOAT64
         yield f"{label}, weights", _relative_error(step.weights, weights), _TOLERANCE_FLOAT64

@@ -25,7 +25,7 @@ from .plan import Explanation
 from .policy import Policy
 from .preserve import Snapshot, preserved
 from .result import Step
-from .weighing import Degenerate, Weighed, infinite_if, weigh
+from .weighing import Degenerate, Weighed, infinite_if, weigh, zero_if
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
@@ -184,6 +184,7 @@ class Reweighter:
             gradients = []
             if not weighed.skip or self._accumulation is not None:
                 gradients = scored.weighted_gradients(weighed.for_gradient)
+                gradients = zero_if(weighed.spoilt, gradients)
             snapshot.settle()
         if self._accumulation is not None:
             self._accumulation.add(weighed, gradients)

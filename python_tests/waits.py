@@ -51,9 +51,7 @@ class NeverWaits(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func.overloadpacket
         waits = packet in _WAITING
-        if packet is _aten.index:
-            waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        elif packet is _aten.index_put or packet is _aten.index_put_:
+        if packet in (_aten.index, _aten.index_put, _aten.index_put_):
             waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         elif packet is _aten._to_copy:
             waits = kwargs.get("device") not in (None, args[0].device)

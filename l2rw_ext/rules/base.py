@@ -185,9 +185,12 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
-        """Σ_{i in active} w_i ∇f_i."""
+        """Σ w_i ∇f_i over the ``active`` examples, those with w_i ≠ 0.
+
+        None where the host does not know which they are; no other example counts then either.
+        """
 
     def factored(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Tensor:
         """Eq. 12 literally, without a direction; only for rules that list the form."""
