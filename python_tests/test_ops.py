@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_cases import OPERATORS, Draw, assert_exact, call, convert, lay_out, sample, wrong
 from tolerances import TOLERANCES
@@ -280,3 +280,56 @@ def test_docstring_examples() -> None:
     result = doctest.testmod(ops)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def _on_cuda(a: Any) -> Any:
+    """The tensor with its strides on the device."""
+    if not isinstance(a, Tensor):
+        return a
+    count = a.untyped_storage().nbytes() // a.element_size()
+    storage = a.as_strided((count,), (1,), 0).cuda()
+    return storage.as_strided(a.shape, a.stride(), a.storage_offset())
+
+
+@pytest.mark.cuda
+@every_dtype
+@every_operator
+@given(data=st.data())
+def test_matches_plain_float64_on_cuda(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    seed = data.draw(st.integers(0, 2**16))
+    draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
+    arguments = OPERATORS[name].arguments(draw)
+    here = tuple(map(_on_cuda, arguments))
+    # The table is for float32 products that are not rounded to TF32, which torch's convolutions are.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        results = call(name, here)
+    assert all(result.is_cuda for result in results)
+    assert_exact(name, dtype, arguments, tuple(result.cpu() for result in results))
+    expected = call(name, arguments)
+    assert [r.stride() for r in results if r.numel() > 1] == [
+        r.stride() for r in expected if r.numel() > 1
+    ]
+
+
+@pytest.mark.cuda
+@every_operator
+def test_never_waits_for_the_device(name: str) -> None:
+    arguments = tuple(map(_on_cuda, sample(name)))
+    call(name, arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(name, arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@every_dtype
+@given(n=st.integers(0, 700))
+@settings(max_examples=10)
+def test_normalize_weights_on_cuda(dtype: torch.dtype, n: int) -> None:
+    u = torch.randn(n, dtype=dtype)
+    expected = ops.normalize_weights(u)
+    result = ops.normalize_weights(u.cuda()).cpu()
+    torch.testing.assert_close(result, expected)
