@@ -300,7 +300,7 @@ def test_matches_plain_float64_on_cuda(name: str, dtype: torch.dtype, data: st.D
     draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
     arguments = OPERATORS[name].arguments(draw)
     here = tuple(map(_on_cuda, arguments))
-    # The table is for float32 products that are not rounded to TF32, which torch's convolutions are.
+    # The table is for float32 products that are not rounded to TF32, as torch's convolutions are.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         results = call(name, here)
     assert all(result.is_cuda for result in results)

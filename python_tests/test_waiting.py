@@ -229,7 +229,8 @@ def test_inputs_that_are_not_batched_must_be_the_same_tensor(
         # Once it is settled that both are batched, they need not be compared.
         other = torch.zeros(4, 3)
         assert merge((x, x.clone()), (other, other.clone()), 4, 4, settled=True) is not None
-        assert merge((x, mask[:1]), (other, mask[:1]), 4, 4, settled=True) is not None
+        assert merge((x, mask), (other, mask), 4, 4, settled=True) is not None
+        assert merge((x, x), (other, x), 4, 4, settled=True) is None
     with NeverWaits(), pytest.raises(WaitedError):
         merge((x, x.clone()), (other, other.clone()), 4, 4)
 
