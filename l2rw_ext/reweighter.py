@@ -53,7 +53,8 @@ class Reweighter:
             ``"zero"`` accumulates zeros, ``"uniform"`` falls back to equal weights, ``"skip"``
             leaves ``p.grad`` untouched.
         check_finite: on CUDA, wait for the device and raise at once if the clean loss is not
-            finite. Elsewhere the check is free and always made.
+            finite, or an example that the engine cannot leave out; else such a step accumulates
+            zeros and raises when its result is read. Elsewhere the check is free and always made.
         low_memory: keep nothing of a layer between scores and weighted gradient, and pay a second
             backward instead, so that checkpointing keeps its worth. Numbers are the same up to
             rounding; engines other than ``"layerwise"`` keep nothing anyway.

@@ -81,6 +81,17 @@ def test_matches_the_operator_and_never_waits(
         assert not isinstance(argument, Tensor) or torch.equal(argument, copy)
 
 
+@every_operator
+def test_autocast_changes_nothing(name: str) -> None:
+    arguments = sample(name)
+    expected = compose(name, arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = compose(name, arguments)
+    for result, exact in zip(results, expected, strict=True):
+        assert result.dtype == exact.dtype
+        assert torch.equal(result, exact)
+
+
 def test_what_would_wait_is_found() -> None:
     x, mask = torch.ones(3), torch.tensor([True, False, True])
     for wait in (
@@ -91,7 +102,6 @@ def test_what_would_wait_is_found() -> None:
         lambda: x.masked_select(mask),
         lambda: torch.equal(x, x),
         lambda: x.unique(),
-        lambda: torch.where(mask, x, 0),
         lambda: torch.tensor(1.0),
         lambda: x.to("meta"),
         lambda: x.repeat_interleave(torch.arange(3)),

@@ -55,9 +55,6 @@ class NeverWaits(TorchDispatchMode):
             waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         elif packet is _aten._to_copy:
             waits = kwargs.get("device") not in (None, args[0].device)
-        elif packet is _aten.where:
-            # A number among the operands becomes a tensor of the CPU, which is copied.
-            waits = any(x.dim() == 0 for x in args[1:]) and any(x.dim() for x in args)
         elif packet is _aten.repeat_interleave:
             waits = isinstance(args[0], Tensor) and kwargs.get("output_size") is None
         if waits:

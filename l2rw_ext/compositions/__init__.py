@@ -4,8 +4,9 @@ What runs on CUDA tensors where no kernel of ours does, and what a kernel is mea
 Each function has the name, the arguments and the results of its operator in :mod:`l2rw_ext.ops`.
 None of them reads a value on the host, or makes a shape depend on one, so that none waits for the
 device and all can be captured in a CUDA graph. An index out of range is therefore found by the
-device. Matrix products and convolutions of float32 follow torch's precision settings, and sums are
-as reproducible as the operations of torch that form them.
+device. A caller's autocast, which no compiled kernel sees, has no say in them either. Matrix
+products and convolutions of float32 follow torch's precision settings, and sums are as reproducible
+as the operations of torch that form them.
 """
 
 from __future__ import annotations

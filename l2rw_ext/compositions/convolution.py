@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autocast import without_autocast
 from .arithmetic import accumulation_dtype, parts, product
 from .checks import Checks
 from .weights import without_weight
 
 
+@without_autocast()
 def conv_correlation(
     z: Tensor,
     g: Tensor,
@@ -51,6 +53,7 @@ def conv_correlation(
     return moved.mul_(g).sum(tuple(range(1, g.dim())))
 
 
+@without_autocast()
 def conv_example_gradients(
     z: Tensor,
     g: Tensor,
@@ -90,10 +93,11 @@ def conv_example_gradients(
         wide = product(rows, columns.mT, dtype).view(-1, *shape)
         gradients[part] = wide
         if v is not None:
-            u[part] += wide.view(-1, size) @ v
+            u[part].add_(wide.view(-1, size) @ v)
     return gradients, bias_gradients.to(z.dtype), u
 
 
+@without_autocast()
 def conv_weighted_gradient(
     z: Tensor,
     g: Tensor,

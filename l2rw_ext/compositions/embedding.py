@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from .arithmetic import accumulation_dtype
 from .checks import Checks
 
 
+@without_autocast()
 def embedding_correlation(index: Tensor, g: Tensor, direction: Tensor) -> Tensor:
     """u_i = Σ_t g_it · V[index_it]."""
     check = Checks("embedding_correlation", "g", g)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..autocast import without_autocast
 from .arithmetic import WORKSPACE_BYTES, accumulation_dtype, parts, product
 from .checks import Checks
 
@@ -11,6 +12,7 @@ from .checks import Checks
 _COLUMNS = 4096
 
 
+@without_autocast()
 def factored_correlation(
     z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor, bias: bool
 ) -> Tensor:
@@ -46,10 +48,11 @@ def factored_correlation(
             inner = product(z[part], z_columns, dtype)
             if bias:
                 inner += 1
-            per_row[part] += inner.mul_(product(g[part], g_columns, dtype)).sum(1)
+            per_row[part].add_(inner.mul_(product(g[part], g_columns, dtype)).sum(1))
     return per_row.view(n, positions).sum(1)
 
 
+@without_autocast()
 def dense_correlation(
     z: Tensor, g: Tensor, direction: Tensor, direction_bias: Tensor | None = None
 ) -> Tensor:
@@ -83,6 +86,7 @@ def dense_correlation(
     return per_row.view(n, positions).sum(1)
 
 
+@without_autocast()
 def linear_example_gradients(
     z: Tensor,
     g: Tensor,
@@ -122,5 +126,5 @@ def linear_example_gradients(
         wide = product(g[part].mT, z[part], dtype)
         gradients[part] = wide
         if v is not None:
-            u[part] += wide.reshape(wide.shape[0], o * i) @ v
+            u[part].add_(wide.reshape(wide.shape[0], o * i) @ v)
     return gradients, bias_gradients.to(z.dtype), u

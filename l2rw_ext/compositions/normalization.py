@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from .arithmetic import accumulation_dtype
 from .checks import Checks
 
 
+@without_autocast()
 def affine_correlation(
     x: Tensor,
     g: Tensor,
@@ -33,6 +35,7 @@ def affine_correlation(
     return u
 
 
+@without_autocast()
 def affine_example_gradients(
     x: Tensor, g: Tensor, mean: Tensor | None, rstd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -74,6 +77,7 @@ def _scale_gradients(x: Tensor, g: Tensor, mean: Tensor | None, rstd: Tensor | N
     return (normalized * g).sum(1)
 
 
+@without_autocast()
 def group_norm_backward(
     g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +116,7 @@ def group_norm_backward(
     return result, along.view(n, channels), sums.view(n, channels)
 
 
+@without_autocast()
 def batch_norm_tangent(
     x: Tensor,
     x_tangent: Tensor | None,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from .arithmetic import accumulation_dtype, parts
 from .checks import Checks
 
@@ -16,6 +17,7 @@ def without_weight(weights: Tensor, dims: int) -> Tensor:
     return (weights == 0).view(-1, *[1] * (dims - 1))
 
 
+@without_autocast()
 def weighted_sum(gradients: Tensor, weights: Tensor) -> Tensor:
     """W = Σ_i w_i G_i over the examples with w_i ≠ 0."""
     check = Checks("weighted_sum", "gradients", gradients)
@@ -43,6 +45,7 @@ def weighted_sum(gradients: Tensor, weights: Tensor) -> Tensor:
     return total.view(shape)
 
 
+@without_autocast()
 def scale_rows(g: Tensor, weights: Tensor, active: Tensor) -> Tensor:
     """Rows w_a g_a, for a in ``active``."""
     check = Checks("scale_rows", "g", g)
@@ -67,6 +70,7 @@ def scale_rows(g: Tensor, weights: Tensor, active: Tensor) -> Tensor:
     return rows.transpose(1, 2) if by_channel else rows
 
 
+@without_autocast()
 def normalize_weights(u: Tensor) -> Tensor:
     """Eq. 8: w̃ = max(u, 0), zero where not finite; Eq. 9: w = w̃ / Σ w̃, zero where that sum is."""
     check = Checks("normalize_weights", "u", u)
