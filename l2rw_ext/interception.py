@@ -39,6 +39,7 @@ class Interception(TorchFunctionMode):
     def __init__(self, members: Members, sink: Any, examples: int | None = None) -> None:
         super().__init__()
         self._examples = examples
+        # Of the CPU for any model: no gradient of it is ever formed, so that nothing is copied.
         self.token = torch.zeros((), requires_grad=True, device="cpu")
         self.uses: list[Use] = []
         self.calls: list[str] = []
