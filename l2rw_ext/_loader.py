@@ -18,7 +18,7 @@ except ImportError as error:
         name="l2rw_ext",
     ) from error
 
-__all__ = ["BUILD_INFO", "LIBRARIES", "Library", "cuda_unavailable_reason", "instruction_set"]
+__all__ = ["BUILD_INFO", "LIBRARIES", "Library", "instruction_set"]
 
 BUILD_INFO = _C.build_info()
 
@@ -71,7 +71,7 @@ def _load_cuda() -> Library:
     path = _FOLDER / name
     if not path.exists():
         reason = (
-            "this build has no CUDA operators; rebuild with nvcc: "
+            "this build has no CUDA kernels; rebuild with nvcc: "
             "L2RW_CUDA=ON pip install --no-build-isolation ."
         )
         return Library(name, None, False, reason)
@@ -94,11 +94,6 @@ def _load_cuda() -> Library:
 
 
 LIBRARIES = (_load_cpu(), _load_cuda())
-
-
-def cuda_unavailable_reason() -> str:
-    """Why operators do not run on CUDA tensors; empty where they do."""
-    return LIBRARIES[1].reason
 
 
 def instruction_set() -> str:

@@ -1,4 +1,7 @@
-"""What the compiled operators need besides their kernels: fakes, derivatives, and refusals.
+"""What the compiled operators need besides their kernels: fakes, derivatives, and compositions.
+
+On CUDA tensors an operator runs as the kernel of ``_ops_cuda.so``, if that is loaded and has one,
+else as its composition.
 
 Every correlation is linear in each of its arguments, and its derivative is written with ordinary
 torch operations, so it can be differentiated again. All other operators refuse to be
@@ -15,9 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from l2rw_ext import _loader
+from l2rw_ext import (
+    _loader,  # noqa: F401  registers the operators, on CUDA too where that library is loaded
+    compositions,
+)
+from l2rw_ext.compositions.arithmetic import accumulation_dtype
 
-__all__ = ["OPERATORS", "WITHOUT_CUDA"]
+__all__ = ["COMPOSED", "OPERATORS"]
 
 OPERATORS = (
     "factored_correlation",
@@ -37,15 +44,11 @@ OPERATORS = (
 )
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 # Fakes: shape, dtype and strides of every result.
 
 
 def _scores(tensor: Tensor) -> Tensor:
-    return tensor.new_empty((tensor.shape[0],), dtype=_accumulation(tensor.dtype))
+    return tensor.new_empty((tensor.shape[0],), dtype=accumulation_dtype(tensor.dtype))
 
 
 def _fake_factored_correlation(
@@ -123,21 +126,21 @@ def _fake_conv_weighted_gradient(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    o, c, dtype = g.shape[1], z.shape[1] // groups, _accumulation(z.dtype)
+    o, c, dtype = g.shape[1], z.shape[1] // groups, accumulation_dtype(z.dtype)
     return z.new_empty((o, c, *kernel_size), dtype=dtype), z.new_empty((o,), dtype=dtype)
 
 
 def _fake_affine_example_gradients(
     x: Tensor, g: Tensor, mean: Tensor | None, rstd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    n, d, dtype = x.shape[0], x.shape[2], _accumulation(x.dtype)
+    n, d, dtype = x.shape[0], x.shape[2], accumulation_dtype(x.dtype)
     return x.new_empty((n, d), dtype=dtype), x.new_empty((n, d), dtype=dtype)
 
 
 def _fake_group_norm_backward(
     g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, c, dtype = x.shape[0], x.shape[1], _accumulation(x.dtype)
+    n, c, dtype = x.shape[0], x.shape[1], accumulation_dtype(x.dtype)
     kept = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
     data = torch.empty_like(x) if kept else x.new_empty(x.shape)
     return data, x.new_empty((n, c), dtype=dtype), x.new_empty((n, c), dtype=dtype)
@@ -157,7 +160,7 @@ def _fake_batch_norm_tangent(
 
 
 def _fake_weighted_sum(gradients: Tensor, weights: Tensor) -> Tensor:
-    return gradients.new_empty(gradients.shape[1:], dtype=_accumulation(gradients.dtype))
+    return gradients.new_empty(gradients.shape[1:], dtype=accumulation_dtype(gradients.dtype))
 
 
 def _fake_scale_rows(g: Tensor, weights: Tensor, active: Tensor) -> Tensor:
@@ -333,24 +336,12 @@ class _ReverseModeOnly(torch.library.Library):
         super().impl(op_name, kernel, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
-def _refuse_cuda(name: str) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> Any:
-        reason = _loader.cuda_unavailable_reason()
-        if reason:
-            reason = f"_ops_cuda.so is not loaded: {reason}"
-        else:
-            reason = "this version has no CUDA kernel for it; move its arguments to the CPU"
-        raise NotImplementedError(f"l2rw_ext::{name} cannot run on CUDA tensors: {reason}")
-
-    return kernel
-
-
-# Operators that no loaded library runs on CUDA tensors.
-WITHOUT_CUDA = frozenset(
+COMPOSED = frozenset(
     name
     for name in OPERATORS
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"l2rw_ext::{name}", "CUDA")
 )
+"""Operators that run on CUDA tensors as compositions, because no loaded library has a kernel."""
 
 _library = _ReverseModeOnly("l2rw_ext", "FRAGMENT")
 _plain_library = torch.library.Library("l2rw_ext", "FRAGMENT")
@@ -359,5 +350,5 @@ for _name in OPERATORS:
     torch.library.register_fake(_qualified, globals()[f"_fake_{_name}"], lib=_plain_library)
     _save, _backward = _DERIVATIVES.get(_name, (None, _refuse_backward(_name)))
     torch.library.register_autograd(_qualified, _backward, setup_context=_save, lib=_library)
-    if _name in WITHOUT_CUDA:
-        _plain_library.impl(_name, _refuse_cuda(_name), "CUDA")
+    if _name in COMPOSED:
+        _plain_library.impl(_name, getattr(compositions, _name), "CUDA")

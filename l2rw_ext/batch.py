@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from . import waiting
+
 Batch: TypeAlias = tuple[Any, Any]
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
@@ -123,15 +125,19 @@ def _structure(tree: Any) -> str:
     return f"a {type(tree).__name__}"
 
 
-def merge(train: Any, clean: Any, n: int, m: int) -> Any | None:
+def merge(train: Any, clean: Any, n: int, m: int, *, settled: bool = False) -> Any | None:
     """Concatenate [train; clean] along dimension 0; None where that is not possible or not safe.
 
     A tensor is batched if its ``size(0)`` is n in the training and m in the clean batch; every
     other leaf (a mask, a number) must be equal in both and is passed once. With n = m an equal
     tensor among several could be either, so it is not merged.
+
+    Where values are not at hand, a tensor that is not batched must be the same in both, not just
+    equal; whether batched ones are equal is asked unless it is ``settled`` that they are batched,
+    from an earlier step on batches of these shapes.
     """
     if isinstance(train, Tensor) and isinstance(clean, Tensor):
-        joined = _merge_leaf(train, clean, n, m, alone=True)
+        joined = _merge_leaf(train, clean, n, m, alone=True, settled=settled)
         return None if joined is train else joined
     a, spec = pytree.tree_flatten(train)
     b = pytree.tree_leaves(clean)
@@ -139,7 +145,7 @@ def merge(train: Any, clean: Any, n: int, m: int) -> Any | None:
     merged = []
     batched = False
     for x, y in zip(a, b, strict=True):
-        one = _merge_leaf(x, y, n, m, alone=alone)
+        one = _merge_leaf(x, y, n, m, alone=alone, settled=settled)
         if one is None and x is not None:
             return None
         batched = batched or one is not x
@@ -149,16 +155,25 @@ def merge(train: Any, clean: Any, n: int, m: int) -> Any | None:
     return pytree.tree_unflatten(merged, spec)
 
 
-def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool) -> Any | None:
+def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, settled: bool) -> Any | None:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         if x.dim() and y.dim() and x.size(0) == n and y.size(0) == m:
-            if x.shape[1:] != y.shape[1:] or (n == m and not alone and torch.equal(x, y)):
+            if x.shape[1:] != y.shape[1:]:
+                return None
+            if n == m and not alone and _equal(x, y, ask=not settled):
                 return None
             return torch.cat([x, y])
-        return x if x.shape == y.shape and torch.equal(x, y) else None
+        return x if x.shape == y.shape and _equal(x, y, ask=False) else None
     if isinstance(x, Tensor) or isinstance(y, Tensor):
         return None
     return x if x is y or x == y else None
+
+
+def _equal(x: Tensor, y: Tensor, *, ask: bool) -> bool:
+    """Whether two tensors of one shape are equal; ``ask`` the device where it must be asked."""
+    if x is y:
+        return True
+    return (ask or waiting.at_hand(x)) and torch.equal(x, y)
 
 
 def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:

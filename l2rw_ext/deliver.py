@@ -19,16 +19,14 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, box: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.box = box
-        return torch.empty(())
+        # On the device of the gradients: autograd then knows the stream they were computed on.
+        return torch.empty((), device=box[0].device)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
         gradients = tuple(ctx.box)
         ctx.box.clear()
         return (None, *gradients)
-
-
-_SEED = torch.ones(())
 
 
 def deliver(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
@@ -40,4 +38,5 @@ def deliver(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
     box = [g for _, g in gradients]
     gradients.clear()
     if parameters:
-        torch.autograd.backward(_Deliver.apply(box, *parameters), _SEED)
+        node = _Deliver.apply(box, *parameters)
+        torch.autograd.backward(node, torch.ones_like(node))

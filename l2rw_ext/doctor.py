@@ -8,6 +8,7 @@ status 1 if something is wrong.
 
 from __future__ import annotations
 
+import copy
 import functools
 import platform
 import sys
@@ -49,6 +50,8 @@ def _installation() -> Iterator[tuple[str, str]]:
     else:
         built = "none: built without CUDA"
     yield "CUDA architectures", built
+    kernels = [name for name in _registration.OPERATORS if name not in _registration.COMPOSED]
+    yield "CUDA operators", f"{', '.join(kernels) or 'none'}; all others composed of torch's"
     if torch.cuda.is_available():
         yield "CUDA device", torch.cuda.get_device_name()
     isa = _loader.instruction_set()
@@ -183,18 +186,14 @@ def _relative_error(result: Tensor, exact: Tensor) -> float:
     return float((result.cpu().double() - exact).abs().max() / exact.abs().max())
 
 
-def _runs_on_cuda(name: str) -> bool:
-    return (
-        _loader.LIBRARIES[1].loaded
-        and torch.cuda.is_available()
-        and name not in _registration.WITHOUT_CUDA
-    )
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def _check_operator(name: str, case: Case) -> Iterator[Checked]:
     arguments, plain = case
     expected = plain(*arguments)
-    for device in ("cpu", "cuda") if _runs_on_cuda(name) else ("cpu",):
+    for device in _devices():
         for dtype, tolerance in (
             (torch.float64, _TOLERANCE_FLOAT64),
             (torch.float32, _TOLERANCE_FLOAT32),
@@ -231,17 +230,20 @@ def _check_reweighter(engine: EngineName) -> Iterator[Checked]:
     scores = reference.single_gradient_scores(model, losses, batch, clean)
     weights = reference.weights_from_scores(scores)
     gradients = reference.weighted_gradient(model, losses, batch, weights)
-    step = Reweighter(model, losses, engine=engine).backward(batch, clean)
-    label = "cpu, float64"
-    yield f"{label}, scores", _relative_error(step.scores, scores), _TOLERANCE_FLOAT64
-    yield f"{label}, weights", _relative_error(step.weights, weights), _TOLERANCE_FLOAT64
-    errors = [
-        _relative_error(parameter.grad, gradient)
-        for parameter, gradient in zip(model.parameters(), gradients.values(), strict=True)
-        if parameter.grad is not None and gradient is not None
-    ]
-    complete = len(errors) == len(gradients)
-    yield f"{label}, gradient", max(errors) if complete else float("nan"), _TOLERANCE_FLOAT64
+    for device in _devices():
+        moved = copy.deepcopy(model).to(device)
+        here, clean_here = ([x.to(device) for x in part] for part in (batch, clean))
+        step = Reweighter(moved, losses, engine=engine).backward(here, clean_here)
+        label = f"{device}, float64"
+        yield f"{label}, scores", _relative_error(step.scores, scores), _TOLERANCE_FLOAT64
+        yield f"{label}, weights", _relative_error(step.weights, weights), _TOLERANCE_FLOAT64
+        errors = [
+            _relative_error(parameter.grad, gradient)
+            for parameter, gradient in zip(moved.parameters(), gradients.values(), strict=True)
+            if parameter.grad is not None and gradient is not None
+        ]
+        complete = len(errors) == len(gradients)
+        yield f"{label}, gradient", max(errors) if complete else float("nan"), _TOLERANCE_FLOAT64
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import waiting
 from .engines.base import NotExactError
 from .members import Members
 from .rules import REGISTRY, autocast
@@ -38,6 +39,7 @@ class Interception(TorchFunctionMode):
     def __init__(self, members: Members, sink: Any, examples: int | None = None) -> None:
         super().__init__()
         self._examples = examples
+        # Of the CPU for any model: no gradient of it is ever formed, so that nothing is copied.
         self.token = torch.zeros((), requires_grad=True, device="cpu")
         self.uses: list[Use] = []
         self.calls: list[str] = []
@@ -46,6 +48,8 @@ class Interception(TorchFunctionMode):
         self.sink = sink
         self.unruled: dict[int, str] = {}
         self.without_grad: str | None = None
+        self.scalars: list[tuple[Tensor, int]] = []
+        """Tensors without dimensions whose values are not at hand, and their versions when used."""
         self.chooses: str | None = None
         """The first operation through which values of the data may decide what is computed."""
         self.saved_tensor_hooks = False
@@ -128,13 +132,22 @@ class Interception(TorchFunctionMode):
         for a in (*args, *kwargs.values()) if kwargs else args:
             if type(a) is float or type(a) is int:
                 zero = not a
-            elif isinstance(a, Tensor) and a.dim() == 0 and a.device.type == "cpu":
-                zero = torch._C._functorch.peek_interpreter_stack() is None and not a.any()
+            elif isinstance(a, Tensor) and a.dim() == 0:
+                if torch._C._functorch.peek_interpreter_stack() is not None:
+                    continue
+                if not waiting.at_hand(a):
+                    self.scalars.append((a, a._version))
+                    continue
+                zero = not a.any()
             else:
                 continue
             if zero:
                 return f"{name} of zero"
         return name
+
+    def zero_scalars(self) -> bool:
+        """Whether one of :attr:`scalars` is zero, or may have been; waits for the device."""
+        return any(a._version != version or not bool(a.any()) for a, version in self.scalars)
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation without a rule: run it, and follow roots and constants through it."""

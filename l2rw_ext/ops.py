@@ -8,8 +8,9 @@ Floating arguments of one call share dtype (float64, float32, bfloat16 or float1
 any strides; a direction, a weight or a saved statistic may also have the accumulation dtype.
 Results called scores or weighted gradients have the accumulation dtype: float64 for float64,
 float32 for all others. Sizes of 0 and 1 are valid. Results are the same from run to run for a given
-number of threads. Arguments that do not fit raise ``RuntimeError`` with operator, argument and
-value; CUDA tensors without the CUDA library raise ``NotImplementedError``.
+number of threads; on CUDA convolutions repeat theirs if ``torch.backends.cudnn.deterministic`` is
+set. Arguments that do not fit raise ``RuntimeError`` with operator, argument and value; an index
+out of range on CUDA is found by the device.
 
 The correlations can be differentiated any number of times in reverse mode; the other operators
 raise ``NotImplementedError`` when differentiated, and all of them do in forward mode.

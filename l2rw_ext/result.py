@@ -27,10 +27,17 @@ class Step:
     engine: str
     _clean_loss: Tensor = field(repr=False)
     _excluded: Tensor | None = field(repr=False)
+    _spoilt: Tensor | None = field(default=None, repr=False)
 
     def _check(self) -> None:
         if not self._clean_loss.isfinite():
             raise clean_loss_error(self._clean_loss)
+        if self._spoilt is not None and self._spoilt:
+            raise ValueError(
+                "training batch: losses or gradients of some examples are not finite; the engine "
+                f"{self.engine!r} mixes examples in one backward and cannot leave them out. No "
+                "gradient was accumulated"
+            )
 
     @property
     def clean_loss(self) -> Tensor:

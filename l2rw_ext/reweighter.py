@@ -25,7 +25,7 @@ from .plan import Explanation
 from .policy import Policy
 from .preserve import Snapshot, preserved
 from .result import Step
-from .weighing import Degenerate, Weighed, infinite_if, weigh
+from .weighing import Degenerate, Weighed, infinite_if, weigh, zero_if
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
@@ -53,7 +53,8 @@ class Reweighter:
             ``"zero"`` accumulates zeros, ``"uniform"`` falls back to equal weights, ``"skip"``
             leaves ``p.grad`` untouched.
         check_finite: on CUDA, wait for the device and raise at once if the clean loss is not
-            finite. Elsewhere the check is free and always made.
+            finite, or an example that the engine cannot leave out; else such a step accumulates
+            zeros and raises when its result is read. Elsewhere the check is free and always made.
         low_memory: keep nothing of a layer between scores and weighted gradient, and pay a second
             backward instead, so that checkpointing keeps its worth. Numbers are the same up to
             rounding; engines other than ``"layerwise"`` keep nothing anyway.
@@ -184,6 +185,7 @@ class Reweighter:
             gradients = []
             if not weighed.skip or self._accumulation is not None:
                 gradients = scored.weighted_gradients(weighed.for_gradient)
+                gradients = zero_if(weighed.spoilt, gradients)
             snapshot.settle()
         if self._accumulation is not None:
             self._accumulation.add(weighed, gradients)

@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, waiting
 from .engines.base import Scored, Task
+from .engines.graph import check_finite as refuse_nonfinite
+from .engines.graph import check_scores, spoilt
 from .engines.scoring import BelowAutograd
 from .result import Step, clean_loss_error
 
@@ -34,6 +36,8 @@ class Weighed:
     """Examples left out because their loss or score is not finite, shape (n,); None for none."""
     overflow: Tensor | None
     """Whether gradients overflowed under a loss scale, shape (); None where that was not asked."""
+    spoilt: Tensor | None
+    """Whether an engine that mixes examples had some that are not finite, shape ()."""
 
     @property
     def rectified(self) -> Tensor:
@@ -63,11 +67,15 @@ def weigh(
         ValueError: the clean loss is not finite, or no score is although the losses are.
     """
     clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
-    deferred = clean_loss.device.type != "cpu" and not check_finite
+    at_hand = waiting.at_hand(clean_loss)
+    deferred = not at_hand and not check_finite
     if not deferred and not math.isfinite(clean_loss.item()):
         raise clean_loss_error(clean_loss)
+    if scored.mixes and check_finite and not at_hand:
+        refuse_nonfinite(losses, "losses")
+        check_scores(task, scores)
     with BelowAutograd():
-        overflow = None
+        overflow = unusable = None
         if not deferred and math.isfinite((losses.sum() + scores.sum()).item()):
             excluded = None
             weights = ops.normalize_weights(scores)
@@ -80,12 +88,15 @@ def weigh(
                     "no score is finite, although the losses are: the gradient of the clean "
                     "loss overflowed. No gradient was accumulated"
                 )
+            if scored.mixes and deferred:
+                unusable = spoilt(task, losses, scores)
+                excluded = excluded | unusable
             weights = ops.normalize_weights(scores.masked_fill(excluded, 0))
         if deferred:
             weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
         for_gradient: Tensor | None = weights
         uniform = skip = False
-        waits = on_degenerate != "zero" or weights.device.type == "cpu"
+        waits = on_degenerate != "zero" or at_hand
         if waits and not weights.any():
             for_gradient = None
             skip = on_degenerate == "skip" and not (overflow is not None and bool(overflow))
@@ -94,8 +105,23 @@ def weigh(
                 if kept.any():
                     weights = for_gradient = kept.to(weights.dtype) / kept.sum()
                     uniform = True
-    step = Step(weights, scores, losses, engine, clean_loss, excluded)
-    return Weighed(step, for_gradient, uniform, skip, excluded, overflow)
+    step = Step(weights, scores, losses, engine, clean_loss, excluded, unusable)
+    return Weighed(step, for_gradient, uniform, skip, excluded, overflow, unusable)
+
+
+def zero_if(spoilt: Tensor | None, gradients: Gradients) -> Gradients:
+    """The gradients, zero where examples that are not finite are mixed into them."""
+    if spoilt is None:
+        return gradients
+    return [
+        (
+            p,
+            torch.sparse_coo_tensor(g._indices(), g._values().masked_fill(spoilt, 0), g.shape)
+            if g.is_sparse
+            else g.masked_fill(spoilt, 0),
+        )
+        for p, g in gradients
+    ]
 
 
 def infinite_if(overflow: Tensor | None, gradients: Gradients) -> Gradients:
@@ -103,9 +129,9 @@ def infinite_if(overflow: Tensor | None, gradients: Gradients) -> Gradients:
     if overflow is None:
         return gradients
     return [
-        # ``where`` takes no sparse gradient; a zero times infinity is not finite either.
+        # ``masked_fill`` takes no sparse gradient; a zero by zero is not finite either.
         (p, g / (~overflow).to(g.dtype))
         if g.is_sparse
-        else (p, torch.where(overflow, float("inf"), g))
+        else (p, g.masked_fill(overflow, float("inf")))
         for p, g in gradients
     ]

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from tolerances import SCORES, TOLERANCES
 from torch import Tensor
 
 from l2rw_ext import ops
 
 Arguments = tuple[Any, ...]
 Results = tuple[Tensor, ...]
+
+# One result, in the dtype of the input.
+STORED = ("batch_norm_tangent", "scale_rows", "normalize_weights")
+# Results in the accumulation dtype although the operator's first result has that of the input.
+WIDE_RESULTS = {
+    "linear_example_gradients": (2,),
+    "conv_example_gradients": (2,),
+    "group_norm_backward": (1, 2),
+}
 
 LAYOUTS = ("contiguous", "transposed", "reversed", "sliced", "expanded", "offset")
 SIZES = (0, 1, 2, 3, 5, 16, 17, 33)
@@ -483,3 +493,64 @@ def call(name: str, arguments: Arguments) -> Results:
     """The operator's results as a tuple."""
     results = getattr(ops, name)(*arguments)
     return results if isinstance(results, tuple) else (results,)
+
+
+def convert(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
+    """The arguments with the function applied to the floating tensors."""
+    return tuple(
+        function(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    )
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_exact(name: str, dtype: torch.dtype, arguments: Arguments, results: Results) -> None:
+    """Shapes, dtypes, and numbers within the table's tolerance of plain float64."""
+    plain = OPERATORS[name].plain
+    expected = plain(*convert(arguments, Tensor.double))
+    bounds = expected
+    if name != "normalize_weights":  # not a sum over its arguments
+        bounds = plain(*convert(arguments, lambda a: a.double().abs()), sign=-1)
+    assert len(results) == len(expected)
+    for k, (result, exact, bound) in enumerate(zip(results, expected, bounds, strict=True)):
+        wide = k in WIDE_RESULTS.get(name, ())
+        tolerance = (SCORES if wide else TOLERANCES[name])[dtype]
+        stored = name in (*STORED, *WIDE_RESULTS) and not wide
+        assert result.dtype == (dtype if stored else accumulation(dtype))
+        assert result.shape == exact.shape
+        # The smallest numbers of a dtype have fewer digits.
+        floor = torch.finfo(result.dtype).tiny
+        assert ((result.double() - exact).abs() <= tolerance * bound.abs() + floor).all()
+
+
+def named_arguments(name: str) -> list[str]:
+    schema = getattr(torch.ops.l2rw_ext, name).default._schema
+    return [argument.name for argument in schema.arguments]
+
+
+def wrong(name: str, int16: str) -> Iterator[tuple[str, Arguments, tuple[str, ...]]]:
+    """Arguments of which one does not fit, and what the message must say (``int16``: its name)."""
+    arguments = sample(name)
+    for k, argument in enumerate(arguments):
+        if not isinstance(argument, Tensor):
+            continue
+        label = named_arguments(name)[k]
+
+        def replaced(other: Tensor, k: int = k) -> Arguments:
+            return (*arguments[:k], other, *arguments[k + 1 :])
+
+        yield f"{label} dtype", replaced(argument.to(torch.int16)), (label, int16)
+        if argument.is_floating_point() and len(arguments) > 1:
+            yield f"{label} float64", replaced(argument.double()), ("float64", "float32")
+        deeper = argument[None, None, None]
+        if (name, label) != ("weighted_sum", "gradients"):
+            yield f"{label} rank", replaced(deeper), ("dimension", "got shape")
+        if argument.dim() and (name, label) not in (
+            ("scale_rows", "active"),
+            ("normalize_weights", "u"),
+            ("embedding_correlation", "direction"),
+        ):
+            longer = torch.cat([argument, argument[:1], argument[:1]])
+            yield f"{label} examples", replaced(longer), ("must", "got shape")

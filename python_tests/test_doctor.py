@@ -49,6 +49,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
         "_ops.so             loaded from",
         "_ops_cuda.so        ",
         "CUDA architectures  ",
+        "CUDA operators      ",
         f"threads             {torch.get_num_threads()}",
         "self-check          passed",
     ):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import doctest
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import OPERATORS, Arguments, Draw, call, lay_out, sample
-from tolerances import SCORES, TOLERANCES
+from operator_cases import OPERATORS, Draw, assert_exact, call, convert, lay_out, sample, wrong
+from tolerances import TOLERANCES
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -21,14 +21,6 @@ from l2rw_ext import ops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CORRELATIONS = tuple(name for name in OPERATORS if name.endswith("_correlation"))
 OTHERS = tuple(name for name in OPERATORS if not name.endswith("_correlation"))
-# One result, in the dtype of the input.
-STORED = ("batch_norm_tangent", "scale_rows", "normalize_weights")
-# Results in the accumulation dtype although the operator's first result has that of the input.
-WIDE_RESULTS = {
-    "linear_example_gradients": (2,),
-    "conv_example_gradients": (2,),
-    "group_norm_backward": (1, 2),
-}
 
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -42,20 +34,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def convert(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
-    """The arguments with the function applied to the floating tensors."""
-    return tuple(
-        function(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
-    )
-
-
 def registered() -> set[str]:
     names = torch._C._dispatch_get_all_op_names()
     return {name.split("::")[1] for name in names if name.startswith("l2rw_ext::")}
-
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def test_every_registered_operator_is_tested() -> None:
@@ -73,21 +54,7 @@ def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObjec
 
     results = call(name, arguments)
 
-    plain = OPERATORS[name].plain
-    expected = plain(*convert(arguments, Tensor.double))
-    bounds = expected
-    if name != "normalize_weights":  # not a sum over its arguments
-        bounds = plain(*convert(arguments, lambda a: a.double().abs()), sign=-1)
-    assert len(results) == len(expected)
-    for k, (result, exact, bound) in enumerate(zip(results, expected, bounds, strict=True)):
-        wide = k in WIDE_RESULTS.get(name, ())
-        tolerance = (SCORES if wide else TOLERANCES[name])[dtype]
-        stored = name in (*STORED, *WIDE_RESULTS) and not wide
-        assert result.dtype == (dtype if stored else accumulation(dtype))
-        assert result.shape == exact.shape
-        # The smallest numbers of a dtype have fewer digits.
-        floor = torch.finfo(result.dtype).tiny
-        assert ((result.double() - exact).abs() <= tolerance * bound.abs() + floor).all()
+    assert_exact(name, dtype, arguments, results)
     for argument, copy in zip(arguments, before, strict=True):
         if isinstance(argument, Tensor):
             assert torch.equal(argument, copy)
@@ -173,40 +140,9 @@ def test_scale_rows_keeps_positions_side_by_side() -> None:
 # Errors
 
 
-def named_arguments(name: str) -> list[str]:
-    schema = getattr(torch.ops.l2rw_ext, name).default._schema
-    return [argument.name for argument in schema.arguments]
-
-
-def wrong(name: str) -> Iterator[tuple[str, Arguments, tuple[str, ...]]]:
-    """Arguments of which one does not fit, and what the message must say."""
-    arguments = sample(name)
-    for k, argument in enumerate(arguments):
-        if not isinstance(argument, Tensor):
-            continue
-        label = named_arguments(name)[k]
-
-        def replaced(other: Tensor, k: int = k) -> Arguments:
-            return (*arguments[:k], other, *arguments[k + 1 :])
-
-        yield f"{label} dtype", replaced(argument.to(torch.int16)), (label, "Short")
-        if argument.is_floating_point() and len(arguments) > 1:
-            yield f"{label} float64", replaced(argument.double()), ("float64", "float32")
-        deeper = argument[None, None, None]
-        if (name, label) != ("weighted_sum", "gradients"):
-            yield f"{label} rank", replaced(deeper), ("dimension", "got shape")
-        if argument.dim() and (name, label) not in (
-            ("scale_rows", "active"),
-            ("normalize_weights", "u"),
-            ("embedding_correlation", "direction"),
-        ):
-            longer = torch.cat([argument, argument[:1], argument[:1]])
-            yield f"{label} examples", replaced(longer), ("must", "got shape")
-
-
 @every_operator
 def test_messages_name_operator_argument_and_value(name: str) -> None:
-    for what, arguments, words in wrong(name):
+    for what, arguments, words in wrong(name, int16="Short"):
         with pytest.raises(RuntimeError) as error:
             call(name, arguments)
         message = str(error.value)
@@ -223,17 +159,6 @@ def test_rows_out_of_range() -> None:
             ops.embedding_correlation(torch.tensor([[0, row]]), g, V)
         with pytest.raises(RuntimeError, match=rf"active\[1\] is {row}, and g has 1 examples"):
             ops.scale_rows(g, torch.ones(1), torch.tensor([0, row]))
-
-
-@every_operator
-def test_cuda_tensors_without_cuda_kernels(name: str) -> None:
-    operator = getattr(torch.ops.l2rw_ext, name).default
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"l2rw_ext::{name}", "CUDA") and (
-        torch.cuda.is_available()
-    ):
-        pytest.skip("this operator runs on CUDA here")
-    with pytest.raises(NotImplementedError, match=f"l2rw_ext::{name} cannot run on CUDA tensors: "):
-        operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *sample(name))
 
 
 # Autograd
@@ -355,6 +280,48 @@ def test_docstring_examples() -> None:
     result = doctest.testmod(ops)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def _on_cuda(a: Any) -> Any:
+    """The tensor with its strides on the device."""
+    if not isinstance(a, Tensor):
+        return a
+    count = a.untyped_storage().nbytes() // a.element_size()
+    storage = a.as_strided((count,), (1,), 0).cuda()
+    return storage.as_strided(a.shape, a.stride(), a.storage_offset())
+
+
+@pytest.mark.cuda
+@every_dtype
+@every_operator
+@given(data=st.data())
+def test_matches_plain_float64_on_cuda(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    seed = data.draw(st.integers(0, 2**16))
+    draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
+    arguments = OPERATORS[name].arguments(draw)
+    here = tuple(map(_on_cuda, arguments))
+    # The table is for float32 products that are not rounded to TF32, as torch's convolutions are.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        results = call(name, here)
+    assert all(result.is_cuda for result in results)
+    assert_exact(name, dtype, arguments, tuple(result.cpu() for result in results))
+    expected = call(name, arguments)
+    assert [r.stride() for r in results if r.numel() > 1] == [
+        r.stride() for r in expected if r.numel() > 1
+    ]
+
+
+@pytest.mark.cuda
+@every_operator
+def test_never_waits_for_the_device(name: str) -> None:
+    arguments = tuple(map(_on_cuda, sample(name)))
+    call(name, arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(name, arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -96,6 +96,8 @@ def require_grad(losses: Tensor) -> None:
 class Scored(abc.ABC):
     """What a score pass leaves behind: scores, losses, and all that the weighted gradient needs."""
 
+    mixes: ClassVar[bool] = False
+    """Whether one backward mixes all examples, so that none can be left out of it."""
     scores: Tensor
     """u, shape (n,), accumulation dtype; not finite where an example is excluded."""
     losses: Tensor

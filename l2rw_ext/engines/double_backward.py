@@ -12,7 +12,7 @@ from ..preserve import Buffers, Snapshot
 from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
 from .corrected import Corrected
 from .direction import clean_direction
-from .graph import GraphScored, check_finite, check_scores
+from .graph import GraphScored, check_at_hand
 
 
 class DoubleBackward(Engine):
@@ -33,7 +33,7 @@ class DoubleBackward(Engine):
                 losses = task.forward_train()
             snapshot.trained = Buffers.of(task.model)
             require_grad(losses)
-            check_finite(losses.detach(), "losses")
+            check_at_hand(task, losses)
             epsilon = torch.zeros(
                 losses.shape,
                 dtype=torch.promote_types(losses.dtype, torch.float32),
@@ -51,7 +51,7 @@ class DoubleBackward(Engine):
             if moved:
                 gradient = _second(moved, epsilon)
         scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
-        check_scores(task, scores)
+        check_at_hand(task, losses, scores)
         return GraphScored(task, losses, scores.detach(), direction.clean_loss)
 
     def explain(

@@ -15,7 +15,7 @@ from ..tangents import Tangents
 from ..tangents.base import unpack
 from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
 from .direction import clean_direction
-from .graph import GraphScored, check_finite, check_scores
+from .graph import GraphScored, check_at_hand
 
 _LEVEL = threading.RLock()
 """One level of forward mode is all that torch has: steps of several threads take turns."""
@@ -67,6 +67,5 @@ def _score(
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
         raise NotExactError(f"the forward cannot carry tangents: {line}") from error
-    check_finite(losses.detach(), "losses")
-    check_scores(task, scores)
+    check_at_hand(task, losses, scores)
     return GraphScored(task, losses, scores, direction.clean_loss), mode

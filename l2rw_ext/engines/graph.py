@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import waiting
 from .base import Scored, Task
 
 
@@ -17,6 +18,8 @@ class GraphScored(Scored):
         scores: u, shape (n,), detached.
         clean_loss: mean clean loss, shape (), detached.
     """
+
+    mixes = True
 
     def __init__(self, task: Task, losses: Tensor, scores: Tensor, clean_loss: Tensor) -> None:
         self._task = task
@@ -39,6 +42,11 @@ class GraphScored(Scored):
         return [(p, g) for p, g in pairs if g is not None]
 
 
+CANNOT_LEAVE_OUT = (
+    "are not finite; this engine mixes examples in one backward and cannot leave them out"
+)
+
+
 def check_finite(values: Tensor, what: str) -> None:
     """Raise if some of the training examples' values are not finite.
 
@@ -49,10 +57,7 @@ def check_finite(values: Tensor, what: str) -> None:
     if finite.all():
         return
     bad = (~finite).nonzero().flatten().tolist()
-    raise ValueError(
-        f"training batch: {what} of examples {bad[:8]} are not finite; this engine mixes examples "
-        "in one backward and cannot leave them out"
-    )
+    raise ValueError(f"training batch: {what} of examples {bad[:8]} {CANNOT_LEAVE_OUT}")
 
 
 def check_scores(task: Task, scores: Tensor) -> None:
@@ -62,3 +67,20 @@ def check_scores(task: Task, scores: Tensor) -> None:
     """
     if task.loss_scale is None and scores.isfinite().any():
         check_finite(scores, "gradients")
+
+
+def check_at_hand(task: Task, losses: Tensor, scores: Tensor | None = None) -> None:
+    """Check what is at hand; the rest is for the weighing (see ``spoilt``)."""
+    if waiting.at_hand(losses):
+        check_finite(losses.detach(), "losses")
+        if scores is not None:
+            check_scores(task, scores)
+
+
+def spoilt(task: Task, losses: Tensor, scores: Tensor) -> Tensor:
+    """Whether one of the checks above would raise, shape (); no value is read."""
+    found = ~losses.isfinite().all()
+    if task.loss_scale is None:
+        finite = scores.isfinite()
+        found = found | (finite.any() & ~finite.all())
+    return found

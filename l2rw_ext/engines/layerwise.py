@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import waiting
 from ..batch import describe, merge, split
 from ..checkpointing import SERVES_ONCE, serves_once
 from ..interception import Interception, check_graph, inside, sources
@@ -88,17 +89,20 @@ class Layerwise(Engine):
             return self._two_passes(task, snapshot, direction, key, given, fresh)
         why = self._separate.get(key)
         if why is None:
-            inputs = merge(task.inputs, task.clean_inputs, task.n, task.m)
+            lasting = not waiting.at_hand(task.parameters[0])  # finding out again would wait
+            settled = key in self._plans
+            inputs = merge(task.inputs, task.clean_inputs, task.n, task.m, settled=settled)
             if inputs is not None:
                 try:
                     return self._merged(task, snapshot, inputs, key, fresh)
                 except NotMergeableError as reason:
                     snapshot.restore()
                     why = str(reason)
-                    if reason.lasting:
-                        self._separate[key] = why
+                    lasting = lasting or reason.lasting
             else:
                 why = "the inputs of the two batches do not agree in shape"
+            if lasting:
+                self._separate[key] = why
         return self._two_passes(task, snapshot, None, key, why, fresh)
 
     def _merged(
@@ -216,6 +220,7 @@ class Layerwise(Engine):
         scoring.probe = None
         certain = probe.certain and interception.chooses is None
         certain = certain and not any(_multiplies_by_zero(use) for use in reached)
+        certain = certain and not interception.zero_scalars()
         plan = Plan(merged, certain=certain, steps=0 if before is None else before.steps)
         plan.calls = interception.calls
         counts: dict[int, int] = {}
@@ -225,6 +230,9 @@ class Layerwise(Engine):
                     counts[source] = counts.get(source, 0) + 1
         for use in reached:
             plan.uses.append(_plan_use(use, probe, interception, leaves, counts, task))
+        if not waiting.at_hand(scoring.losses) and any(use.rows is None for use in plan.uses):
+            # Where a gradient was zero, only another look tells whether it still is.
+            plan.certain = False
         return plan
 
 
@@ -348,7 +356,7 @@ def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]
 def _finite_seed(losses: Tensor) -> Tensor:
     """One for each finite loss; zero for the others, whose examples are left out."""
     values = losses.detach()
-    if values.device.type == "cpu" and math.isfinite(values.sum().item()):
+    if waiting.at_hand(values) and math.isfinite(values.sum().item()):
         return torch.ones_like(values)
     return values.isfinite().to(values.dtype)
 

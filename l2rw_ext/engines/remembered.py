@@ -7,7 +7,7 @@ from torch import Tensor
 from ..plan import Explanation
 from ..preserve import Buffers, Snapshot
 from .base import Direction, Engine, Scored, Task, require_grad
-from .graph import GraphScored, check_finite
+from .graph import GraphScored, check_at_hand
 
 
 class Remembered(Engine):
@@ -29,7 +29,7 @@ class Remembered(Engine):
         losses = task.forward_train()
         snapshot.trained = Buffers.of(task.model)
         require_grad(losses)
-        check_finite(losses.detach(), "losses")
+        check_at_hand(task, losses)
         scores, clean_loss = (x.to(losses.device) for x in (self._scores, self._clean_loss))
         return GraphScored(task, losses, scores, clean_loss)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, waiting
 from ..plan import Plan, UsePlan
 from ..rules import rates
 from ..rules.base import Roots, RowMap, Use, accumulation_dtype
@@ -84,8 +84,8 @@ class _Weighing:
 
     ones: Tensor
     """One for each example of positive weight, else zero, shape (n,)."""
-    active: Tensor
-    """Their indices."""
+    active: Tensor | None
+    """Their indices; None where the host does not know them."""
     totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -226,7 +226,8 @@ class Scoring(Scored):
     ) -> tuple[Tensor, Tensor] | None:
         """Both with examples first; None where g is zero, as it was when the plan was made."""
         if planned.rows is None:
-            if bool(g.any()):
+            # Where values are not at hand, the plan was made from this step's own gradients.
+            if waiting.at_hand(g) and bool(g.any()):
                 raise StalePlanError
             return None
         return use.rule.prepare(use, z, g, planned.rows)
@@ -316,7 +317,7 @@ class Scoring(Scored):
         if weights is not None and self._task.low_memory:
             totals = self._second_backward(weights)
         elif weights is not None:
-            active = weights.nonzero().flatten()
+            active = _active(weights)
             trained = {use.index for use in self._trained}
             with BelowAutograd():
                 while self._kept:
@@ -337,9 +338,7 @@ class Scoring(Scored):
     def _second_backward(self, weights: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """Σ w_i ∇f_i where nothing was kept: the gradients of a backward of Σ w_i f_i."""
         assert self.again is not None
-        weighing = self._weighing = _Weighing(
-            (weights != 0).to(weights.dtype), weights.nonzero().flatten()
-        )
+        weighing = self._weighing = _Weighing((weights != 0).to(weights.dtype), _active(weights))
         self.arm(self._trained)
         self.reported.clear()
         self.again(self._task.scaled(weights.to(self.losses.dtype)))
@@ -358,7 +357,12 @@ class Scoring(Scored):
         )
 
 
-def _weighted(kept: _Kept, weights: Tensor, active: Tensor) -> Roots:
+def _active(weights: Tensor) -> Tensor | None:
+    """The examples with weight; None where their number is not at hand."""
+    return weights.nonzero().flatten() if waiting.at_hand(weights) else None
+
+
+def _weighted(kept: _Kept, weights: Tensor, active: Tensor | None) -> Roots:
     if kept.examples is not None:
         weight, bias = kept.examples
         return (

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..compositions.arithmetic import accumulation_dtype as accumulation_dtype
+
 Roots = tuple[Tensor | None, Tensor | None]
 """The trainable operands of a use: (weight, bias); None where frozen or absent."""
 
@@ -183,9 +185,12 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
-        """Σ_{i in active} w_i ∇f_i."""
+        """Σ w_i ∇f_i over the ``active`` examples, those with w_i ≠ 0.
+
+        None where the host does not know which they are; no other example counts then either.
+        """
 
     def factored(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Tensor:
         """Eq. 12 literally, without a direction; only for rules that list the form."""
@@ -219,11 +224,6 @@ class UseFunction(torch.autograd.Function):
             if not ctx.needs_input_grad[0]:
                 return None, None, None
             return use.rule.data_gradient(use, x, weight, g), None, None
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 Handler = Callable[["Any", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .. import ops
 from . import rates
 from .base import Cost, Roots, RowMap, Rule, Size, Use, UseFunction, accumulation_dtype
+from .rows import active_rows
 
 if TYPE_CHECKING:
     from ..interception import Interception
@@ -69,13 +69,13 @@ class BatchedLinear(Rule):
         return moved.mul_(g).sum((1, 2, 3))
 
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w g_h z_hᵀ over the rows of active examples."""
         assert use.roots[0] is not None
         dtype = use.roots[0].dtype
-        scaled = ops.scale_rows(g.flatten(2), weights, active).unflatten(2, g.shape[2:])
-        z = z.index_select(0, active)
+        z, scaled = active_rows(z, g.flatten(2), weights, active)
+        scaled = scaled.unflatten(2, g.shape[2:])
         return _heads_first(scaled.to(dtype)).mT @ _heads_first(z.to(dtype)), None
 
 

@@ -98,7 +98,7 @@ class Broadcast(Rule):
         return g.to(weight.dtype) @ weight.reshape(-1)
 
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w_i G_i, rows with w = 0 left out."""
         return ops.weighted_sum(g, weights), None

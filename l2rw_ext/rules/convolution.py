@@ -129,7 +129,7 @@ class Convolution(Rule):
         return (gradients, bias_gradients if use.roots[1] is not None else None), u
 
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w_i G_i; examples with w = 0 are never read."""
         z, g, frames = _frames_as_rows(use, z, g)

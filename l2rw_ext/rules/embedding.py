@@ -78,7 +78,7 @@ class Embedding(Rule):
         return ops.embedding_correlation(z, g, weight)
 
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w g at each index."""
         z, g = active_rows(z, g, weights, active)

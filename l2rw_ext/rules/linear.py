@@ -105,7 +105,7 @@ class Linear(Rule):
         return (gradients, bias_gradients if use.roots[1] is not None else None), u
 
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w g zᵀ over the rows of active examples."""
         blocked = z.shape[1] >= rates.BLOCKED_POSITIONS and z.device.type == "cpu"

@@ -110,7 +110,7 @@ class Scale(Rule):
         return u if bias is None else u + g @ bias.reshape(-1)
 
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w_i G_i, rows with w = 0 left out."""
         return (
@@ -201,26 +201,11 @@ class _GroupNormUse(torch.autograd.Function):
         use: Use = ctx.use
         assert use.sink is not None
         with use.sink.backward_of(use):
-            data: Tensor | None = None
-            if ctx.needs_input_grad[0] and x.device.type == "cpu":
-                data, scale, shift = ops.group_norm_backward(g, x, mean, rstd, weight, ctx.groups)
-                use.sink.report(use, _stacked(scale, shift, g), g)
-                return data, None, None, None, None
-            use.sink.report(use, x, g)
-            if ctx.needs_input_grad[0]:
-                n, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-                data = torch.ops.aten.native_group_norm_backward(
-                    g if g.is_contiguous() else g.contiguous(memory_format=format_of(x)),
-                    x,
-                    mean,
-                    rstd,
-                    weight,
-                    n,
-                    channels,
-                    pixels,
-                    ctx.groups,
-                    [True, False, False],
-                )[0]
+            if not ctx.needs_input_grad[0]:
+                use.sink.report(use, x, g)
+                return None, None, None, None, None
+            data, scale, shift = ops.group_norm_backward(g, x, mean, rstd, weight, ctx.groups)
+            use.sink.report(use, _stacked(scale, shift, g), g)
             return data, None, None, None, None
 
 
@@ -286,8 +271,10 @@ def _group_norm(
     use = mode.use(SCALE, "group_norm", weight, bias, Layout(True, x.dim() - 1), x)
     if use is None:
         return mode.other(func, args, kwargs)
+    # torch's kernel takes every memory for contiguous but on the CPU, as F.group_norm knows.
+    memory_format = format_of(x) if x.device.type == "cpu" else torch.contiguous_format
     return _GroupNormUse.apply(
-        x.contiguous(memory_format=format_of(x)), mode.token, use, groups, eps
+        x.contiguous(memory_format=memory_format), mode.token, use, groups, eps
     )
 
 

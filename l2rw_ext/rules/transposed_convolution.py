@@ -76,7 +76,7 @@ class TransposedConvolution(Convolution):
         return (gradients, bias_gradients), u
 
     def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w_i G_i; examples with w = 0 are never read."""
         weight = bias = None

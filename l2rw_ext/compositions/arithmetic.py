@@ -1,0 +1,35 @@
+"""Dtypes that sums are formed in, matrix products in them, and how large a workspace may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 2**24
+"""What an intermediate result may take where the work can be divided."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` of two matrices, or of two batches of them, summed and returned in ``dtype``."""
+    if a.dtype == b.dtype == dtype:
+        return a @ b
+    narrow = a.dtype == b.dtype and dtype == torch.float32 and a.dtype.itemsize == 2
+    if narrow and a.is_cuda and a.numel() and b.numel():
+        # On tensor cores, and no operand is copied; torch has it for CUDA alone.
+        multiply = torch.mm if a.dim() == 2 else torch.bmm
+        return multiply(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def parts(count: int, bytes_each: int) -> Iterator[slice]:
+    """Slices of ``count`` items that stay within the workspace, at least one item each."""
+    step = max(1, WORKSPACE_BYTES // max(1, bytes_each))
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
