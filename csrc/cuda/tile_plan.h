@@ -100,8 +100,8 @@ struct ProductPlan {
   int64_t column_tiles;
   int64_t groups;  // blocks per tile of rows
   int64_t splits;  // parts of the depth
-  int64_t z_splits =
-      0;  // factored: of the splits, those of Z Z'ᵀ; 0: one block forms both products
+  // Of the splits of a factored product, those of Z Z'ᵀ. Zero: one block forms both products.
+  int64_t z_splits = 0;
 };
 
 inline ProductPlan cut_tiles(
