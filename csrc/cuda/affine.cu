@@ -17,8 +17,8 @@ namespace {
 // A mean, a factor or a direction, in the accumulation dtype. Without data there is none.
 template <class A>
 struct Side {
-  const A* data = nullptr;
-  SheetStrides strides{};
+  const A* data;
+  SheetStrides strides;
 };
 
 template <class T>
@@ -241,9 +241,12 @@ __global__ void __launch_bounds__(kSheetThreads) sum_inner(
   }
 }
 
-Tensor in_accumulation_dtype(const Tensor& tensor) {
-  const ScalarType dtype = accumulation_dtype(tensor.scalar_type());
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+OptionalTensor in_accumulation_dtype(const OptionalTensor& tensor) {
+  if (!tensor) {
+    return std::nullopt;
+  }
+  const ScalarType dtype = accumulation_dtype(tensor->scalar_type());
+  return tensor->scalar_type() == dtype ? *tensor : torch::stable::to(*tensor, dtype);
 }
 
 // The arguments of a layer as sheets. The inner dimension are the channels, unless the positions
@@ -251,14 +254,11 @@ Tensor in_accumulation_dtype(const Tensor& tensor) {
 class Layer {
  public:
   Layer(const Tensor& x, const Tensor& g, const OptionalTensor& mean, const OptionalTensor& rstd)
-      : by_channel(x.stride(2) == 1 || x.size(2) == 1 || x.stride(1) != 1), x_(x), g_(g) {
-    if (mean) {
-      mean_ = in_accumulation_dtype(*mean);
-    }
-    if (rstd) {
-      rstd_ = in_accumulation_dtype(*rstd);
-    }
-  }
+      : by_channel(x.stride(2) == 1 || x.size(2) == 1 || x.stride(1) != 1),
+        x_(x),
+        g_(g),
+        mean_(in_accumulation_dtype(mean)),
+        rstd_(in_accumulation_dtype(rstd)) {}
 
   int64_t outer() const { return x_.size(by_channel ? 1 : 2); }
   int64_t inner() const { return x_.size(by_channel ? 2 : 1); }
@@ -266,40 +266,47 @@ class Layer {
   SheetStrides strides(const Tensor& tensor) const {
     const auto stride = [&](int64_t d) { return tensor.size(d) == 1 ? 0 : tensor.stride(d); };
     const int64_t along = inner() == 1 ? 1 : 0;  // a single number lies beside itself
-    return by_channel ? SheetStrides{stride(0), stride(1), stride(2) + along}
-                      : SheetStrides{stride(0), stride(2), stride(1) + along};
+    return {stride(0), stride(by_channel ? 1 : 2), stride(by_channel ? 2 : 1) + along};
   }
 
   template <class A>
   Side<A> channels(const OptionalTensor& vector) const {
-    if (!vector) {
-      return {};
+    Side<A> side{nullptr, {0, 0, 0}};
+    if (vector) {
+      const int64_t stride = vector->size(0) == 1 ? 0 : vector->stride(0);
+      side.data = data<A>(*vector);
+      (by_channel ? side.strides.inner : side.strides.outer) = stride;
     }
-    const int64_t stride = vector->size(0) == 1 ? 0 : vector->stride(0);
-    return {data<A>(*vector), by_channel ? SheetStrides{0, 0, stride} : SheetStrides{0, stride, 0}};
+    return side;
   }
 
   template <class T>
-  Sheets<typename DeviceType<T>::type> sheets() const {
-    using D = typename DeviceType<T>::type;
+  Sheets<T> sheets() const {
     using A = accumulation_t<T>;
-    Sheets<D> sheets{data<D>(x_), strides(x_), data<D>(g_), strides(g_), {}, {}, outer(), inner()};
-    if (mean_) {
-      sheets.mean = {data<A>(*mean_), statistic_strides(*mean_)};
-    }
-    if (rstd_) {
-      sheets.rstd = {data<A>(*rstd_), statistic_strides(*rstd_)};
-    }
+    Sheets<T> sheets;
+    sheets.x = data<T>(x_);
+    sheets.x_strides = strides(x_);
+    sheets.g = data<T>(g_);
+    sheets.g_strides = strides(g_);
+    sheets.mean = statistic<A>(mean_);
+    sheets.rstd = statistic<A>(rstd_);
+    sheets.outer = outer();
+    sheets.inner = inner();
     return sheets;
   }
 
   const bool by_channel;
 
  private:
-  SheetStrides statistic_strides(const Tensor& tensor) const {
-    const auto stride = [&](int64_t d) { return tensor.size(d) == 1 ? 0 : tensor.stride(d); };
-    return by_channel ? SheetStrides{stride(0), stride(1), stride(2)}
-                      : SheetStrides{stride(0), stride(2), stride(1)};
+  template <class A>
+  Side<A> statistic(const OptionalTensor& tensor) const {
+    Side<A> side{nullptr, {0, 0, 0}};
+    if (tensor) {
+      const auto stride = [&](int64_t d) { return tensor->size(d) == 1 ? 0 : tensor->stride(d); };
+      side.data = data<A>(*tensor);
+      side.strides = {stride(0), stride(by_channel ? 1 : 2), stride(by_channel ? 2 : 1)};
+    }
+    return side;
   }
 
   Tensor x_;
@@ -314,16 +321,19 @@ bool fits_side(const Side<A>& side, int64_t inner, int64_t count) {
          fits_vectors(reinterpret_cast<uint64_t>(side.data), sizeof(A), side.strides, inner, count);
 }
 
-template <class T, class... Sides>
-bool fits_widest(const Sheets<T>& sheets, const Sides&... sides) {
+template <class T>
+bool fits_widest(
+    const Sheets<T>& sheets,
+    const Side<accumulation_t<T>>& scale,
+    const Side<accumulation_t<T>>& shift) {
   constexpr int64_t kCount = kWidest<T>;
   const auto fits = [&](const T* data, SheetStrides strides) {
     return fits_vectors(reinterpret_cast<uint64_t>(data), sizeof(T), strides, sheets.inner, kCount);
   };
   return fits(sheets.x, sheets.x_strides) && fits(sheets.g, sheets.g_strides) &&
          fits_side(sheets.mean, sheets.inner, kCount) &&
-         fits_side(sheets.rstd, sheets.inner, kCount) &&
-         (fits_side(sides, sheets.inner, kCount) && ...);
+         fits_side(sheets.rstd, sheets.inner, kCount) && fits_side(scale, sheets.inner, kCount) &&
+         fits_side(shift, sheets.inner, kCount);
 }
 
 Tensor affine_correlation(
@@ -341,18 +351,15 @@ Tensor affine_correlation(
     return torch::stable::zero_(u);
   }
   const Layer layer(x, g, mean, rstd);
-  const auto in_sums = [](const OptionalTensor& part) {
-    return part ? OptionalTensor(in_accumulation_dtype(*part)) : std::nullopt;
-  };
-  const OptionalTensor V = in_sums(direction);
-  const OptionalTensor V_b = in_sums(direction_bias);
-  dispatch_floating(x.scalar_type(), [&](auto zero) {
-    using T = typename DeviceType<decltype(zero)>::type;
+  const OptionalTensor V = in_accumulation_dtype(direction);
+  const OptionalTensor V_b = in_accumulation_dtype(direction_bias);
+  dispatch_device_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
     using A = accumulation_t<T>;
-    const Sheets<T> sheets = layer.sheets<decltype(zero)>();
-    const Side<A> scale = layer.channels<A>(V);
-    const Side<A> shift = layer.channels<A>(V_b);
-    const bool vectors = fits_widest(sheets, scale, shift);
+    const Sheets<T> sheets = layer.template sheets<T>();
+    const Side<A> scale = layer.template channels<A>(V);
+    const Side<A> shift = layer.template channels<A>(V_b);
+    const bool vectors = fits_widest<T>(sheets, scale, shift);
     const SheetThreads threads = sheet_threads(sheets.inner / (vectors ? kWidest<T> : 1));
     const int64_t parts = parts_of_sheet(n, sheets.outer, threads, launch.processors());
     const Tensor partial = parts == 1 ? u : torch::stable::new_empty(u, {parts, n});
@@ -389,11 +396,12 @@ std::tuple<Tensor, Tensor> affine_example_gradients(
     return {gradients, bias_gradients};
   }
   const Layer layer(x, g, mean, rstd);
-  dispatch_floating(x.scalar_type(), [&](auto zero) {
-    using T = typename DeviceType<decltype(zero)>::type;
+  dispatch_device_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
     using A = accumulation_t<T>;
-    const Sheets<T> sheets = layer.sheets<decltype(zero)>();
-    const bool vectors = fits_widest(sheets);
+    const Sheets<T> sheets = layer.template sheets<T>();
+    const Side<A> none{nullptr, {0, 0, 0}};
+    const bool vectors = fits_widest<T>(sheets, none, none);
     const int64_t count = vectors ? kWidest<T> : 1;
     if (!layer.by_channel) {
       launch.run(

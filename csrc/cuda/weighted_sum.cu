@@ -10,6 +10,7 @@
 #include "cuda/partial_sums.h"
 #include "cuda/places.h"
 #include "cuda/reduce.cuh"
+#include "cuda/tile_plan.h"
 #include "cuda/types.cuh"
 
 namespace l2rw {
