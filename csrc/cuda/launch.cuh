@@ -42,7 +42,8 @@ class Launch {
         "the arguments need ",
         blocks,
         " blocks of threads, and CUDA has at most 2147483647");
-    if (shared_bytes > 48 * 1024) {  // more must be asked for
+    // More than 48 KiB, together with what the kernel declares itself, must be asked for.
+    if (shared_bytes > 0) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(
           reinterpret_cast<const void*>(kernel),
           cudaFuncAttributeMaxDynamicSharedMemorySize,
