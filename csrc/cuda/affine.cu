@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kSheetThreads) correlate(
     const __grid_constant__ Sheets<T> sheets,
     const __grid_constant__ Side<accumulation_t<T>> direction,
     const __grid_constant__ Side<accumulation_t<T>> direction_bias,
-    int64_t parts,
+    unsigned parts,
     int64_t examples,
     accumulation_t<T>* __restrict__ partial) {  // [parts, n]
   using A = accumulation_t<T>;
@@ -153,17 +153,17 @@ __global__ void __launch_bounds__(kSheetThreads) correlate(
 template <class T, int Count>
 __global__ void __launch_bounds__(kSheetThreads) sum_outer(
     const __grid_constant__ Sheets<T> sheets,
-    int64_t parts,
-    int64_t channel_blocks,
+    unsigned parts,
+    unsigned channel_blocks,
     int64_t examples,
     accumulation_t<T>* __restrict__ partial,         // [parts, n, d]
     accumulation_t<T>* __restrict__ partial_bias) {  // [parts, n, d]
   using A = accumulation_t<T>;
   __shared__ A sums[2][kSheetThreads][Count];
-  const int64_t example = blockIdx.x / (parts * channel_blocks);
+  const int64_t example = blockIdx.x / channel_blocks / parts;
   const int64_t part = blockIdx.x / channel_blocks % parts;
   const Range range = split_range(sheets.outer, parts, part);
-  const int64_t inner = (blockIdx.x % channel_blocks * int64_t{blockDim.x} + threadIdx.x) * Count;
+  const int64_t inner = (int64_t{blockIdx.x % channel_blocks} * blockDim.x + threadIdx.x) * Count;
   A gradient[Count] = {};
   A bias_gradient[Count] = {};
   if (inner < sheets.inner) {
@@ -216,13 +216,14 @@ __global__ void __launch_bounds__(kSheetThreads) sum_inner(
   if (channel >= count) {
     return;  // the whole warp
   }
+  const int64_t example = channel / sheets.outer;
+  const int64_t outer = channel % sheets.outer;
   A gradient = 0;
   A bias_gradient = 0;
   for (int64_t inner = threadIdx.x % 32 * Count; inner < sheets.inner; inner += 32 * Count) {
     A gradients[Count];
     A products[Count];
-    load_products(
-        sheets, channel / sheets.outer, channel % sheets.outer, inner, gradients, products);
+    load_products(sheets, example, outer, inner, gradients, products);
     A terms = 0;
     A bias_terms = 0;
 #pragma unroll
@@ -371,7 +372,7 @@ Tensor affine_correlation(
         sheets,
         scale,
         shift,
-        parts,
+        static_cast<unsigned>(parts),
         n,
         data<A>(partial));
     if (parts > 1) {
@@ -430,8 +431,8 @@ std::tuple<Tensor, Tensor> affine_example_gradients(
         dim3(static_cast<unsigned>(threads.across), static_cast<unsigned>(threads.down)),
         0,
         sheets,
-        parts,
-        channel_blocks,
+        static_cast<unsigned>(parts),
+        static_cast<unsigned>(channel_blocks),
         n,
         data<A>(partial),
         data<A>(partial_bias));

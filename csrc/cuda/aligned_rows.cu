@@ -19,14 +19,14 @@ __global__ void __launch_bounds__(kSide* kDown) copy_rows(
     int64_t feature_stride,
     int64_t positions,
     int64_t features,
-    int64_t position_tiles,
-    int64_t feature_tiles,
+    unsigned position_tiles,
+    unsigned feature_tiles,
     To* __restrict__ to,  // [n, T, pitch]
     int64_t pitch) {
   __shared__ To tile[kSide][kSide + 1];
   const int64_t example = blockIdx.x / (position_tiles * feature_tiles);
-  const int64_t first_position = blockIdx.x / feature_tiles % position_tiles * kSide;
-  const int64_t first_feature = blockIdx.x % feature_tiles * kSide;
+  const int64_t first_position = int64_t{blockIdx.x / feature_tiles % position_tiles} * kSide;
+  const int64_t first_feature = int64_t{blockIdx.x % feature_tiles} * kSide;
   const From* const start = from + example * example_stride;
   const auto x = static_cast<int>(threadIdx.x);
   for (int y = static_cast<int>(threadIdx.y); y < kSide; y += kDown) {
@@ -112,8 +112,8 @@ AlignedRows aligned_rows(const Launch& launch, const Tensor& tensor, ScalarType 
           tensor.stride(2),
           positions,
           features,
-          position_tiles,
-          feature_tiles,
+          static_cast<unsigned>(position_tiles),
+          static_cast<unsigned>(feature_tiles),
           data<To>(rows),
           pitch);
     };
