@@ -220,8 +220,14 @@ void test_sheets() {
     EXPECT(threads.across >= vectors || threads.across == kSheetThreads);
     for (const int64_t outer : {1, 2, 300, 100000}) {
       for (const int64_t sheets : {1, 100, 100000}) {
-        const int64_t parts = parts_of_sheet(sheets, outer, threads, 132);
-        EXPECT(1 <= parts && parts <= outer);
+        const SheetParts parts = parts_of_sheet(sheets, outer, threads, 132);
+        int64_t next = 0;
+        for (unsigned part = 0; part < parts.count; ++part) {
+          const Range range = parts.range(part, outer);
+          EXPECT(range.begin == next && range.begin < range.end);
+          next = range.end;
+        }
+        EXPECT(next == outer);
       }
     }
   }

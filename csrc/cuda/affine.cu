@@ -110,13 +110,13 @@ __global__ void __launch_bounds__(kSheetThreads) correlate(
     const __grid_constant__ Sheets<T> sheets,
     const __grid_constant__ Side<accumulation_t<T>> direction,
     const __grid_constant__ Side<accumulation_t<T>> direction_bias,
-    unsigned parts,
+    SheetParts parts,
     int64_t examples,
     accumulation_t<T>* __restrict__ partial) {  // [parts, n]
   using A = accumulation_t<T>;
-  const int64_t example = blockIdx.x / parts;
-  const int64_t part = blockIdx.x % parts;
-  const Range range = split_range(sheets.outer, parts, part);
+  const int64_t example = blockIdx.x / parts.count;
+  const int64_t part = blockIdx.x % parts.count;
+  const Range range = parts.range(part, sheets.outer);
   A sum = 0;
   for (int64_t outer = range.begin + threadIdx.y; outer < range.end; outer += blockDim.y) {
     for (int64_t inner = int64_t{threadIdx.x} * Count; inner < sheets.inner;
@@ -153,16 +153,16 @@ __global__ void __launch_bounds__(kSheetThreads) correlate(
 template <class T, int Count>
 __global__ void __launch_bounds__(kSheetThreads) sum_outer(
     const __grid_constant__ Sheets<T> sheets,
-    unsigned parts,
+    SheetParts parts,
     unsigned channel_blocks,
     int64_t examples,
     accumulation_t<T>* __restrict__ partial,         // [parts, n, d]
     accumulation_t<T>* __restrict__ partial_bias) {  // [parts, n, d]
   using A = accumulation_t<T>;
   __shared__ A sums[2][kSheetThreads][Count];
-  const int64_t example = blockIdx.x / channel_blocks / parts;
-  const int64_t part = blockIdx.x / channel_blocks % parts;
-  const Range range = split_range(sheets.outer, parts, part);
+  const int64_t example = blockIdx.x / channel_blocks / parts.count;
+  const int64_t part = blockIdx.x / channel_blocks % parts.count;
+  const Range range = parts.range(part, sheets.outer);
   const int64_t inner = (int64_t{blockIdx.x % channel_blocks} * blockDim.x + threadIdx.x) * Count;
   A gradient[Count] = {};
   A bias_gradient[Count] = {};
@@ -362,20 +362,21 @@ Tensor affine_correlation(
     const Side<A> shift = layer.template channels<A>(V_b);
     const bool vectors = fits_widest<T>(sheets, scale, shift);
     const SheetThreads threads = sheet_threads(sheets.inner / (vectors ? kWidest<T> : 1));
-    const int64_t parts = parts_of_sheet(n, sheets.outer, threads, launch.processors());
-    const Tensor partial = parts == 1 ? u : torch::stable::new_empty(u, {parts, n});
+    const SheetParts parts = parts_of_sheet(n, sheets.outer, threads, launch.processors());
+    const Tensor partial =
+        parts.count == 1 ? u : torch::stable::new_empty(u, {int64_t{parts.count}, n});
     launch.run(
         vectors ? &correlate<T, kWidest<T>> : &correlate<T, 1>,
-        n * parts,
+        n * parts.count,
         dim3(static_cast<unsigned>(threads.across), static_cast<unsigned>(threads.down)),
         0,
         sheets,
         scale,
         shift,
-        static_cast<unsigned>(parts),
+        parts,
         n,
         data<A>(partial));
-    if (parts > 1) {
+    if (parts.count > 1) {
       sum_positions(launch, partial, 1, u);
     }
   });
@@ -418,25 +419,27 @@ std::tuple<Tensor, Tensor> affine_example_gradients(
     }
     const SheetThreads threads = sheet_threads(channels / count);
     const int64_t channel_blocks = ceil_div(channels / count, threads.across);
-    const int64_t parts =
+    const SheetParts parts =
         parts_of_sheet(n * channel_blocks, sheets.outer, threads, launch.processors());
     const auto workspace = [&](const Tensor& result) {
-      return parts == 1 ? result : torch::stable::new_empty(result, {parts, n * channels});
+      return parts.count == 1
+                 ? result
+                 : torch::stable::new_empty(result, {int64_t{parts.count}, n * channels});
     };
     const Tensor partial = workspace(gradients);
     const Tensor partial_bias = workspace(bias_gradients);
     launch.run(
         vectors ? &sum_outer<T, kWidest<T>> : &sum_outer<T, 1>,
-        n * parts * channel_blocks,
+        n * parts.count * channel_blocks,
         dim3(static_cast<unsigned>(threads.across), static_cast<unsigned>(threads.down)),
         0,
         sheets,
-        static_cast<unsigned>(parts),
+        parts,
         static_cast<unsigned>(channel_blocks),
         n,
         data<A>(partial),
         data<A>(partial_bias));
-    if (parts > 1) {
+    if (parts.count > 1) {
       sum_parts(launch, partial, gradients);
       sum_parts(launch, partial_bias, bias_gradients);
     }

@@ -38,13 +38,13 @@ __global__ void __launch_bounds__(kSheetThreads) correlate(
     int64_t vocabulary,
     int64_t positions,
     int64_t width,
-    int64_t parts,
+    SheetParts parts,
     int64_t examples,
     accumulation_t<T>* __restrict__ partial) {  // [parts, n]
   using A = accumulation_t<T>;
-  const int64_t example = blockIdx.x / parts;
-  const int64_t part = blockIdx.x % parts;
-  const Range range = split_range(positions, parts, part);
+  const int64_t example = blockIdx.x / parts.count;
+  const int64_t part = blockIdx.x % parts.count;
+  const Range range = parts.range(part, positions);
   A sum = 0;
   for (int64_t t = range.begin + threadIdx.y; t < range.end; t += blockDim.y) {
     const int64_t row = index.load(example, t);
@@ -100,11 +100,12 @@ Tensor embedding_correlation(const Tensor& index, const Tensor& g, const Tensor&
               width,
               kCount);
       const SheetThreads threads = sheet_threads(width / (vectors ? kCount : 1));
-      const int64_t parts = parts_of_sheet(n, positions, threads, launch.processors());
-      const Tensor partial = parts == 1 ? u : torch::stable::new_empty(u, {parts, n});
+      const SheetParts parts = parts_of_sheet(n, positions, threads, launch.processors());
+      const Tensor partial =
+          parts.count == 1 ? u : torch::stable::new_empty(u, {int64_t{parts.count}, n});
       launch.run(
           vectors ? &correlate<T, V, kCount> : &correlate<T, V, 1>,
-          n * parts,
+          n * parts.count,
           dim3(static_cast<unsigned>(threads.across), static_cast<unsigned>(threads.down)),
           0,
           rows,
@@ -119,7 +120,7 @@ Tensor embedding_correlation(const Tensor& index, const Tensor& g, const Tensor&
           parts,
           n,
           data<A>(partial));
-      if (parts > 1) {
+      if (parts.count > 1) {
         sum_positions(launch, partial, 1, u);
       }
     };

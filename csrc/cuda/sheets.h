@@ -42,13 +42,26 @@ inline SheetThreads sheet_threads(int64_t inner_vectors) {
   return {across, kSheetThreads / across};
 }
 
-// Parts of the outer dimension, each a block's, so that `sheets` sheets occupy all processors. A
-// part is at least one pass of the block's threads.
-inline int64_t parts_of_sheet(
+// Parts of the outer dimension of a sheet, each a block's: `rows` each, the last one the rest.
+struct SheetParts {
+  unsigned count;
+  int64_t rows;
+
+  L2RW_HOST_DEVICE Range range(int64_t part, int64_t outer) const {
+    const int64_t end = (part + 1) * rows;
+    return {part * rows, end < outer ? end : outer};
+  }
+};
+
+// As many parts as let `sheets` sheets occupy all processors, of at least one pass of the block's
+// threads each.
+inline SheetParts parts_of_sheet(
     int64_t sheets, int64_t outer, SheetThreads threads, int64_t processors) {
   constexpr int64_t kBlocksPerProcessor = 8;
   const int64_t wanted = ceil_div(kBlocksPerProcessor * processors, std::max<int64_t>(1, sheets));
-  return std::clamp<int64_t>(ceil_div(outer, threads.down), 1, wanted);
+  const int64_t rows =
+      ceil_div(outer, std::clamp<int64_t>(ceil_div(outer, threads.down), 1, wanted));
+  return {static_cast<unsigned>(ceil_div(outer, rows)), rows};
 }
 
 }  // namespace l2rw::cuda
