@@ -7,6 +7,7 @@
 #include <array>
 
 #include "checks.h"
+#include "correlation_checks.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
@@ -17,43 +18,6 @@ struct Statistic {
   Tensor tensor;
   std::array<int64_t, 3> strides;
 };
-
-void check_statistic(
-    const char* operation, Argument x, const char* name, const OptionalTensor& statistic) {
-  if (!statistic.has_value()) {
-    return;
-  }
-  const Argument argument{name, *statistic};
-  check_dim(operation, argument, 3);
-  check_same_or_accumulation(operation, x, argument);
-  for (int64_t d = 0; d < 3; ++d) {
-    check(
-        statistic->size(d) == 1 || statistic->size(d) == x.tensor.size(d),
-        operation,
-        name,
-        " must broadcast to the shape of x ",
-        shape_of(x.tensor),
-        ", got shape ",
-        shape_of(*statistic));
-  }
-}
-
-void check_layer(
-    const char* operation,
-    const Tensor& x,
-    const Tensor& g,
-    const OptionalTensor& mean,
-    const OptionalTensor& rstd) {
-  check_dim(operation, {"x", x}, 3);
-  check_dim(operation, {"g", g}, 3);
-  check_floating(operation, {"x", x});
-  check_same(operation, {"x", x}, {"g", g});
-  check_size(operation, {"g", g}, 0, x.size(0), "examples of x");
-  check_size(operation, {"g", g}, 1, x.size(1), "positions of x");
-  check_size(operation, {"g", g}, 2, x.size(2), "channels of x");
-  check_statistic(operation, {"x", x}, "mean", mean);
-  check_statistic(operation, {"x", x}, "rstd", rstd);
-}
 
 Tensor in_accumulation_dtype(const Tensor& tensor) {
   const ScalarType dtype = accumulation_dtype(tensor.scalar_type());
@@ -121,17 +85,7 @@ Tensor affine_correlation(
     const OptionalTensor& rstd,
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
-  constexpr const char* operation = "affine_correlation";
-  check_layer(operation, x, g, mean, rstd);
-  for (const auto& [name, part] :
-       {std::pair{"direction", &direction}, std::pair{"direction_bias", &direction_bias}}) {
-    if (part->has_value()) {
-      const Argument argument{name, **part};
-      check_dim(operation, argument, 1);
-      check_size(operation, argument, 0, x.size(2), "channels of x");
-      check_same_or_accumulation(operation, {"x", x}, argument);
-    }
-  }
+  check_affine_correlation(x, g, mean, rstd, direction, direction_bias);
 
   const ScalarType accumulation = accumulation_dtype(x.scalar_type());
   Tensor u = torch::stable::new_empty(x, {x.size(0)}, accumulation);
@@ -174,7 +128,7 @@ Tensor affine_correlation(
 
 std::tuple<Tensor, Tensor> affine_example_gradients(
     const Tensor& x, const Tensor& g, const OptionalTensor& mean, const OptionalTensor& rstd) {
-  check_layer("affine_example_gradients", x, g, mean, rstd);
+  check_affine_layer("affine_example_gradients", x, g, mean, rstd);
 
   const ScalarType accumulation = accumulation_dtype(x.scalar_type());
   const int64_t channels = x.size(2);

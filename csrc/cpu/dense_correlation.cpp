@@ -2,14 +2,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "correlation_checks.h"
 #include "correlation.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/row_products.h"
 
 namespace l2rw {
 namespace {
-
-constexpr const char* kOperation = "dense_correlation";
 
 // u_i = sum_t sum_c right_itc (offset_c + sum_k left_itk matrix_ck).
 template <class T>
@@ -106,22 +105,7 @@ Tensor dense_correlation(
     const Tensor& g,
     const Tensor& direction,
     const OptionalTensor& direction_bias) {
-  check_dim(kOperation, {"z", z}, 3);
-  check_dim(kOperation, {"g", g}, 3);
-  check_dim(kOperation, {"direction", direction}, 2);
-  check_floating(kOperation, {"z", z});
-  check_same(kOperation, {"z", z}, {"g", g});
-  check_same_or_accumulation(kOperation, {"z", z}, {"direction", direction});
-  check_size(kOperation, {"g", g}, 0, z.size(0), "examples of z");
-  check_size(kOperation, {"g", g}, 1, z.size(1), "positions of z");
-  check_size(kOperation, {"direction", direction}, 0, g.size(2), "width of g");
-  check_size(kOperation, {"direction", direction}, 1, z.size(2), "width of z");
-  if (direction_bias) {
-    const Argument argument{"direction_bias", *direction_bias};
-    check_same_or_accumulation(kOperation, {"z", z}, argument);
-    check_dim(kOperation, argument, 1);
-    check_size(kOperation, argument, 0, g.size(2), "width of g");
-  }
+  check_dense_correlation(z, g, direction, direction_bias);
   Tensor scores = torch::stable::new_empty(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
   with_accumulation_type(z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "correlation_checks.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
@@ -62,21 +63,8 @@ void check_range(const Tensor& index, int64_t rows) {
 }  // namespace
 
 Tensor embedding_correlation(const Tensor& index, const Tensor& g, const Tensor& direction) {
-  check_dim(kOperation, {"index", index}, 2);
-  check_dim(kOperation, {"g", g}, 3);
-  check_dim(kOperation, {"direction", direction}, 2);
-  check_floating(kOperation, {"g", g});
-  check_same_or_accumulation(kOperation, {"g", g}, {"direction", direction});
-  check_device(kOperation, {"g", g}, {"index", index});
-  check_size(kOperation, {"index", index}, 0, g.size(0), "examples of g");
-  check_size(kOperation, {"index", index}, 1, g.size(1), "positions of g");
-  check_size(kOperation, {"direction", direction}, 1, g.size(2), "width of g");
+  check_embedding_correlation(index, g, direction);
   const ScalarType index_dtype = index.scalar_type();
-  check(
-      index_dtype == ScalarType::Long || index_dtype == ScalarType::Int,
-      kOperation,
-      "index must be int64 or int32, got ",
-      dtype_name(index_dtype));
   const auto with_index = [&](const auto& body) {
     return index_dtype == ScalarType::Long ? body(int64_t{}) : body(int32_t{});
   };

@@ -2,14 +2,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "correlation_checks.h"
 #include "correlation.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/row_products.h"
 
 namespace l2rw {
 namespace {
-
-constexpr const char* kOperation = "factored_correlation";
 
 template <class T>
 void correlate(
@@ -52,18 +51,7 @@ void correlate(
 
 Tensor factored_correlation(
     const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean, bool bias) {
-  for (const Argument& argument :
-       {Argument{"z", z}, {"g", g}, {"z_clean", z_clean}, {"g_clean", g_clean}}) {
-    check_dim(kOperation, argument, 3);
-    check_floating(kOperation, argument);
-    check_same(kOperation, {"z", z}, argument);
-  }
-  check_size(kOperation, {"g", g}, 0, z.size(0), "examples of z");
-  check_size(kOperation, {"g", g}, 1, z.size(1), "positions of z");
-  check_size(kOperation, {"g_clean", g_clean}, 0, z_clean.size(0), "examples of z_clean");
-  check_size(kOperation, {"g_clean", g_clean}, 1, z_clean.size(1), "positions of z_clean");
-  check_size(kOperation, {"z_clean", z_clean}, 2, z.size(2), "width of z");
-  check_size(kOperation, {"g_clean", g_clean}, 2, g.size(2), "width of g");
+  check_factored_correlation(z, g, z_clean, g_clean);
   Tensor scores = torch::stable::new_empty(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
   with_accumulation_type(z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

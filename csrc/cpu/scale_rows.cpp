@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "correlation_checks.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
@@ -44,18 +45,7 @@ void scale_examples(
 }  // namespace
 
 Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) {
-  check_dim(kOperation, {"g", g}, 3);
-  check_dim(kOperation, {"weights", weights}, 1);
-  check_dim(kOperation, {"active", active}, 1);
-  check_floating(kOperation, {"g", g});
-  check_same_or_accumulation(kOperation, {"g", g}, {"weights", weights});
-  check_device(kOperation, {"g", g}, {"active", active});
-  check_size(kOperation, {"weights", weights}, 0, g.size(0), "examples of g");
-  check(
-      active.scalar_type() == ScalarType::Long,
-      kOperation,
-      "active must be int64, got ",
-      dtype_name(active.scalar_type()));
+  check_scale_rows(g, weights, active);
   const int64_t n = g.size(0);
   const int64_t positions = g.size(1);
   const int64_t channels = g.size(2);

@@ -6,12 +6,12 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "correlation_checks.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
 namespace {
 
-constexpr const char* kOperation = "weighted_sum";
 // Numbers a thread adds up at a time: the partial sums stay in the first-level cache.
 constexpr int64_t kBlock = 2048;
 
@@ -91,15 +91,7 @@ void sum_rows(
 }  // namespace
 
 Tensor weighted_sum(const Tensor& gradients, const Tensor& weights) {
-  check(
-      gradients.dim() >= 1,
-      kOperation,
-      "gradients must have at least 1 dimension, got shape ",
-      shape_of(gradients));
-  check_dim(kOperation, {"weights", weights}, 1);
-  check_floating(kOperation, {"gradients", gradients});
-  check_same_or_accumulation(kOperation, {"gradients", gradients}, {"weights", weights});
-  check_size(kOperation, {"weights", weights}, 0, gradients.size(0), "examples of gradients");
+  check_weighted_sum(gradients, weights);
 
   Sizes shape;
   for (int64_t d = 1; d < gradients.dim(); ++d) {

@@ -1,0 +1,160 @@
+#pragma once
+
+// The argument checks of the operators that have kernels of their own on both devices. Values that
+// lie in device memory are not looked at here.
+
+#include <utility>
+
+#include "checks.h"
+#include "correlation.h"
+
+namespace l2rw {
+
+inline void check_factored_correlation(
+    const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean) {
+  constexpr const char* operation = "factored_correlation";
+  for (const Argument& argument :
+       {Argument{"z", z}, {"g", g}, {"z_clean", z_clean}, {"g_clean", g_clean}}) {
+    check_dim(operation, argument, 3);
+    check_floating(operation, argument);
+    check_same(operation, {"z", z}, argument);
+  }
+  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
+  check_size(operation, {"g", g}, 1, z.size(1), "positions of z");
+  check_size(operation, {"g_clean", g_clean}, 0, z_clean.size(0), "examples of z_clean");
+  check_size(operation, {"g_clean", g_clean}, 1, z_clean.size(1), "positions of z_clean");
+  check_size(operation, {"z_clean", z_clean}, 2, z.size(2), "width of z");
+  check_size(operation, {"g_clean", g_clean}, 2, g.size(2), "width of g");
+}
+
+inline void check_dense_correlation(
+    const Tensor& z,
+    const Tensor& g,
+    const Tensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* operation = "dense_correlation";
+  check_dim(operation, {"z", z}, 3);
+  check_dim(operation, {"g", g}, 3);
+  check_dim(operation, {"direction", direction}, 2);
+  check_floating(operation, {"z", z});
+  check_same(operation, {"z", z}, {"g", g});
+  check_same_or_accumulation(operation, {"z", z}, {"direction", direction});
+  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
+  check_size(operation, {"g", g}, 1, z.size(1), "positions of z");
+  check_size(operation, {"direction", direction}, 0, g.size(2), "width of g");
+  check_size(operation, {"direction", direction}, 1, z.size(2), "width of z");
+  if (direction_bias) {
+    const Argument argument{"direction_bias", *direction_bias};
+    check_same_or_accumulation(operation, {"z", z}, argument);
+    check_dim(operation, argument, 1);
+    check_size(operation, argument, 0, g.size(2), "width of g");
+  }
+}
+
+inline void check_affine_statistic(
+    const char* operation, Argument x, const char* name, const OptionalTensor& statistic) {
+  if (!statistic.has_value()) {
+    return;
+  }
+  const Argument argument{name, *statistic};
+  check_dim(operation, argument, 3);
+  check_same_or_accumulation(operation, x, argument);
+  for (int64_t d = 0; d < 3; ++d) {
+    check(
+        statistic->size(d) == 1 || statistic->size(d) == x.tensor.size(d),
+        operation,
+        name,
+        " must broadcast to the shape of x ",
+        shape_of(x.tensor),
+        ", got shape ",
+        shape_of(*statistic));
+  }
+}
+
+inline void check_affine_layer(
+    const char* operation,
+    const Tensor& x,
+    const Tensor& g,
+    const OptionalTensor& mean,
+    const OptionalTensor& rstd) {
+  check_dim(operation, {"x", x}, 3);
+  check_dim(operation, {"g", g}, 3);
+  check_floating(operation, {"x", x});
+  check_same(operation, {"x", x}, {"g", g});
+  check_size(operation, {"g", g}, 0, x.size(0), "examples of x");
+  check_size(operation, {"g", g}, 1, x.size(1), "positions of x");
+  check_size(operation, {"g", g}, 2, x.size(2), "channels of x");
+  check_affine_statistic(operation, {"x", x}, "mean", mean);
+  check_affine_statistic(operation, {"x", x}, "rstd", rstd);
+}
+
+inline void check_affine_correlation(
+    const Tensor& x,
+    const Tensor& g,
+    const OptionalTensor& mean,
+    const OptionalTensor& rstd,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* operation = "affine_correlation";
+  check_affine_layer(operation, x, g, mean, rstd);
+  for (const auto& [name, part] :
+       {std::pair{"direction", &direction}, std::pair{"direction_bias", &direction_bias}}) {
+    if (part->has_value()) {
+      const Argument argument{name, **part};
+      check_dim(operation, argument, 1);
+      check_size(operation, argument, 0, x.size(2), "channels of x");
+      check_same_or_accumulation(operation, {"x", x}, argument);
+    }
+  }
+}
+
+inline void check_embedding_correlation(
+    const Tensor& index, const Tensor& g, const Tensor& direction) {
+  constexpr const char* operation = "embedding_correlation";
+  check_dim(operation, {"index", index}, 2);
+  check_dim(operation, {"g", g}, 3);
+  check_dim(operation, {"direction", direction}, 2);
+  check_floating(operation, {"g", g});
+  check_same_or_accumulation(operation, {"g", g}, {"direction", direction});
+  check_device(operation, {"g", g}, {"index", index});
+  check_size(operation, {"index", index}, 0, g.size(0), "examples of g");
+  check_size(operation, {"index", index}, 1, g.size(1), "positions of g");
+  check_size(operation, {"direction", direction}, 1, g.size(2), "width of g");
+  const ScalarType index_dtype = index.scalar_type();
+  check(
+      index_dtype == ScalarType::Long || index_dtype == ScalarType::Int,
+      operation,
+      "index must be int64 or int32, got ",
+      dtype_name(index_dtype));
+}
+
+inline void check_weighted_sum(const Tensor& gradients, const Tensor& weights) {
+  constexpr const char* operation = "weighted_sum";
+  check(
+      gradients.dim() >= 1,
+      operation,
+      "gradients must have at least 1 dimension, got shape ",
+      shape_of(gradients));
+  check_dim(operation, {"weights", weights}, 1);
+  check_floating(operation, {"gradients", gradients});
+  check_same_or_accumulation(operation, {"gradients", gradients}, {"weights", weights});
+  check_size(operation, {"weights", weights}, 0, gradients.size(0), "examples of gradients");
+}
+
+inline void check_scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) {
+  constexpr const char* operation = "scale_rows";
+  check_dim(operation, {"g", g}, 3);
+  check_dim(operation, {"weights", weights}, 1);
+  check_dim(operation, {"active", active}, 1);
+  check_floating(operation, {"g", g});
+  check_same_or_accumulation(operation, {"g", g}, {"weights", weights});
+  check_device(operation, {"g", g}, {"active", active});
+  check_size(operation, {"weights", weights}, 0, g.size(0), "examples of g");
+  check(
+      active.scalar_type() == ScalarType::Long,
+      operation,
+      "active must be int64, got ",
+      dtype_name(active.scalar_type()));
+}
+
+}  // namespace l2rw

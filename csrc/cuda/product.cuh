@@ -1,0 +1,251 @@
+#pragma once
+
+// Products of rows, A Bᵀ, tile by tile: shared memory pipeline and multiplication. What becomes of
+// the sums is the business of a class of row_sums.h.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/reduce.cuh"
+#include "cuda/row_sums.h"
+
+namespace l2rw::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies `bytes` and fills the vector with zeros.
+__device__ __forceinline__ void copy_vector(uint32_t to, const char* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void close_stage() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until all but the newest `Newer` stages have arrived.
+template <int Newer>
+__device__ __forceinline__ void wait_for_stage() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Newer) : "memory");
+}
+
+// Four matrices of eight rows of 16 bytes; the lanes' addresses are those of the 32 rows.
+__device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Tensor core instructions for 32 bytes of the depth. `round` prepares operands.
+struct BFloat16Math {
+  using Element = __nv_bfloat16;
+  __device__ __forceinline__ static void round(uint32_t&) {}
+  __device__ __forceinline__ static void multiply(
+      float& d0,
+      float& d1,
+      float& d2,
+      float& d3,
+      const uint32_t (&a)[4],
+      uint32_t b0,
+      uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+struct Float16Math {
+  using Element = __half;
+  __device__ __forceinline__ static void round(uint32_t&) {}
+  __device__ __forceinline__ static void multiply(
+      float& d0,
+      float& d1,
+      float& d2,
+      float& d3,
+      const uint32_t (&a)[4],
+      uint32_t b0,
+      uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+struct TensorFloat32Math {
+  using Element = float;
+  // To nearest: the instruction itself would cut off, and all products would shrink.
+  __device__ __forceinline__ static void round(uint32_t& value) {
+    asm("cvt.rna.tf32.f32 %0, %0;" : "+r"(value));
+  }
+  __device__ __forceinline__ static void multiply(
+      float& d0,
+      float& d1,
+      float& d2,
+      float& d3,
+      const uint32_t (&a)[4],
+      uint32_t b0,
+      uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+// A kernel's way to multiply: number types, tile, and how many chunks are added up before their sum
+// is handed over. Tensor cores cut off what they add, always towards zero, so that one long sum in
+// float32 would shrink by some 1e-5; sums of at most 512 numbers, added up properly, do not.
+template <class Math, class TileType, int Blocks>
+struct MatrixEngine {
+  using Element = typename Math::Element;
+  using Sum = float;
+  using Tile = TileType;
+  static constexpr int kChunks = 8;
+  static constexpr int kBlocks = Blocks;  // that a processor is to hold at a time
+
+  __device__ __forceinline__ static void multiply(
+      const char* stage, int thread, Sums<Tile, float>& sums) {
+    const uint32_t base = shared_address(stage);
+#pragma unroll 2
+    for (int vector = 0; vector < kLineVectors; vector += 2) {
+      uint32_t left[Tile::kLeftBlocks][4];
+      uint32_t right[Tile::kRightBlocks][4];
+#pragma unroll
+      for (int b = 0; b < Tile::kLeftBlocks; ++b) {
+        load_matrices(
+            left[b],
+            base + shared_offset(Tile::left_row(thread, b), vector + Tile::left_vector(thread)));
+      }
+#pragma unroll
+      for (int b = 0; b < Tile::kRightBlocks; ++b) {
+        load_matrices(
+            right[b],
+            base +
+                shared_offset(
+                    Tile::kRows + Tile::right_row(thread, b), vector + Tile::right_vector(thread)));
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int b = 0; b < Tile::kLeftBlocks; ++b) {
+          Math::round(left[b][k]);
+        }
+#pragma unroll
+        for (int b = 0; b < Tile::kRightBlocks; ++b) {
+          Math::round(right[b][k]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kLeftBlocks; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2 * Tile::kRightBlocks; ++j) {
+          Math::multiply(
+              sums[2 * i][2 * j],
+              sums[2 * i][2 * j + 1],
+              sums[2 * i + 1][2 * j],
+              sums[2 * i + 1][2 * j + 1],
+              left[i],
+              right[j / 2][j % 2 * 2],
+              right[j / 2][j % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+struct PlainEngine {
+  using Element = T;
+  using Sum = T;
+  using Tile = PlainTile<64, 128>;
+  static constexpr int kChunks = 4;
+  static constexpr int kBlocks = sizeof(T) == 4 ? 2 : 1;
+
+  __device__ __forceinline__ static void multiply(
+      const char* stage, int thread, Sums<Tile, T>& sums) {
+    multiply_plainly<Tile, T>(stage, thread, sums);
+  }
+};
+
+template <class Engine>
+constexpr int64_t kSharedBytes = int64_t{kStages} * Engine::Tile::kStageBytes;
+
+// Forms the sums of all steps of a walk and hands them to `result`, whenever it wants them and
+// after Engine::kChunks at the latest. `load(walk, copy)` calls for_each_vector for one step.
+//
+// One barrier a step: past it every thread has multiplied the step before, whose stage is the one
+// that is loaded next.
+template <class Engine, class Load, class Result>
+__device__ __forceinline__ void multiply(
+    char* shared, Walk walk, const Load& load, Result& result) {
+  using Tile = typename Engine::Tile;
+  using A = typename Engine::Sum;
+  const auto thread = static_cast<int>(threadIdx.x);
+  Walk ahead = walk;
+  const auto load_ahead = [&](int stage) {
+    if (!ahead.done()) {
+      const uint32_t base = shared_address(shared + stage * Tile::kStageBytes);
+      load(ahead, [&](int offset, const char* source, int bytes) {
+        copy_vector(base + static_cast<uint32_t>(offset), source, bytes);
+      });
+      ahead.next();
+    }
+    close_stage();  // empty at the end, so that the count of stages to wait for stays the same
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    load_ahead(stage);
+  }
+  Sums<Tile, A> sums;
+  clear<Tile, A>(sums);
+  int chunks = 0;
+  int stage = 0;
+  for (; !walk.done(); walk.next()) {
+    wait_for_stage<kStages - 2>();
+    __syncthreads();
+    load_ahead(stage == 0 ? kStages - 1 : stage - 1);
+    Engine::multiply(shared + stage * Tile::kStageBytes, thread, sums);
+    if (++chunks == Engine::kChunks || result.complete(walk)) {
+      result.take(walk, sums);
+      clear<Tile, A>(sums);
+      chunks = 0;
+    }
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+}
+
+// Adds up the threads' parts of every row, in order, and writes the sum of row k of the tile to
+// to[k].
+template <class Tile, class A>
+__device__ __forceinline__ void store_rows(
+    const A (&rows)[Tile::kThreadRows], A* __restrict__ to, int64_t count) {
+  __shared__ A partial[Tile::kWarpsAcross][Tile::kRows];
+  const auto thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int r = 0; r < Tile::kThreadRows; ++r) {
+    const A sum = lane_sum<Tile::kLanesAcross>(rows[r]);
+    if (thread % Tile::kLanesAcross == 0) {
+      partial[Tile::warp_across(thread)][Tile::row(thread, r)] = sum;
+    }
+  }
+  __syncthreads();
+  for (int row = thread; row < Tile::kRows; row += Tile::kThreads) {
+    if (row < count) {
+      A sum = partial[0][row];
+#pragma unroll
+      for (int warp = 1; warp < Tile::kWarpsAcross; ++warp) {
+        sum += partial[warp][row];
+      }
+      to[row] = sum;
+    }
+  }
+}
+
+}  // namespace l2rw::cuda
