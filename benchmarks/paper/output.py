@@ -49,7 +49,7 @@ class Sheet:
         )
         for number, name in enumerate(self.columns):
             words = number < self.names
-            out.add_column(name, justify="left" if words else "right", no_wrap=not words)
+            out.add_column(name, justify="left" if words else "right", no_wrap=words)
         for cells, bold in self.rows:
             out.add_row(*cells, style="bold" if bold else None)
         return out
