@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "step": "time of a training step, every method against the plain one",
+    "kernels": "every operator against its composition and the roofline",
     "memory": "peak memory of a training step, in a subprocess for each method",
     "profile": "where the time of a step goes, and what each intercepted call costs",
     "report": "draw the README's chart from recorded results",
