@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return dispatch(arguments)
     except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C before the end; no results were written.", file=sys.stderr)
+        print("\nStopped by Ctrl-C before the end.", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -139,7 +139,7 @@ def _pixels(size: int, k: int, stride: int) -> int:
 def _images(
     d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int
 ) -> tuple[Tensor, Tensor, tuple[list[int], list[int], list[int], int]]:
-    """Inputs z and gradients g with the channels side by side, and stride, padding, dilation, groups."""
+    """Inputs z, gradients g, channels side by side; stride, padding, dilation and groups."""
     pixels = _pixels(size, k, stride)
     z = d.normal(n, size, size, c).movedim(-1, 1)
     g = d.normal(n, pixels, pixels, o).movedim(-1, 1)

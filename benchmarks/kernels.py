@@ -330,8 +330,8 @@ def _table() -> Table:
     out = Table()
     out.add_column("case", no_wrap=True)
     out.add_column("", no_wrap=True)
-    for name in ("eager µs", "graph µs", "of roof", "operator faster by", "error"):
-        out.add_column(name, justify="right")
+    for name in ("eager\nµs", "graph\nµs", "of\nroof", "slower\nby", "error"):
+        out.add_column(name, justify="right", no_wrap=True)
     out.add_column("note")
     return out
 
