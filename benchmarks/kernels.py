@@ -174,7 +174,7 @@ def workspace(call: Call, device: str) -> int:
     results = as_results(call())
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
-    kept = sum(-(-r.untyped_storage().nbytes() // _BLOCK) * _BLOCK for r in results)
+    kept = sum(-(-r.nbytes // _BLOCK) * _BLOCK for r in results)
     return max(0, peak - kept)
 
 

@@ -47,8 +47,8 @@ def table(report: dict[str, Any]) -> str:
 
 def _of_kernel(entry: dict[str, Any], mode: str) -> list[str]:
     """What a row of :func:`kernel_table` says of one way to call."""
-    rows = {row["name"]: row for row in entry["candidates"]}
-    own = rows.get("operator", {}).get(mode)
+    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in entry["candidates"]}
+    own: dict[str, Any] | None = rows.get("operator", {}).get(mode)
     cells = [f"{1e6 * own['seconds']:.1f}" if own else "-"]
     for other in ("composition", "library"):
         ratio = entry["ratios"].get(other, {}).get(mode)
@@ -70,7 +70,9 @@ def kernel_table(report: dict[str, Any]) -> str:
         cells = [f"`{entry['operator']}`, {entry['title']}", entry["precision"]]
         for mode in modes:
             cells += _of_kernel(entry, mode)
-        own = next((row for row in entry["candidates"] if row["name"] == "operator"), {})
+        own: dict[str, Any] = next(
+            (row for row in entry["candidates"] if row["name"] == "operator"), {}
+        )
         best = own.get(modes[-1]) or own.get("eager")
         cells += [f"{best[n]:.0%}" if best else "-" for n in ("roofline", "matrix_ceiling")]
         errors = own.get("errors")
