@@ -94,16 +94,16 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
     step = (*benchmarks, "step", "--tf32", "--case", *_STEP_CASES)
     captured = ("plain_union_captured", "l2rw_ext_captured", "double_backward")
     return [
-        Phase("build", (sys.executable, "-m", "pip", *install), 150, build),
+        Phase("build", (sys.executable, "-m", "pip", *install), 135, build),
         Phase("doctor", (sys.executable, "-m", "l2rw_ext.doctor"), 15),
         Phase("tests of CUDA", _test_command(workers, "cuda"), 60, tests),
         Phase("other tests", _test_command(workers, "not cuda"), 110, tests),
-        Phase("kernels", (*benchmarks, "kernels", *on_cuda, str(folder / "kernels.json")), 75),
+        Phase("kernels", (*benchmarks, "kernels", *on_cuda, str(folder / "kernels.json")), 90),
         Phase("step", (*step, *on_cuda, str(folder / "step.json")), 55),
         Phase(
             "step, captured",
             (*step, "--methods", *captured, *on_cuda, str(folder / "step-captured.json")),
-            35,
+            40,
         ),
         Phase(
             "memory",
@@ -118,7 +118,7 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
                 *on_cuda,
                 str(folder / "memory.json"),
             ),
-            35,
+            30,
         ),
     ]
 
