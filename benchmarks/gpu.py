@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def test_workers(cores: int) -> int:
 
 def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> list[Phase]:
     """What runs, in order; the shares add up to less than nine minutes."""
+    if folder.is_relative_to(record.ROOT):  # where every phase runs
+        folder = folder.relative_to(record.ROOT)
     build = {"L2RW_CUDA": "ON"}
     if prebuilt is not None:
         build = {"L2RW_CUDA": "OFF", "L2RW_PREBUILT_CUDA": str(prebuilt)}
@@ -138,7 +141,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def run_phase(phase: Phase, limit: float, log: TextIO) -> Outcome:
     """Run one phase for at most ``limit`` seconds, with what it prints in the log."""
-    command = subprocess.list2cmdline(phase.command)
+    command = shlex.join("python" if c == sys.executable else c for c in phase.command)
     log.write(f"=== {phase.name}: {command}\n")
     log.flush()
     start = time.monotonic()

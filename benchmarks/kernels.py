@@ -74,7 +74,8 @@ def has_kernel(operator: str, device: str) -> bool:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.float() * b.float()).flatten(1).sum(1)
+    # Over dimensions and not over a flat view, so that memory is read in its own order.
+    return (a.float() * b.float()).sum(tuple(range(1, a.dim())))
 
 
 def _fused_dot() -> Callable[[Tensor, Tensor], Tensor]:

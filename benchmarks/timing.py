@@ -128,6 +128,14 @@ def capture(call: Callable[[], Result]) -> Captured[Result]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # What the collector frees during a capture can end it.
+    gc.collect()
+    # A capture that fails leaves its own stream as the current one; the outer context puts the
+    # other back.
+    with (
+        without_collection(),
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph),
+    ):
         result = call()
     return Captured(graph, result)

@@ -74,6 +74,8 @@ def test_a_phase_inherits_the_time_that_is_left(tmp_path: Path) -> None:
 def test_the_plan(tmp_path: Path, prebuilt: Path | None) -> None:
     plan = phases(tmp_path, prebuilt, workers=8, cores=16)
     assert sum(phase.seconds for phase in plan) < 9 * 60
+    inside = phases(record.ROOT / "results" / "x", prebuilt, workers=1, cores=1)
+    assert str(Path("results", "x", "memory.json")) in inside[-1].command
     named = {phase.name: phase for phase in plan}
     assert list(named) == [
         "build",
