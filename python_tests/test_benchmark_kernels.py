@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from benchmarks.kernel_cases import (
     default_kernel_cases,
 )
 from benchmarks.roofline import Ceilings, float32_products, measure_ceilings
-from benchmarks.timing import interleaved
+from benchmarks.timing import Captured, interleaved
 from l2rw_ext import _registration, ops
 
 SMALL = default_kernel_cases("cpu")
@@ -210,6 +211,50 @@ def test_an_operator_that_fails_does_not_stop_the_composition(
     entry = kernels.run_safely(KERNEL_CASES["small-dense"], "fp32", CEILINGS, device="cpu")
     assert entry["failed"] == "RuntimeError: out of memory"
     assert kernels.wrong(entry)
+
+
+class _Graph:
+    """Stands for a CUDA graph of ``call`` whose replays write ``result``, or leave it as it is."""
+
+    def __init__(self, call: Callable[[], Tensor], result: Tensor, writes: bool) -> None:
+        self.call, self.result, self.writes = call, result, writes
+
+    def replay(self) -> None:
+        if self.writes:
+            self.result.copy_(self.call())
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_replay_that_writes_nothing_is_wrong(
+    writes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = KERNEL_CASES["small-dense"]
+    arguments = case.draw("fp32", "cpu")
+    (candidate, _) = kernels.candidates(case, "fp32", arguments, "cpu")
+
+    def capture(call: Callable[[], Tensor]) -> Captured[Tensor]:
+        result = call()
+        graph: Any = _Graph(call, result, writes)
+        return Captured(graph, result)
+
+    monkeypatch.setattr(kernels, "capture", capture)
+    expected, bounds = exact(case.operator, arguments), magnitudes(case.operator, arguments)
+    kernels.check_captured(candidate, expected, bounds)
+    assert candidate.status == ("ok" if writes else "wrong")
+    assert writes or candidate.reason.startswith("replayed from a graph")
+
+
+def test_a_call_that_cannot_be_captured_is_timed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = KERNEL_CASES["small-dense"]
+    (candidate, _) = kernels.candidates(case, "fp32", case.draw("fp32", "cpu"), "cpu")
+
+    def refused(call: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(kernels, "capture", refused)
+    kernels.check_captured(candidate, (), ())
+    assert candidate.timed
+    assert "not permitted" in candidate.not_captured
 
 
 @pytest.mark.parametrize("name", ["small-dense", "small-conv"])
