@@ -1,5 +1,6 @@
 # Every target makes the virtual environment that it needs and installs the package there, editable.
 # Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, ARGS (options of the command).
+# Only `gpu` uses PYTHON as it is, with what is installed there.
 
 PYTHON ?= python3
 # On Linux, plain PyPI gives the CUDA build of torch, several gigabytes. With the address of PyTorch's
@@ -17,7 +18,7 @@ BUILD_REQUIREMENTS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" n
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs lint clean
+.PHONY: help demo test bench gpu docs lint clean
 
 # $(call install,VENV,EXTRAS): an environment with torch and this package, and how long that took.
 define install
@@ -54,6 +55,12 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 	@"$(VENV)/bin/python" -m benchmarks memory --methods plain_union l2rw_ext --json benchmarks/results/cpu/memory.json
 	@"$(VENV)/bin/python" -m benchmarks memory --case vit-checkpointed --methods plain_union l2rw_ext l2rw_ext_low_memory --json benchmarks/results/cpu/memory-checkpointed.json
 	@"$(VENV)/bin/python" -m benchmarks report --fill README.md docs/benchmarks.md
+
+# Without a network: torch, cmake, ninja, pybind11 and scikit-build-core must be installed, and for
+# the tests and benchmarks pytest, pytest-timeout, hypothesis, numpy and rich; pytest-xdist is used if
+# it is. GPU_RESULTS: the folder of the results; L2RW_PREBUILT_CUDA: an _ops_cuda.so to take along.
+gpu: ## on a machine with an NVIDIA GPU: build, test and measure there, in under nine minutes
+	@"$(PYTHON)" -m benchmarks.gpu $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)") $(ARGS)
 
 docs: $(VENV)/.installed ## the documentation, in docs/_build/html
 	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[docs]"

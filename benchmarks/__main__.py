@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "step": "time of a training step, every method against the plain one",
+    "kernels": "every operator against its composition and the roofline",
     "memory": "peak memory of a training step, in a subprocess for each method",
     "profile": "where the time of a step goes, and what each intercepted call costs",
     "report": "draw the README's chart from recorded results",
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return dispatch(arguments)
     except KeyboardInterrupt:
-        print("\nStopped by Ctrl-C before the end; no results were written.", file=sys.stderr)
+        print("\nStopped by Ctrl-C before the end.", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -208,14 +208,16 @@ def run(args: argparse.Namespace) -> int:
     record.check_device(args.device)
     methods = chosen(args.methods)
     report = record.header("memory", args.device, sys.argv[1:])
-    report["allocator"] = ALLOCATOR
-    report["cases"] = []
+    report |= {"allocator": ALLOCATOR, "cases": [], "complete": False}
     console = Console()
     for name in args.cases or default_cases():
         with console.status(CASES[name].title):
             entry = run_case(CASES[name], methods, device=args.device, threads=args.threads)
         report["cases"].append(entry)
+        if args.json:
+            record.write(args.json, report)
         console.print(table(entry))
+    report["complete"] = True
     if args.json:
         record.write(args.json, report)
         console.print(f"recorded in {args.json}")

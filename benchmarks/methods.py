@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from l2rw_ext.reference import weights_from_scores
 
 from .cases import Case
+from .timing import capture
 
 
 class Outcome(NamedTuple):
@@ -37,6 +38,8 @@ class Outcome(NamedTuple):
 
 
 Step = Callable[[], Outcome]
+YARDSTICK = "plain_union"
+CAPTURED_YARDSTICK = "plain_union_captured"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Method:
 
     ``kind`` is ``plain`` (no weights), ``exact`` (held to the oracle) or ``approximate`` (its error
     is reported). ``requires`` names the module that must be installed; without ``default`` the
-    method runs where it is asked for.
+    method runs where it is asked for. Ratios are over the method ``yardstick``.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Method:
     prepare: Callable[[Case], Step]
     requires: str | None = None
     default: bool = True
+    yardstick: str = YARDSTICK
 
     @property
     def available(self) -> bool:
@@ -301,6 +305,35 @@ def backpack(case: Case) -> Step:
     return step
 
 
+def captured(prepare: Callable[[Case], Step]) -> Callable[[Case], Step]:
+    """The step of another method, captured once in a CUDA graph and replayed."""
+
+    def prepare_captured(case: Case) -> Step:
+        if not case.train[0].is_cuda:
+            raise NotImplementedError("a CUDA graph needs a CUDA device")
+        step = prepare(case)
+        parameters = list(case.model.parameters())
+
+        def from_no_gradient() -> Outcome:
+            # The graph then writes gradients instead of adding to what is there.
+            for p in parameters:
+                p.grad = None
+            return step()
+
+        graph = capture(from_no_gradient)
+        gradients = [p.grad for p in parameters]
+
+        def replay() -> Outcome:
+            outcome = graph.replay()
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            return outcome
+
+        return replay
+
+    return prepare_captured
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -317,9 +350,24 @@ METHODS: dict[str, Method] = {
         Method("torchopt", "TorchOpt", "exact", torchopt, requires="torchopt"),
         Method("opacus", "Opacus", "exact", opacus, requires="opacus"),
         Method("backpack", "BackPACK", "exact", backpack, requires="backpack"),
+        Method(
+            CAPTURED_YARDSTICK,
+            "plain, union, CUDA graph",
+            "plain",
+            captured(plain_union),
+            default=False,
+            yardstick=CAPTURED_YARDSTICK,
+        ),
+        Method(
+            "l2rw_ext_captured",
+            "l2rw_ext, CUDA graph",
+            "exact",
+            captured(l2rw),
+            default=False,
+            yardstick=CAPTURED_YARDSTICK,
+        ),
     )
 }
-YARDSTICK = "plain_union"
 
 
 def chosen(names: list[str] | None) -> list[Method]:

@@ -45,13 +45,73 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _of_kernel(entry: dict[str, Any], mode: str) -> list[str]:
+    """What a row of :func:`kernel_table` says of one way to call."""
+    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in entry["candidates"]}
+    own: dict[str, Any] | None = rows.get("operator", {}).get(mode)
+    cells = [f"{1e6 * own['seconds']:.1f}" if own else "-"]
+    for other in ("composition", "library"):
+        ratio = entry["ratios"].get(other, {}).get(mode)
+        cells.append(f"{ratio:.2f}" if ratio else "-")
+    return cells
+
+
+def kernel_table(report: dict[str, Any]) -> str:
+    """The operators of a report as a Markdown table, one row for each case and precision."""
+    modes = ["eager"]
+    if any("captured" in row for e in report["cases"] for row in e["candidates"]):
+        modes.append("captured")
+    head = ["case", "precision"]
+    for mode in modes:
+        head += [f"{mode}, µs", "composition takes", "library takes"]
+    head += ["of the roofline", "of the matrix product's rate", "error", "workspace, MiB"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
+    for entry in report["cases"]:
+        cells = [f"`{entry['operator']}`, {entry['title']}", entry["precision"]]
+        for mode in modes:
+            cells += _of_kernel(entry, mode)
+        own: dict[str, Any] = next(
+            (row for row in entry["candidates"] if row["name"] == "operator"), {}
+        )
+        best = own.get(modes[-1]) or own.get("eager")
+        cells += [f"{best[n]:.0%}" if best else "-" for n in ("roofline", "matrix_ceiling")]
+        errors = own.get("errors")
+        status = own.get("status", "failed" if "failed" in entry else "no kernel")
+        error = f"{max(e['of_norm'] for e in errors):.0e}" if errors else "-"
+        cells.append(error if status == "ok" else f"{status} {error}".removesuffix(" -"))
+        held = own.get("workspace_bytes")
+        cells.append("-" if held is None else f"{held / 2**20:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def phase_table(report: dict[str, Any]) -> str:
+    """How the phases of ``make gpu`` ended."""
+    lines = ["| phase | | seconds |", "|---|---|---|"]
+    lines += [f"| {p['name']} | {p['status']} | {p['seconds']:.0f} |" for p in report["phases"]]
+    return "\n".join(lines)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a report of any kind; empty for a kind without one."""
+    makers = {"step": table, "memory": table, "kernels": kernel_table, "gpu": phase_table}
+    maker = makers.get(report["kind"])
+    return maker(report) if maker else ""
+
+
+def machine_of(report: dict[str, Any]) -> str:
+    """The GPU that was measured, or the processor with its threads."""
+    machine = report["machine"]
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+
+
 def origin(report: dict[str, Any]) -> str:
     """Command, machine, versions and commit of a report, as one sentence."""
     machine, versions = report["machine"], report["versions"]
+    capability = "" if "gpu" in machine else f" ({machine['capability']})"
     return (
         f"Recorded by `{report['command']}` on {report['date'][:10]} at commit "
-        f"`{report['commit'][:10]}`: {machine['cpu']}, {machine['threads']} threads "
-        f"({machine['capability']}), torch {versions['torch']}."
+        f"`{report['commit'][:10]}`: {machine_of(report)}{capability}, torch {versions['torch']}."
     )
 
 

@@ -112,9 +112,11 @@ def header(kind: str, device: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Write a report, making its folder."""
+    """Write a report, making its folder; one that is there is whole until the new one is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(report, indent=1) + "\n")
+    beside.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:

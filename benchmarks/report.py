@@ -1,7 +1,8 @@
 """``python -m benchmarks report``: the README's chart and tables, drawn from recorded results.
 
-Reads ``benchmarks/results/<device>/*.json``, draws ``docs/assets/step.svg`` from ``step.json`` and
-prints Markdown tables. Says which files were recorded with other sources than the present ones.
+Reads ``benchmarks/results/<device>/*.json``, draws ``docs/assets/step.svg`` from ``step.json``
+(``step-<device>.svg`` for a device other than the CPU) and prints Markdown tables. Says which files
+were recorded with other sources than the present ones, and which before the run had ended.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 from . import record
 from .errors import UsageError
-from .pages import filled, ratios, read_reports, table
+from .pages import filled, machine_of, markdown, ratios, read_reports
 
 RESULTS = record.ROOT / "benchmarks" / "results"
-CHART = record.ROOT / "docs" / "assets" / "step.svg"
+ASSETS = record.ROOT / "docs" / "assets"
+PAGES_DEVICE = "cpu"
+"""The device whose results the README and the documentation show."""
 BARS = {
     "double_backward": ("double backward (Algorithm 1)", "#c9ccd1"),
     "jvp": ("torch.func.jvp", "#8fa3bf"),
@@ -43,10 +46,9 @@ def chart(report: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(cases)), [f"{e['title']}, ρ {e['rho']:.2f}" for e in cases])
         axes.invert_yaxis()
         axes.set_xlim(0, max(max(ratios(e).get(b, 0) for b in BARS) for e in cases) * 1.1)
-        machine = report["machine"]
         axes.set_xlabel(
             "time of a training step; 1 = a plain step on the same examples\n"
-            f"{machine['cpu']}, {machine['threads']} threads, torch {report['versions']['torch']}"
+            f"{machine_of(report)}, torch {report['versions']['torch']}"
         )
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(BARS))
@@ -58,17 +60,28 @@ def chart(report: dict[str, Any], path: Path) -> None:
 def describe(path: Path, report: dict[str, Any]) -> str:
     """Where a report comes from, and whether the sources have changed since."""
     age = "of the present sources" if record.is_current(report) else "OLDER than the sources"
+    if not report.get("complete", True):
+        age += ", INCOMPLETE: the run ended early"
     return (
         f"{path.name}: {report['date'][:10]}, commit {report['commit'][:10]}, {age} "
         f"({report['command']})"
     )
 
 
+def chart_path(device: str) -> Path:
+    """Where the chart of a device belongs."""
+    return ASSETS / ("step.svg" if device == PAGES_DEVICE else f"step-{device}.svg")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``report``."""
-    parser.add_argument("--device", default="cpu", help="folder below benchmarks/results")
+    parser.add_argument(
+        "--device", default=PAGES_DEVICE, help="folder below benchmarks/results, such as h200"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--chart", type=Path, default=CHART, metavar="FILE", help=".svg or .png")
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE", help=".svg or .png; default: in docs/assets"
+    )
     parser.add_argument(
         "--fill",
         type=Path,
@@ -82,20 +95,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the chart and print tables; the exit status is 1 with --check and an older file."""
+    if args.fill and args.device != PAGES_DEVICE:
+        raise UsageError(
+            f"--fill: the pages show the results of {PAGES_DEVICE}, not of {args.device}"
+        )
     folder = args.results / args.device
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise UsageError(f"no recorded results in {folder}; run python -m benchmarks step --json")
+        raise UsageError(
+            f"no recorded results in {folder}; run make bench, or make gpu on a machine with a GPU"
+        )
+    target = args.chart or chart_path(args.device)
     current = True
     for path in paths:
         report = record.read(path)
         current &= record.is_current(report)
         print(describe(path, report))
-        if report["kind"] in ("step", "memory"):
-            print("\n" + table(report) + "\n")
-        if path.name == "step.json":
-            chart(report, args.chart)
-            print(f"chart in {args.chart}")
+        shown = markdown(report)
+        if shown:
+            print(f"\n{shown}\n")
+        if path.name == "step.json" and report["cases"]:
+            chart(report, target)
+            print(f"chart in {target}")
     for page in args.fill:
         try:
             page.write_text(filled(page.read_text(), read_reports(folder)))

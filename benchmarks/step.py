@@ -2,7 +2,8 @@
 
 All methods run in one process, one step of each in turn, and each method's scores, weights and
 gradient are compared with the float64 oracle before its time counts. Times are medians; ratios are
-over a plain step on the union of both batches.
+over a plain step on the union of both batches; those of a step replayed from a CUDA graph are over
+that step replayed from one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from rich.table import Table
 
 from . import record
 from .cases import CASES, Case, CaseSpec, default_cases, make_case
+from .errors import UsageError
 from .methods import METHODS, YARDSTICK, Method, Outcome, Step, chosen
 from .operations import operation_bound
 from .oracle import Oracle, gradient_error, oracle, relative_error
+from .roofline import float32_products
+from .timing import use_device, without_collection
 
 # A float32 method may have twice the error of float32 double backward plus this.
 ERROR_FLOOR = 1e-6
@@ -108,9 +112,7 @@ def time_interleaved(
     timed = [c for c in candidates if c.status in ("ok", "approximate")]
     for c in timed:
         c.times = []
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with without_collection():
         for repeat in range(-warmup, repeats):
             gc.collect()
             for k in range(len(timed)):
@@ -125,12 +127,9 @@ def time_interleaved(
                 elapsed = time.perf_counter() - start
                 if repeat >= 0:
                     c.times.append(elapsed)
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
-def _row(c: Candidate, yardstick: Candidate) -> dict[str, Any]:
+def _row(c: Candidate, yardstick: Candidate | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": c.method.name,
         "label": c.method.label,
@@ -143,11 +142,12 @@ def _row(c: Candidate, yardstick: Candidate) -> dict[str, Any]:
         row["engine"] = c.engine
     if c.errors:
         row["errors"] = c.errors
-    if c.times and yardstick.times:
-        pairs = [a / b for a, b in zip(c.times, yardstick.times, strict=True)]
-        low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    if c.times:
         row["seconds"] = statistics.median(c.times)
         row["seconds_min"] = min(c.times)
+    if c.times and yardstick is not None and yardstick.times:
+        pairs = [a / b for a, b in zip(c.times, yardstick.times, strict=True)]
+        low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
         row["ratio"] = statistics.median(c.times) / statistics.median(yardstick.times)
         row["ratio_quartiles"] = [low, high]
     return row
@@ -174,7 +174,7 @@ def run_case(
         limits = error_limits(case, truth)
         candidates = [prepare(case, method, truth, limits) for method in methods]
         time_interleaved(candidates, repeats, warmup, device)
-    yardstick = next(c for c in candidates if c.method.name == YARDSTICK)
+    named = {c.method.name: c for c in candidates}
     return {
         "name": spec.name,
         "title": spec.title,
@@ -184,7 +184,7 @@ def run_case(
         "operation_bound": bound,
         "repeats": repeats,
         "error_limits": limits,
-        "methods": [_row(c, yardstick) for c in candidates],
+        "methods": [_row(c, named.get(c.method.yardstick)) for c in candidates],
     }
 
 
@@ -201,13 +201,12 @@ def table(entry: dict[str, Any]) -> Table:
     out.add_column("note")
     for row in entry["methods"]:
         errors = row.get("errors")
-        timed = "ratio" in row
         notes = [row.get("engine", ""), "" if row["status"] == "ok" else row["status"]]
         out.add_row(
             row["label"],
-            f"{1e3 * row['seconds']:.2f}" if timed else "-",
-            f"{row['ratio']:.2f}" if timed else "-",
-            "{:.2f}-{:.2f}".format(*row["ratio_quartiles"]) if timed else "",
+            f"{1e3 * row['seconds']:.2f}" if "seconds" in row else "-",
+            f"{row['ratio']:.2f}" if "ratio" in row else "-",
+            "{:.2f}-{:.2f}".format(*row["ratio_quartiles"]) if "ratio" in row else "",
             f"{errors['scores']:.0e}" if errors else "",
             ": ".join(part for part in (*notes, row.get("reason", "")) if part),
             style="bold" if row["name"] == "l2rw_ext" else None,
@@ -223,6 +222,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=record.positive, default=15)
     parser.add_argument("--warmup", type=record.positive, default=2)
     parser.add_argument("--threads", type=record.positive, help="default: torch's choice")
+    parser.add_argument(
+        "--tf32",
+        action="store_true",
+        help="on CUDA: products and convolutions of float32 may be rounded to TF32",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="record the results")
     parser.epilog = f"cases: {', '.join(CASES)}. methods: {', '.join(METHODS)}."
 
@@ -230,16 +234,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status is 1 where this package's own result is wrong."""
     record.check_device(args.device)
+    if args.tf32 and not args.device.startswith("cuda"):
+        raise UsageError("--tf32: there is no TF32 on the CPU")
+    use_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     methods = chosen(args.methods)
     report = record.header("step", args.device, sys.argv[1:])
-    report["cases"] = []
+    report |= {"tf32": args.tf32, "cases": [], "complete": False}
     console = Console()
     names = args.cases or default_cases()
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True
-    ) as progress:
+    with (
+        float32_products(args.tf32),
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), transient=True
+        ) as progress,
+    ):
         task = progress.add_task("", total=len(names))
         for name in names:
             progress.update(task, description=CASES[name].title)
@@ -251,10 +261,13 @@ def run(args: argparse.Namespace) -> int:
                 device=args.device,
             )
             report["cases"].append(entry)
+            if args.json:
+                record.write(args.json, report)
             progress.console.print(table(entry))
             progress.advance(task)
+    report["complete"] = True
     if args.json:
         record.write(args.json, report)
         console.print(f"recorded in {args.json}")
-    ours = [r for e in report["cases"] for r in e["methods"] if r["name"] == "l2rw_ext"]
+    ours = [r for e in report["cases"] for r in e["methods"] if r["name"].startswith("l2rw_ext")]
     return 1 if any(r["status"] != "ok" for r in ours) else 0

@@ -1,5 +1,6 @@
 # L2RW_CUDA=AUTO|ON|OFF decides whether _ops_cuda.so is built: AUTO builds it where nvcc is found.
-# Whether this machine has a GPU plays no part.
+# Whether this machine has a GPU plays no part. L2RW_PREBUILT_CUDA=path/to/_ops_cuda.so installs a
+# library that was built before, in place of building one.
 
 if(NOT DEFINED L2RW_CUDA)
   set(L2RW_CUDA "AUTO")
@@ -11,8 +12,26 @@ if(NOT L2RW_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "L2RW_CUDA is '${L2RW_CUDA}'; it must be AUTO, ON or OFF.")
 endif()
 
+if(NOT DEFINED L2RW_PREBUILT_CUDA)
+  set(L2RW_PREBUILT_CUDA "$ENV{L2RW_PREBUILT_CUDA}")
+endif()
+
 set(L2RW_WITH_CUDA OFF)
-if(NOT L2RW_CUDA STREQUAL "OFF")
+if(L2RW_PREBUILT_CUDA)
+  # What the library says of itself; see l2rw_configure_cuda_library.
+  set(_says "l2rw_ext CUDA ([0-9.]+) architectures ([0-9a-z ]+)")
+  if(EXISTS "${L2RW_PREBUILT_CUDA}" AND NOT IS_DIRECTORY "${L2RW_PREBUILT_CUDA}")
+    file(STRINGS "${L2RW_PREBUILT_CUDA}" _said REGEX "${_says}" LIMIT_COUNT 1)
+  endif()
+  if(NOT "${_said}" MATCHES "${_says}")
+    message(
+      FATAL_ERROR
+      "L2RW_PREBUILT_CUDA=${L2RW_PREBUILT_CUDA} is no _ops_cuda.so of this package."
+    )
+  endif()
+  set(L2RW_CUDA_VERSION "${CMAKE_MATCH_1}")
+  set(L2RW_CUDA_ARCHITECTURES_BUILT "${CMAKE_MATCH_2}")
+elseif(NOT L2RW_CUDA STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
@@ -40,6 +59,11 @@ if(L2RW_WITH_CUDA)
     )
   endif()
   message(STATUS "CUDA ${L2RW_CUDA_VERSION}, architectures ${L2RW_CUDA_ARCHITECTURES_BUILT}")
+elseif(L2RW_PREBUILT_CUDA)
+  message(
+    STATUS
+    "${L2RW_PREBUILT_CUDA}: CUDA ${L2RW_CUDA_VERSION}, architectures ${L2RW_CUDA_ARCHITECTURES_BUILT}"
+  )
 else()
   set(L2RW_CUDA_VERSION "")
   set(L2RW_CUDA_ARCHITECTURES_BUILT "")
@@ -47,6 +71,12 @@ else()
 endif()
 
 function(l2rw_configure_cuda_library target)
+  configure_file(
+    "${PROJECT_SOURCE_DIR}/cmake/cuda_build.cpp.in"
+    "${PROJECT_BINARY_DIR}/cuda_build.cpp"
+    @ONLY
+  )
+  target_sources(${target} PRIVATE "${PROJECT_BINARY_DIR}/cuda_build.cpp")
   set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
   target_compile_definitions(${target} PRIVATE USE_CUDA)
   target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>")

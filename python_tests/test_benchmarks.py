@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="the benchmarks print with rich")
 
 from benchmarks import operations, record
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, RHO_RANGE, Case, make_case
+from benchmarks.cases import CASES, RHO_RANGE, Case, CaseSpec, make_case
 from benchmarks.memory import run_case as memory_case
 from benchmarks.methods import METHODS, Method, Outcome, Step
 from benchmarks.oracle import oracle
@@ -204,6 +204,80 @@ def test_report_draws_a_chart_and_says_what_is_old(
     assert "OLDER than the sources" in capsys.readouterr().out
 
 
+def test_report_of_another_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import report as reports
+
+    monkeypatch.setattr(reports, "ASSETS", tmp_path / "assets")
+    report = record.header("step", "cpu", ["step"])
+    report["machine"]["gpu"] = "NVIDIA Fake"
+    report["cases"] = [run_case(TINY, [METHODS["l2rw_ext"]], repeats=2, warmup=1)]
+    record.write(tmp_path / "fake" / "step.json", report)
+    arguments = ["report", "--results", str(tmp_path), "--device", "fake"]
+    assert main(arguments) == 0
+    assert "of the present sources" in capsys.readouterr().out
+    assert "NVIDIA Fake" in (tmp_path / "assets" / "step-fake.svg").read_text()
+    page = tmp_path / "page.md"
+    page.write_text("as it was")
+    assert main([*arguments, "--fill", str(page)]) == 2
+    assert "the pages show the results of cpu, not of fake" in capsys.readouterr().err
+    assert page.read_text() == "as it was"
+
+
+def test_an_unfinished_run_keeps_its_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import step
+
+    def stopped(spec: CaseSpec, *rest: Any, **options: Any) -> dict[str, Any]:
+        if spec.name != "tiny":
+            raise KeyboardInterrupt
+        return run_case(spec, *rest, **options)
+
+    monkeypatch.setattr(step, "run_case", stopped)
+    path = tmp_path / "step.json"
+    arguments = ["step", "--case", "tiny", "lenet", "--methods", "plain", "--repeats", "2"]
+    assert main([*arguments, "--json", str(path)]) == 130
+    report = record.read(path)
+    assert [entry["name"] for entry in report["cases"]] == ["tiny"]
+    assert not report["complete"]
+
+
+def test_a_cuda_graph_needs_cuda() -> None:
+    found = rows(run_case(TINY, [METHODS["l2rw_ext_captured"]], repeats=2, warmup=1))
+    assert found["l2rw_ext_captured"]["status"] == "failed"
+    assert "a CUDA graph needs a CUDA device" in found["l2rw_ext_captured"]["reason"]
+    assert found["plain_union"]["ratio"] == 1
+
+
+def test_a_captured_method_is_compared_with_its_own_yardstick() -> None:
+    plain, ours = (
+        dataclasses.replace(METHODS[name], prepare=METHODS[eager].prepare)
+        for name, eager in (
+            ("plain_union_captured", "plain_union"),
+            ("l2rw_ext_captured", "l2rw_ext"),
+        )
+    )
+    found = rows(run_case(TINY, [plain, ours], repeats=2, warmup=1))
+    assert found["plain_union_captured"]["ratio"] == 1
+    assert found["l2rw_ext_captured"]["ratio"] == pytest.approx(
+        found["l2rw_ext_captured"]["seconds"] / found["plain_union_captured"]["seconds"]
+    )
+    alone = rows(run_case(TINY, [ours], repeats=2, warmup=1))["l2rw_ext_captured"]
+    assert alone["seconds"] > 0
+    assert "ratio" not in alone
+
+
+@pytest.mark.cuda
+def test_a_captured_step_is_right_or_refused() -> None:
+    methods = [METHODS[n] for n in ("plain_union_captured", "l2rw_ext_captured", "l2rw_ext")]
+    found = rows(run_case(TINY, methods, repeats=2, warmup=1, device="cuda"))
+    assert found["plain_union_captured"]["ratio"] == 1
+    assert found["l2rw_ext_captured"]["status"] in ("ok", "failed"), found["l2rw_ext_captured"]
+    assert found["l2rw_ext"]["status"] == "ok", found["l2rw_ext"]
+    assert found["l2rw_ext"]["seconds"] > 0
+
+
 def test_profile_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "--case", "tiny", "--repeats", "2"]) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -220,6 +294,7 @@ def test_profile_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["step", "--methods", "no-such-method"],
         ["step", "--repeats", "0"],
         ["step", "--device", "toaster"],
+        ["step", "--tf32"],
         ["memory", "--device", "toaster"],
         ["report", "--results", "no/such/folder"],
     ],
@@ -244,5 +319,5 @@ def test_help_names_every_command() -> None:
         cwd=ROOT,
         check=True,
     )
-    for command in ("step", "memory", "profile", "report", "demo"):
+    for command in ("step", "kernels", "memory", "profile", "report", "demo"):
         assert command in done.stdout

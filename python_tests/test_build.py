@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,56 @@ def test_cuda_on_without_a_compiler_is_an_error(tmp_path: pathlib.Path) -> None:
     )
     assert status != 0
     assert "L2RW_CUDA=ON needs nvcc, and none was found" in message
+
+
+@needs_cuda_library
+def test_cuda_library_says_how_it_was_built() -> None:
+    said = re.search(
+        rb"l2rw_ext CUDA ([0-9.]+) architectures ([0-9a-z ]+)\0",
+        (FOLDER / "_ops_cuda.so").read_bytes(),
+    )
+    assert said is not None
+    assert said[1].decode() == _loader.BUILD_INFO["cuda_version"]
+    assert said[2].decode() == _loader.BUILD_INFO["cuda_architectures"]
+
+
+def test_prebuilt_cuda_library_is_installed_and_not_built(tmp_path: pathlib.Path) -> None:
+    pybind11 = pytest.importorskip("pybind11", reason="CMake looks for it")
+    library = tmp_path / "prebuilt.so"
+    library.write_bytes(b"\x7fELF\0l2rw_ext CUDA 13.0.88 architectures 90a\0\1\2")
+    build = tmp_path / "build"
+    status, message = configure(
+        build,
+        sys.executable,
+        "-DSKBUILD_PROJECT_VERSION=0",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        L2RW_CUDA="OFF",
+        L2RW_PREBUILT_CUDA=str(library),
+    )
+    assert status == 0, message
+    commands = (build / "compile_commands.json").read_text()
+    assert ".cu" not in commands
+    assert r"L2RW_CUDA_VERSION=\\\"13.0.88\\\"" in commands
+    assert r"L2RW_CUDA_ARCHITECTURES=\\\"90a\\\"" in commands
+    installed = (build / "cmake_install.cmake").read_text()
+    assert str(library) in installed
+    assert 'RENAME "_ops_cuda.so"' in installed
+
+
+@pytest.mark.parametrize("content", [None, b"\x7fELF of something else"])
+def test_prebuilt_cuda_library_of_another_kind_is_an_error(
+    tmp_path: pathlib.Path, content: bytes | None
+) -> None:
+    library = tmp_path / "other.so"
+    if content is not None:
+        library.write_bytes(content)
+    status, message = configure(
+        tmp_path / "build",
+        sys.executable,
+        L2RW_PREBUILT_CUDA=str(library),
+    )
+    assert status != 0
+    assert "other.so is no _ops_cuda.so of this package" in message
 
 
 def test_unknown_cuda_choice_is_an_error(tmp_path: pathlib.Path) -> None:

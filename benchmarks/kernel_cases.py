@@ -1,0 +1,437 @@
+"""The fixed cases of ``benchmarks kernels``: arguments of one operator, and what it must cost.
+
+``operations`` counts floating-point operations, two for a multiply-add, and ``bytes`` every
+argument read once and every result written once. Only what the equation needs is counted: no
+workspace, no padding, and an example without weight not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = tuple[Any, ...]
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype, and whether TF32 may stand in for float32 in products."""
+
+    dtype: torch.dtype
+    tf32: bool = False
+
+
+PRECISIONS = {
+    "bf16": Precision(torch.bfloat16),
+    "fp16": Precision(torch.float16),
+    "fp32": Precision(torch.float32),
+    "tf32": Precision(torch.float32, tf32=True),
+}
+
+
+class Draw:
+    """Draws tensors of one dtype on one device, the same at every call for a device."""
+
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        values = torch.randn(shape, generator=self.generator, device=self.device)
+        return values.to(self.dtype)
+
+    def positive(self, *shape: int) -> Tensor:
+        values = torch.rand(shape, generator=self.generator, device=self.device)
+        return (values + 0.5).to(self.dtype)
+
+    def index(self, end: int, *shape: int) -> Tensor:
+        return torch.randint(end, shape, generator=self.generator, device=self.device)
+
+    def half_of_weights(self, n: int) -> Tensor:
+        """(n,) weights of which every other one is zero, as ρ = 0.5 has it."""
+        weights = self.positive(n)
+        weights[1::2] = 0
+        return weights
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One operator at one size.
+
+    ``arguments`` draws what the operator takes from ``sizes``; ``operations`` counts from the same
+    sizes. ``weighted`` marks an operator that reads only the half of its examples with a weight.
+    """
+
+    name: str
+    title: str
+    operator: str
+    sizes: Sizes
+    arguments: Callable[..., Arguments]
+    operations: Callable[..., int]
+    precisions: tuple[str, ...]
+    device: str = "cuda"
+    weighted: bool = False
+
+    def draw(self, precision: str, device: str) -> Arguments:
+        """The operator's arguments."""
+        return self.arguments(Draw(PRECISIONS[precision].dtype, device), *self.sizes)
+
+    def tf32(self, precision: str) -> bool:
+        """Whether products of float32 may be rounded to TF32.
+
+        A composition that converts a convolution's narrow arguments to float32 loses nothing by it.
+        """
+        chosen = PRECISIONS[precision]
+        narrow = chosen.dtype.itemsize == 2
+        return chosen.tf32 or (narrow and self.operator == "conv_correlation")
+
+    def operation_count(self) -> int:
+        """Floating-point operations of the equation."""
+        return self.operations(*self.sizes)
+
+    def byte_count(self, arguments: Arguments, results: tuple[Tensor, ...]) -> int:
+        """Bytes of arguments and results, each moved once."""
+        read = 0
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                size = argument.numel() * argument.element_size()
+                # Weights and the list of active examples are vectors and read whole.
+                read += size // 2 if self.weighted and argument.dim() > 1 else size
+        if self.operator == "embedding_correlation":
+            _, g, direction = arguments
+            table = direction.numel() * direction.element_size()
+            # A row for each position, and no more than the table.
+            read -= max(0, table - g.numel() * direction.element_size())
+        return read + sum(result.numel() * result.element_size() for result in results)
+
+
+# Letters as in l2rw_ext.ops: n, m examples, t, s positions, i, o widths, c channels.
+
+
+def _factored(d: Draw, n: int, t: int, m: int, s: int, i: int, o: int) -> Arguments:
+    return d.normal(n, t, i), d.normal(n, t, o), d.normal(m, s, i), d.normal(m, s, o), True
+
+
+def _factored_operations(n: int, t: int, m: int, s: int, i: int, o: int) -> int:
+    # Both Gram matrices, the 1 of the bias, their product and its sum.
+    return n * t * m * s * (2 * (i + o) + 3)
+
+
+def _dense(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
+    return d.normal(n, t, i), d.normal(n, t, o), d.normal(o, i), d.normal(o)
+
+
+def _dense_operations(n: int, t: int, i: int, o: int) -> int:
+    return n * t * o * (2 * i + 3)
+
+
+def _pixels(size: int, k: int, stride: int) -> int:
+    return (size + 2 * (k // 2) - k) // stride + 1
+
+
+def _images(
+    d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int
+) -> tuple[Tensor, Tensor, tuple[list[int], list[int], list[int], int]]:
+    """Inputs z, gradients g, channels side by side; stride, padding, dilation and groups."""
+    pixels = _pixels(size, k, stride)
+    z = d.normal(n, size, size, c).movedim(-1, 1)
+    g = d.normal(n, pixels, pixels, o).movedim(-1, 1)
+    return z, g, ([stride] * 2, [k // 2] * 2, [1, 1], 1)
+
+
+def _kernel(d: Draw, o: int, c: int, k: int) -> Tensor:
+    return d.normal(o, k, k, c).movedim(-1, 1)
+
+
+def _conv(d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int) -> Arguments:
+    z, g, geometry = _images(d, n, c, o, size, k, stride)
+    return z, g, _kernel(d, o, c, k), d.normal(o), *geometry
+
+
+def _conv_operations(n: int, c: int, o: int, size: int, k: int, stride: int) -> int:
+    return n * _pixels(size, k, stride) ** 2 * o * (2 * c * k * k + 3)
+
+
+def _conv_example(d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int) -> Arguments:
+    z, g, geometry = _images(d, n, c, o, size, k, stride)
+    return z, g, [k, k], *geometry, _kernel(d, o, c, k), d.normal(o)
+
+
+def _conv_example_operations(n: int, c: int, o: int, size: int, k: int, stride: int) -> int:
+    pixels = _pixels(size, k, stride) ** 2
+    # G_i, <V, G_i>, G_bi and <V_b, G_bi>.
+    return n * (2 * pixels * o * c * k * k + 2 * o * c * k * k + pixels * o + 2 * o)
+
+
+def _conv_weighted(d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int) -> Arguments:
+    z, g, geometry = _images(d, n, c, o, size, k, stride)
+    return z, g, d.half_of_weights(n), [k, k], *geometry
+
+
+def _conv_weighted_operations(n: int, c: int, o: int, size: int, k: int, stride: int) -> int:
+    return (n + 1) // 2 * _pixels(size, k, stride) ** 2 * o * (2 * c * k * k + 2)
+
+
+def _linear_example(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
+    return d.normal(n, t, i), d.normal(n, t, o), d.normal(o, i), d.normal(o)
+
+
+def _linear_example_operations(n: int, t: int, i: int, o: int) -> int:
+    return n * (2 * t * o * i + 2 * o * i + t * o + 2 * o)
+
+
+def _affine(d: Draw, n: int, t: int, c: int) -> Arguments:
+    return d.normal(n, t, c), d.normal(n, t, c), d.normal(n, t, 1), d.positive(n, t, 1)
+
+
+def _affine_correlation(d: Draw, n: int, t: int, c: int) -> Arguments:
+    return *_affine(d, n, t, c), d.normal(c), d.normal(c)
+
+
+def _affine_operations(n: int, t: int, c: int) -> int:
+    return n * t * c * 6
+
+
+def _affine_example_operations(n: int, t: int, c: int) -> int:
+    return n * t * c * 5
+
+
+def _embedding(d: Draw, n: int, t: int, c: int, v: int) -> Arguments:
+    return d.index(v, n, t), d.normal(n, t, c), d.normal(v, c)
+
+
+def _embedding_operations(n: int, t: int, c: int, v: int) -> int:
+    return 2 * n * t * c
+
+
+def _group_norm(d: Draw, n: int, c: int, size: int, groups: int) -> Arguments:
+    shape = (n, c, size, size)
+    statistics = d.normal(n, groups), d.positive(n, groups)
+    return d.normal(*shape), d.normal(*shape), *statistics, d.normal(c), groups
+
+
+def _group_norm_operations(n: int, c: int, size: int, groups: int) -> int:
+    return n * c * size * size * 10
+
+
+def _batch_norm(d: Draw, n: int, c: int, size: int) -> Arguments:
+    shape = (n, c, size, size)
+    vectors = d.normal(c), d.positive(c), d.normal(c), d.normal(c), d.normal(c)
+    return d.normal(*shape), d.normal(*shape), *vectors
+
+
+def _batch_norm_operations(n: int, c: int, size: int) -> int:
+    return n * c * size * size * 9
+
+
+def _weighted_sum(d: Draw, n: int, *shape: int) -> Arguments:
+    return d.normal(n, *shape), d.half_of_weights(n)
+
+
+def _weighted_sum_operations(n: int, *shape: int) -> int:
+    return (n + 1) // 2 * 2 * math.prod(shape)
+
+
+def _scale_rows(d: Draw, n: int, t: int, c: int) -> Arguments:
+    weights = d.half_of_weights(n)
+    return d.normal(n, t, c), weights, torch.arange(0, n, 2, device=d.device)
+
+
+def _scale_rows_operations(n: int, t: int, c: int) -> int:
+    return (n + 1) // 2 * t * c
+
+
+def _normalize(d: Draw, n: int) -> Arguments:
+    return (d.normal(n),)
+
+
+def _normalize_operations(n: int) -> int:
+    return 3 * n
+
+
+_MAKERS: dict[str, tuple[Callable[..., Arguments], Callable[..., int]]] = {
+    "factored_correlation": (_factored, _factored_operations),
+    "dense_correlation": (_dense, _dense_operations),
+    "conv_correlation": (_conv, _conv_operations),
+    "affine_correlation": (_affine_correlation, _affine_operations),
+    "embedding_correlation": (_embedding, _embedding_operations),
+    "linear_example_gradients": (_linear_example, _linear_example_operations),
+    "conv_example_gradients": (_conv_example, _conv_example_operations),
+    "conv_weighted_gradient": (_conv_weighted, _conv_weighted_operations),
+    "affine_example_gradients": (_affine, _affine_example_operations),
+    "group_norm_backward": (_group_norm, _group_norm_operations),
+    "batch_norm_tangent": (_batch_norm, _batch_norm_operations),
+    "weighted_sum": (_weighted_sum, _weighted_sum_operations),
+    "scale_rows": (_scale_rows, _scale_rows_operations),
+    "normalize_weights": (_normalize, _normalize_operations),
+}
+_WEIGHTED = ("conv_weighted_gradient", "weighted_sum", "scale_rows")
+_PRODUCTS = ("bf16", "fp16", "fp32", "tf32")
+_CONVOLUTIONS = ("bf16", "fp32", "tf32")
+_PASSES = ("bf16", "fp32")
+
+
+def _case(
+    name: str,
+    title: str,
+    operator: str,
+    sizes: Sizes,
+    precisions: tuple[str, ...],
+    device: str = "cuda",
+) -> KernelCase:
+    arguments, operations = _MAKERS[operator]
+    weighted = operator in _WEIGHTED
+    return KernelCase(
+        name, title, operator, sizes, arguments, operations, precisions, device, weighted
+    )
+
+
+def _layers(
+    net: str, layers: tuple[tuple[int, int, int, int], ...], operator: str, suffix: str = ""
+) -> list[KernelCase]:
+    """3x3 convolutions of a net at batch 100: input and output channels, input size, stride."""
+    return [
+        _case(
+            f"{net}-{c}-{o}-{size}{suffix}",
+            f"{c}->{o}, 3x3, {size}x{size}{f', stride {stride}' if stride > 1 else ''}, n 100",
+            operator,
+            (100, c, o, size, 3, stride),
+            _CONVOLUTIONS,
+        )
+        for c, o, size, stride in layers
+    ]
+
+
+_RESNET = (
+    (3, 16, 32, 1),
+    (16, 16, 32, 1),
+    (16, 32, 32, 2),
+    (32, 32, 16, 1),
+    (32, 64, 16, 2),
+    (64, 64, 8, 1),
+)
+_WIDE = ((160, 160, 32, 1), (160, 320, 32, 2), (320, 320, 16, 1), (640, 640, 8, 1))
+_SOME = (_RESNET[1], _RESNET[5])
+
+KERNEL_CASES: dict[str, KernelCase] = {
+    case.name: case
+    for case in (
+        _case(
+            "factored-256",
+            "n = m = 256, T 1, 4096->4096",
+            "factored_correlation",
+            (256, 1, 256, 1, 4096, 4096),
+            _PRODUCTS,
+        ),
+        _case(
+            "factored-16384",
+            "nT 16384, mT' 4096, 1024->1024",
+            "factored_correlation",
+            (64, 256, 16, 256, 1024, 1024),
+            _PRODUCTS,
+        ),
+        _case(
+            "dense-16384",
+            "nT 16384, 4096->4096",
+            "dense_correlation",
+            (64, 256, 4096, 4096),
+            _PRODUCTS,
+        ),
+        *_layers("resnet32", _RESNET, "conv_correlation"),
+        *_layers("wrn28", _WIDE, "conv_correlation"),
+        *_layers("resnet32", _SOME, "conv_example_gradients", "-examples"),
+        *_layers("resnet32", _SOME, "conv_weighted_gradient", "-weighted"),
+        _case(
+            "linear-examples",
+            "n 64, T 65, 192->192",
+            "linear_example_gradients",
+            (64, 65, 192, 192),
+            _PRODUCTS,
+        ),
+        _case("layer-norm", "n 64, T 256, d 1024", "affine_correlation", (64, 256, 1024), _PASSES),
+        _case(
+            "layer-norm-examples",
+            "n 64, T 256, d 1024",
+            "affine_example_gradients",
+            (64, 256, 1024),
+            _PASSES,
+        ),
+        _case(
+            "embedding",
+            "n 64, T 256, d 1024, 32000 rows",
+            "embedding_correlation",
+            (64, 256, 1024, 32000),
+            _PASSES,
+        ),
+        _case(
+            "group-norm", "100x64x32x32, 8 groups", "group_norm_backward", (100, 64, 32, 8), _PASSES
+        ),
+        _case("batch-norm", "100x64x32x32", "batch_norm_tangent", (100, 64, 32), _PASSES),
+        _case("weighted-sum", "n 100, 576x512", "weighted_sum", (100, 576, 512), _PASSES),
+        _case("scale-rows", "128 of 256, T 64, d 1024", "scale_rows", (256, 64, 1024), _PASSES),
+        _case("normalize", "n 256", "normalize_weights", (256,), ("fp32",)),
+        # Sizes for the CPU, one of each operator.
+        *(
+            _case(f"small-{name}", title, operator, sizes, _PASSES, "cpu")
+            for name, title, operator, sizes in (
+                (
+                    "factored",
+                    "n 100, m 10, T 1, 256->256",
+                    "factored_correlation",
+                    (100, 1, 10, 1, 256, 256),
+                ),
+                ("dense", "n 16, T 65, 192->192", "dense_correlation", (16, 65, 192, 192)),
+                ("conv", "16->16, 3x3, 16x16, n 20", "conv_correlation", (20, 16, 16, 16, 3, 1)),
+                (
+                    "conv-examples",
+                    "16->16, 3x3, 16x16, n 20",
+                    "conv_example_gradients",
+                    (20, 16, 16, 16, 3, 1),
+                ),
+                (
+                    "conv-weighted",
+                    "16->16, 3x3, 16x16, n 20",
+                    "conv_weighted_gradient",
+                    (20, 16, 16, 16, 3, 1),
+                ),
+                (
+                    "linear-examples",
+                    "n 16, T 65, 64->64",
+                    "linear_example_gradients",
+                    (16, 65, 64, 64),
+                ),
+                ("layer-norm", "n 16, T 65, d 192", "affine_correlation", (16, 65, 192)),
+                (
+                    "layer-norm-examples",
+                    "n 16, T 65, d 192",
+                    "affine_example_gradients",
+                    (16, 65, 192),
+                ),
+                (
+                    "embedding",
+                    "n 16, T 64, d 64, 1000 rows",
+                    "embedding_correlation",
+                    (16, 64, 64, 1000),
+                ),
+                ("group-norm", "20x16x16x16, 4 groups", "group_norm_backward", (20, 16, 16, 4)),
+                ("batch-norm", "20x16x16x16", "batch_norm_tangent", (20, 16, 16)),
+                ("weighted-sum", "n 20, 64x64", "weighted_sum", (20, 64, 64)),
+                ("scale-rows", "10 of 20, T 64, d 64", "scale_rows", (20, 64, 64)),
+                ("normalize", "n 256", "normalize_weights", (256,)),
+            )
+        ),
+    )
+}
+
+
+def default_kernel_cases(device: str) -> list[str]:
+    """The names of the cases that run on a device when none is asked for."""
+    kind = device.split(":")[0]
+    return [name for name, case in KERNEL_CASES.items() if case.device == kind]
