@@ -70,8 +70,10 @@ def provenance(report: dict[str, Any]) -> str:
     """Command and date of a report, commits and machines of its runs."""
     where = report.get("machines_of_runs", [record.machine_name(report["machine"])])
     commits = report.get("commits_of_runs", [report["commit"]])
-    share = report.get("share_of_time_for_data")
-    data = "" if share is None else f" Drawing batches took {share:.1%} of the time."
+    data = ""
+    if "data_of_runs" in report:
+        share = report["share_of_time_for_data"]
+        data = f" Data: {', '.join(report['data_of_runs'])}; drawing batches took {share:.1%} of the time."
     return (
         f"Recorded by `{report['command']}` on {report['date'][:10]} at commit "
         f"{', '.join(f'`{commit[:10]}`' for commit in commits)}: {'; '.join(where)}, torch "
