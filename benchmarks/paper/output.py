@@ -72,8 +72,8 @@ def provenance(report: dict[str, Any]) -> str:
     commits = report.get("commits_of_runs", [report["commit"]])
     data = ""
     if "data_of_runs" in report:
-        share = report["share_of_time_for_data"]
-        data = f" Data: {', '.join(report['data_of_runs'])}; drawing batches took {share:.1%} of the time."
+        files, share = ", ".join(report["data_of_runs"]), report["share_of_time_for_data"]
+        data = f" Data: {files}; drawing batches took {share:.1%} of the time."
     return (
         f"Recorded by `{report['command']}` on {report['date'][:10]} at commit "
         f"{', '.join(f'`{commit[:10]}`' for commit in commits)}: {'; '.join(where)}, torch "
