@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
       },
       result);
   const int64_t rows = layer.z.rows;
-  store_rows<Tile, A>(result.rows, row_sums + place.column * rows + first_row, rows - first_row);
+  store_rows<Tile, A>(
+      shared, result.rows, row_sums + place.column * rows + first_row, rows - first_row);
 }
 
 template <class Engines>
@@ -97,31 +98,22 @@ void correlate_rows(const Launch& launch, const Layer& layer, int64_t positions,
       size_of<typename Engines::Small::Tile>(),
       launch.processors(),
       sizeof(A));
-  // With one sum for each example there is nothing left to add up.
-  const bool direct = positions == 1 && plan.groups == 1;
-  const Tensor row_sums = direct ? u : torch::stable::new_empty(u, {plan.groups, rows});
-  const auto run = [&](auto engine) {
-    using Engine = decltype(engine);
-    launch.run(
-        &correlate<Engine>,
-        plan.row_tiles * plan.groups,
-        Engine::Tile::kThreads,
-        kSharedBytes<Engine>,
-        layer,
-        plan.row_tiles,
-        plan.column_tiles * plan.splits,
-        plan.groups,
-        plan.splits,
-        data<A>(row_sums));
-  };
-  if (plan.large) {
-    run(typename Engines::Large{});
-  } else {
-    run(typename Engines::Small{});
-  }
-  if (!direct) {
-    sum_positions(launch, row_sums, positions, u);
-  }
+  sum_rows(launch, plan.groups, rows, positions, u, [&](const Tensor& row_sums) {
+    with_tile<Engines>(plan, [&](auto engine) {
+      using Engine = decltype(engine);
+      launch.run(
+          &correlate<Engine>,
+          plan.row_tiles * plan.groups,
+          Engine::Tile::kThreads,
+          kSharedBytes<Engine>,
+          layer,
+          plan.row_tiles,
+          plan.column_tiles * plan.splits,
+          plan.groups,
+          plan.splits,
+          data<A>(row_sums));
+    });
+  });
 }
 
 Tensor dense_correlation(

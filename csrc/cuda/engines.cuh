@@ -21,6 +21,16 @@ struct PlainEngines {
   using Small = PlainEngine<T>;
 };
 
+// Calls run(Engine{}) with the tile of a plan.
+template <class Engines, class Run>
+void with_tile(const ProductPlan& plan, const Run& run) {
+  if (plan.large) {
+    run(typename Engines::Large{});
+  } else {
+    run(typename Engines::Small{});
+  }
+}
+
 // Calls body(Engines{}) with the way to multiply numbers of a floating dtype.
 template <class Body>
 void with_engines(ScalarType dtype, const Body& body) {

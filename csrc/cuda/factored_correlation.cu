@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
       },
       result);
   const int64_t rows = factors.z.rows;
-  store_rows<Tile, A>(result.rows, row_sums + place.column * rows + first_row, rows - first_row);
+  store_rows<Tile, A>(
+      shared, result.rows, row_sums + place.column * rows + first_row, rows - first_row);
 }
 
 // A part of the depth of one tile of Z Z'ᵀ (the first z_splits) or of G G'ᵀ.
@@ -213,32 +214,25 @@ void correlate_rows(
       size_of<typename Engines::Small::Tile>(),
       launch.processors(),
       sizeof(A));
-  // With one sum for each example there is nothing left to add up.
-  const bool direct = positions == 1 && plan.groups == 1;
-  const Tensor row_sums = direct ? u : torch::stable::new_empty(u, {plan.groups, rows});
-  const auto run = [&](auto engine) {
-    using Engine = decltype(engine);
-    launch.run(
-        &correlate<Engine>,
-        plan.row_tiles * plan.groups,
-        Engine::Tile::kThreads,
-        kSharedBytes<Engine>,
-        factors,
-        plan.row_tiles,
-        plan.column_tiles,
-        plan.groups,
-        data<A>(row_sums));
-  };
-  if (plan.z_splits > 0) {
-    correlate_parts<typename Engines::Small>(launch, factors, plan, row_sums);
-  } else if (plan.large) {
-    run(typename Engines::Large{});
-  } else {
-    run(typename Engines::Small{});
-  }
-  if (!direct) {
-    sum_positions(launch, row_sums, positions, u);
-  }
+  sum_rows(launch, plan.groups, rows, positions, u, [&](const Tensor& row_sums) {
+    if (plan.z_splits > 0) {
+      correlate_parts<typename Engines::Small>(launch, factors, plan, row_sums);
+      return;
+    }
+    with_tile<Engines>(plan, [&](auto engine) {
+      using Engine = decltype(engine);
+      launch.run(
+          &correlate<Engine>,
+          plan.row_tiles * plan.groups,
+          Engine::Tile::kThreads,
+          kSharedBytes<Engine>,
+          factors,
+          plan.row_tiles,
+          plan.column_tiles,
+          plan.groups,
+          data<A>(row_sums));
+    });
+  });
 }
 
 Tensor factored_correlation(
