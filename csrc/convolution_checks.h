@@ -123,6 +123,27 @@ inline void check_direction(
   }
 }
 
+inline Convolution check_conv_correlation(
+    const Tensor& z,
+    const Tensor& g,
+    const Tensor& direction,
+    const OptionalTensor& direction_bias,
+    const Sizes& stride,
+    const Sizes& padding,
+    const Sizes& dilation,
+    int64_t groups) {
+  constexpr const char* operation = "conv_correlation";
+  check_dim(operation, {"direction", direction}, z.dim());
+  Sizes kernel_size;
+  for (int64_t d = 2; d < direction.dim(); ++d) {
+    kernel_size.push_back(direction.size(d));
+  }
+  const Convolution conv =
+      check_convolution(operation, z, g, kernel_size, stride, padding, dilation, groups);
+  check_direction(operation, z, conv, kernel_size, direction, direction_bias);
+  return conv;
+}
+
 // Checks the weights [n] of a weighted sum over examples of z.
 inline void check_example_weights(
     const char* operation, const Tensor& z, const OptionalTensor& weights) {

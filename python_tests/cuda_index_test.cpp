@@ -504,7 +504,7 @@ void test_factored(int64_t rows, int64_t columns, int64_t i, int64_t o, bool bia
           place.row * Tile::kRows,
           (is_z ? z_clean : g_clean).operand(),
           place.column * Tile::kColumns,
-          step.chunk * kLineBytes,
+          int64_t{step.chunk} * kLineBytes,
           copy);
     };
   };
@@ -624,7 +624,7 @@ void test_dense(int64_t rows, int64_t i, int64_t o, bool bias, int64_t splits, i
               first,
               direction.operand(),
               step.column_tile() * Tile::kColumns,
-              step.chunk * kLineBytes,
+              int64_t{step.chunk} * kLineBytes,
               copy);
         },
         results);

@@ -8,17 +8,20 @@
 
 namespace l2rw::cuda {
 
-// Two tiles for tensor cores: one that multiplies fastest, one for products of few rows or columns.
+// Tiles for tensor cores: one that multiplies fastest, one for products of few rows or columns, and
+// one for as few columns as the channels of small convolutions.
 template <class T>
 struct MatrixEngines {
   using Large = MatrixEngine<T, MatrixTile<128, 128, 64, 32>, 1>;
   using Small = MatrixEngine<T, MatrixTile<64, 64, 32, 32>, 3>;
+  using Narrow = MatrixEngine<T, MatrixTile<128, 32, 32, 32>, 3>;
 };
 
 template <class T>
 struct PlainEngines {
-  using Large = PlainEngine<T>;
-  using Small = PlainEngine<T>;
+  using Large = PlainEngine<T, PlainTile<64, 128>>;
+  using Small = Large;
+  using Narrow = PlainEngine<T, PlainTile<128, 32>>;
 };
 
 // Calls run(Engine{}) with the tile of a plan.

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) form_
             first_row,
             is_z ? factors.z_clean : factors.g_clean,
             first_column,
-            step.chunk * kLineBytes,
+            int64_t{step.chunk} * kLineBytes,
             copy);
       },
       result);

@@ -72,11 +72,11 @@ struct MatrixEngine {
   }
 };
 
-template <class T>
+template <class T, class TileType>
 struct PlainEngine {
   using Element = T;
   using Sum = T;
-  using Tile = PlainTile<64, 128>;
+  using Tile = TileType;
   static constexpr int kChunks = 4;
   static constexpr int kBlocks = sizeof(T) == 4 ? 2 : 1;
 
