@@ -124,10 +124,10 @@ void test_plain_loads() {
 
 void test_operand() {
   const Operand operand{nullptr, 48, 3, 40};
-  EXPECT(operand.vector_bytes(2, 0) == 16);
-  EXPECT(operand.vector_bytes(2, 32) == 8);
-  EXPECT(operand.vector_bytes(2, 48) == 0);
-  EXPECT(operand.vector_bytes(3, 0) == 0);
+  EXPECT(TileRows(operand, 1, 0)(1).bytes == 16);
+  EXPECT(TileRows(operand, 1, 32)(1).bytes == 8);
+  EXPECT(TileRows(operand, 1, 48)(1).bytes == 0);
+  EXPECT(TileRows(operand, 1, 0)(2).bytes == 0);
 }
 
 void test_ranges() {

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
   using Tile = typename Engine::Tile;
   using T = typename Engine::Element;
   using A = typename Engine::Sum;
-  extern __shared__ __align__(128) char shared[];
+  char* const shared = dynamic_shared_memory();
   const auto thread = static_cast<int>(threadIdx.x);
   const auto product =
       Operands::kOneProduct ? 0 : static_cast<int32_t>(blockIdx.x / (row_tiles * groups));
