@@ -10,6 +10,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/convolution_rows.h"
+#include "cuda/divisor.h"
+#include "cuda/linear_rows.h"
 #include "cuda/places.h"
 #include "cuda/row_sums.h"
 #include "cuda/sheets.h"
@@ -30,7 +33,9 @@ using namespace l2rw::cuda;
 
 using LargeTile = MatrixTile<128, 128, 64, 32>;
 using SmallTile = MatrixTile<64, 64, 32, 32>;
+using NarrowTile = MatrixTile<128, 32, 32, 32>;
 using FlatTile = PlainTile<64, 128>;
+using FlatNarrowTile = PlainTile<128, 32>;
 
 // Small numbers, the same in every run, whose sums are exact in every type used here.
 struct Numbers {
@@ -107,14 +112,15 @@ void test_matrix_loads() {
   }
 }
 
+template <class Tile>
 void test_plain_loads() {
-  for (int thread = 0; thread < FlatTile::kThreads; thread += 8) {
+  for (int thread = 0; thread < Tile::kThreads; thread += 8) {
     for (int vector = 0; vector < kLineVectors; ++vector) {
       std::vector<int> rows;
       std::vector<int> columns;
       for (int lane = thread; lane < thread + 8; ++lane) {
-        rows.push_back(shared_offset(FlatTile::row(lane, 1), vector));
-        columns.push_back(shared_offset(FlatTile::kRows + FlatTile::column(lane, 1), vector));
+        rows.push_back(shared_offset(Tile::row(lane, 1), vector));
+        columns.push_back(shared_offset(Tile::kRows + Tile::column(lane, 1), vector));
       }
       expect_no_conflict(rows);
       expect_no_conflict(columns);
@@ -128,6 +134,33 @@ void test_operand() {
   EXPECT(TileRows(operand, 1, 32)(1).bytes == 8);
   EXPECT(TileRows(operand, 1, 48)(1).bytes == 0);
   EXPECT(TileRows(operand, 1, 0)(2).bytes == 0);
+}
+
+void test_divisors() {
+  Numbers numbers;
+  constexpr int64_t kEnd = int64_t{1} << 31;
+  const auto expect_quotients = [&](int64_t d) {
+    const Divisor divisor(d);
+    EXPECT(divisor.divisor() == d);
+    for (const int64_t n : {int64_t{0}, d - 1, d, d + 1, 2 * d - 1, kEnd / d * d - 1, kEnd - 1}) {
+      EXPECT(n >= kEnd || divisor.divide(static_cast<int32_t>(n)) == n / d);
+    }
+    for (int trial = 0; trial < 50; ++trial) {
+      const int64_t n = numbers.below(int64_t{1} << (1 + numbers.below(31)));
+      EXPECT(divisor.divide(static_cast<int32_t>(n)) == n / d);
+    }
+  };
+  for (int64_t d = 1; d < 3000; ++d) {
+    expect_quotients(d);
+  }
+  for (int bits = 12; bits <= 31; ++bits) {
+    for (const int64_t off : {-1, 0, 1}) {
+      if ((int64_t{1} << bits) + off < kEnd) {
+        expect_quotients((int64_t{1} << bits) + off);
+      }
+    }
+    expect_quotients(1 + numbers.below((int64_t{1} << bits) - 1));
+  }
 }
 
 void test_ranges() {
@@ -189,16 +222,22 @@ void test_plans() {
     const int64_t bytes = numbers.below(2) == 0 ? 4 : 8;
     const TileSize large = size_of<LargeTile>();
     const TileSize small = size_of<SmallTile>();
+    const TileSize narrow = size_of<NarrowTile>();
+    const int64_t products = 1 + numbers.below(1 << numbers.below(7));
     for (const bool factored : {true, false}) {
       const ProductPlan plan =
           factored
               ? plan_factored(rows, columns, z_chunks, g_chunks, large, small, processors, bytes)
-              : plan_dense(rows, columns, z_chunks, large, small, processors, bytes);
-      const TileSize tile = plan.large ? large : small;
+              : plan_dense(
+                    products, rows, columns, z_chunks, large, small, narrow, processors, bytes);
+      const TileSize tile = plan.narrow ? narrow : plan.large ? large : small;
+      EXPECT(!plan.narrow || (!factored && columns <= narrow.columns));
       EXPECT(plan.row_tiles == ceil_div(rows, tile.rows));
       EXPECT(plan.column_tiles == ceil_div(columns, tile.columns));
       EXPECT(1 <= plan.groups && plan.groups <= plan.column_tiles * plan.splits);
-      EXPECT(plan.groups == 1 || plan.groups * rows * bytes <= kWorkspaceBytes);
+      EXPECT(
+          plan.groups == 1 ||
+          plan.groups * (factored ? 1 : products) * rows * bytes <= kWorkspaceBytes);
       if (factored && plan.z_splits > 0) {
         EXPECT(!plan.large && plan.groups == 1);
         const int64_t g_splits = plan.splits - plan.z_splits;
@@ -334,7 +373,7 @@ struct Thread {
 
 template <class T, class Tile>
 void multiply_stage(const char* stage, std::vector<Thread<Tile>>& threads) {
-  if constexpr (std::is_same_v<Tile, FlatTile>) {
+  if constexpr (Tile::kAdjacent == 1) {
     for (int thread = 0; thread < Tile::kThreads; ++thread) {
       multiply_plainly<Tile, T>(stage, thread, threads[thread].sums);
     }
@@ -609,6 +648,8 @@ void test_dense(int64_t rows, int64_t i, int64_t o, bool bias, int64_t splits, i
     const auto offset = [&](int64_t column) {
       return bias && column < o ? direction_bias.at(0, column) : 0;
     };
+    const LinearRows operands{z.operand(), direction.operand()};
+    const LinearRows::Loader<Tile> loader(operands, 0, static_cast<int32_t>(place.row), nullptr);
     using Result = DenseSums<Tile, double, decltype(gradient), decltype(offset)>;
     std::vector<Result> results;
     for (int thread = 0; thread < Tile::kThreads; ++thread) {
@@ -617,16 +658,7 @@ void test_dense(int64_t rows, int64_t i, int64_t o, bool bias, int64_t splits, i
     multiply<T, Tile>(
         Walk(split_range(units, groups, place.column), splits, chunks),
         2,
-        [&](int thread, const Walk& step, const auto& copy) {
-          for_each_vector<Tile>(
-              thread,
-              z.operand(),
-              first,
-              direction.operand(),
-              step.column_tile() * Tile::kColumns,
-              int64_t{step.chunk} * kLineBytes,
-              copy);
-        },
+        [&](int thread, const Walk& step, const auto& copy) { loader.load(thread, step, copy); },
         results);
     add_rows<Tile>(results, sums.data() + first, rows - first);
   }
@@ -638,6 +670,176 @@ void test_dense(int64_t rows, int64_t i, int64_t o, bool bias, int64_t splits, i
     }
     EXPECT(sums[row] == exact);
   }
+}
+
+// The numbers of an image, or of a kernel, with the channels of a pixel side by side and other
+// numbers behind them.
+template <class T>
+struct Channels {
+  int64_t count;
+  int64_t pitch;
+  std::vector<T> values;
+
+  Channels(int64_t pixels, int64_t count, Numbers& numbers)
+      : count(count),
+        pitch(ceil_div(count * sizeof(T), kVectorBytes) * kVectorBytes / sizeof(T) + 16),
+        values(static_cast<size_t>(pixels * pitch), T(77)) {
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int64_t c = 0; c < count; ++c) {
+        values[p * pitch + c] = static_cast<T>(numbers.small());
+      }
+    }
+  }
+  double at(int64_t pixel, int64_t c) const { return values[pixel * pitch + c]; }
+  int64_t bytes() const { return pitch * static_cast<int64_t>(sizeof(T)); }
+  const char* data() const { return reinterpret_cast<const char*>(values.data()); }
+  bool holds(const char* source, int size) const {
+    const char* const end = reinterpret_cast<const char*>(values.data() + values.size());
+    return data() <= source && source + size <= end;
+  }
+};
+
+template <class T, class Tile>
+void test_convolution(const l2rw::Convolution& conv, int64_t splits) {
+  Numbers numbers;
+  const int64_t in = conv.in[0] * conv.in[1] * conv.in[2];
+  const int64_t rows = conv.examples * conv.pixels();
+  // The groups of an image lie one after the other.
+  const Channels<T> z(conv.examples * conv.groups * in, conv.inputs, numbers);
+  const Channels<T> V(conv.groups * conv.outputs * conv.taps(), conv.inputs, numbers);
+  const Matrix<T> g(rows, conv.groups * conv.outputs, numbers);
+  const Pixels pixels{
+      z.data(),
+      conv.groups * in * z.bytes(),
+      in * z.bytes(),
+      z.bytes(),
+      conv.inputs * static_cast<int64_t>(sizeof(T))};
+  EXPECT(ConvolutionIndex::fits(conv) && ConvolutionRows::fits(conv, pixels, V.bytes()));
+  const ConvolutionRows operands(conv, pixels, V.data(), V.bytes());
+  const int64_t chunks = chunks_of(ConvolutionRows::depth(conv, pixels.width) * kVectorBytes);
+  const int64_t column_tiles = ceil_div(conv.outputs, Tile::kColumns);
+  EXPECT(splits <= chunks);
+  std::vector<double> sums(static_cast<size_t>(rows), 0);
+  for (int32_t group = 0; group < conv.groups; ++group) {
+    for (int64_t first = 0; first < rows; first += Tile::kRows) {
+      const auto gradient = [&](int row, int64_t column, double (&values)[Tile::kAdjacent]) {
+        for (int k = 0; k < Tile::kAdjacent; ++k) {
+          values[k] = first + row < rows && column + k < conv.outputs
+                          ? g.at(first + row, group * conv.outputs + column + k)
+                          : 0;
+        }
+      };
+      const auto offset = [](int64_t) { return 0.0; };
+      using Result = DenseSums<Tile, double, decltype(gradient), decltype(offset)>;
+      std::vector<Result> results;
+      std::vector<PixelRow> table(Tile::kRows);
+      using Loader = ConvolutionRows::Loader<Tile>;
+      EXPECT(Loader::kTableBytes == Tile::kRows * sizeof(PixelRow));
+      const Loader loader(
+          operands,
+          group,
+          static_cast<int32_t>(first / Tile::kRows),
+          reinterpret_cast<char*>(table.data()));
+      for (int thread = 0; thread < Tile::kThreads; ++thread) {
+        results.emplace_back(thread, gradient, offset);
+        loader.prepare(thread);
+      }
+      multiply<T, Tile>(
+          Walk({0, column_tiles * splits}, splits, chunks),
+          2,
+          [&](int thread, const Walk& step, const auto& copy) {
+            loader.load(thread, step, [&](int at, const char* source, int bytes) {
+              EXPECT(z.holds(source, bytes) || V.holds(source, bytes));
+              copy(at, source, bytes);
+            });
+          },
+          results);
+      add_rows<Tile>(results, sums.data() + first, rows - first);
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    double exact = 0;
+    const int64_t p = row % conv.pixels();
+    const int64_t place[3] = {
+        p / conv.out[2] / conv.out[1], p / conv.out[2] % conv.out[1], p % conv.out[2]};
+    for (int64_t tap = 0; tap < conv.taps(); ++tap) {
+      const int64_t by[3] = {
+          tap / conv.kernel[2] / conv.kernel[1],
+          tap / conv.kernel[2] % conv.kernel[1],
+          tap % conv.kernel[2]};
+      int64_t pixel = 0;
+      bool inside = true;
+      for (int d = 0; d < 3; ++d) {
+        const int64_t at = place[d] * conv.stride[d] - conv.padding[d] + by[d] * conv.dilation[d];
+        inside = inside && 0 <= at && at < conv.in[d];
+        pixel = pixel * conv.in[d] + at;
+      }
+      for (int64_t o = 0; inside && o < conv.groups * conv.outputs; ++o) {
+        const int64_t image = row / conv.pixels() * conv.groups + o / conv.outputs;
+        for (int64_t c = 0; c < conv.inputs; ++c) {
+          exact += g.at(row, o) * V.at(o * conv.taps() + tap, c) * z.at(image * in + pixel, c);
+        }
+      }
+    }
+    EXPECT(sums[row] == exact);
+  }
+}
+
+l2rw::Convolution convolution(
+    int64_t examples,
+    int64_t groups,
+    int64_t inputs,
+    int64_t outputs,
+    const std::vector<int64_t>& in,
+    const std::vector<int64_t>& kernel,
+    const std::vector<int64_t>& stride,
+    const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation) {
+  l2rw::Convolution conv{examples, groups, inputs, outputs, {}, {}, {}, {}, {}, {}};
+  for (int d = 0; d < 3; ++d) {
+    conv.in[d] = in[d];
+    conv.kernel[d] = kernel[d];
+    conv.stride[d] = stride[d];
+    conv.padding[d] = padding[d];
+    conv.dilation[d] = dilation[d];
+    conv.out[d] = (in[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+  }
+  return conv;
+}
+
+template <class T, class Tile>
+void test_convolutions() {
+  using Three = std::vector<int64_t>;
+  const Three one{1, 1, 1};
+  const Three zero{0, 0, 0};
+  test_convolution<T, Tile>(convolution(3, 1, 3, 5, {1, 9, 8}, {1, 3, 3}, one, {0, 1, 1}, one), 1);
+  test_convolution<T, Tile>(
+      convolution(2, 2, 20, 40, {1, 7, 9}, {1, 3, 2}, {1, 2, 1}, {0, 2, 0}, {1, 1, 3}), 3);
+  test_convolution<T, Tile>(
+      convolution(2, 3, 9, 2, {3, 4, 5}, {2, 3, 2}, {1, 2, 1}, {1, 1, 0}, {1, 1, 2}), 2);
+  test_convolution<T, Tile>(convolution(150, 1, 4, 7, {1, 2, 2}, {1, 2, 2}, one, zero, one), 1);
+  test_convolution<T, Tile>(convolution(2, 1, 1, 3, {1, 1, 2}, {1, 3, 4}, one, {0, 3, 2}, one), 1);
+}
+
+// Beyond what 32 bits count, and up to it.
+void test_convolution_sizes() {
+  const auto conv = [](int64_t examples, int64_t width) {
+    return convolution(
+        examples, 1, 4, 8, {1, 1, width}, {1, 1, 3}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1});
+  };
+  const auto pixels = [](int64_t width) { return Pixels{nullptr, width * 16, 0, 16, 16}; };
+  const int64_t width = int64_t{1} << 20;
+  EXPECT(ConvolutionRows::fits(conv(2000, width), pixels(width), 16));
+  EXPECT(!ConvolutionRows::fits(conv(2048, width), pixels(width), 16));
+  EXPECT(!ConvolutionRows::fits(conv(1, width), pixels(width), int64_t{1} << 33));
+  // The last pixel, from the start of z.
+  const ConvolutionRows rows(conv(2000, width), pixels(width), nullptr, 16);
+  const PixelRow last = rows.row(0, 2000 * width - 1);
+  EXPECT(last.z == 2000 * width - 2 && last.at[2] == width - 2);
+  EXPECT(rows.pixel(last, rows.tap_vector(1)).bytes == 16);
+  EXPECT(rows.pixel(last, rows.tap_vector(1)).from - rows.z.data == (2000 * width - 1) * 16);
+  EXPECT(rows.pixel(last, rows.tap_vector(2)).bytes == 0);
+  EXPECT(rows.pixel(rows.row(0, 2000 * width), rows.tap_vector(1)).bytes == 0);
 }
 
 // int16_t stands for the types of two bytes, float for TF32.
@@ -663,10 +865,15 @@ int main() {
   test_tile<LargeTile>();
   test_tile<SmallTile>();
   test_tile<FlatTile>();
+  test_tile<NarrowTile>();
+  test_tile<FlatNarrowTile>();
   test_matrix_loads<LargeTile>();
   test_matrix_loads<SmallTile>();
-  test_plain_loads();
+  test_matrix_loads<NarrowTile>();
+  test_plain_loads<FlatTile>();
+  test_plain_loads<FlatNarrowTile>();
   test_operand();
+  test_divisors();
   test_ranges();
   test_places_of_blocks();
   test_walk();
@@ -678,5 +885,14 @@ int main() {
   test_products<float, LargeTile>();
   test_products<float, SmallTile>();
   test_products<double, FlatTile>();
+  test_products<int16_t, NarrowTile>();
+  test_products<double, FlatNarrowTile>();
+  test_convolutions<int16_t, LargeTile>();
+  test_convolutions<int16_t, SmallTile>();
+  test_convolutions<int16_t, NarrowTile>();
+  test_convolutions<float, NarrowTile>();
+  test_convolutions<double, FlatNarrowTile>();
+  test_convolutions<double, FlatTile>();
+  test_convolution_sizes();
   std::puts("all passed");
 }
