@@ -4,7 +4,6 @@
 // arithmetic.
 
 #include <cstdint>
-#include <limits>
 
 #include "convolution_sizes.h"
 #include "cuda/tile_index.h"
@@ -30,20 +29,22 @@ struct ConvolutionIndex {
   int padding[3];
   int dilation[3];
 
-  // Whether every sum of these numbers that is formed below fits.
+  // Whether every number that is formed below fits.
   static bool fits(const Convolution& convolution) {
+    constexpr int64_t kMost = int64_t{1} << 29;
+    int64_t taps = 1;
     for (int d = 0; d < 3; ++d) {
-      const int64_t most = std::numeric_limits<int32_t>::max() / 2;
-      if (convolution.in[d] > most || convolution.padding[d] > most / 2 ||
-          convolution.in[d] + 2 * convolution.padding[d] > most) {
+      if (convolution.in[d] > kMost || convolution.padding[d] > kMost ||
+          convolution.kernel[d] > kMost / taps) {
         return false;
       }
+      taps *= convolution.kernel[d];
     }
-    return true;
+    return convolution.pixels() <= kMost;
   }
 
-  // Of a convolution that fits and has output pixels: kernel and stride are then no larger than the
-  // padded input, or of no account.
+  // Of a convolution that fits and has output pixels: stride and dilation are then no larger than
+  // the padded input, or of no account.
   static ConvolutionIndex of(const Convolution& convolution) {
     ConvolutionIndex index{};
     for (int d = 0; d < 3; ++d) {
@@ -58,12 +59,9 @@ struct ConvolutionIndex {
   }
 
   // Of output pixel k, which may lie behind the last one.
-  L2RW_HOST_DEVICE OutputPlace place(int64_t k) const {
-    const int64_t row = k / out[2];
-    return {
-        {static_cast<int>(row / out[1]),
-         static_cast<int>(row % out[1]),
-         static_cast<int>(k % out[2])}};
+  L2RW_HOST_DEVICE OutputPlace place(int k) const {
+    const int row = k / out[2];
+    return {{row / out[1], row % out[1], k % out[2]}};
   }
 
   // The place as many pixels further on as `step` is from the first one.
