@@ -53,7 +53,8 @@ struct ConvolutionIndex {
       index.kernel[d] = static_cast<int>(convolution.kernel[d]);
       index.stride[d] = convolution.out[d] == 1 ? 1 : static_cast<int>(convolution.stride[d]);
       index.padding[d] = static_cast<int>(convolution.padding[d]);
-      index.dilation[d] = convolution.kernel[d] == 1 ? 1 : static_cast<int>(convolution.dilation[d]);
+      index.dilation[d] =
+          convolution.kernel[d] == 1 ? 1 : static_cast<int>(convolution.dilation[d]);
     }
     return index;
   }

@@ -2,23 +2,23 @@
 
 // How the tiles of gradient_tile.h are multiplied, dtype by dtype.
 
-#include <cstring>
+#include <bit>
 
 #include "cuda/engines.cuh"
 #include "cuda/gradient_tile.h"
+#include "cuda/types.cuh"
 
 namespace l2rw::cuda {
 
 // Two numbers of two bytes that lie in one register.
 template <class T>
 __device__ __forceinline__ float pair_sum(uint32_t packed) {
-  T values[2];
-  std::memcpy(values, &packed, sizeof(packed));
-  return static_cast<float>(values[0]) + static_cast<float>(values[1]);
+  const auto pair = std::bit_cast<Pack<T, 2>>(packed);
+  return static_cast<float>(pair.values[0]) + static_cast<float>(pair.values[1]);
 }
 
-// Tensor cores. MostPixels are added up before their sum is handed over, as in product.cuh. The sums
-// of g itself are ordinary ones, of numbers that are not rounded.
+// Tensor cores. MostPixels are added up before their sum is handed over, as in product.cuh. The
+// sums of g itself are ordinary ones, of numbers that are not rounded.
 template <class T, class TileType, int MostPixels, int Blocks>
 struct GradientMatrices {
   using Element = T;
@@ -104,7 +104,7 @@ struct GradientMatrices {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         left[b][k] = load(Tile::row_number(thread, pixel, b, k));
-        sums[2 * b + k % 2][Tile::kBias] += __uint_as_float(left[b][k]);
+        sums[2 * b + k % 2][Tile::kBias] += std::bit_cast<float>(left[b][k]);
         round_operand<T>(left[b][k]);
       }
     }
@@ -139,7 +139,8 @@ struct GradientPixels {
 #pragma unroll
       for (int b = 0; b < Tile::kRowBlocks; ++b) {
         left[b] = *reinterpret_cast<const Vector<T>*>(
-            stage + Tile::row_offset(pixel, Tile::row(thread, b * Tile::kNumbers) / Tile::kNumbers));
+            stage +
+            Tile::row_offset(pixel, Tile::row(thread, b * Tile::kNumbers) / Tile::kNumbers));
 #pragma unroll
         for (int k = 0; k < Tile::kNumbers; ++k) {
           sums[b * Tile::kNumbers + k][Tile::kBias] += left[b].values[k];

@@ -1,7 +1,7 @@
 #pragma once
 
-// Where everything lies in a tile of the gradient of one example, G_i[o, tap, c] = sum over pixels p
-// of g_i[p, o] z_i[pixel(p) + offset(tap), c]. As tile_index.h, plain arithmetic.
+// Where everything lies in a tile of the gradient of one example, G_i[o, tap, c] = sum over pixels
+// p of g_i[p, o] z_i[pixel(p) + offset(tap), c]. As tile_index.h, plain arithmetic.
 //
 // A product over the pixels, of two operands whose channels lie side by side: a stage of shared
 // memory holds, for each of some pixels, 16-byte vectors of g and then, in an area of their own, of
@@ -31,8 +31,8 @@ L2RW_HOST_DEVICE constexpr int conflict_free_pitch(Access access, int vectors) {
   return vectors;
 }
 
-// RowBlocks: 16 output channels each, of one warp. A warp has kWarpVectors columns of vectors; there
-// are Down x Across warps for a tile, and Deep of those that share the pixels of a stage.
+// RowBlocks: 16 output channels each, of one warp. A warp has kWarpVectors columns of vectors;
+// there are Down x Across warps for a tile, and Deep of those that share the pixels of a stage.
 template <int ElementBytes, Access Kind, int RowBlocks, int Down, int Across, int Deep, int Depth>
 struct GradientTile {
   static constexpr Access kAccess = Kind;
@@ -53,14 +53,14 @@ struct GradientTile {
   static constexpr int kColumnPitch = conflict_free_pitch(Kind, kVectors);
   static constexpr int kStageBytes = kDepth * (kRowPitch + kColumnPitch) * kVectorBytes;
 
-  // The lanes of a warp, and what each holds of it. Ordinary multiply-adds: a vector of rows in each
-  // block, and nine columns kLanesAcross apart.
+  // The lanes of a warp, and what each holds of it. Ordinary multiply-adds: a vector of rows in
+  // each block, and nine columns kLanesAcross apart.
   static constexpr bool kPlain = Kind == Access::pixels;
   static constexpr int kLanesAcross = kPlain ? kWarpColumns / 9 : 4;
   static constexpr int kThreadRows = kPlain ? RowBlocks * kNumbers : RowBlocks * 2;
   static constexpr int kProductColumns = kPlain ? 9 : kWarpColumns / 4;
-  // The last sum of a row is that of g alone, the gradient of the bias. With tensor cores, each lane
-  // has a part of it.
+  // The last sum of a row is that of g alone, the gradient of the bias. With tensor cores, each
+  // lane has a part of it.
   static constexpr int kBias = kProductColumns;
   static constexpr int kThreadColumns = kProductColumns + 1;
   static_assert(!kPlain || 32 / kLanesAcross * kNumbers == 16);
@@ -76,8 +76,9 @@ struct GradientTile {
   // Of the sum at place (r, c) of a thread.
   L2RW_HOST_DEVICE static constexpr int row(int thread, int r) {
     const int lane = thread % 32;
-    return warp_row(thread) + (kPlain ? r / kNumbers * 16 + lane / kLanesAcross * kNumbers + r % kNumbers
-                                      : r * 8 + lane / 4);
+    return warp_row(thread) +
+           (kPlain ? r / kNumbers * 16 + lane / kLanesAcross * kNumbers + r % kNumbers
+                   : r * 8 + lane / 4);
   }
   L2RW_HOST_DEVICE static constexpr int column(int thread, int c) {
     const int lane = thread % 32;
@@ -93,22 +94,20 @@ struct GradientTile {
     return (kDepth * kRowPitch + pixel * kColumnPitch + vector) * kVectorBytes;
   }
 
-  // What a lane addresses for ldmatrix.x4 with transposition, for 16 pixels from `pixel` on: block b
-  // of rows, or columns of vectors v and, where there are two, v + 1. The transposed matrices are
+  // What a lane addresses for ldmatrix.x4 with transposition, for 16 pixels from `pixel` on: block
+  // b of rows, or columns of vectors v and, where there are two, v + 1. The transposed matrices are
   // the operands of mma.m16n8k16.
   L2RW_HOST_DEVICE static constexpr int row_matrix(int thread, int pixel, int b) {
     const int lane = thread % 32;
     return row_offset(
-        pixel + lane / 16 * 8 + lane % 8,
-        (warp_row(thread) + b * 16) / kNumbers + lane / 8 % 2);
+        pixel + lane / 16 * 8 + lane % 8, (warp_row(thread) + b * 16) / kNumbers + lane / 8 % 2);
   }
   L2RW_HOST_DEVICE static constexpr int column_matrix(int thread, int pixel, int v) {
     const int lane = thread % 32;
-    return column_offset(
-        pixel + lane / 8 % 2 * 8 + lane % 8, warp_vector(thread) + v + lane / 16);
+    return column_offset(pixel + lane / 8 % 2 * 8 + lane % 8, warp_vector(thread) + v + lane / 16);
   }
-  // Of eight pixels, four bytes each: operand k of block b of rows, and of columns 8 j to 8 j + 7, as
-  // mma.m16n8k8 wants them.
+  // Of eight pixels, four bytes each: operand k of block b of rows, and of columns 8 j to 8 j + 7,
+  // as mma.m16n8k8 wants them.
   L2RW_HOST_DEVICE static constexpr int row_number(int thread, int pixel, int b, int k) {
     const int lane = thread % 32;
     return row_offset(pixel + k / 2 * 4 + lane % 4, 0) +
@@ -139,8 +138,8 @@ struct Rectangle {
   }
 };
 
-// How the gradient is cut into tiles: all taps of as many channels as a tile has room for; where the
-// taps alone are more, equal parts of them.
+// How the gradient is cut into tiles: all taps of as many channels as a tile has room for; where
+// the taps alone are more, equal parts of them.
 struct GradientTiles {
   int row_tiles;  // of a group
   int column_tiles;
@@ -270,8 +269,7 @@ class GradientLoader {
     g_bytes_ = layer.g.vector_bytes(row_byte);
     g_ = layer.g.data + (g_bytes_ > 0 ? place.group * layer.g.group + row_byte : 0);
     const bool has = place.rectangle.has(column_);
-    const int64_t column_byte =
-        has ? int64_t{place.rectangle.vector(column_)} * kVectorBytes : 0;
+    const int64_t column_byte = has ? int64_t{place.rectangle.vector(column_)} * kVectorBytes : 0;
     z_bytes_ = has ? layer.z.vector_bytes(column_byte) : 0;
     z_ = layer.z.data + (z_bytes_ > 0 ? place.group * layer.z.group + column_byte : 0);
     tap_ = layer.index.tap(has ? place.rectangle.tap(column_) : 0);
@@ -288,7 +286,8 @@ class GradientLoader {
       if (Tile::kDepth % kRowLines == 0 || pixel < Tile::kDepth) {
         const int bytes = first + pixel < layer_.pixels ? g_bytes_ : 0;
         const char* source =
-            bytes > 0 ? g_ + example * layer_.g.example + int64_t{first + pixel} * layer_.g.pixel : g_;
+            bytes > 0 ? g_ + example * layer_.g.example + int64_t{first + pixel} * layer_.g.pixel
+                      : g_;
         copy(Tile::row_offset(pixel, row_vector_), source, bytes);
       }
     }
@@ -303,8 +302,7 @@ class GradientLoader {
       if (column_pixel_ < kColumnLines && pixel < Tile::kDepth) {
         const int64_t input = z_bytes_ > 0 ? layer_.index.input_pixel(place, tap_) : -1;
         const bool exists = input >= 0;
-        const char* source =
-            exists ? z_ + example * layer_.z.example + input * layer_.z.pixel : z_;
+        const char* source = exists ? z_ + example * layer_.z.example + input * layer_.z.pixel : z_;
         copy(Tile::column_offset(pixel, column_), source, exists ? z_bytes_ : 0);
       }
       place = layer_.index.after(place, layer_.line_step);
@@ -351,6 +349,22 @@ struct WeightedSums {
     }
   }
 };
+
+// How a sum over examples is shared out: blocks for each tile, each with some parts of examples.
+struct SharePlan {
+  int64_t shares;
+  int64_t splits;  // parts of an example's pixels
+};
+
+// As many shares as occupy all processors and as the workspace holds sums of. The pixels of
+// examples are divided where there are fewer examples than shares.
+inline SharePlan plan_shares(
+    int64_t tiles, int64_t examples, int64_t chunks, int64_t sum_bytes, int64_t processors) {
+  const int64_t wanted = std::clamp<int64_t>(
+      std::min(ceil_div(2 * processors, tiles), kWorkspaceBytes / sum_bytes), 1, examples * chunks);
+  const int64_t splits = std::min(chunks, ceil_div(wanted, examples));
+  return {std::min(wanted, examples * splits), splits};
+}
 
 // Where the sums of a tile stand once they are complete: [kRows][kStagedPitch], a row as the
 // gradient has it, and behind them the sums of g [kRows].

@@ -15,7 +15,8 @@ struct Image {
   ImageRows rows;
 };
 
-// The distance of positions of [n, C, *s] in elements where it is the same for all of them, else -1.
+// The distance of positions of [n, C, *s] in elements where it is the same for all of them, else
+// -1.
 inline int64_t position_stride(const Tensor& tensor) {
   int64_t stride = 0;
   int64_t passed = 1;
@@ -52,12 +53,11 @@ inline Image image_rows(const Launch& launch, const Tensor& image, int64_t group
   if (apart < 0 || !(within || around)) {
     return image_rows(launch, torch::stable::contiguous(image), groups);
   }
-  const Sizes sizes = within ? Sizes{n, positions * groups, inner}
-                             : Sizes{n * groups, positions, inner};
-  const Sizes strides =
-      groups == 1 ? Sizes{image.stride(0), apart, image.stride(1)}
-      : within    ? Sizes{image.stride(0), inner * image.stride(1), image.stride(1)}
-                  : Sizes{inner * image.stride(1), apart, image.stride(1)};
+  const Sizes sizes =
+      within ? Sizes{n, positions * groups, inner} : Sizes{n * groups, positions, inner};
+  const Sizes strides = groups == 1 ? Sizes{image.stride(0), apart, image.stride(1)}
+                        : within ? Sizes{image.stride(0), inner * image.stride(1), image.stride(1)}
+                                 : Sizes{inner * image.stride(1), apart, image.stride(1)};
   const Tensor view = torch::stable::from_blob(
       image.data_ptr(), sizes, strides, image.device(), image.scalar_type());
   const AlignedRows aligned = aligned_rows(launch, view, image.scalar_type());
@@ -76,8 +76,7 @@ inline Image image_of_positions(const Launch& launch, const Tensor& rows) {
   const AlignedRows aligned = aligned_rows(launch, rows, rows.scalar_type());
   const int64_t row = aligned.operand.stride;
   return {
-      aligned.tensor,
-      {aligned.operand.data, rows.size(1) * row, row, 0, aligned.operand.width}};
+      aligned.tensor, {aligned.operand.data, rows.size(1) * row, row, 0, aligned.operand.width}};
 }
 
 }  // namespace l2rw::cuda

@@ -45,6 +45,22 @@ __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], uint32_t 
                : "memory");
 }
 
+// The same, with each matrix transposed: a lane receives two numbers of two bytes of a column.
+__device__ __forceinline__ void load_transposed(uint32_t (&matrices)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Two of them: the addresses of the upper lanes are not used.
+__device__ __forceinline__ void load_transposed(uint32_t (&matrices)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrices[0]), "=r"(matrices[1])
+               : "r"(address)
+               : "memory");
+}
+
 // Prepares an operand. TF32 is rounded to nearest: multiplication itself would cut off, and all
 // products would shrink.
 template <class T>

@@ -49,6 +49,22 @@ inline void load_matrices(
   }
 }
 
+template <int Count>
+inline void load_transposed(
+    uint32_t (&matrices)[Count],
+    uint32_t address,
+    emulator::Place place = emulator::Place::current()) {
+  const char* const shown = emulator::exchange(&address, sizeof(address), place);
+  const int lane = emulator::lane();
+  for (int k = 0; k < Count; ++k) {
+    for (int half = 0; half < 2; ++half) {
+      const auto row = emulator::shown_by<uint32_t>(shown, 8 * k + lane % 4 * 2 + half);
+      std::memcpy(
+          reinterpret_cast<char*>(&matrices[k]) + 2 * half, shared_at(row, 16) + lane / 4 * 2, 2);
+    }
+  }
+}
+
 template <class T>
 inline void round_operand(uint32_t& value) {
   if constexpr (std::is_same_v<T, float>) {
