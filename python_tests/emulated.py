@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -22,17 +25,6 @@ FLAGS = (
 ) + os.environ.get("L2RW_EMULATOR_FLAGS", "")
 
 
-def missing() -> str | None:
-    """Why the kernels cannot be emulated here, if they cannot."""
-    if not (ROOT / "csrc").is_dir():
-        return "not a checkout"
-    if shutil.which(COMPILER) is None:
-        return "no C++ compiler"
-    if shutil.which("ninja") is None:
-        return "no ninja"
-    return None
-
-
 def _rules() -> Iterator[str]:
     torch_root = Path(torch.__file__).parent
     include = f"-I{EMULATOR} -I{ROOT / 'csrc'} -isystem {torch_root / 'include'}"
@@ -42,17 +34,24 @@ def _rules() -> Iterator[str]:
     yield " -x c++ -c $in -o $out\n"
     yield f"rule link\n  command = {COMPILER} {FLAGS} -shared $in -o $out"
     yield f" -L{torch_root / 'lib'} -ltorch_cpu -ltorch -Wl,-rpath,{torch_root / 'lib'}\n"
-    sources = [ROOT / "csrc" / "library.cpp", EMULATOR / "emulator.cpp"]
+    sources = [ROOT / "csrc" / "library.cpp", EMULATOR / "emulator.cpp", EMULATOR / "faults.cu"]
     sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     for source in sources:
         yield f"build {source.stem}.o: compile {source}\n"
     yield f"build emulated.so: link {' '.join(source.stem + '.o' for source in sources)}\n"
 
 
-def build(folder: Path) -> Path:
-    """Compiles what has changed since the last time in this folder; the library's path."""
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``torch.ops.l2rw_emulated``: the operators on tensors of the host, by the CUDA kernels."""
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("not a checkout")
+    if shutil.which(COMPILER) is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("emulated")
     (folder / "build.ninja").write_text("".join(_rules()))
-    command = ["ninja", "-C", str(folder), "emulated.so"]
+    command = [sys.executable, "-m", "ninja", "-C", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "emulated.so"
+    torch.ops.load_library(folder / "emulated.so")
+    return torch.ops.l2rw_emulated

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
-import emulated
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,32 +76,26 @@ class Emulator:
 
     device = "cpu"
 
-    def __init__(self, library: Path) -> None:
-        torch.ops.load_library(library)
-        self._configure = torch.ops.l2rw_emulated.configure
+    def __init__(self, operators: Any) -> None:
+        self._operators = operators
 
     def call(self, name: str, arguments: Arguments) -> Results:
-        results = getattr(torch.ops.l2rw_emulated, name)(*arguments)
+        results = getattr(self._operators, name)(*arguments)
         return results if isinstance(results, tuple) else (results,)
 
     @contextmanager
     def settings(self, processors: int = 132, tf32: bool = False) -> Iterator[None]:
-        self._configure(processors, tf32)
+        self._operators.configure(processors, tf32)
         yield
-        self._configure(132, False)
+        self._operators.configure(132, False)
 
 
 Machine = Gpu | Emulator
 
 
 @pytest.fixture(scope="session", params=[pytest.param("gpu", marks=on_a_gpu), "emulator"])
-def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    if request.param == "gpu":
-        return Gpu()
-    reason = emulated.missing()
-    if reason is not None:
-        pytest.skip(reason)
-    return Emulator(emulated.build(tmp_path_factory.mktemp("emulated")))
+def machine(request: pytest.FixtureRequest) -> Machine:
+    return Gpu() if request.param == "gpu" else Emulator(request.getfixturevalue("emulator"))
 
 
 # Tensor cores cut off what they add, so that their sums have fewer digits than float32's own.
