@@ -6,7 +6,7 @@
 #include "convolution_checks.h"
 #include "cuda/active_examples.cuh"
 #include "cuda/gradient_kernels.cuh"
-#include "cuda/image_rows.h"
+#include "cuda/aligned_pixels.h"
 #include "cuda/partial_sums.h"
 
 namespace l2rw {
@@ -145,8 +145,8 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
     using T = typename Kernels::Small::Element;
     using A = typename Kernels::Small::Sum;
     const int64_t rows_of = Kernels::kByGroup ? groups : 1;
-    const Image z_image = image_rows(launch, z, rows_of);
-    const Image g_image = image_rows(launch, g, rows_of);
+    const AlignedPixels z_pixels = aligned_pixels(launch, z, rows_of);
+    const AlignedPixels g_pixels = aligned_pixels(launch, g, rows_of);
     ActiveExamples<A> examples{nullptr, nullptr, n};
     const Tensor places = torch::stable::new_empty(z, {weights ? n + 1 : 0}, ScalarType::Long);
     const Tensor their_weights = torch::stable::new_empty(gradient, {weights ? n : 0});
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
     // Forms the sums with this kernel, unless its tiles leave processors idle and `must` is false.
     const auto sum = [&](auto kernel, bool must) {
       using Kernel = decltype(kernel);
-      const auto layer = Kernel::lay_out(convolution, z_image.rows, g_image.rows);
+      const auto layer = Kernel::lay_out(convolution, z_pixels.pixels, g_pixels.pixels);
       const SharePlan plan =
           plan_shares(layer.tile_count(), n, layer.chunks, sum_bytes, launch.processors());
       if (!must && layer.tile_count() * plan.shares < launch.processors()) {

@@ -5,7 +5,7 @@
 
 #include "convolution_checks.h"
 #include "cuda/gradient_kernels.cuh"
-#include "cuda/image_rows.h"
+#include "cuda/aligned_pixels.h"
 #include "cuda/partial_sums.h"
 
 namespace l2rw {
@@ -62,8 +62,8 @@ template <class Kernel>
 void store_gradients(
     const Launch& launch,
     const Convolution& convolution,
-    const ImageRows& z,
-    const ImageRows& g,
+    const Pixels& z,
+    const Pixels& g,
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias,
     const Results& results) {
@@ -88,17 +88,14 @@ void store_gradients(
   }
 }
 
-// `image` makes rows of z or g, with a number of groups.
-template <class MakeImage>
 std::tuple<Tensor, Tensor, Tensor> example_gradients(
     const char* operation,
     const Convolution& convolution,
-    const Tensor& z,
-    const Tensor& g,
+    const Tensor& z,              // [n, C, *s]
+    const Tensor& g,              // [n, O, *p]
     const Sizes& gradient_shape,  // [O, C / groups, *k]
     const OptionalTensor& direction,
-    const OptionalTensor& direction_bias,
-    const MakeImage& image) {
+    const OptionalTensor& direction_bias) {
   const ScalarType dtype = z.scalar_type();
   const int64_t outputs = convolution.groups * convolution.outputs;
   const Launch launch(operation, z);
@@ -125,11 +122,11 @@ std::tuple<Tensor, Tensor, Tensor> example_gradients(
     with_gradient_kernels(dtype, convolution, [&](auto kernels) {
       using Kernels = decltype(kernels);
       const int64_t groups = Kernels::kByGroup ? convolution.groups : 1;
-      const Image z_image = image(launch, z, groups);
-      const Image g_image = image(launch, g, groups);
+      const AlignedPixels z_pixels = aligned_pixels(launch, z, groups);
+      const AlignedPixels g_pixels = aligned_pixels(launch, g, groups);
       const auto store = [&](auto kernel) {
         store_gradients<decltype(kernel)>(
-            launch, convolution, z_image.rows, g_image.rows, V, V_b, results);
+            launch, convolution, z_pixels.pixels, g_pixels.pixels, V, V_b, results);
       };
       if (convolution.outputs <= kFewOutputs) {
         store(typename Kernels::Narrow{});
@@ -157,8 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_example_gradients(
   check_direction(kOperation, z, convolution, kernel_size, direction, direction_bias);
   Sizes shape{g.size(1), convolution.inputs};
   shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
-  return example_gradients(
-      kOperation, convolution, z, g, shape, direction, direction_bias, &image_rows);
+  return example_gradients(kOperation, convolution, z, g, shape, direction, direction_bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
@@ -170,14 +166,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
   return example_gradients(
       "linear_example_gradients",
       convolution,
-      z,
-      g,
+      torch::stable::transpose(z, 1, 2),
+      torch::stable::transpose(g, 1, 2),
       {g.size(2), z.size(2)},
       direction,
-      direction_bias,
-      [](const Launch& launch, const Tensor& rows, int64_t) {
-        return image_of_positions(launch, rows);
-      });
+      direction_bias);
 }
 
 }  // namespace

@@ -105,7 +105,7 @@ struct TileKernel {
   using Sum = typename Engine::Sum;
   using Layer = GradientLayer;
 
-  static Layer lay_out(const Convolution& convolution, const ImageRows& z, const ImageRows& g) {
+  static Layer lay_out(const Convolution& convolution, const Pixels& z, const Pixels& g) {
     return lay_out_gradient<typename Engine::Tile>(convolution, z, g);
   }
   template <class Output>

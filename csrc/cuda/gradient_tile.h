@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cuda/convolution_index.h"
+#include "cuda/pixels.h"
 #include "cuda/row_sums.h"
 #include "cuda/tile_plan.h"
 
@@ -176,25 +177,10 @@ GradientTiles cut_gradient(const Convolution& convolution) {
       static_cast<int>(ceil_div(taps, tap_tiles))};
 }
 
-// The channels of all pixels, side by side. Distances in bytes.
-struct ImageRows {
-  const char* data;
-  int64_t example;
-  int64_t pixel;
-  int64_t group;
-  int64_t width;  // of the channels of a group
-
-  // How many bytes of the vector at `byte` of a group exist.
-  L2RW_HOST_DEVICE int vector_bytes(int64_t byte) const {
-    const int64_t left = width - byte;
-    return static_cast<int>(left < 0 ? 0 : (left < kVectorBytes ? left : kVectorBytes));
-  }
-};
-
 // A layer as its gradients are formed, tile by tile.
 struct GradientLayer {
-  ImageRows z;
-  ImageRows g;
+  Pixels z;
+  Pixels g;
   ConvolutionIndex index;
   GradientTiles tiles;
   OutputPlace stage_step;  // from one stage to the next
@@ -212,8 +198,7 @@ struct GradientLayer {
 };
 
 template <class Tile>
-GradientLayer lay_out_gradient(
-    const Convolution& convolution, const ImageRows& z, const ImageRows& g) {
+GradientLayer lay_out_gradient(const Convolution& convolution, const Pixels& z, const Pixels& g) {
   const ConvolutionIndex index = ConvolutionIndex::of(convolution);
   return {
       z,
@@ -275,8 +260,9 @@ class GradientLoader {
     tap_ = layer.index.tap(has ? place.rectangle.tap(column_) : 0);
   }
 
-  // Calls copy(offset in the stage, source, bytes that exist) for a chunk of an example's pixels.
-  // Nothing is read where no byte exists, and no address outside of the memory is formed.
+  // Calls copy(offset in the stage, source, bytes that exist, whether other threads copy the same)
+  // for a chunk of an example's pixels. Nothing is read where no byte exists, and no address
+  // outside of the memory is formed.
   template <class Copy>
   L2RW_HOST_DEVICE void load(int64_t example, int64_t chunk, const Copy& copy) {
     const int first = static_cast<int>(chunk) * Tile::kDepth;
@@ -288,7 +274,7 @@ class GradientLoader {
         const char* source =
             bytes > 0 ? g_ + example * layer_.g.example + int64_t{first + pixel} * layer_.g.pixel
                       : g_;
-        copy(Tile::row_offset(pixel, row_vector_), source, bytes);
+        copy(Tile::row_offset(pixel, row_vector_), source, bytes, false);
       }
     }
     // The places of pixels are counted on, without a division, as long as chunks follow each other.
@@ -303,7 +289,7 @@ class GradientLoader {
         const int64_t input = z_bytes_ > 0 ? layer_.index.input_pixel(place, tap_) : -1;
         const bool exists = input >= 0;
         const char* source = exists ? z_ + example * layer_.z.example + input * layer_.z.pixel : z_;
-        copy(Tile::column_offset(pixel, column_), source, exists ? z_bytes_ : 0);
+        copy(Tile::column_offset(pixel, column_), source, exists ? z_bytes_ : 0, true);
       }
       place = layer_.index.after(place, layer_.line_step);
     }

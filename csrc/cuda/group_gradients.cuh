@@ -18,8 +18,8 @@ constexpr int kGroupStep = kGroupWarps;  // from one pixel of a warp to the next
 
 // Channels of all groups lie side by side: a lane has one output channel, whatever its group.
 struct GroupLayer {
-  ImageRows z;
-  ImageRows g;
+  Pixels z;
+  Pixels g;
   ConvolutionIndex index;
   OutputPlace step;
   int outputs;        // channels of all groups
@@ -125,7 +125,7 @@ struct GroupKernel {
   using Sum = accumulation_t<T>;
   using Layer = GroupLayer;
 
-  static Layer lay_out(const Convolution& convolution, const ImageRows& z, const ImageRows& g) {
+  static Layer lay_out(const Convolution& convolution, const Pixels& z, const Pixels& g) {
     const ConvolutionIndex index = ConvolutionIndex::of(convolution);
     const int64_t outputs = convolution.groups * convolution.outputs;
     return {

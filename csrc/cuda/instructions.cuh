@@ -27,6 +27,12 @@ __device__ __forceinline__ void copy_vector(uint32_t to, const char* from, int b
                : "memory");
 }
 
+// The same, by way of the cache of the processor: for what its threads copy more than once.
+__device__ __forceinline__ void copy_vector_cached(uint32_t to, const char* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void close_stage() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -32,6 +32,10 @@ inline void copy_vector(uint32_t to, const char* from, int bytes) {
   emulator::copy_later(shared_at(to, 16), from, bytes, 16);
 }
 
+inline void copy_vector_cached(uint32_t to, const char* from, int bytes) {
+  copy_vector(to, from, bytes);
+}
+
 inline void close_stage() { emulator::close_copies(); }
 
 template <int Newer>
