@@ -14,6 +14,8 @@ from zoo import FEATURES
 from l2rw_ext import Reweighter
 from l2rw_ext._registration import OPERATORS
 
+pytestmark = pytest.mark.emulated
+
 ROWS = {f.name: f for f in FEATURES if f.layerwise is None}
 
 
