@@ -727,7 +727,21 @@ void test_pixels_of_convolutions() {
       place = index.after(place, index.place(step));
     }
   }
-  Convolution large = draw_convolution(numbers);
+  const Convolution small = draw_convolution(numbers);
+  for (int64_t Convolution::* const none : {&Convolution::examples, &Convolution::groups}) {
+    Convolution large = small;
+    large.*none = int64_t{1} << 60;
+    EXPECT(ConvolutionIndex::fits(large));
+  }
+  for (auto sizes : {&Convolution::in, &Convolution::out, &Convolution::kernel}) {
+    Convolution large = small;
+    (large.*sizes)[0] = (large.*sizes)[1] = int64_t{1} << 20;
+    (large.*sizes)[2] = 1;
+    EXPECT(!ConvolutionIndex::fits(large));
+    (large.*sizes)[0] = int64_t{1} << 62;
+    EXPECT(!ConvolutionIndex::fits(large));
+  }
+  Convolution large = small;
   large.padding[1] = int64_t{1} << 40;
   EXPECT(!ConvolutionIndex::fits(large));
 }

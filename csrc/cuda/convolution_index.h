@@ -29,18 +29,26 @@ struct ConvolutionIndex {
   int padding[3];
   int dilation[3];
 
-  // Whether every number that is formed below fits.
+  // Whether every number that is formed below fits: the pixels of an example, in and out, and the
+  // sizes of padding and kernel.
   static bool fits(const Convolution& convolution) {
     constexpr int64_t kMost = int64_t{1} << 29;
     int64_t taps = 1;
+    int64_t inputs = 1;
+    int64_t outputs = 1;
     for (int d = 0; d < 3; ++d) {
-      if (convolution.in[d] > kMost || convolution.padding[d] > kMost ||
-          convolution.kernel[d] > kMost / taps) {
+      const bool padding = convolution.padding[d] <= kMost;
+      const auto times = [](int64_t& product, int64_t size) {
+        const bool fits = size <= kMost && product * size <= kMost;
+        product = fits ? product * size : 0;
+        return fits;
+      };
+      if (!padding || !times(taps, convolution.kernel[d]) || !times(inputs, convolution.in[d]) ||
+          !times(outputs, convolution.out[d])) {
         return false;
       }
-      taps *= convolution.kernel[d];
     }
-    return convolution.pixels() <= kMost;
+    return true;
   }
 
   // Of a convolution that fits and has output pixels: stride and dilation are then no larger than
@@ -89,20 +97,18 @@ struct ConvolutionIndex {
   }
 
   // The input pixel, counted row by row; -1 in the padding and behind the last output pixel.
-  L2RW_HOST_DEVICE int64_t input_pixel(const OutputPlace& place, const TapOffset& tap) const {
-    if (place.at[0] >= out[0]) {
-      return -1;
-    }
-    int64_t pixel = 0;
+  L2RW_HOST_DEVICE int input_pixel(const OutputPlace& place, const TapOffset& tap) const {
+    bool inside = place.at[0] < out[0];
+    uint32_t pixel = 0;
     L2RW_UNROLL
     for (int d = 0; d < 3; ++d) {
-      const int at = place.at[d] * stride[d] + tap.by[d];
-      if (at < 0 || at >= in[d]) {
-        return -1;
-      }
-      pixel = pixel * in[d] + at;
+      // A place before the first one is a large number without a sign.
+      const auto at = static_cast<uint32_t>(place.at[d]) * static_cast<uint32_t>(stride[d]) +
+                      static_cast<uint32_t>(tap.by[d]);
+      inside = inside && at < static_cast<uint32_t>(in[d]);
+      pixel = pixel * static_cast<uint32_t>(in[d]) + at;
     }
-    return pixel;
+    return inside ? static_cast<int>(pixel) : -1;
   }
 };
 

@@ -286,9 +286,10 @@ class GradientLoader {
     for (int line = 0; line < Tile::kDepth; line += kColumnLines) {
       const int pixel = line + column_pixel_;
       if (column_pixel_ < kColumnLines && pixel < Tile::kDepth) {
-        const int64_t input = z_bytes_ > 0 ? layer_.index.input_pixel(place, tap_) : -1;
+        const int input = z_bytes_ > 0 ? layer_.index.input_pixel(place, tap_) : -1;
         const bool exists = input >= 0;
-        const char* source = exists ? z_ + example * layer_.z.example + input * layer_.z.pixel : z_;
+        const char* source =
+            exists ? z_ + example * layer_.z.example + int64_t{input} * layer_.z.pixel : z_;
         copy(Tile::column_offset(pixel, column_), source, exists ? z_bytes_ : 0, true);
       }
       place = layer_.index.after(place, layer_.line_step);
@@ -342,12 +343,12 @@ struct SharePlan {
   int64_t splits;  // parts of an example's pixels
 };
 
-// As many shares as occupy all processors and as the workspace holds sums of. The pixels of
+// As many shares as occupy all processors twice and as the workspace holds sums of. The pixels of
 // examples are divided where there are fewer examples than shares.
 inline SharePlan plan_shares(
     int64_t tiles, int64_t examples, int64_t chunks, int64_t sum_bytes, int64_t processors) {
   const int64_t wanted = std::clamp<int64_t>(
-      std::min(ceil_div(2 * processors, tiles), kWorkspaceBytes / sum_bytes), 1, examples * chunks);
+      std::min(2 * processors / tiles, kWorkspaceBytes / sum_bytes), 1, examples * chunks);
   const int64_t splits = std::min(chunks, ceil_div(wanted, examples));
   return {std::min(wanted, examples * splits), splits};
 }

@@ -75,12 +75,12 @@ __global__ void __launch_bounds__(kGroupThreads) form_group_tiles(
     OutputPlace place = layer.index.place(first + warp);
     A sums[kGroupTaps + 1] = {};
     for (int pixel = warp; pixel < count; pixel += kGroupStep) {
-      const A value = static_cast<A>(g[(first + pixel) * g_pixel]);
+      const A value = static_cast<A>(g[int64_t{first + pixel} * g_pixel]);
 #pragma unroll
       for (int t = 0; t < kGroupTaps; ++t) {
-        const int64_t met = t < taps ? layer.index.input_pixel(place, offsets[t]) : -1;
+        const int met = t < taps ? layer.index.input_pixel(place, offsets[t]) : -1;
         if (met >= 0) {
-          sums[t] += value * static_cast<A>(z[met * z_pixel]);
+          sums[t] += value * static_cast<A>(z[int64_t{met} * z_pixel]);
         }
       }
       sums[kGroupTaps] += value;
