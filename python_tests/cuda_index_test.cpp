@@ -764,7 +764,11 @@ void test_gradient_tile() {
     }
   }
   EXPECT(sums.size() == size_t{Tile::kDeep} * Tile::kRows * Tile::kColumns);
+  // What every architecture from sm_80 on has for one block.
   EXPECT(kStages * Tile::kStageBytes <= 99 * 1024);
+  EXPECT(
+      (kStagedBytes<Tile, std::conditional_t<Tile::kElementBytes == 8, double, float>>) <=
+      99 * 1024);
 
   // No two lanes that read at once meet in a bank, and all read in their stage.
   for (int warp = 0; warp < Tile::kThreads; warp += 32) {
