@@ -6,7 +6,6 @@
 #include "convolution_checks.h"
 #include "cuda/active_examples.cuh"
 #include "cuda/gradient_kernels.cuh"
-#include "cuda/aligned_pixels.h"
 #include "cuda/partial_sums.h"
 
 namespace l2rw {
@@ -139,14 +138,14 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
   if (n * convolution.pixels() * convolution.outputs == 0) {
     return {torch::stable::zero_(gradient), torch::stable::zero_(bias_gradient)};
   }
-  check_countable(kOperation, convolution);
+  check_countable(kOperation, convolution, z, g);
   with_gradient_kernels(dtype, convolution, [&](auto kernels) {
     using Kernels = decltype(kernels);
     using T = typename Kernels::Small::Element;
     using A = typename Kernels::Small::Sum;
     const int64_t rows_of = Kernels::kByGroup ? groups : 1;
-    const AlignedPixels z_pixels = aligned_pixels(launch, z, rows_of);
-    const AlignedPixels g_pixels = aligned_pixels(launch, g, rows_of);
+    const AlignedPixels z_pixels = aligned_pixels(launch, z, rows_of, dtype);
+    const AlignedPixels g_pixels = aligned_pixels(launch, g, rows_of, dtype);
     ActiveExamples<A> examples{nullptr, nullptr, n};
     const Tensor places = torch::stable::new_empty(z, {weights ? n + 1 : 0}, ScalarType::Long);
     const Tensor their_weights = torch::stable::new_empty(gradient, {weights ? n : 0});

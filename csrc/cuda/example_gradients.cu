@@ -5,7 +5,6 @@
 
 #include "convolution_checks.h"
 #include "cuda/gradient_kernels.cuh"
-#include "cuda/aligned_pixels.h"
 #include "cuda/partial_sums.h"
 
 namespace l2rw {
@@ -113,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> example_gradients(
     torch::stable::zero_(results.bias_gradients);
   }
   if (convolution.examples * convolution.pixels() * outputs > 0) {
-    check_countable(operation, convolution);
+    check_countable(operation, convolution, z, g);
     const auto wide = [](const OptionalTensor& part) {
       return part ? OptionalTensor(in_accumulation_dtype(*part)) : OptionalTensor();
     };
@@ -122,8 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> example_gradients(
     with_gradient_kernels(dtype, convolution, [&](auto kernels) {
       using Kernels = decltype(kernels);
       const int64_t groups = Kernels::kByGroup ? convolution.groups : 1;
-      const AlignedPixels z_pixels = aligned_pixels(launch, z, groups);
-      const AlignedPixels g_pixels = aligned_pixels(launch, g, groups);
+      const AlignedPixels z_pixels = aligned_pixels(launch, z, groups, dtype);
+      const AlignedPixels g_pixels = aligned_pixels(launch, g, groups, dtype);
       const auto store = [&](auto kernel) {
         store_gradients<decltype(kernel)>(
             launch, convolution, z_pixels.pixels, g_pixels.pixels, V, V_b, results);

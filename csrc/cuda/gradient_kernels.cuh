@@ -2,6 +2,7 @@
 
 // Which kernel forms the gradients of single examples of which layer.
 
+#include "cuda/aligned_pixels.h"
 #include "cuda/example_products.cuh"
 #include "cuda/group_gradients.cuh"
 
@@ -39,16 +40,20 @@ void with_gradient_kernels(ScalarType dtype, const Convolution& convolution, con
   }
 }
 
-// Pixels and channels are counted in 32 bits.
-inline void check_countable(const char* operation, const Convolution& convolution) {
+// Pixels and the weights of an output are counted in 32 bits.
+inline void check_countable(
+    const char* operation, const Convolution& convolution, const Tensor& z, const Tensor& g) {
+  check_pixels(operation, convolution, z);
   constexpr int64_t kMost = int64_t{1} << 29;
   check(
-      ConvolutionIndex::fits(convolution) && convolution.groups * convolution.outputs <= kMost &&
-          convolution.groups * convolution.inputs * convolution.taps() <= kMost,
+      g.size(1) <= kMost && z.size(1) * convolution.taps() <= kMost,
       operation,
-      "an example has more than ",
+      "g must have at most ",
       kMost,
-      " pixels, or an output that many weights, and the CUDA kernel takes no more");
+      " channels on CUDA, and z as many times the taps, got shapes ",
+      shape_of(g),
+      " and ",
+      shape_of(z));
 }
 
 }  // namespace l2rw::cuda
