@@ -1,17 +1,20 @@
 // The index logic of the CUDA kernels, on the host: what is covered once and only once, and whole
 // kernels thread by thread, with the tensor core instructions emulated as PTX defines them.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <set>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "cuda/convolution_rows.h"
 #include "cuda/divisor.h"
+#include "cuda/gradient_tile.h"
 #include "cuda/linear_rows.h"
 #include "cuda/places.h"
 #include "cuda/row_sums.h"
@@ -22,6 +25,7 @@
 namespace {
 
 using namespace l2rw::cuda;
+using l2rw::Convolution;
 
 #define EXPECT(condition)                                                           \
   do {                                                                              \
@@ -859,6 +863,256 @@ void test_products() {
   }
 }
 
+// The distinct banks of four bytes that a warp's loads meet, and no two numbers of one bank.
+void expect_own_banks(const std::vector<int>& offsets) {
+  std::map<int, int> banks;
+  for (const int offset : offsets) {
+    const auto [place, is_new] = banks.insert({offset / 4 % 32, offset});
+    EXPECT(is_new || place->second == offset);
+  }
+}
+
+// A convolution of three spatial dimensions whose output is what its input gives.
+Convolution draw_convolution(Numbers& numbers) {
+  Convolution conv{};
+  conv.examples = 1 + numbers.below(3);
+  conv.groups = 1 + numbers.below(3);
+  conv.inputs = numbers.below(20);
+  conv.outputs = 1 + numbers.below(70);
+  for (int d = 0; d < 3; ++d) {
+    do {
+      conv.in[d] = numbers.below(9);
+      conv.kernel[d] = 1 + numbers.below(4);
+      conv.stride[d] = 1 + numbers.below(3);
+      conv.padding[d] = numbers.below(3);
+      conv.dilation[d] = 1 + numbers.below(2);
+      const int64_t free =
+          conv.in[d] + 2 * conv.padding[d] - conv.dilation[d] * (conv.kernel[d] - 1) - 1;
+      conv.out[d] = free < 0 ? 0 : free / conv.stride[d] + 1;
+    } while (conv.out[d] == 0);
+  }
+  return conv;
+}
+
+// The definition: output pixel p meets input pixel p stride + tap dilation - padding.
+int64_t pixel_met(const Convolution& conv, int64_t p, int64_t tap) {
+  int64_t pixel = 0;
+  int64_t size = 1;
+  for (int d = 2; d >= 0; --d) {
+    const int64_t at = p % conv.out[d] * conv.stride[d] + tap % conv.kernel[d] * conv.dilation[d] -
+                       conv.padding[d];
+    p /= conv.out[d];
+    tap /= conv.kernel[d];
+    if (at < 0 || at >= conv.in[d]) {
+      return -1;
+    }
+    pixel += at * size;
+    size *= conv.in[d];
+  }
+  return p > 0 ? -1 : pixel;
+}
+
+void test_pixels_of_convolutions() {
+  Numbers numbers;
+  for (int trial = 0; trial < 3000; ++trial) {
+    const Convolution conv = draw_convolution(numbers);
+    EXPECT(ConvolutionIndex::fits(conv));
+    const ConvolutionIndex index = ConvolutionIndex::of(conv);
+    const int step = 1 + static_cast<int>(numbers.below(70));
+    OutputPlace place = index.place(0);
+    for (int p = 0; p < conv.pixels() + 2 * step; p += step) {
+      for (int tap = 0; tap < conv.taps(); ++tap) {
+        const int64_t met = pixel_met(conv, p, tap);
+        EXPECT(index.input_pixel(place, index.tap(tap)) == met);
+        EXPECT(index.input_pixel(index.place(p), index.tap(tap)) == met);
+      }
+      place = index.after(place, index.place(step));
+    }
+  }
+  const Convolution small = draw_convolution(numbers);
+  for (int64_t Convolution::* const none : {&Convolution::examples, &Convolution::groups}) {
+    Convolution large = small;
+    large.*none = int64_t{1} << 60;
+    EXPECT(ConvolutionIndex::fits(large));
+  }
+  for (auto sizes : {&Convolution::in, &Convolution::out, &Convolution::kernel}) {
+    Convolution large = small;
+    (large.*sizes)[0] = (large.*sizes)[1] = int64_t{1} << 20;
+    (large.*sizes)[2] = 1;
+    EXPECT(!ConvolutionIndex::fits(large));
+    (large.*sizes)[0] = int64_t{1} << 62;
+    EXPECT(!ConvolutionIndex::fits(large));
+  }
+  Convolution large = small;
+  large.padding[1] = int64_t{1} << 40;
+  EXPECT(!ConvolutionIndex::fits(large));
+}
+
+template <class Tile>
+void test_gradient_tile() {
+  // Each number of the tile belongs to one thread of each depth, a row's sum of g to its lanes.
+  std::set<std::tuple<int, int, int>> sums;
+  for (int thread = 0; thread < Tile::kThreads; ++thread) {
+    EXPECT(0 <= Tile::deep(thread) && Tile::deep(thread) < Tile::kDeep);
+    for (int r = 0; r < Tile::kThreadRows; ++r) {
+      const int row = Tile::row(thread, r);
+      EXPECT(0 <= row && row < Tile::kRows);
+      EXPECT(row == Tile::row(thread / Tile::kLanesAcross * Tile::kLanesAcross, r));
+      for (int c = 0; c < Tile::kProductColumns; ++c) {
+        const int column = Tile::column(thread, c);
+        EXPECT(0 <= column && column < Tile::kColumns);
+        EXPECT(sums.insert({Tile::deep(thread), row, column}).second);
+      }
+    }
+  }
+  EXPECT(sums.size() == size_t{Tile::kDeep} * Tile::kRows * Tile::kColumns);
+  // What every architecture from sm_80 on has for one block.
+  EXPECT(kStages * Tile::kStageBytes <= 99 * 1024);
+  EXPECT(
+      (kStagedBytes<Tile, std::conditional_t<Tile::kElementBytes == 8, double, float>>) <=
+      99 * 1024);
+
+  // No two lanes that read at once meet in a bank, and all read in their stage.
+  for (int warp = 0; warp < Tile::kThreads; warp += 32) {
+    for (int pixel = 0; pixel + (Tile::kPlain ? 0 : 15) < Tile::kDepth; ++pixel) {
+      std::vector<int> offsets;
+      const auto read = [&](int first, int count, auto offset, int bytes) {
+        offsets.clear();
+        for (int lane = first; lane < first + count; ++lane) {
+          offsets.push_back(offset(warp + lane));
+          EXPECT(0 <= offsets.back() && offsets.back() + bytes <= Tile::kStageBytes);
+        }
+      };
+      if constexpr (Tile::kAccess == Access::matrices) {
+        for (int first = 0; first < 32; first += 8) {
+          read(first, 8, [&](int t) { return Tile::row_matrix(t, pixel, 0); }, 16);
+          expect_no_conflict(offsets);
+          read(first, 8, [&](int t) { return Tile::column_matrix(t, pixel, 2); }, 16);
+          expect_no_conflict(offsets);
+        }
+      } else if constexpr (Tile::kAccess == Access::numbers) {
+        for (int k = 0; k < 4; ++k) {
+          read(0, 32, [&](int t) { return Tile::row_number(t, pixel, 0, k); }, 4);
+          expect_own_banks(offsets);
+        }
+        read(0, 32, [&](int t) { return Tile::column_number(t, pixel, 1, 1); }, 4);
+        expect_own_banks(offsets);
+      }
+    }
+  }
+}
+
+// All that a block loads, against the definition; and all that it stores.
+template <class Tile>
+void test_gradient_coverage() {
+  Numbers numbers;
+  constexpr int64_t kBytes = Tile::kElementBytes;
+  for (int trial = 0; trial < 40; ++trial) {
+    const Convolution conv = draw_convolution(numbers);
+    const int64_t z_pixel = ceil_div(conv.groups * (conv.inputs + 16) * kBytes, 16) * 16;
+    const int64_t g_pixel = ceil_div(conv.groups * (conv.outputs + 16) * kBytes, 16) * 16;
+    const int64_t z_group = ceil_div(conv.inputs * kBytes, 16) * 16;
+    const int64_t g_group = ceil_div(conv.outputs * kBytes, 16) * 16;
+    const int64_t z_size = conv.in[0] * conv.in[1] * conv.in[2] * z_pixel;
+    const int64_t g_size = conv.pixels() * g_pixel;
+    const char* const z_data = nullptr;
+    const Pixels z{z_data, z_size, z_group, z_pixel, conv.inputs * kBytes};
+    const Pixels g{z_data, g_size, g_group, g_pixel, conv.outputs * kBytes};
+    const GradientLayer layer = lay_out_gradient<Tile>(conv, z, g);
+    std::set<int64_t> stored;
+    for (int tile = 0; tile < layer.tile_count(); ++tile) {
+      const GradientPlace place = gradient_place<Tile>(layer, tile);
+      const Rectangle& rectangle = place.rectangle;
+      EXPECT(rectangle.vectors * rectangle.taps <= Tile::kVectors);
+      std::set<int> places;
+      for (int column = 0; column < Tile::kVectors; ++column) {
+        for (int k = 0; rectangle.has(column) && k < Tile::kNumbers; ++k) {
+          EXPECT(places.insert(rectangle.place(column, k, Tile::kNumbers)).second);
+        }
+      }
+      EXPECT(places.empty() || *places.rbegin() + 1 == static_cast<int>(places.size()));
+      const int64_t example = numbers.below(conv.examples);
+      std::vector<GradientLoader<Tile>> loaders;
+      for (int thread = 0; thread < Tile::kThreads; ++thread) {
+        loaders.emplace_back(layer, place, thread);
+      }
+      for (int chunk = numbers.below(2) == 0 ? 0 : layer.chunks / 2; chunk < layer.chunks;
+           ++chunk) {
+        std::map<int, std::pair<int64_t, int>> copied;
+        for (auto& loader : loaders) {
+          loader.load(example, chunk, [&](int offset, const char* from, int bytes, bool) {
+            EXPECT(copied.insert({offset, {from - z_data, bytes}}).second);
+          });
+        }
+        EXPECT(copied.size() == size_t{Tile::kDepth} * (Tile::kRowVectors + Tile::kVectors));
+        for (int pixel = 0; pixel < Tile::kDepth; ++pixel) {
+          const int64_t p = int64_t{chunk} * Tile::kDepth + pixel;
+          for (int v = 0; v < Tile::kRowVectors; ++v) {
+            const auto [from, bytes] = copied.at(Tile::row_offset(pixel, v));
+            const int64_t byte = place.first_output * kBytes + v * 16;
+            const int64_t left = std::clamp<int64_t>(conv.outputs * kBytes - byte, 0, 16);
+            EXPECT(bytes == (p < conv.pixels() ? left : 0));
+            EXPECT(
+                bytes == 0 ||
+                from == example * g_size + p * g_pixel + place.group * g_group + byte);
+          }
+          for (int v = 0; v < Tile::kVectors; ++v) {
+            const auto [from, bytes] = copied.at(Tile::column_offset(pixel, v));
+            const int64_t met =
+                rectangle.has(v) ? pixel_met(conv, p, rectangle.tap(v)) : int64_t{-1};
+            const int64_t byte = rectangle.has(v) ? rectangle.vector(v) * 16 : 0;
+            const int64_t left = std::clamp<int64_t>(conv.inputs * kBytes - byte, 0, 16);
+            EXPECT(bytes == (met >= 0 ? left : 0));
+            EXPECT(
+                bytes == 0 ||
+                from == example * z_size + met * z_pixel + place.group * z_group + byte);
+          }
+        }
+      }
+      for (int thread = 0; thread < Tile::kThreads; ++thread) {
+        for_each_number<Tile>(layer, place, thread, [&](int row, int x, int64_t at) {
+          const int64_t row_size = conv.inputs * conv.taps();
+          EXPECT(places.count(x) == 1 && at < row_size);
+          // Place x is that of this channel and tap.
+          const int64_t channel = at / conv.taps() - rectangle.first_vector * Tile::kNumbers;
+          const int64_t tap = at % conv.taps() - rectangle.first_tap;
+          EXPECT(x == channel * rectangle.taps + tap);
+          EXPECT(stored.insert(place.output(layer, row) * row_size + at).second);
+        });
+      }
+    }
+    EXPECT(static_cast<int64_t>(stored.size()) == layer.size());
+    EXPECT(layer.size() == 0 || *stored.rbegin() + 1 == layer.size());
+  }
+}
+
+void test_shares() {
+  Numbers numbers;
+  for (int trial = 0; trial < 5000; ++trial) {
+    const int64_t tiles = 1 + numbers.below(1 << numbers.below(12));
+    const int64_t examples = 1 + numbers.below(400);
+    const int64_t chunks = 1 + numbers.below(1 << numbers.below(10));
+    const int64_t bytes = 4 + numbers.below(1 << numbers.below(25));
+    const SharePlan plan = plan_shares(tiles, examples, chunks, bytes, 132);
+    EXPECT(1 <= plan.splits && plan.splits <= chunks);
+    EXPECT(1 <= plan.shares && plan.shares <= examples * plan.splits);
+    EXPECT(plan.shares == 1 || plan.shares * bytes <= kWorkspaceBytes);
+  }
+}
+
+template <int Bytes, Access Kind>
+void test_gradient_tiles() {
+  using Large = GradientTile<Bytes, Kind, 2, 4, 2, 1, 64 / Bytes>;
+  using Small = GradientTile<Bytes, Kind, 1, 4, 1, 1, 128 / Bytes>;
+  using Narrow = GradientTile<Bytes, Kind, 1, 1, 1, 4, 128 / Bytes>;
+  test_gradient_tile<Large>();
+  test_gradient_tile<Small>();
+  test_gradient_tile<Narrow>();
+  test_gradient_coverage<Large>();
+  test_gradient_coverage<Small>();
+  test_gradient_coverage<Narrow>();
+}
+
 }  // namespace
 
 int main() {
@@ -894,5 +1148,11 @@ int main() {
   test_convolutions<double, FlatNarrowTile>();
   test_convolutions<double, FlatTile>();
   test_convolution_sizes();
+  test_pixels_of_convolutions();
+  test_gradient_tiles<2, Access::matrices>();
+  test_gradient_tiles<4, Access::numbers>();
+  test_gradient_tiles<4, Access::pixels>();
+  test_gradient_tiles<8, Access::pixels>();
+  test_shares();
   std::puts("all passed");
 }
