@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .engines.base import Task
 from .plan import Plan
-from .preserve import Snapshot, preserved
+from .preserve import Generators, Snapshot, preserved
 from .recording import Recorder, Recording
 from .watch import NotCapturableError, Watch
 from .weighing import Gradients, Weighed, infinite_if
@@ -232,14 +232,16 @@ class _Kind:
             self._memory = list(watch.given.values())
             return _finished(computed)
 
+        generators = Generators(set())  # of the host, which Python may have drawn from
         try:
             self._recording = self._recorder.record(run)
-        except NotCapturableError as error:
-            self._refused = error.why
-            raise
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except BaseException as error:
+            generators.restore()
+            if isinstance(error, NotCapturableError):
+                self._refused = error.why
+                raise
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+                raise
             line = str(error).partition("\n")[0]
             refused = NotCapturableError(f"the capture failed ({line})")
             self._refused = refused.why

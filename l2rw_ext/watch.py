@@ -22,6 +22,7 @@ _WAITING = {
     _aten._local_scalar_dense,
     _aten.equal,
     _aten.is_nonzero,
+    _aten.item,
     _aten.lift_fresh,
     _aten.masked_select,
     _aten.nonzero,
@@ -67,7 +68,7 @@ class Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._calls: list[tuple[str, tuple[Any, ...]]] = []
-        self._made: set[int] = set()
+        self._made: set[int] = {0}  # where a tensor without elements is
         self._refusal: NotCapturableError | None = None
         self.given: dict[int, torch.UntypedStorage] = {}
         """By address, the memory that the step reads or writes and has not made itself."""
@@ -96,11 +97,13 @@ class Watch(TorchDispatchMode):
         self._check_devices(func, [*given, *made])
         for x in _tensors(given):
             self._meet(func, x)
-        self._calls.append((str(func), tuple(map(_described, given))))
+        if func.overloadpacket is not _aten.detach:
+            # It computes nothing, and how often torch calls it depends on what else is watching.
+            self._calls.append((str(func), tuple(map(_described, given))))
         for x in _tensors(made):
-            address = _storage(func, x).data_ptr()
-            if address not in self.given:
-                self._made.add(address)
+            storage = _storage(func, x)
+            if storage is not None and storage.data_ptr() not in self.given:
+                self._made.add(storage.data_ptr())
         return out
 
     def check(self) -> None:
@@ -117,9 +120,9 @@ class Watch(TorchDispatchMode):
         stay = "let it stay the same from step to step, or "
         for mine, other in zip(self._calls, before._calls, strict=False):
             if mine != other:
-                what = "another operation" if mine[0] != other[0] else "other numbers or shapes"
+                what = "other numbers or shapes" if mine[0] == other[0] else f"now {mine[0]}"
                 raise NotCapturableError(
-                    f"what the step computes changes, at {other[0]} ({what}: {mine[0]})", stay
+                    f"what the step computes changes, at {other[0]} ({what})", stay
                 )
         if len(self._calls) != len(before._calls):
             raise NotCapturableError("the number of operations of the step changes", stay)
@@ -137,6 +140,8 @@ class Watch(TorchDispatchMode):
 
     def _check_devices(self, func: Any, leaves: list[Any]) -> None:
         devices = {x.device for x in _tensors(leaves)}
+        if self._device.type != "meta":  # torch asks for shapes there
+            devices = {device for device in devices if device.type != "meta"}
         if len(devices) > 1:
             named = " and ".join(sorted(map(str, devices)))
             raise NotCapturableError(
@@ -147,16 +152,18 @@ class Watch(TorchDispatchMode):
         if x.device != self._device:
             return
         storage = _storage(func, x)
-        address = storage.data_ptr()
-        if address and address not in self._made:
-            self.given.setdefault(address, storage)
+        if storage is not None and storage.data_ptr() not in self._made:
+            self.given.setdefault(storage.data_ptr(), storage)
 
 
 def _tensors(leaves: list[Any]) -> Iterator[Tensor]:
     return (x for x in leaves if isinstance(x, Tensor))
 
 
-def _storage(func: Any, x: Tensor) -> torch.UntypedStorage:
+def _storage(func: Any, x: Tensor) -> torch.UntypedStorage | None:
+    """The memory of a tensor; None for a zero of forward mode, which has none."""
+    if x._is_zerotensor():
+        return None
     if x.layout != torch.strided:
         raise NotCapturableError(f"{func} works on a sparse tensor", "use dense gradients, or ")
     return x.untyped_storage()
