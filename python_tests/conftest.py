@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated import emulator
 from hypothesis import HealthCheck, settings
+
+__all__ = ["emulator"]
 
 settings.register_profile(
     "l2rw",
@@ -21,6 +24,7 @@ settings.load_profile("l2rw")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "emulated: runs CUDA kernels on the host")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

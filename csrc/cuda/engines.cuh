@@ -9,10 +9,10 @@
 namespace l2rw::cuda {
 
 // Two tiles for tensor cores: one that multiplies fastest, one for products of few rows or columns.
-template <class Math>
+template <class T>
 struct MatrixEngines {
-  using Large = MatrixEngine<Math, MatrixTile<128, 128, 64, 32>, 1>;
-  using Small = MatrixEngine<Math, MatrixTile<64, 64, 32, 32>, 3>;
+  using Large = MatrixEngine<T, MatrixTile<128, 128, 64, 32>, 1>;
+  using Small = MatrixEngine<T, MatrixTile<64, 64, 32, 32>, 3>;
 };
 
 template <class T>
@@ -28,12 +28,12 @@ void with_engines(ScalarType dtype, const Body& body) {
     case ScalarType::Double:
       return body(PlainEngines<double>{});
     case ScalarType::BFloat16:
-      return body(MatrixEngines<BFloat16Math>{});
+      return body(MatrixEngines<__nv_bfloat16>{});
     case ScalarType::Half:
-      return body(MatrixEngines<Float16Math>{});
+      return body(MatrixEngines<__half>{});
     default:
       if (tf32_allowed()) {
-        return body(MatrixEngines<TensorFloat32Math>{});
+        return body(MatrixEngines<float>{});
       }
       return body(PlainEngines<float>{});
   }

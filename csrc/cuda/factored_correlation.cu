@@ -38,14 +38,13 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
     typename Engine::Sum* __restrict__ row_sums) {  // [groups, n T]
   using Tile = typename Engine::Tile;
   using A = typename Engine::Sum;
-  extern __shared__ __align__(128) char shared[];
   const TilePlace place = place_of_block(blockIdx.x, row_tiles, groups);
   const int64_t first_row = place.row * Tile::kRows;
   const Walk walk(
       split_range(column_tiles, groups, place.column), 1, factors.z_chunks + factors.g_chunks);
   FactoredSums<Tile, A> result(factors.z_chunks, factors.bias);
   multiply<Engine>(
-      shared,
+      dynamic_shared_memory(),
       walk,
       [&](const Walk& step, const auto& copy) {
         const bool is_z = step.chunk < factors.z_chunks;
@@ -74,7 +73,6 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) form_
     typename Engine::Sum* __restrict__ partial) {  // [splits, rows, columns] of whole tiles
   using Tile = typename Engine::Tile;
   using A = typename Engine::Sum;
-  extern __shared__ __align__(128) char shared[];
   const int64_t tiles = row_tiles * column_tiles;
   const int64_t split = blockIdx.x / tiles;
   const TilePlace place = place_of_block(blockIdx.x % tiles, row_tiles, column_tiles);
@@ -86,7 +84,7 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) form_
       {part, part + 1}, is_z ? z_splits : g_splits, is_z ? factors.z_chunks : factors.g_chunks);
   GramSums<Tile, A> result;
   multiply<Engine>(
-      shared,
+      dynamic_shared_memory(),
       walk,
       [&](const Walk& step, const auto& copy) {
         for_each_vector<Tile>(

@@ -3,108 +3,20 @@
 // Products of rows, A Bᵀ, tile by tile: shared memory pipeline and multiplication. What becomes of
 // the sums is the business of a class of row_sums.h.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "cuda/instructions.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/row_sums.h"
 
 namespace l2rw::cuda {
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copies `bytes` and fills the vector with zeros.
-__device__ __forceinline__ void copy_vector(uint32_t to, const char* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void close_stage() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Waits until all but the newest `Newer` stages have arrived.
-template <int Newer>
-__device__ __forceinline__ void wait_for_stage() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Newer) : "memory");
-}
-
-// Four matrices of eight rows of 16 bytes; the lanes' addresses are those of the 32 rows.
-__device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-               : "r"(address)
-               : "memory");
-}
-
-// Tensor core instructions for 32 bytes of the depth. `round` prepares operands.
-struct BFloat16Math {
-  using Element = __nv_bfloat16;
-  __device__ __forceinline__ static void round(uint32_t&) {}
-  __device__ __forceinline__ static void multiply(
-      float& d0,
-      float& d1,
-      float& d2,
-      float& d3,
-      const uint32_t (&a)[4],
-      uint32_t b0,
-      uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-struct Float16Math {
-  using Element = __half;
-  __device__ __forceinline__ static void round(uint32_t&) {}
-  __device__ __forceinline__ static void multiply(
-      float& d0,
-      float& d1,
-      float& d2,
-      float& d3,
-      const uint32_t (&a)[4],
-      uint32_t b0,
-      uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-struct TensorFloat32Math {
-  using Element = float;
-  // To nearest: the instruction itself would cut off, and all products would shrink.
-  __device__ __forceinline__ static void round(uint32_t& value) {
-    asm("cvt.rna.tf32.f32 %0, %0;" : "+r"(value));
-  }
-  __device__ __forceinline__ static void multiply(
-      float& d0,
-      float& d1,
-      float& d2,
-      float& d3,
-      const uint32_t (&a)[4],
-      uint32_t b0,
-      uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
 // A kernel's way to multiply: number types, tile, and how many chunks are added up before their sum
 // is handed over. Tensor cores cut off what they add, always towards zero, so that one long sum in
 // float32 would shrink by some 1e-5; sums of at most 512 numbers, added up properly, do not.
-template <class Math, class TileType, int Blocks>
+template <class T, class TileType, int Blocks>
 struct MatrixEngine {
-  using Element = typename Math::Element;
+  using Element = T;
   using Sum = float;
   using Tile = TileType;
   static constexpr int kChunks = 8;
@@ -135,18 +47,18 @@ struct MatrixEngine {
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
         for (int b = 0; b < Tile::kLeftBlocks; ++b) {
-          Math::round(left[b][k]);
+          round_operand<T>(left[b][k]);
         }
 #pragma unroll
         for (int b = 0; b < Tile::kRightBlocks; ++b) {
-          Math::round(right[b][k]);
+          round_operand<T>(right[b][k]);
         }
       }
 #pragma unroll
       for (int i = 0; i < Tile::kLeftBlocks; ++i) {
 #pragma unroll
         for (int j = 0; j < 2 * Tile::kRightBlocks; ++j) {
-          Math::multiply(
+          multiply_matrices<T>(
               sums[2 * i][2 * j],
               sums[2 * i][2 * j + 1],
               sums[2 * i + 1][2 * j],

@@ -1,0 +1,78 @@
+#pragma once
+
+// Instructions that CUDA C++ has no word for: copies that run beside the computation, and tensor
+// cores. The tests have a twin of this file for the host (python_tests/emulator).
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace l2rw::cuda {
+
+// The memory whose size the launch gave.
+__device__ __forceinline__ char* dynamic_shared_memory() {
+  extern __shared__ __align__(128) char shared[];
+  return shared;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Copies `bytes` and fills the vector of 16 bytes with zeros.
+__device__ __forceinline__ void copy_vector(uint32_t to, const char* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void close_stage() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until all but the newest `Newer` stages have arrived.
+template <int Newer>
+__device__ __forceinline__ void wait_for_stage() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Newer) : "memory");
+}
+
+// Four matrices of eight rows of 16 bytes; the lanes' addresses are those of the 32 rows.
+__device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Prepares an operand. TF32 is rounded to nearest: multiplication itself would cut off, and all
+// products would shrink.
+template <class T>
+__device__ __forceinline__ void round_operand(uint32_t& value) {
+  if constexpr (std::is_same_v<T, float>) {
+    asm("cvt.rna.tf32.f32 %0, %0;" : "+r"(value));
+  }
+}
+
+#define L2RW_MULTIPLY_MATRICES(INSTRUCTION)                                          \
+  asm(INSTRUCTION " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)                                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+// D += A B on tensor cores, for 32 bytes of the depth: 16 rows, 8 columns. T: float is TF32.
+template <class T>
+__device__ __forceinline__ void multiply_matrices(
+    float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    L2RW_MULTIPLY_MATRICES("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
+  } else if constexpr (std::is_same_v<T, __half>) {
+    L2RW_MULTIPLY_MATRICES("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32");
+  } else {
+    static_assert(std::is_same_v<T, float>);
+    L2RW_MULTIPLY_MATRICES("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
+  }
+}
+
+#undef L2RW_MULTIPLY_MATRICES
+
+}  // namespace l2rw::cuda
