@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,9 +69,9 @@ class Captures:
             NotCapturableError: it cannot be captured.
         """
         device = self._device(task)
-        leaves = pytree.tree_leaves(_trees(task))
-        _check_leaves(leaves, device)
-        key = _key(task, leaves, options)
+        batches = _Batches.of(task)
+        batches.check(device)
+        key = _key(task, batches, options)
         kind = self._kinds.get(key)
         if kind is None:
             if len(self._kinds) == _LARGEST_NUMBER_OF_KINDS:
@@ -80,20 +80,19 @@ class Captures:
                     "and what requires grad, and each has a graph of its own",
                     "pad the batches to fewer shapes, or ",
                 )
-            kind = self._kinds[key] = _Kind(task, self._recorders[device])
-        return kind.step(task, compute)
+            kind = self._kinds[key] = _Kind(batches, self._recorders[device])
+        return kind.step(task, batches, compute)
 
     def line(self, task: Task, options: Key) -> str:
         """What a step on these batches would do, for ``explain()``."""
-        kind = self._kinds.get(_key(task, pytree.tree_leaves(_trees(task)), options))
+        kind = self._kinds.get(_key(task, _Batches.of(task), options))
         return f"cuda_graph=True: {'the first step runs as it is' if kind is None else kind.says()}"
 
     def _device(self, task: Task) -> torch.device:
         """The one device of the parameters.
 
         Raises:
-            NotCapturableError: it is none that has graphs, or there are several, or the model does
-                in Python what a replay would leave out.
+            NotCapturableError: it is none that has graphs, or there are several.
         """
         devices = sorted(task.members.devices(), key=str)
         (device, *others) = devices
@@ -102,12 +101,6 @@ class Captures:
             raise NotCapturableError(
                 f"the parameters are on {named}", "move the model to one CUDA device, or "
             )
-        for module in task.model.modules():
-            if type(module).__name__ in _WRAPPERS:
-                raise NotCapturableError(f"{type(module).__name__} works in Python in each step")
-        for name, p in task.members.parameters:
-            if type(p.data) is not Tensor:
-                raise NotCapturableError(f"{name!r} is a {type(p.data).__name__}")
         return device
 
     def _takes(self, device: torch.device) -> bool:
@@ -122,10 +115,11 @@ class Captures:
 class _Kind:
     """Steps of one kind: the tensors that their batches are copied to, and their graph."""
 
-    def __init__(self, task: Task, recorder: Recorder) -> None:
+    def __init__(self, batches: _Batches, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._task = _static(task)
-        """Of the last step that Python saw, on tensors of our own."""
+        self._own = batches.copied()
+        self._task: Task | None = None
+        """Of the last step in Python: what the key names by identity stays alive."""
         self._addresses: Key = ()
         self._engine: str | None = None
         self._plan: Plan | None = None
@@ -136,7 +130,7 @@ class _Kind:
         self._changes = 0
         self._refused: tuple[str, str] | None = None
 
-    def step(self, task: Task, compute: Compute) -> Computed:
+    def step(self, task: Task, batches: _Batches, compute: Compute) -> Computed:
         """See :meth:`Captures.step`."""
         if self._refused is not None:
             raise NotCapturableError(*self._refused)
@@ -144,6 +138,7 @@ class _Kind:
         if addresses != self._addresses:
             # What was captured works on memory that may be another's by now.
             self._forget()
+            _check_model(task)
             self._addresses = addresses
         if self._changes > _LARGEST_NUMBER_OF_CHANGES:
             raise NotCapturableError(
@@ -151,14 +146,14 @@ class _Kind:
                 "change them in place, or ",
             )
         self._recorder.join()
-        _load(self._task, task)
-        if self._plan is not None and self._plan.due():
-            return self._unwatched(task, compute)
-        if self._recording is not None:
+        self._own.load(batches)
+        due = self._plan is not None and self._plan.due()
+        if self._recording is not None and not due:
             if self._plan is not None:
                 self._plan.steps += 1
             return self._replayed(self._recording)
-        if self._engine is None or (self._plan is not None and not self._plan.settled):
+        task = self._task = self._own.in_place_of(task)
+        if due or not self._ready():
             return self._unwatched(task, compute)
         if self._rehearsals < REHEARSALS:
             return self._rehearse(task, compute)
@@ -170,9 +165,13 @@ class _Kind:
             return self._refused[0]
         if self._recording is not None:
             return "steps on these batches are replayed from a graph"
-        if self._engine is None or (self._plan is not None and not self._plan.settled):
+        if not self._ready():
             return "steps on these batches run as they are until there is a lasting plan"
         return "steps on these batches are about to be captured"
+
+    def _ready(self) -> bool:
+        """Whether an engine has run, and need not look at the values of each step."""
+        return self._engine is not None and (self._plan is None or self._plan.settled)
 
     def _forget(self) -> None:
         self._changes += self._engine is not None
@@ -180,23 +179,10 @@ class _Kind:
         self._rehearsed, self._rehearsals = None, 0
         self._recording, self._memory = None, []
 
-    def _follow(self, task: Task) -> Task:
-        """The step of the user on tensors of our own, with its model as it is now."""
-        own = self._task
-        self._task = replace(
-            task,
-            inputs=own.inputs,
-            targets=own.targets,
-            clean_inputs=own.clean_inputs,
-            clean_targets=own.clean_targets,
-            loss_scale=own.loss_scale,
-        )
-        return self._task
-
     def _unwatched(self, task: Task, compute: Compute) -> Computed:
         """A step that makes or checks the engine's plan, for which it waits."""
         with preserved(task.members, always=False) as snapshot:
-            computed = compute(self._follow(task), snapshot, None)
+            computed = compute(task, snapshot, None)
             _check_assigned(snapshot)
         found, before = computed.plan, self._plan
         same = computed.engine == self._engine and (
@@ -257,7 +243,7 @@ class _Kind:
             Watch(device) as watch,
             preserved(members, always=False, recorded=recorded) as snapshot,
         ):
-            computed = compute(replace(self._follow(task), recorded=True), snapshot, self._engine)
+            computed = compute(replace(task, recorded=True), snapshot, self._engine)
             watch.check()
             if self._rehearsed is not None:
                 watch.check_same(self._rehearsed)
@@ -319,60 +305,94 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def _trees(task: Task) -> tuple[Any, ...]:
-    """All that a step is given and that is another at the next."""
-    return (task.inputs, task.targets, task.clean_inputs, task.clean_targets, task.loss_scale)
+@dataclass(frozen=True)
+class _Batches:
+    """All that a step is given and that is another at the next, flattened."""
 
+    leaves: list[Any]
+    structure: pytree.TreeSpec
 
-def _static(task: Task) -> Task:
-    """The same step on tensors of our own; what is one tensor in two places stays so."""
-    own: dict[int, Tensor] = {}
+    @classmethod
+    def of(cls, task: Task) -> _Batches:
+        """Both batches and the loss scale."""
+        given = (task.inputs, task.targets, task.clean_inputs, task.clean_targets, task.loss_scale)
+        return cls(*pytree.tree_flatten(given))
 
-    def of(x: Any) -> Any:
-        return own.setdefault(id(x), torch.empty_like(x)) if isinstance(x, Tensor) else x
+    def check(self, device: torch.device) -> None:
+        """Raise if there is something that cannot be copied to where a graph reads it.
 
-    inputs, targets, clean_inputs, clean_targets, loss_scale = pytree.tree_map(of, _trees(task))
-    return replace(
-        task,
-        inputs=inputs,
-        targets=targets,
-        clean_inputs=clean_inputs,
-        clean_targets=clean_targets,
-        loss_scale=loss_scale,
-    )
-
-
-def _load(own: Task, task: Task) -> None:
-    """Copy a batch to where the graph reads it."""
-    leaves = zip(pytree.tree_leaves(_trees(own)), pytree.tree_leaves(_trees(task)), strict=True)
-    pairs = {id(x): (x, y) for x, y in leaves if isinstance(x, Tensor)}
-    _copy([x for x, _ in pairs.values()], [y for _, y in pairs.values()])
-
-
-def _check_leaves(leaves: Iterable[Any], device: torch.device) -> None:
-    """Raise if a batch holds what cannot be copied to where a graph reads it."""
-    for x in leaves:
-        if isinstance(x, Tensor):
-            if x.device != device:
+        Raises:
+            NotCapturableError: names it.
+        """
+        for x in self.leaves:
+            if isinstance(x, Tensor):
+                if x.device != device:
+                    raise NotCapturableError(
+                        f"a tensor of the batches is on {x.device}", f"move it to {device}, or "
+                    )
+                if type(x) is not Tensor or x.layout != torch.strided:
+                    raise NotCapturableError(
+                        f"the batches hold a {type(x).__name__} of layout {x.layout}",
+                        "give dense tensors, or ",
+                    )
+            elif not (x is None or isinstance(x, (bool, int, float, str))):
                 raise NotCapturableError(
-                    f"a tensor of the batches is on {x.device}", f"move it to {device}, or "
+                    f"the batches hold a {type(x).__name__}",
+                    "give tensors, numbers and strings, or ",
                 )
-            if type(x) is not Tensor or x.layout != torch.strided:
-                raise NotCapturableError(
-                    f"the batches hold a {type(x).__name__} of layout {x.layout}",
-                    "give dense tensors, or ",
-                )
-        elif not (x is None or isinstance(x, (bool, int, float, str))):
-            raise NotCapturableError(
-                f"the batches hold a {type(x).__name__}", "give tensors, numbers and strings, or "
-            )
+
+    def copied(self) -> _Batches:
+        """Tensors of our own, as many; what is one tensor in two places stays so."""
+        own: dict[int, Tensor] = {}
+        leaves = [
+            own.setdefault(id(x), torch.empty_like(x)) if isinstance(x, Tensor) else x
+            for x in self.leaves
+        ]
+        return _Batches(leaves, self.structure)
+
+    def load(self, batches: _Batches) -> None:
+        """Copy the values of others here."""
+        pairs = {
+            id(own): (own, x)
+            for own, x in zip(self.leaves, batches.leaves, strict=True)
+            if isinstance(own, Tensor)
+        }
+        _copy([own for own, _ in pairs.values()], [x for _, x in pairs.values()])
+
+    def in_place_of(self, task: Task) -> Task:
+        """The step on these."""
+        inputs, targets, clean_inputs, clean_targets, loss_scale = pytree.tree_unflatten(
+            self.leaves, self.structure
+        )
+        return replace(
+            task,
+            inputs=inputs,
+            targets=targets,
+            clean_inputs=clean_inputs,
+            clean_targets=clean_targets,
+            loss_scale=loss_scale,
+        )
 
 
-def _key(task: Task, leaves: Sequence[Any], options: Key) -> Key:
+def _check_model(task: Task) -> None:
+    """Raise for a model that does in Python what a replay would leave out.
+
+    Raises:
+        NotCapturableError: names the part.
+    """
+    for module in task.model.modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise NotCapturableError(f"{type(module).__name__} works in Python in each step")
+    for name, p in task.members.parameters:
+        if type(p.data) is not Tensor:
+            raise NotCapturableError(f"{name!r} is a {type(p.data).__name__}")
+
+
+def _key(task: Task, batches: _Batches, options: Key) -> Key:
     """What tells one kind of step from another."""
     places: dict[int, int] = {}
     described: list[Key] = []
-    for x in leaves:
+    for x in batches.leaves:
         if isinstance(x, Tensor):
             place = places.setdefault(id(x), len(places))
             described.append((x.shape, x.dtype, x.stride(), place))
@@ -380,7 +400,7 @@ def _key(task: Task, leaves: Sequence[Any], options: Key) -> Key:
             described.append((type(x), repr(x)))
     return (
         tuple(described),
-        str(pytree.tree_structure(_trees(task))),
+        str(batches.structure),
         tuple([(name, p.requires_grad) for name, p in task.members.parameters]),
         task.members.training,
         id(task.loss_fn),
