@@ -289,9 +289,12 @@ def _outputs(computed: Computed) -> list[Tensor]:
 
 
 def _copy(into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors, with one launch for many of a kind."""
+    """Copy tensors, with one launch for many of a floating dtype."""
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(into, sources, strict=True):
+        if not target.is_floating_point():
+            target.copy_(source, non_blocking=True)
+            continue
         targets, values = groups.setdefault(target.dtype, ([], []))
         targets.append(target)
         values.append(source)

@@ -79,12 +79,11 @@ class Reweighter:
             Algorithm 1 then looks ahead along its step instead of one of plain gradient descent.
             Under Adam the inner product is <∇f_i, P v>, P = 1 / (sqrt(v̂) + eps); under SGD with
             momentum the clean gradient is taken at the point where momentum leads.
-
         cuda_graph: capture the step in a CUDA graph once for each kind of batches (shapes, modes)
             and replay it from then on, so that Python costs next to nothing. The first steps of a
             kind run without; results are copies, which later steps leave alone. The model and the
-            loss functions then run in Python at the capture alone: see the page on training loops
-            for what they may do. Not with ``every``, ``direction_decay``, ``preconditioner``,
+            loss functions then run in Python at the capture alone: see "CUDA graphs" on the page
+            of options for what they may do. Not with ``every``, ``direction_decay``, ``preconditioner``,
             ``check_finite``, an ``on_degenerate`` other than ``"zero"``, or :meth:`accumulate`.
 
     With none of the options from ``every`` to ``preconditioner``, the weights are the paper's.

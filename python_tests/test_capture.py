@@ -496,7 +496,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "assigns": (_assigns, "buffer 'seen'.* in place"),
     "exchanges": (_exchanges, "uses a tensor that was exchanged"),
     "draws": (_draws, "generator of its own"),
-    "copies from the host": (lambda m, x: x + torch.tensor([1.0]), "makes the host wait"),
+    "copies from the host": (
+        lambda m, x: x + torch.tensor([1.0], device=x.device),
+        "makes the host wait",
+    ),
     "chooses rows": (lambda m, x: x + x[x[:, 0] > 1e9].sum(), "makes the host wait"),
 }
 
