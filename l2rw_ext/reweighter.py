@@ -83,8 +83,9 @@ class Reweighter:
             and replay it from then on, so that Python costs next to nothing. The first steps of a
             kind run without; results are copies, which later steps leave alone. The model and the
             loss functions then run in Python at the capture alone: see "CUDA graphs" on the page
-            of options for what they may do. Not with ``every``, ``direction_decay``, ``preconditioner``,
-            ``check_finite``, an ``on_degenerate`` other than ``"zero"``, or :meth:`accumulate`.
+            of options for what they may do. Not with ``every``, ``direction_decay``,
+            ``preconditioner``, ``check_finite``, an ``on_degenerate`` other than ``"zero"``, or
+            :meth:`accumulate`.
 
     With none of the options from ``every`` to ``preconditioner``, the weights are the paper's.
 

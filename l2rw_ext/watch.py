@@ -53,7 +53,8 @@ def waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if packet is _aten._to_copy:
         return kwargs.get("device") not in (None, args[0].device)
     if packet is _aten.repeat_interleave:
-        return isinstance(args[0], Tensor) and kwargs.get("output_size") is None
+        counts = func._overloadname != "self_int"
+        return counts and kwargs.get("output_size") is None
     return packet in _WAITING
 
 
@@ -77,7 +78,9 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         try:
-            return self._followed(func, args, kwargs or {})
+            # What is asked of tensors here is no call of the model's.
+            with torch._C.DisableTorchFunction():
+                return self._followed(func, args, kwargs or {})
         except NotCapturableError as error:
             self._refusal = self._refusal or error
             raise
@@ -169,7 +172,7 @@ def _storage(func: Any, x: Tensor) -> torch.UntypedStorage | None:
     if x._is_zerotensor():
         return None
     if x.layout != torch.strided:
-        raise NotCapturableError(f"{func} works on a sparse tensor", "use dense gradients, or ")
+        raise NotCapturableError(f"{func} works on a sparse tensor", "use dense ones, or ")
     return x.untyped_storage()
 
 
