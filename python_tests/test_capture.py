@@ -19,12 +19,17 @@ from oracle import relative_error
 from replays import Recorder
 from test_waiting import CASES
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from zoo import FEATURES
 
 from l2rw_ext import Reweighter, Step, compositions, ops, recording, waiting
 from l2rw_ext.capture import REHEARSALS, Captures
 from l2rw_ext.members import Members
 from l2rw_ext.preserve import Generators, preserved
 from l2rw_ext.watch import NotCapturableError, Watch
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
+"""Of the same operations on other addresses, and of sums that autograd forms in place or not."""
 
 BEFORE = 1 + REHEARSALS
 """Steps of a kind before its capture."""
@@ -54,22 +59,27 @@ def _descend(model: nn.Module) -> None:
 
 
 def _assert_same(step: Step, expected: Step, model: nn.Module, other: nn.Module) -> None:
-    """Bit for bit."""
+    """The same result, gradients and buffers."""
     names = ("weights", "scores", "losses", "_clean_loss", "_excluded", "_spoilt")
-    for name in names:
-        found, exact = getattr(step, name), getattr(expected, name)
-        assert (found is None) == (exact is None), name
-        if found is not None:
-            assert torch.equal(found.nan_to_num(), exact.nan_to_num()), name
+    pairs = [(name, getattr(step, name), getattr(expected, name)) for name in names]
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        assert p.grad is None or torch.equal(p.grad, q.grad), name
+        pairs.append((name, p.grad, q.grad))
     for (name, b), c in zip(model.named_buffers(), other.buffers(), strict=True):
-        assert torch.equal(b, c), name
+        pairs.append((name, b, c))
+    for name, found, exact in pairs:
+        assert (found is None) == (exact is None), name
+        if found is None:
+            continue
+        assert found.dtype == exact.dtype, name
+        finite = exact.isfinite()
+        assert torch.equal(found.isfinite(), finite), name
+        if finite.any():
+            error = relative_error(found[finite].cpu().double(), exact[finite].cpu().double())
+            assert error <= (TOLERANCE[exact.dtype] if exact.is_floating_point() else 0), name
 
 
 class Pair:
-    """A captured and an eager reweighter on copies of one model, step by step."""
+    """A captured and an eager reweighter on copies of one model, held to each other."""
 
     def __init__(
         self, model: nn.Module, loss: Callable[[Any, Any], Tensor] = cross_entropy, **options: Any
@@ -79,7 +89,7 @@ class Pair:
         self.eager = Reweighter(self.near, loss, **options)
 
     def step(self, batch: Any, clean: Any, **options: Any) -> Step:
-        """One step of both, from no gradient, held to the same bits."""
+        """One step of both, from no gradient."""
         for model in (self.model, self.near):
             model.zero_grad()
         step = self.captured.backward(batch, clean, **options)
@@ -114,6 +124,39 @@ def test_replays_are_eager_steps(name: str, recorders: list[Recorder]) -> None:
     assert recorders[0].warm_ups == REHEARSALS
     for weights, then in kept:  # no later step wrote to them
         assert torch.equal(weights, then)
+
+
+FEATURES_REPLAYED = {
+    "`GRU`, two layers, two directions": "forward",
+    "transposed, 2-D": "layerwise",
+    "GPT: tied embedding and head, `RMSNorm`, losses of tokens summed": "layerwise",
+    "`spectral_norm` by the older hook, in train mode": "layerwise",
+    "a custom activation without forward mode": "layerwise",
+}
+
+
+@pytest.mark.parametrize("name", FEATURES_REPLAYED)
+def test_replays_of_features(name: str, recorders: list[Recorder]) -> None:
+    """Buffers written by the forward, derived and tied weights, a custom autograd Function."""
+    (feature,) = (f for f in FEATURES if f.name == name)
+    model, (x, y), clean = feature.make()
+    pair = Pair(model, feature.loss, engine=FEATURES_REPLAYED[name])
+    for i in range(BEFORE + 2):
+        order = torch.arange(len(x)).roll(i)
+        pair.step((x[order], y[order]), clean)
+    assert _replays(recorders) == [2]
+
+
+def test_a_checkpoint_and_low_memory(recorders: list[Recorder]) -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        hidden = checkpoint(model.body, x, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = model.head(hidden)
+        return out
+
+    body = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8))
+    model = model_of(forward, body=body, head=nn.Linear(8, CLASSES))
+    Pair(model, engine="layerwise", low_memory=True).steps(BEFORE + 2)
+    assert _replays(recorders) == [2]
 
 
 def test_python_runs_at_the_capture_alone(recorders: list[Recorder]) -> None:
@@ -296,10 +339,6 @@ def test_replays_draw_fresh_masks(engine: Any) -> None:
     losses = [reweighter.backward(batch, clean).losses for _ in range(BEFORE + 4)]
     for i, a in enumerate(losses):
         assert not any(torch.equal(a, b) for b in losses[:i])
-    model.eval()
-    exact = cross_entropy(model(batch[0]), batch[1])
-    mean = torch.stack(losses).mean(0)
-    assert relative_error(mean, exact) < 1
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -737,19 +776,6 @@ def _cuda(tree: Any) -> Any:
     return torch.utils._pytree.tree_map(lambda x: x.cuda(), tree)
 
 
-def _assert_close(step: Step, expected: Step, model: nn.Module, near: nn.Module) -> None:
-    """As far as kernels that add in another order, or pick another algorithm, allow."""
-    assert relative_error(step.scores.cpu(), expected.scores.cpu()) < 1e-11
-    assert relative_error(step.weights.cpu(), expected.weights.cpu()) < 1e-11
-    assert relative_error(step.losses.cpu(), expected.losses.cpu()) < 1e-11
-    for p, q in zip(model.parameters(), near.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None)
-        if p.grad is not None and q.grad is not None:
-            assert relative_error(p.grad.cpu(), q.grad.cpu()) < 1e-11
-    for b, c in zip(model.buffers(), near.buffers(), strict=True):
-        assert relative_error(b.double().cpu(), c.double().cpu()) < 1e-11
-
-
 class CudaPair(Pair):
     """On the device, with batches drawn on the host; gradients as the test left them."""
 
@@ -757,7 +783,7 @@ class CudaPair(Pair):
         """One step of both, held to each other."""
         step = self.captured.backward(_cuda(batch), _cuda(clean), **options)
         expected = self.eager.backward(_cuda(batch), _cuda(clean), **options)
-        _assert_close(step, expected, self.model, self.near)
+        _assert_same(step, expected, self.model, self.near)
         return step
 
 
@@ -796,7 +822,7 @@ def test_a_replayed_step_on_cuda_never_waits() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = pair.eager.backward(batch, clean)
-    _assert_close(step, expected, pair.model, pair.near)
+    _assert_same(step, expected, pair.model, pair.near)
 
 
 @pytest.mark.cuda
