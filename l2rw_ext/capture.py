@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .engines.base import Task
-from .plan import Plan
+from .plan import Plan, due
 from .preserve import Generators, Snapshot, preserved
 from .recording import Recorder, Recording
 from .watch import NotCapturableError, Watch
@@ -125,6 +125,9 @@ class _Kind:
         self._plan: Plan | None = None
         self._rehearsed: Watch | None = None
         self._rehearsals = 0
+        self._steps = 0
+        self._again = False
+        """Whether a step is to be watched although there is a graph."""
         self._recording: Recording[Computed] | None = None
         self._memory: list[Any] = []
         self._changes = 0
@@ -137,6 +140,7 @@ class _Kind:
         addresses = _addresses(task)
         if addresses != self._addresses:
             # What was captured works on memory that may be another's by now.
+            self._changes += self._engine is not None
             self._forget()
             _check_model(task)
             self._addresses = addresses
@@ -147,15 +151,17 @@ class _Kind:
             )
         self._recorder.join()
         self._own.load(batches)
-        due = self._plan is not None and self._plan.due()
-        if self._recording is not None and not due:
+        self._again = self._again or (self._recording is not None and due(self._steps))
+        self._steps += 1
+        probes = self._plan is not None and self._plan.due()
+        if self._recording is not None and not (probes or self._again):
             if self._plan is not None:
                 self._plan.steps += 1
             return self._replayed(self._recording)
         task = self._task = self._own.in_place_of(task)
-        if due or not self._ready():
+        if probes or not self._ready():
             return self._unwatched(task, compute)
-        if self._rehearsals < REHEARSALS:
+        if self._again or self._rehearsals < REHEARSALS:
             return self._rehearse(task, compute)
         return self._replayed(self._capture(task, compute))
 
@@ -174,9 +180,8 @@ class _Kind:
         return self._engine is not None and (self._plan is None or self._plan.settled)
 
     def _forget(self) -> None:
-        self._changes += self._engine is not None
         self._engine, self._plan = None, None
-        self._rehearsed, self._rehearsals = None, 0
+        self._rehearsed, self._rehearsals, self._again = None, 0, False
         self._recording, self._memory = None, []
 
     def _unwatched(self, task: Task, compute: Compute) -> Computed:
@@ -194,6 +199,7 @@ class _Kind:
             )
         )
         if not same:
+            self._changes += self._recording is not None
             self._forget()
         self._engine, self._plan = computed.engine, computed.plan
         return _finished(computed)
@@ -207,6 +213,7 @@ class _Kind:
 
         computed, self._rehearsed = self._recorder.warm_up(run)
         self._rehearsals += 1
+        self._again = False
         self._plan = computed.plan
         self._recorder.share(_outputs(computed))
         return computed

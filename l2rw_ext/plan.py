@@ -49,9 +49,13 @@ class Plan:
         return self.certain or self.chooses is not None
 
     def due(self) -> bool:
-        """Whether the row maps are to be checked again: at steps 16, 256, 4096, ..."""
-        step = self.steps
-        return step >= 16 and step & (step - 1) == 0 and (step.bit_length() - 1) % 4 == 0
+        """Whether the row maps are to be checked again."""
+        return due(self.steps)
+
+
+def due(step: int) -> bool:
+    """Whether what an earlier step has found is checked at this one: at 16, 256, 4096, ..."""
+    return step >= 16 and step & (step - 1) == 0 and (step.bit_length() - 1) % 4 == 0
 
 
 def choose_form(

@@ -290,8 +290,28 @@ def test_plans_are_checked_when_they_are_due(recorders: list[Recorder]) -> None:
         before = len(calls)
         pair.steps(1)
         seen.append(len(calls) > before)
-    assert [i for i, ran in enumerate(seen) if ran] == [*range(BEFORE + 1), 16]
-    assert _replays(recorders) == [20 - BEFORE - 1]
+    assert [i for i, ran in enumerate(seen) if ran] == [*range(BEFORE + 1), 16, 17]
+    assert _replays(recorders) == [20 - BEFORE - 2]
+
+
+@pytest.mark.usefixtures("recorders")
+@pytest.mark.parametrize("engine", ["layerwise", "forward"])
+def test_numbers_that_python_has_changed_are_found_out(engine: Any) -> None:
+    model = mlp()
+    model.insert(1, nn.Dropout(0.25))
+    reweighter = Reweighter(model, cross_entropy, engine=engine, cuda_graph=True)
+    for _ in range(12):
+        reweighter.backward(vectors(6), vectors(4))
+    model.get_submodule("1").p = 0.5
+    later = 17 if engine == "layerwise" else 16
+    for _ in range(12, later):
+        reweighter.backward(vectors(6), vectors(4))
+    batch, clean = vectors(6), vectors(4)
+    for _ in range(2):
+        state = _State(model)
+        with pytest.raises(NotCapturableError, match=r"changes, at .*other numbers"):
+            reweighter.backward(batch, clean)
+        state.check()
 
 
 def test_a_model_that_has_changed_is_found_out_when_the_plan_is_due(
