@@ -692,6 +692,21 @@ def test_a_watched_step_keeps_to_one_device() -> None:
             torch.ones(3).to("meta")
 
 
+def test_the_numbers_of_a_watched_attention_count() -> None:
+    q = torch.ones(1, 1, 3, 4)
+
+    def watched(scale: float, q: Tensor = q) -> Watch:
+        with Watch(q.device) as watch:
+            nn.functional.scaled_dot_product_attention(q, q, q, scale=scale)
+        return watch
+
+    watched(0.5).check_same(watched(0.5))
+    with pytest.raises(NotCapturableError, match=r"_attention.*numbers"):
+        watched(0.5).check_same(watched(0.25))
+    with pytest.raises(NotCapturableError, match="uses a tensor that was exchanged"):
+        watched(0.5).check_same(watched(0.5, q.clone()))
+
+
 def test_a_recorded_step_leaves_generators_of_devices_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -787,6 +802,38 @@ def test_a_recorder_ends_what_it_began(
         assert cuda.log == [*begun, *tried, *told, "reset", "leave"]
     assert len(recording._BROKEN) == end_fails
     assert gc.isenabled() == collects
+
+
+class _Stream:
+    """Stands for a stream, and writes down what it waits for."""
+
+    def __init__(self) -> None:
+        self.waits_for: list[_Stream] = []
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.waits_for.append(other)
+
+
+def test_streams_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, other = _Stream(), _Stream(), _Stream()
+    now = [first]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
+    recorder = recording.Recorder(torch.device("cuda", 0))
+    for stream in (first, first, second, second):
+        now.append(stream)
+        recorder.join()
+    assert (first.waits_for, second.waits_for) == ([], [first])
+
+    @contextlib.contextmanager
+    def on(stream: _Stream) -> Iterator[None]:
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: other)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    assert recorder.warm_up(lambda: now[-1]) is other
+    assert (other.waits_for, second.waits_for) == ([second], [first, other])
 
 
 # On a device.
