@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from l2rw_ext import _registration, compositions, ops
+from l2rw_ext.recording import Recording
 
 from . import record
 from .errors import UsageError
@@ -39,7 +40,7 @@ from .kernel_cases import (
     default_kernel_cases,
 )
 from .roofline import Ceilings, float32_products, measure_ceilings
-from .timing import CACHES, Captured, capture, interleaved, use_device
+from .timing import CACHES, capture, interleaved, use_device
 
 Call = Callable[[], Any]
 # What the caching allocator rounds every block to.
@@ -58,7 +59,7 @@ class Candidate:
     status: str = "ok"
     reason: str = ""
     errors: list[Errors] = field(default_factory=list)
-    captured: Captured[Any] | None = None
+    captured: Recording[Any] | None = None
     not_captured: str = ""
     times: dict[str, list[float]] = field(default_factory=dict)
     workspace: int | None = None

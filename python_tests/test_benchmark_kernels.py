@@ -27,8 +27,9 @@ from benchmarks.kernel_cases import (
     default_kernel_cases,
 )
 from benchmarks.roofline import Ceilings, float32_products, measure_ceilings
-from benchmarks.timing import Captured, interleaved
+from benchmarks.timing import interleaved
 from l2rw_ext import _registration, ops
+from l2rw_ext.recording import Recording
 
 SMALL = default_kernel_cases("cpu")
 CEILINGS = Ceilings(dict.fromkeys(PRECISIONS, 1e12), 1e11)
@@ -232,10 +233,9 @@ def test_a_replay_that_writes_nothing_is_wrong(
     arguments = case.draw("fp32", "cpu")
     (candidate, _) = kernels.candidates(case, "fp32", arguments, "cpu")
 
-    def capture(call: Callable[[], Tensor]) -> Captured[Tensor]:
+    def capture(call: Callable[[], Tensor]) -> Recording[Tensor]:
         result = call()
-        graph: Any = _Graph(call, result, writes)
-        return Captured(graph, result)
+        return Recording(_Graph(call, result, writes), result)
 
     monkeypatch.setattr(kernels, "capture", capture)
     expected, bounds = exact(case.operator, arguments), magnitudes(case.operator, arguments)

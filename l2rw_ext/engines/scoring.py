@@ -118,7 +118,7 @@ class Scoring(Scored):
         self._kept: list[_Kept] = []
         self.reached: list[Use] = []
         self._trained: list[Use] = []
-        self._plan: dict[int, UsePlan] | None = None
+        self._planned: dict[int, UsePlan] | None = None
         self._weighing: _Weighing | None = None
         self.again: Callable[[Tensor], None] | None = None
         """Runs the backward of the training losses once more, with the given seeds."""
@@ -143,7 +143,8 @@ class Scoring(Scored):
 
     def follow(self, plan: Plan) -> None:
         """From now on reports are worked off as they come."""
-        self._plan = {
+        self.plan = plan
+        self._planned = {
             use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
         }
 
@@ -176,7 +177,7 @@ class Scoring(Scored):
 
     def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
         """Score at once, or keep what the plan does not know or what must wait for the others."""
-        planned = None if self._plan is None else self._plan[use.index]
+        planned = None if self._planned is None else self._planned[use.index]
         if self._weighing is not None:
             assert planned is not None
             self._weigh(self._weighing, use, planned, z, g)
@@ -187,12 +188,12 @@ class Scoring(Scored):
 
     def finish(self) -> None:
         """The backward is over: score what was kept, all directions now being complete."""
-        assert self._plan is not None
+        assert self._planned is not None
         reports, self.reports = self.reports, {}
         waiting = []
         with BelowAutograd():
             for use, z, g in reports.values():
-                planned = self._plan[use.index]
+                planned = self._planned[use.index]
                 if planned.joint and self._directions is None:
                     waiting.append((use, planned, z, g))
                 else:
