@@ -57,13 +57,7 @@ inline void check_factored_correlations(
         std::pair{"g_clean", g_clean.size()},
         std::pair{"bias", bias.size()}}) {
     check(
-        count == z.size(),
-        operation,
-        name,
-        " must hold ",
-        z.size(),
-        " (layers of z), got ",
-        count);
+        count == z.size(), operation, name, " must hold ", z.size(), " (layers of z), got ", count);
   }
   for (size_t l = 0; l < z.size(); ++l) {
     std::string which(1, '[');
@@ -73,11 +67,7 @@ inline void check_factored_correlations(
     check_same(operation, {"z[0]", z[0]}, {names[0].c_str(), z[l]});
     check_size(operation, {names[0].c_str(), z[l]}, 0, z[0].size(0), "examples of z[0]");
     check_size(
-        operation,
-        {names[1].c_str(), z_clean[l]},
-        0,
-        z_clean[0].size(0),
-        "examples of z_clean[0]");
+        operation, {names[1].c_str(), z_clean[l]}, 0, z_clean[0].size(0), "examples of z_clean[0]");
   }
 }
 
