@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulated import emulator
 from hypothesis import HealthCheck, settings
+
+__all__ = ["emulator"]
 
 settings.register_profile(
     "l2rw",

@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
   using Tile = typename Engine::Tile;
   using T = typename Engine::Element;
   using A = typename Engine::Sum;
-  extern __shared__ __align__(128) char shared[];
   const TilePlace place = place_of_block(blockIdx.x, row_tiles, groups);
   const int64_t first_row = place.row * Tile::kRows;
   const Walk walk(split_range(units, groups, place.column), splits, layer.chunks);
@@ -68,7 +67,7 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
   DenseSums<Tile, A, decltype(gradient), decltype(offset)> result(
       static_cast<int>(threadIdx.x), gradient, offset);
   multiply<Engine>(
-      shared,
+      dynamic_shared_memory(),
       walk,
       [&](const Walk& step, const auto& copy) {
         for_each_vector<Tile>(

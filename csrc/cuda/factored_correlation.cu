@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks)
     correlate(const __grid_constant__ Layers<typename Engine::Sum, Capacity> layers) {
   using Tile = typename Engine::Tile;
   using A = typename Engine::Sum;
-  extern __shared__ __align__(128) char shared[];
   const int l = layers.layer_of(blockIdx.x);
   const Layer<A>& layer = layers.entries[l];
   const int64_t block = blockIdx.x - layers.first[l];
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks)
       z_chunks + chunks_of(layer.g.width));
   FactoredSums<Tile, A> result(z_chunks, layer.bias);
   multiply<Engine>(
-      shared,
+      dynamic_shared_memory(),
       walk,
       [&](const Walk& step, const auto& copy) {
         const bool is_z = step.chunk < z_chunks;
@@ -81,7 +80,6 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks)
     form_partial_products(const __grid_constant__ Layers<typename Engine::Sum, Capacity> layers) {
   using Tile = typename Engine::Tile;
   using A = typename Engine::Sum;
-  extern __shared__ __align__(128) char shared[];
   const int l = layers.layer_of(blockIdx.x);
   const Layer<A>& layer = layers.entries[l];
   const int64_t block = blockIdx.x - layers.first[l];
@@ -98,7 +96,7 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks)
       chunks_of(is_z ? layer.z.width : layer.g.width));
   GramSums<Tile, A> result;
   multiply<Engine>(
-      shared,
+      dynamic_shared_memory(),
       walk,
       [&](const Walk& step, const auto& copy) {
         for_each_vector<Tile>(

@@ -1,7 +1,7 @@
 #pragma once
 
 // Instructions that CUDA C++ has no word for: copies that run beside the computation, and tensor
-// cores.
+// cores. The tests have a twin of this file for the host (python_tests/emulator).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,6 +10,12 @@
 #include <type_traits>
 
 namespace l2rw::cuda {
+
+// The memory whose size the launch gave.
+__device__ __forceinline__ char* dynamic_shared_memory() {
+  extern __shared__ __align__(128) char shared[];
+  return shared;
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -1,0 +1,42 @@
+#pragma once
+
+// The launches of csrc/cuda/launch.cuh on the emulator.
+
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "checks.h"
+
+namespace l2rw::cuda {
+
+class Launch {
+ public:
+  Launch(const char* operation, const Tensor&) : operation_(operation) {}
+
+  int64_t processors() const { return emulator::settings.processors; }
+
+  template <class... Parameters, class... Arguments>
+  void run(
+      void (*kernel)(Parameters...),
+      int64_t blocks,
+      dim3 threads,
+      int64_t shared_bytes,
+      const Arguments&... arguments) const {
+    check(blocks > 0, operation_, "a launch of ", blocks, " blocks");
+    check(
+        threads.x * threads.y * threads.z <= 1024, operation_, "more than 1024 threads of a block");
+    check(shared_bytes <= 99 << 10, operation_, shared_bytes, " bytes of shared memory");
+    const std::tuple<std::remove_const_t<Parameters>...> values(arguments...);
+    try {
+      emulator::run(blocks, threads, shared_bytes, [&] { std::apply(kernel, values); });
+    } catch (const std::exception& error) {
+      fail(operation_, error.what());
+    }
+  }
+
+ private:
+  const char* operation_;
+};
+
+}  // namespace l2rw::cuda
