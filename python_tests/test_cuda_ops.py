@@ -178,7 +178,7 @@ def test_factored_paths(machine: Machine, shape: tuple[int, ...], dtype: torch.d
 MLP = ((1, 1, 300, 200), (1, 1, 200, 200), (1, 1, 200, 10))
 GROUPS = {
     "split depths": (100, 20, MLP, 132),
-    "half of a share and less": (70, 20, (*MLP, (1, 1, 1, 1)), 8),
+    "a shallow layer beside split ones": (70, 20, (*MLP, (1, 1, 1, 1)), 8),
     "small tiles": (70, 20, MLP, 2),
     "large tiles": (130, 128, ((1, 1, 64, 64), (1, 1, 130, 10)), 2),
     "every kind of tile": (128, 64, ((2, 2, 64, 40), (1, 1, 20, 30), (3, 4, 9, 5)), 4),
