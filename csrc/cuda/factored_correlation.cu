@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "correlation_checks.h"
@@ -293,37 +292,43 @@ Tensor correlate(
   const ScalarType dtype = z[0].scalar_type();
   const Launch launch(operation, z[0]);
   Tensor u = torch::stable::new_empty(z[0], {z[0].size(0)}, accumulation_dtype(dtype));
-  std::vector<size_t> filled;
-  for (size_t l = 0; l < z.size(); ++l) {
-    if (z[l].size(0) * z[l].size(1) * z_clean[l].size(0) * z_clean[l].size(1) * g[l].size(2) > 0) {
-      filled.push_back(l);
-    }
-  }
-  if (filled.empty()) {
-    return torch::stable::zero_(u);
-  }
-  for (size_t first = 0; first < filled.size(); first += kMostLayers) {
-    std::vector<Arguments> layers;
-    for (size_t k = first; k < std::min(filled.size(), first + kMostLayers); ++k) {
-      const size_t l = filled[k];
-      layers.push_back(
-          {aligned_rows(launch, z[l], dtype),
-           aligned_rows(launch, g[l], dtype),
-           aligned_rows(launch, z_clean[l], dtype),
-           aligned_rows(launch, g_clean[l], dtype),
-           bias[l],
-           z[l].size(1)});
-    }
+  bool scored = false;
+  std::vector<Arguments> layers;
+  int64_t copied = 0;
+  const auto score = [&] {
     with_engines(dtype, [&](auto engines) {
       using Engines = decltype(engines);
       if (layers.size() == 1) {
-        correlate_layers<Engines, 1>(launch, layers, first > 0, u);
+        correlate_layers<Engines, 1>(launch, layers, scored, u);
       } else {
-        correlate_layers<Engines, kMostLayers>(launch, layers, first > 0, u);
+        correlate_layers<Engines, kMostLayers>(launch, layers, scored, u);
       }
     });
+    scored = true;
+    layers.clear();
+    copied = 0;
+  };
+  for (size_t l = 0; l < z.size(); ++l) {
+    if (z[l].size(0) * z[l].size(1) * z_clean[l].size(0) * z_clean[l].size(1) * g[l].size(2) == 0) {
+      continue;
+    }
+    const auto rows = [&](const Tensor& tensor) {
+      AlignedRows aligned = aligned_rows(launch, tensor, dtype);
+      const bool is_copy = aligned.operand.data != tensor.data_ptr();
+      copied += is_copy ? aligned.operand.rows * aligned.operand.stride : 0;
+      return aligned;
+    };
+    layers.push_back(
+        {rows(z[l]), rows(g[l]), rows(z_clean[l]), rows(g_clean[l]), bias[l], z[l].size(1)});
+    // Copies of several layers at a time take no more memory than a workspace.
+    if (layers.size() == kMostLayers || copied > kWorkspaceBytes) {
+      score();
+    }
   }
-  return u;
+  if (!layers.empty()) {
+    score();
+  }
+  return scored ? u : torch::stable::zero_(u);
 }
 
 Tensor factored_correlation(
