@@ -18,7 +18,7 @@ BUILD_REQUIREMENTS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" n
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu docs lint clean
+.PHONY: help demo test sanitize bench gpu docs lint clean
 
 # $(call install,VENV,EXTRAS): an environment with torch and this package, and how long that took.
 define install
@@ -35,7 +35,7 @@ endef
 
 help: ## this text
 	@echo "make TARGET [PYTHON=python3] [TORCH_SPEC=torch==2.13.0] [TORCH_INDEX=URL] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
 
 $(DEMO_VENV)/.installed: $(SOURCES)
 	$(call install,$(DEMO_VENV),demo)
@@ -48,6 +48,12 @@ demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in un
 
 test: $(VENV)/.installed ## all tests
 	@"$(VENV)/bin/python" -m pytest $(ARGS)
+
+# Preloaded, so that torch's allocations are watched too; libstdc++ because exceptions pass through.
+sanitize: $(VENV)/.installed ## the CUDA kernels on the host, with every address that they touch checked
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 L2RW_EMULATOR_FLAGS=-fsanitize=address \
+		"$(VENV)/bin/python" -m pytest -s -m emulated python_tests/test_cuda_ops.py $(ARGS)
 
 bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/results/cpu
 	@"$(VENV)/bin/python" -m benchmarks step --json benchmarks/results/cpu/step.json $(ARGS)

@@ -4,7 +4,8 @@ What ``make gpu`` runs, with the torch and the build tools that are installed an
 The phases run one after the other, each in a process of its own. Every phase has a share of the
 time and inherits what earlier ones left; one that fails or runs out of time does not stop the
 others. Writes the log of all phases to ``gpu.log`` and their outcome, with the seconds, to
-``gpu.json``, beside the JSON of the benchmarks.
+``gpu.json``, beside the JSON of the benchmarks. With ``--sanitize`` the tests of the kernels run
+under compute-sanitizer instead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,15 +81,38 @@ def test_workers(cores: int) -> int:
     return max(1, cores // _CORES_A_TEST)
 
 
+def _build(prebuilt: Path | None) -> Phase:
+    environment = {"L2RW_CUDA": "ON"}
+    if prebuilt is not None:
+        environment = {"L2RW_CUDA": "OFF", "L2RW_PREBUILT_CUDA": str(prebuilt)}
+    install = ["install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
+    install += [f"-Ccmake.define.L2RW_CUDA_ARCHITECTURES={ARCHITECTURE}"]
+    return Phase("build", (sys.executable, "-m", "pip", *install), 135, environment)
+
+
+def sanitizer_phases(prebuilt: Path | None) -> list[Phase]:
+    """The tests of the kernels under compute-sanitizer, one tool after the other."""
+    tests = (*_test_command(1, "cuda"), "python_tests/test_cuda_ops.py", "-k", "gpu")
+    # Every tensor in an allocation of its own, so that what lies beyond it belongs to none.
+    environment = {"L2RW_REQUIRE_CUDA": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [
+        _build(prebuilt),
+        *(
+            Phase(
+                tool,
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests),
+                200,
+                environment,
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
+    ]
+
+
 def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> list[Phase]:
     """What runs, in order; the shares add up to less than nine minutes."""
     if folder.is_relative_to(record.ROOT):  # where every phase runs
         folder = folder.relative_to(record.ROOT)
-    build = {"L2RW_CUDA": "ON"}
-    if prebuilt is not None:
-        build = {"L2RW_CUDA": "OFF", "L2RW_PREBUILT_CUDA": str(prebuilt)}
-    install = ["install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
-    install += [f"-Ccmake.define.L2RW_CUDA_ARCHITECTURES={ARCHITECTURE}"]
     tests = {
         "L2RW_REQUIRE_CUDA": "1",
         "OMP_NUM_THREADS": str(max(1, cores // workers)),
@@ -97,10 +122,10 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
     step = (*benchmarks, "step", "--tf32", "--case", *_STEP_CASES)
     captured = ("plain_union_captured", "l2rw_ext_captured", "double_backward")
     return [
-        Phase("build", (sys.executable, "-m", "pip", *install), 135, build),
+        _build(prebuilt),
         Phase("doctor", (sys.executable, "-m", "l2rw_ext.doctor"), 15),
         Phase("tests of CUDA", _test_command(workers, "cuda"), 60, tests),
-        Phase("other tests", _test_command(workers, "not cuda"), 110, tests),
+        Phase("other tests", _test_command(workers, "not cuda and not emulated"), 110, tests),
         Phase("kernels", (*benchmarks, "kernels", *on_cuda, str(folder / "kernels.json")), 90),
         Phase("step", (*step, *on_cuda, str(folder / "step.json")), 55),
         Phase(
@@ -238,8 +263,15 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="an _ops_cuda.so to install instead of building it (default: $L2RW_PREBUILT_CUDA)",
     )
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="run the tests of the kernels under compute-sanitizer, and nothing else",
+    )
     args = parser.parse_args(arguments)
     try:
+        if args.sanitize and shutil.which("compute-sanitizer") is None:
+            raise UsageError("--sanitize: there is no compute-sanitizer on PATH")
         prebuilt = check_prebuilt(args.prebuilt) if args.prebuilt else None
         name = check_gpu()
     except UsageError as error:
@@ -252,6 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
     facts = record.header("gpu", "cuda", [])
     facts["command"] = "make gpu"
     todo = phases(folder, prebuilt, test_workers(cores), cores)
+    if args.sanitize:
+        folder, todo = folder / "sanitize", sanitizer_phases(prebuilt)
+        facts["command"] += " ARGS=--sanitize"
     start = time.monotonic()
     outcomes = run_phases(todo, folder, facts)
     print(f"\n{time.monotonic() - start:.0f} s in all; log in {folder / LOG}")

@@ -73,7 +73,8 @@ def has_kernel(operator: str, device: str) -> bool:
     return not device.startswith("cuda") or operator not in _registration.COMPOSED
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def example_dots(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> of every example, in float32."""
     # Over dimensions and not over a flat view, so that memory is read in its own order.
     return (a.float() * b.float()).sum(tuple(range(1, a.dim())))
 
@@ -82,7 +83,9 @@ def _fused_dot() -> Callable[[Tensor, Tensor], Tensor]:
     # One compilation for each shape, with no other shape in its way.
     dynamo: Any = importlib.import_module("torch._dynamo")
     dynamo.reset()
-    fused: Callable[[Tensor, Tensor], Tensor] = torch.compile(_dot, fullgraph=True, dynamic=False)
+    fused: Callable[[Tensor, Tensor], Tensor] = torch.compile(
+        example_dots, fullgraph=True, dynamic=False
+    )
     return fused
 
 

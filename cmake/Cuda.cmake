@@ -16,6 +16,10 @@ if(NOT DEFINED L2RW_PREBUILT_CUDA)
   set(L2RW_PREBUILT_CUDA "$ENV{L2RW_PREBUILT_CUDA}")
 endif()
 
+if(L2RW_CUDA_ARCHITECTURES STREQUAL "release")
+  set(L2RW_CUDA_ARCHITECTURES 80 86 89 90a 100a 120)
+endif()
+
 set(L2RW_WITH_CUDA OFF)
 if(L2RW_PREBUILT_CUDA)
   # What the library says of itself; see l2rw_configure_cuda_library.

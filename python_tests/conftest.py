@@ -24,6 +24,7 @@ settings.load_profile("l2rw")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "emulated: runs CUDA kernels on the host")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -97,7 +97,13 @@ class Emulator:
 Machine = Gpu | Emulator
 
 
-@pytest.fixture(scope="session", params=[pytest.param("gpu", marks=on_a_gpu), "emulator"])
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param("gpu", marks=on_a_gpu),
+        pytest.param("emulator", marks=pytest.mark.emulated),
+    ],
+)
 def machine(request: pytest.FixtureRequest) -> Machine:
     return Gpu() if request.param == "gpu" else Emulator(request.getfixturevalue("emulator"))
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.emulated
+
 NUMBERS = torch.arange(68.0)
 EXPECTED = NUMBERS[:64].flip(0)
 

@@ -100,6 +100,16 @@ def test_the_plan(tmp_path: Path, prebuilt: Path | None) -> None:
         assert named[name].command[-2:] == ("-n", "8")
 
 
+def test_the_plan_under_sanitizers() -> None:
+    build, *tools = gpu.sanitizer_phases(None)
+    assert build == phases(Path("results"), None, workers=1, cores=1)[0]
+    assert [phase.name for phase in tools] == ["memcheck", "racecheck"]
+    assert build.seconds + sum(phase.seconds for phase in tools) < 9 * 60
+    for phase in tools:
+        assert phase.command[:3] == ("compute-sanitizer", "--tool", phase.name)
+        assert "python_tests/test_cuda_ops.py" in phase.command
+
+
 def test_one_process_tests_without_xdist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     assert gpu.test_workers(16) == 1
@@ -143,6 +153,9 @@ def test_without_a_gpu_or_a_library_it_says_so(
 ) -> None:
     monkeypatch.delenv("L2RW_PREBUILT_CUDA", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.main(["--sanitize"]) == 2
+    assert "no compute-sanitizer on PATH" in capsys.readouterr().err
     assert gpu.main([]) == 2
     assert "sees no CUDA device" in capsys.readouterr().err
     assert gpu.main(["--prebuilt", str(tmp_path / "none.so")]) == 2

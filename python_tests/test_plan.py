@@ -11,6 +11,7 @@ import torch
 from models import CLASSES, cross_entropy, mlp, model_of, token_loss, vectors
 from oracle import assert_exact, truth, unchanged
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from l2rw_ext import NotExactError, Reweighter
@@ -18,6 +19,7 @@ from l2rw_ext.batch import merge
 from l2rw_ext.engines import layerwise
 from l2rw_ext.engines.probe import Probe, seeds
 from l2rw_ext.plan import Plan
+from l2rw_ext.rules import rates
 
 TWO_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "a": lambda: nn.Linear(5, 8),
@@ -545,3 +547,10 @@ def test_two_passes_make_a_plan_for_each_training_length_not_for_each_pair(
         batches = batch(6, length), batch(4, clean_length)
         assert_exact(model, token_loss, *batches, reweighter=reweighter)
     assert len(made) == 2
+
+
+def test_rates_are_those_of_the_device() -> None:
+    with FakeTensorMode():
+        on_cuda = torch.empty(2, device="cuda")
+    assert rates.of(torch.empty(2)) is rates.CPU
+    assert rates.of(None, on_cuda) is rates.CUDA

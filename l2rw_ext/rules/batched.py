@@ -48,13 +48,14 @@ class BatchedLinear(Rule):
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
         """That of a dense linear layer for each head."""
         assert use.weight is not None
+        speed = rates.of(use.weight)
         heads, d_out, d_in = use.weight.shape
         item = use.weight.element_size()
         n_rows, m_rows = size.n * size.positions, size.m * size.clean_positions
         score = (n_rows + m_rows) * use.weight.numel()
         weighted = 0.5 * n_rows * use.weight.numel()
         kept = n_rows * heads * (d_in + d_out) * item
-        return {"dense": Cost(score, weighted, kept, (score + weighted) / rates.MATMUL)}
+        return {"dense": Cost(score, weighted, kept, (score + weighted) / speed.matmul)}
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """V_h = Σ g'_h z'_hᵀ."""

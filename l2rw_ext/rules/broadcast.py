@@ -78,12 +78,13 @@ class Broadcast(Rule):
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
         """One pass over g."""
         assert use.weight is not None
+        speed = rates.of(use.weight)
         elements = math.prod(use.shape)
         width = use.weight.numel()
         item = use.weight.element_size()
         return {
             "per example": Cost(
-                elements, 0.5 * size.n * width, size.n * width * item, elements * item / rates.BYTES
+                elements, 0.5 * size.n * width, size.n * width * item, elements * item / speed.bytes
             )
         }
 

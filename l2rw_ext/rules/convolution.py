@@ -75,6 +75,7 @@ class Convolution(Rule):
         if use.roots[0] is None:
             return {"dense": Cost(0, 0, 0, 0)}
         assert use.weight is not None
+        speed = rates.of(use.weight)
         item = use.weight.element_size()
         product = use.weight.numel()
         pixels = self._pixels(use)
@@ -85,12 +86,12 @@ class Convolution(Rule):
         kept = size.n * frames * (math.prod(use.shape[1:]) + math.prod(use.output_shape[1:])) * item
         stored = size.n * frames * product
         return {
-            "dense": Cost(score, weighted, kept, (score + weighted) / rates.EXAMPLES),
+            "dense": Cost(score, weighted, kept, (score + weighted) / speed.examples),
             "per example": Cost(
                 score + stored,
                 0.5 * stored,
                 stored * item,
-                score / rates.EXAMPLES + 2.5 * stored * item / rates.BYTES,
+                score / speed.examples + 2.5 * stored * item / speed.bytes,
             ),
         }
 

@@ -59,13 +59,14 @@ class Embedding(Rule):
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
         """Additions only."""
         assert use.weight is not None
+        speed = rates.of(use.weight)
         width = use.weight.shape[1]
         item = use.weight.element_size()
         rows = size.n * size.positions * width
         clean = size.m * size.clean_positions * width
         kept = size.n * size.positions * (8 + width * item)
         moved = (3 * rows + clean + use.weight.numel()) * item
-        return {"dense": Cost(rows + clean, 0.5 * rows, kept, moved / rates.BYTES)}
+        return {"dense": Cost(rows + clean, 0.5 * rows, kept, moved / speed.bytes)}
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """V[k] = Σ of g' where the index is k."""

@@ -62,6 +62,7 @@ class Linear(Rule):
         if use.roots[0] is None:
             return {"dense": Cost(0, 0, 0, 0)}
         assert use.weight is not None
+        speed = rates.of(use.weight)
         d_out, d_in = use.weight.shape
         item = use.weight.element_size()
         n_rows, m_rows = size.n * size.positions, size.m * size.clean_positions
@@ -69,20 +70,20 @@ class Linear(Rule):
         kept = n_rows * (d_in + d_out) * item
         weighted = 0.5 * n_rows * product
         gram = n_rows * m_rows * (d_in + d_out)
-        width = -(-m_rows // rates.GRAM_WIDTH) * rates.GRAM_WIDTH
+        width = -(-m_rows // speed.gram_width) * speed.gram_width
         padded_gram = n_rows * width * (d_in + d_out)
         dense = (n_rows + m_rows) * product
-        dense_seconds = m_rows * product / rates.MATMUL + n_rows * product / rates.DENSE
+        dense_seconds = m_rows * product / speed.matmul + n_rows * product / speed.dense
         return {
             "factored": Cost(
-                gram, weighted, kept, padded_gram / rates.GRAM + weighted / rates.MATMUL
+                gram, weighted, kept, padded_gram / speed.gram + weighted / speed.matmul
             ),
-            "dense": Cost(dense, weighted, kept, dense_seconds + weighted / rates.MATMUL),
+            "dense": Cost(dense, weighted, kept, dense_seconds + weighted / speed.matmul),
             "per example": Cost(
                 dense + size.n * product,
                 0.5 * size.n * product,
                 size.n * product * item,
-                dense / rates.EXAMPLES + 2.5 * size.n * product * item / rates.BYTES,
+                dense / speed.examples + 2.5 * size.n * product * item / speed.bytes,
             ),
         }
 

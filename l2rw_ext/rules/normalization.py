@@ -87,13 +87,14 @@ class Scale(Rule):
         """One pass over x and g."""
         elements = math.prod(use.shape)
         item = 4.0
+        speed = rates.of(*use.roots)
         width = sum(r.numel() for r in use.roots if r is not None)
         return {
             "per example": Cost(
                 2.0 * elements,
                 0.5 * size.n * width,
                 size.n * width * item,
-                2 * elements * item / rates.BYTES,
+                2 * elements * item / speed.bytes,
             )
         }
 

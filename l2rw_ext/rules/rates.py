@@ -1,30 +1,45 @@
-"""Measured rates that turn operation counts into comparable times.
+"""Rates that turn operation counts into comparable times.
 
 Only ratios matter: they decide between the forms of one layer. A table rather than a timing at run
 time, so that the choice, and with it every bit of the result, is the same in every run.
-Multiply-adds per second of one core of an AMD EPYC (Zen 4), float32; docs/kernels.md has the
-measurements.
 """
 
 from __future__ import annotations
 
-MATMUL = 45e9
-"""torch's matrix products: directions, and weighted gradients of single positions."""
+from dataclasses import dataclass
 
-DENSE = 49e9
-"""The dense score of a linear layer."""
+from torch import Tensor
 
-GRAM = 50e9
-"""The two thin products of the factored form and their Hadamard sum, with ..."""
 
-GRAM_WIDTH = 16
-"""... the clean rows rounded up to a multiple of this."""
+@dataclass(frozen=True)
+class Rates:
+    """Multiply-adds and bytes per second of one kind of device."""
 
-EXAMPLES = 46e9
-"""Everything that forms gradients of single examples, stored or not."""
+    matmul: float
+    """torch's matrix products: directions, and weighted gradients of single positions."""
 
-BYTES = 10e9
-"""Bytes moved to or from memory per second."""
+    dense: float
+    """The dense score of a linear layer."""
+
+    gram: float
+    """The two thin products of the factored form and their Hadamard sum, with ..."""
+
+    gram_width: int
+    """... the clean rows rounded up to a multiple of this."""
+
+    examples: float
+    """Everything that forms gradients of single examples, stored or not."""
+
+    bytes: float
+    """Bytes moved to or from memory."""
+
+
+CPU = Rates(matmul=45e9, dense=49e9, gram=50e9, gram_width=16, examples=46e9, bytes=10e9)
+"""Measured: one core of an AMD EPYC (Zen 4), float32; docs/kernels.md has the measurements."""
+
+CUDA = Rates(matmul=150e12, dense=150e12, gram=150e12, gram_width=64, examples=100e12, bytes=3e12)
+"""Not measured: about six tenths of what an H200's data sheet gives for TF32 and for memory, less
+where tiles are small. In the narrower dtypes both sides of every comparison double."""
 
 BLOCKED_POSITIONS = 16
 """From this many positions an example's gradient is a matrix product worth a block of its own, and
@@ -33,3 +48,8 @@ a weighted gradient of a linear layer is faster example by example than gathered
 FEW_POSITIONS = 8
 """Up to this many positions a use costs more in calls than in arithmetic, and those of the same
 operands are put side by side."""
+
+
+def of(*operands: Tensor | None) -> Rates:
+    """The rates of the device where the operands of a use are."""
+    return CUDA if any(t is not None and t.is_cuda for t in operands) else CPU
