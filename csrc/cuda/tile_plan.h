@@ -158,8 +158,9 @@ struct FactoredSize {
   int64_t steps(TileSize tile) const { return tiles(tile) * chunks(); }
 };
 
-// Which layers take large tiles: those where these are not mostly padding and no block is longer
-// than a processor's share of all their work, if there is a block for every processor.
+// Which layers take large tiles: those that these cover with at most half as much again as small
+// ones do, and where no block is longer than a processor's share of all their work; if there is a
+// block for every processor.
 inline std::vector<bool> choose_large(
     const std::vector<FactoredSize>& layers, TileSize large, TileSize small, int64_t processors) {
   std::vector<bool> chosen(layers.size());
