@@ -237,22 +237,20 @@ void correlate_layers(
     const A bias = layer.bias ? A(1) : A(0);
     const int64_t g_splits = plan.splits - plan.z_splits;
     const bool is_split = plan.z_splits > 0;
-    (is_split     ? split
-     : plan.large ? large
-                  : small)
-        .add(
-            {layer.z.operand,
-             layer.g.operand,
-             layer.z_clean.operand,
-             layer.g_clean.operand,
-             bias,
-             plan.row_tiles,
-             plan.column_tiles,
-             plan.groups,
-             plan.z_splits,
-             g_splits,
-             is_split ? partial : sums},
-            plan.blocks());
+    Layers<A, Capacity>& table = is_split ? split : plan.large ? large : small;
+    table.add(
+        {layer.z.operand,
+         layer.g.operand,
+         layer.z_clean.operand,
+         layer.g_clean.operand,
+         bias,
+         plan.row_tiles,
+         plan.column_tiles,
+         plan.groups,
+         plan.z_splits,
+         g_splits,
+         is_split ? partial : sums},
+        plan.blocks());
     if (is_split) {
       parts.add(
           {partial,
