@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks)
             first_row,
             is_z ? layer.z_clean : layer.g_clean,
             first_column,
-            step.chunk * kLineBytes,
+            int64_t{step.chunk} * kLineBytes,
             copy);
       },
       result);
