@@ -125,10 +125,10 @@ void test_plain_loads() {
 
 void test_operand() {
   const Operand operand{nullptr, 48, 3, 40};
-  EXPECT(operand.vector_bytes(2, 0) == 16);
-  EXPECT(operand.vector_bytes(2, 32) == 8);
-  EXPECT(operand.vector_bytes(2, 48) == 0);
-  EXPECT(operand.vector_bytes(3, 0) == 0);
+  EXPECT(TileRows(operand, 1, 0)(1).bytes == 16);
+  EXPECT(TileRows(operand, 1, 32)(1).bytes == 8);
+  EXPECT(TileRows(operand, 1, 48)(1).bytes == 0);
+  EXPECT(TileRows(operand, 1, 0)(2).bytes == 0);
 }
 
 void test_ranges() {
@@ -599,7 +599,7 @@ void test_factored(int64_t rows, int64_t columns, int64_t i, int64_t o, bool bia
           place.row * Tile::kRows,
           (is_z ? z_clean : g_clean).operand(),
           place.column * Tile::kColumns,
-          step.chunk * kLineBytes,
+          int64_t{step.chunk} * kLineBytes,
           copy);
     };
   };
@@ -719,7 +719,7 @@ void test_dense(int64_t rows, int64_t i, int64_t o, bool bias, int64_t splits, i
               first,
               direction.operand(),
               step.column_tile() * Tile::kColumns,
-              step.chunk * kLineBytes,
+              int64_t{step.chunk} * kLineBytes,
               copy);
         },
         results);

@@ -35,6 +35,7 @@ KERNELS = (
     "factored_correlation",
     "factored_correlations",
     "dense_correlation",
+    "conv_correlation",
     "affine_correlation",
     "affine_example_gradients",
     "embedding_correlation",
@@ -116,7 +117,12 @@ _PRODUCTS = {
     torch.float16: 1e-5,
 }
 _TF32 = 1e-3
-TENSOR_CORES = ("factored_correlation", "factored_correlations", "dense_correlation")
+TENSOR_CORES = (
+    "factored_correlation",
+    "factored_correlations",
+    "dense_correlation",
+    "conv_correlation",
+)
 
 
 def check(machine: Machine, name: str, arguments: Arguments, processors: int = 132) -> None:
@@ -243,6 +249,90 @@ def test_dense_paths(
     check(machine, name, mixed, processors)
 
 
+# n, C, O, space, kernel, stride, padding, dilation, groups, and processors that share the work.
+Case = tuple[int, int, int, list[int], list[int], list[int], list[int], list[int], int, int]
+CONVOLUTIONS: dict[str, Case] = {
+    "few outputs": (3, 16, 16, [9, 8], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
+    "three channels": (3, 3, 20, [8, 9], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
+    "one channel": (2, 1, 6, [12, 12], [5, 5], [1, 1], [2, 2], [1, 1], 1, 4),
+    "large tiles": (2, 24, 136, [13, 11], [3, 3], [1, 1], [1, 1], [1, 1], 1, 2),
+    "small tiles": (2, 24, 70, [13, 11], [3, 3], [1, 1], [1, 1], [1, 1], 1, 8),
+    "a split depth": (1, 72, 70, [5, 5], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
+    "steps and gaps": (2, 20, 40, [11, 9], [3, 2], [2, 3], [2, 1], [2, 3], 1, 132),
+    "one pixel": (130, 8, 12, [3, 3], [3, 3], [1, 1], [0, 0], [1, 1], 1, 132),
+    "kernel of one": (2, 40, 33, [7, 6], [1, 1], [2, 1], [0, 0], [1, 1], 1, 132),
+    "mostly padding": (2, 5, 20, [2, 2], [4, 4], [1, 1], [3, 2], [1, 1], 1, 132),
+    "one dimension": (2, 8, 9, [150], [5], [2], [3], [2], 1, 132),
+    "three dimensions": (2, 5, 34, [3, 4, 5], [2, 3, 2], [1, 2, 1], [1, 1, 0], [1, 1, 2], 1, 132),
+    "groups": (2, 32, 80, [6, 5], [3, 3], [1, 1], [1, 1], [1, 1], 2, 132),
+    "groups of an odd width": (2, 24, 27, [6, 5], [3, 3], [1, 1], [1, 1], [1, 1], 3, 132),
+    "groups apart": (3, 18, 20, [6, 5], [3, 3], [1, 2], [1, 1], [1, 1], 2, 132),
+    "groups on large tiles": (2, 16, 272, [9, 15], [2, 1], [1, 1], [0, 0], [1, 1], 2, 4),
+    "depthwise": (3, 16, 16, [9, 7], [3, 3], [2, 1], [1, 1], [1, 2], 16, 132),
+    "two outputs for each": (2, 6, 12, [8, 9], [3, 3], [1, 1], [1, 1], [1, 1], 6, 4),
+    "narrow groups": (2, 12, 8, [4, 3, 5], [2, 3, 1], [1, 1, 2], [1, 1, 0], [1, 1, 1], 4, 132),
+    "depthwise, one pixel": (40, 8, 8, [3], [3], [1], [0], [1], 8, 132),
+}  # fmt: skip
+
+
+def convolution(name: str, dtype: torch.dtype, direction: torch.dtype) -> Arguments:
+    n, inputs, outputs, space, kernel, stride, padding, dilation, groups, _ = CONVOLUTIONS[name]
+    pixels = [
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, k, t, p, d in zip(space, kernel, stride, padding, dilation, strict=True)
+    ]
+    z, g = torch.randn(n, inputs, *space), torch.randn(n, outputs, *pixels)
+    V, V_b = torch.randn(outputs, inputs // groups, *kernel), torch.randn(outputs)
+    tensors = z.to(dtype), g.to(dtype), V.to(direction), V_b.to(direction)
+    return *tensors, stride, padding, dilation, groups
+
+
+def channels_side_by_side(arguments: Arguments) -> Arguments:
+    return tuple(
+        a.movedim(1, -1).contiguous().movedim(-1, 1) if isinstance(a, Tensor) and a.dim() > 1 else a
+        for a in arguments
+    )
+
+
+@every_dtype
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_paths(machine: Machine, name: str, dtype: torch.dtype) -> None:
+    processors = CONVOLUTIONS[name][-1]
+    arguments = convolution(name, dtype, dtype)
+    check(machine, "conv_correlation", arguments, processors)
+    check(machine, "conv_correlation", channels_side_by_side(arguments), processors)
+    if dtype.itemsize == 2:
+        z, g, V, V_b, *geometry = convolution(name, dtype, torch.float32)
+        check(machine, "conv_correlation", (z, g, V, V_b, *geometry), processors)
+        mixed = channels_side_by_side((z, g, V, V_b.to(dtype), *geometry))
+        check(machine, "conv_correlation", mixed, processors)
+
+
+@pytest.mark.parametrize("name", ["large tiles", "few outputs"])
+def test_convolutions_round_to_tf32_as_products_do(machine: Machine, name: str) -> None:
+    arguments = convolution(name, torch.float32, torch.float32)
+    processors = CONVOLUTIONS[name][-1]
+    with machine.settings(processors):
+        (exact,) = machine.call("conv_correlation", arguments)
+    with machine.settings(processors, tf32=True):
+        rounded = machine.call("conv_correlation", arguments)
+    compare(machine, "conv_correlation", arguments, rounded, _TF32)
+    assert not torch.equal(exact, rounded[0])
+
+
+# Pixels of five channels start at multiples of 16 bytes and are read where they are.
+@pytest.mark.parametrize("name", ["mostly padding", "depthwise"])
+def test_what_lies_between_pixels_is_not_read(machine: Machine, name: str) -> None:
+    def spread(a: object) -> object:
+        if not isinstance(a, Tensor) or a.dim() == 1:
+            return a
+        wide = a.new_full((a.shape[0], *a.shape[2:], a.shape[1] + 8), math.nan)
+        return wide[..., : a.shape[1]].copy_(a.movedim(1, -1)).movedim(-1, 1)
+
+    arguments = convolution(name, torch.float64, torch.float64)
+    check(machine, "conv_correlation", tuple(spread(a) for a in arguments))
+
+
 @pytest.mark.parametrize("processors", [2, 132])
 @pytest.mark.parametrize("name", ["factored_correlation", "dense_correlation"])
 def test_tf32_follows_torch(machine: Machine, name: str, processors: int) -> None:
@@ -314,6 +404,17 @@ def test_nan_stays_in_its_example(machine: Machine, name: str) -> None:
     (result,) = machine.call(name, (z, g, *rest))
     others = torch.arange(70, device=result.device) != 17
     assert result[17].isnan()
+    assert torch.equal(result[others], expected[others])
+
+
+@pytest.mark.parametrize("case", ["few outputs", "one pixel", "groups", "depthwise"])
+def test_nan_of_an_image_stays_in_it(machine: Machine, case: str) -> None:
+    z, *rest = convolution(case, torch.float32, torch.float32)
+    (expected,) = machine.call("conv_correlation", (z, *rest))
+    z[1, 2, 1] = math.nan
+    (result,) = machine.call("conv_correlation", (z, *rest))
+    others = torch.arange(z.shape[0], device=result.device) != 1
+    assert result[1].isnan()
     assert torch.equal(result[others], expected[others])
 
 

@@ -70,7 +70,11 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks)
       },
       result);
   const int64_t rows = layer.z.rows;
-  store_rows<Tile, A>(result.rows, layer.sums + place.column * rows + first_row, rows - first_row);
+  store_rows<Tile, A>(
+      dynamic_shared_memory(),
+      result.rows,
+      layer.sums + place.column * rows + first_row,
+      rows - first_row);
 }
 
 // A part of the depth of one tile of Z Z'ᵀ (the first z_splits) or of G G'ᵀ.

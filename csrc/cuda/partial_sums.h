@@ -31,6 +31,25 @@ void sum_positions(
     int64_t positions,
     const Tensor& u);  // [n], acc
 
+// Calls form(row_sums) to fill [groups, rows], and forms the scores from it. With one sum for each
+// example nothing is left to add up, and row_sums is u.
+template <class Form>
+void sum_rows(
+    const Launch& launch,
+    int64_t groups,
+    int64_t rows,
+    int64_t positions,
+    const Tensor& u,  // [rows / positions], acc
+    const Form& form) {
+  if (groups * positions == 1) {
+    form(u);
+    return;
+  }
+  const Tensor row_sums = torch::stable::new_empty(u, {groups, rows});
+  form(row_sums);
+  sum_positions(launch, row_sums, positions, u);
+}
+
 // total_j = sum over parts of partial[part][j].
 void sum_parts(
     const Launch& launch,

@@ -44,35 +44,44 @@ L2RW_HOST_DEVICE constexpr TilePlace place_of_block(
 }
 
 // The steps of a block. A unit is a tile of columns and a part of the depth, a chunk is the depth
-// of one stage, and a block takes the units `begin` to `end` with all their chunks.
+// of one stage, and a block takes the units `begin` to `end` with all their chunks. 32 bits count
+// them: 2^31 chunks, or tiles of columns, are more than the memory of a device.
 struct Walk {
-  int64_t unit;
-  int64_t last_unit;
-  int64_t splits;  // units per tile of columns
-  int64_t chunks;  // of the whole depth, at least `splits`
-  int64_t chunk = 0;
-  int64_t last_chunk = 0;
+  int32_t splits;  // units per tile of columns
+  int32_t share;   // chunks of a unit; the first `longer` units of a tile have one more
+  int32_t longer;
+  int32_t units;  // that are left
+  int32_t column;
+  int32_t part;
+  int32_t chunk;
 
-  L2RW_HOST_DEVICE Walk(Range units, int64_t splits, int64_t chunks)
-      : unit(units.begin), last_unit(units.end), splits(splits), chunks(chunks) {
-    open();
-  }
-  L2RW_HOST_DEVICE bool done() const { return unit >= last_unit; }
-  L2RW_HOST_DEVICE bool ends_unit() const { return chunk + 1 == last_chunk; }
-  L2RW_HOST_DEVICE int64_t column_tile() const { return unit / splits; }
-  L2RW_HOST_DEVICE int64_t split() const { return unit % splits; }
+  // `chunks`: of the whole depth, at least `splits`.
+  L2RW_HOST_DEVICE Walk(Range range, int64_t splits, int64_t chunks)
+      : splits(static_cast<int32_t>(splits)),
+        share(static_cast<int32_t>(chunks / splits)),
+        longer(static_cast<int32_t>(chunks % splits)),
+        units(static_cast<int32_t>(range.end - range.begin)),
+        column(static_cast<int32_t>(range.begin / splits)),
+        part(static_cast<int32_t>(range.begin % splits)),
+        chunk(first_chunk(part)) {}
+  L2RW_HOST_DEVICE bool done() const { return units <= 0; }
+  L2RW_HOST_DEVICE bool ends_unit() const { return chunk + 1 == first_chunk(part + 1); }
+  L2RW_HOST_DEVICE int64_t column_tile() const { return column; }
+  L2RW_HOST_DEVICE int64_t split() const { return part; }
   L2RW_HOST_DEVICE void next() {
-    if (++chunk == last_chunk) {
-      ++unit;
-      open();
+    if (++chunk == first_chunk(part + 1)) {
+      --units;
+      if (++part == splits) {
+        part = 0;
+        ++column;
+      }
+      chunk = first_chunk(part);
     }
   }
 
  private:
-  L2RW_HOST_DEVICE void open() {
-    const Range range = split_range(chunks, splits, split());
-    chunk = range.begin;
-    last_chunk = range.end;
+  L2RW_HOST_DEVICE int32_t first_chunk(int32_t part) const {
+    return part * share + (part < longer ? part : longer);
   }
 };
 
@@ -106,6 +115,7 @@ struct ProductPlan {
   int64_t splits;  // parts of the depth
   // Of the splits of a factored product, those of Z Z'ᵀ. Zero: one block forms both products.
   int64_t z_splits = 0;
+  bool narrow = false;  // in place of the two tiles, the one for few columns
 
   int64_t blocks() const { return row_tiles * (z_splits > 0 ? column_tiles * splits : groups); }
   // Of the longest block.
@@ -113,12 +123,17 @@ struct ProductPlan {
 };
 
 inline ProductPlan cut_tiles(
-    int64_t rows, int64_t columns, TileSize large, TileSize small, int64_t processors) {
+    int64_t rows,
+    int64_t columns,
+    TileSize large,
+    TileSize small,
+    int64_t processors,
+    int64_t products = 1) {
   for (const bool is_large : {true, false}) {
     const TileSize tile = is_large ? large : small;
     const int64_t down = ceil_div(rows, tile.rows);
     const int64_t across = ceil_div(columns, tile.columns);
-    if (!is_large || down * across >= processors) {
+    if (!is_large || products * down * across >= processors) {
       return {is_large, down, across, across, 1};
     }
   }
@@ -126,21 +141,26 @@ inline ProductPlan cut_tiles(
 }
 
 // The sum of the products with G of a tile's parts is that of the tile: a split depth needs no
-// memory beyond one more sum for every row.
+// memory beyond one more sum for every row. `products`: of this size, in one launch.
 inline ProductPlan plan_dense(
+    int64_t products,
     int64_t rows,
     int64_t columns,
     int64_t chunks,
     TileSize large,
     TileSize small,
+    TileSize narrow,
     int64_t processors,
     int64_t sum_bytes) {
-  ProductPlan plan = cut_tiles(rows, columns, large, small, processors);
-  const int64_t tiles = plan.row_tiles * plan.column_tiles;
+  ProductPlan plan = cut_tiles(rows, columns, large, small, processors, products);
+  if (columns <= narrow.columns) {
+    plan = {false, ceil_div(rows, narrow.rows), 1, 1, 1, 0, true};
+  }
+  const int64_t tiles = products * plan.row_tiles * plan.column_tiles;
   if (tiles < processors) {
     plan.splits = std::max<int64_t>(1, std::min(ceil_div(2 * processors, tiles), chunks / 2));
   }
-  plan.groups = groups_of(plan.column_tiles * plan.splits, rows, sum_bytes);
+  plan.groups = groups_of(plan.column_tiles * plan.splits, products * rows, sum_bytes);
   return plan;
 }
 
