@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/layers.h"
 #include "cuda/places.h"
 #include "cuda/row_sums.h"
 #include "cuda/sheets.h"
@@ -124,10 +125,10 @@ void test_plain_loads() {
 
 void test_operand() {
   const Operand operand{nullptr, 48, 3, 40};
-  EXPECT(operand.vector_bytes(2, 0) == 16);
-  EXPECT(operand.vector_bytes(2, 32) == 8);
-  EXPECT(operand.vector_bytes(2, 48) == 0);
-  EXPECT(operand.vector_bytes(3, 0) == 0);
+  EXPECT(TileRows(operand, 1, 0)(1).bytes == 16);
+  EXPECT(TileRows(operand, 1, 32)(1).bytes == 8);
+  EXPECT(TileRows(operand, 1, 48)(1).bytes == 0);
+  EXPECT(TileRows(operand, 1, 0)(2).bytes == 0);
 }
 
 void test_ranges() {
@@ -178,37 +179,131 @@ void test_walk() {
   }
 }
 
-void test_plans() {
+void test_dense_plans() {
   Numbers numbers;
+  const TileSize large = size_of<LargeTile>();
+  const TileSize small = size_of<SmallTile>();
   for (int trial = 0; trial < 20000; ++trial) {
     const int64_t rows = 1 + numbers.below(1 << numbers.below(24));
     const int64_t columns = 1 + numbers.below(1 << numbers.below(16));
-    const int64_t z_chunks = 1 + numbers.below(1 << numbers.below(9));
-    const int64_t g_chunks = 1 + numbers.below(1 << numbers.below(9));
+    const int64_t chunks = 1 + numbers.below(1 << numbers.below(9));
     const int64_t processors = 1 + numbers.below(150);
     const int64_t bytes = numbers.below(2) == 0 ? 4 : 8;
-    const TileSize large = size_of<LargeTile>();
-    const TileSize small = size_of<SmallTile>();
-    for (const bool factored : {true, false}) {
-      const ProductPlan plan =
-          factored
-              ? plan_factored(rows, columns, z_chunks, g_chunks, large, small, processors, bytes)
-              : plan_dense(rows, columns, z_chunks, large, small, processors, bytes);
+    const ProductPlan plan = plan_dense(rows, columns, chunks, large, small, processors, bytes);
+    const TileSize tile = plan.large ? large : small;
+    EXPECT(plan.row_tiles == ceil_div(rows, tile.rows));
+    EXPECT(plan.column_tiles == ceil_div(columns, tile.columns));
+    EXPECT(1 <= plan.groups && plan.groups <= plan.column_tiles * plan.splits);
+    EXPECT(plan.groups == 1 || plan.groups * rows * bytes <= kWorkspaceBytes);
+    EXPECT(1 <= plan.splits && plan.splits <= chunks);
+  }
+}
+
+void test_factored_plans() {
+  Numbers numbers;
+  for (int trial = 0; trial < 20000; ++trial) {
+    const int64_t processors = 1 + numbers.below(150);
+    const int64_t bytes = numbers.below(2) == 0 ? 4 : 8;
+    const TileSize large = bytes == 4 ? size_of<LargeTile>() : size_of<FlatTile>();
+    const TileSize small = bytes == 4 ? size_of<SmallTile>() : size_of<FlatTile>();
+    std::vector<FactoredSize> layers(static_cast<size_t>(1 + numbers.below(kMostLayers)));
+    for (FactoredSize& layer : layers) {
+      layer = {
+          1 + numbers.below(1 << numbers.below(24)),
+          1 + numbers.below(1 << numbers.below(16)),
+          1 + numbers.below(1 << numbers.below(9)),
+          1 + numbers.below(1 << numbers.below(9))};
+    }
+    const std::vector<ProductPlan> plans = plan_factored(layers, large, small, processors, bytes);
+    const FactoredWorkspace workspace(layers, plans, small);
+    EXPECT(plans.size() == layers.size());
+    int64_t most = 0;  // bytes
+    int64_t end = 0;
+    int64_t large_tiles = 0;
+    for (size_t l = 0; l < plans.size(); ++l) {
+      const ProductPlan& plan = plans[l];
       const TileSize tile = plan.large ? large : small;
-      EXPECT(plan.row_tiles == ceil_div(rows, tile.rows));
-      EXPECT(plan.column_tiles == ceil_div(columns, tile.columns));
-      EXPECT(1 <= plan.groups && plan.groups <= plan.column_tiles * plan.splits);
-      EXPECT(plan.groups == 1 || plan.groups * rows * bytes <= kWorkspaceBytes);
-      if (factored && plan.z_splits > 0) {
-        EXPECT(!plan.large && plan.groups == 1);
+      EXPECT(plan.row_tiles == ceil_div(layers[l].rows, tile.rows));
+      EXPECT(plan.column_tiles == ceil_div(layers[l].columns, tile.columns));
+      EXPECT(1 <= plan.groups && plan.groups <= plan.column_tiles);
+      const int64_t tiles = plan.row_tiles * plan.column_tiles;
+      EXPECT(workspace.partial[l] == end);
+      if (plan.z_splits > 0) {
+        EXPECT(!plan.large && plan.groups == 1 && tiles < processors);
         const int64_t g_splits = plan.splits - plan.z_splits;
-        EXPECT(plan.z_splits <= z_chunks && 1 <= g_splits && g_splits <= g_chunks);
-        EXPECT(
-            plan.splits * plan.row_tiles * plan.column_tiles * tile.rows * tile.columns * bytes <=
-            kWorkspaceBytes);
+        EXPECT(plan.z_splits <= layers[l].z_chunks);
+        EXPECT(1 <= g_splits && g_splits <= layers[l].g_chunks);
+        EXPECT(plan.blocks() == tiles * plan.splits && plan.tiles_of_block() == 1);
+        end += plan.splits * tiles * tile.rows * tile.columns;
+        most += plan.splits * tiles * tile.rows * tile.columns * bytes;
       } else {
-        EXPECT(1 <= plan.splits && plan.splits <= (factored ? 1 : z_chunks));
+        EXPECT(plan.splits == 1 && plan.blocks() == plan.row_tiles * plan.groups);
+        EXPECT(plan.tiles_of_block() * plan.groups >= plan.column_tiles);
+        most += plan.groups > 1 ? plan.groups * layers[l].rows * bytes : 0;
       }
+      large_tiles += plan.large ? tiles : 0;
+    }
+    EXPECT(most <= kWorkspaceBytes);
+    EXPECT(large_tiles == 0 || large_tiles >= processors);
+    EXPECT(workspace.parts == end);
+    for (size_t l = 0; l < plans.size(); ++l) {
+      EXPECT(workspace.row_sums[l] == end);
+      end += plans[l].groups * layers[l].rows;
+    }
+    EXPECT(workspace.size == end);
+  }
+}
+
+// All layers together fill the processors: none waits for a block that is much longer than its
+// share.
+void test_shares_of_a_group() {
+  const TileSize large = size_of<LargeTile>();
+  const TileSize small = size_of<SmallTile>();
+  const FactoredSize layer{256, 64, 16, 16};
+  for (const size_t count : {1, 3, 12, 20}) {
+    const std::vector<FactoredSize> layers(count, layer);
+    int64_t blocks = 0;
+    for (const ProductPlan& plan : plan_factored(layers, large, small, 132, 4)) {
+      EXPECT(plan.z_splits > 0);
+      blocks += plan.blocks();
+    }
+    // Two stages are the least that a block is started for.
+    EXPECT(blocks == (count == 1 ? 64 : count == 3 ? 192 : count == 12 ? 288 : 320));
+  }
+  // A deep layer is split beside one that fills the processors, a layer like that one is not.
+  const std::vector<ProductPlan> plans =
+      plan_factored({{16384, 1024, 4, 4}, {64, 64, 64, 64}}, large, small, 132, 4);
+  EXPECT(plans[0].large && plans[0].z_splits == 0 && plans[1].z_splits > 0);
+  // Tiles that would be half empty are small ones.
+  EXPECT(!plan_factored({{65536, 64, 16, 16}}, large, small, 132, 4)[0].large);
+  EXPECT(plan_factored({{65536, 128, 16, 16}}, large, small, 132, 4)[0].large);
+}
+
+void test_longest_blocks_first() {
+  const std::vector<FactoredSize> layers{
+      {64, 64, 1, 1}, {64, 64, 9, 9}, {64, 64, 3, 3}, {64, 64, 9, 9}};
+  const std::vector<ProductPlan> plans(4, ProductPlan{false, 1, 1, 1, 1});
+  EXPECT((longest_blocks_first(layers, plans) == std::vector<size_t>{1, 3, 2, 0}));
+}
+
+template <int Capacity>
+void test_layer_table(int layers) {
+  Numbers numbers;
+  for (int trial = 0; trial < 50; ++trial) {
+    LayerTable<int, Capacity> table;
+    std::vector<int> expected;
+    for (int layer = 0; layer < layers; ++layer) {
+      const int64_t count = numbers.below(4) == 0 ? 0 : 1 + numbers.below(200);
+      table.add(100 + layer, count);
+      expected.insert(expected.end(), static_cast<size_t>(count), layer);
+    }
+    EXPECT(table.total == static_cast<int64_t>(expected.size()));
+    for (int64_t number = 0; number < table.total; ++number) {
+      const int layer = table.layer_of(number);
+      EXPECT(layer == expected[static_cast<size_t>(number)]);
+      EXPECT(table.entries[layer] == 100 + layer);
+      EXPECT(number == table.first[layer] || expected[static_cast<size_t>(number - 1)] == layer);
+      EXPECT(number >= table.first[layer]);
     }
   }
 }
@@ -504,7 +599,7 @@ void test_factored(int64_t rows, int64_t columns, int64_t i, int64_t o, bool bia
           place.row * Tile::kRows,
           (is_z ? z_clean : g_clean).operand(),
           place.column * Tile::kColumns,
-          step.chunk * kLineBytes,
+          int64_t{step.chunk} * kLineBytes,
           copy);
     };
   };
@@ -624,7 +719,7 @@ void test_dense(int64_t rows, int64_t i, int64_t o, bool bias, int64_t splits, i
               first,
               direction.operand(),
               step.column_tile() * Tile::kColumns,
-              step.chunk * kLineBytes,
+              int64_t{step.chunk} * kLineBytes,
               copy);
         },
         results);
@@ -670,7 +765,13 @@ int main() {
   test_ranges();
   test_places_of_blocks();
   test_walk();
-  test_plans();
+  test_dense_plans();
+  test_factored_plans();
+  test_shares_of_a_group();
+  test_longest_blocks_first();
+  test_layer_table<1>(1);
+  test_layer_table<kMostLayers>(2);
+  test_layer_table<kMostLayers>(kMostLayers);
   test_sheets();
   test_places();
   test_products<int16_t, LargeTile>();

@@ -21,6 +21,8 @@ from operator_cases import (
     Results,
     assert_exact,
     call,
+    flat,
+    map_tensors,
     sample,
 )
 from torch import Tensor
@@ -31,7 +33,9 @@ on_a_gpu = pytest.mark.cuda
 
 KERNELS = (
     "factored_correlation",
+    "factored_correlations",
     "dense_correlation",
+    "conv_correlation",
     "affine_correlation",
     "affine_example_gradients",
     "embedding_correlation",
@@ -51,7 +55,8 @@ class Gpu:
     device = "cuda"
 
     def moved(self, arguments: Arguments) -> Arguments:
-        return tuple(self._moved(a) if isinstance(a, Tensor) else a for a in arguments)
+        moved: Arguments = map_tensors(self._moved, arguments)
+        return moved
 
     def call(self, name: str, arguments: Arguments) -> Results:
         return call(name, self.moved(arguments))
@@ -112,7 +117,12 @@ _PRODUCTS = {
     torch.float16: 1e-5,
 }
 _TF32 = 1e-3
-TENSOR_CORES = ("factored_correlation", "dense_correlation")
+TENSOR_CORES = (
+    "factored_correlation",
+    "factored_correlations",
+    "dense_correlation",
+    "conv_correlation",
+)
 
 
 def check(machine: Machine, name: str, arguments: Arguments, processors: int = 132) -> None:
@@ -132,7 +142,8 @@ def compare(
     for result, twin in zip(results, call(name, arguments), strict=True):
         assert result.device.type == machine.device
         assert (result.dtype, result.stride()) == (twin.dtype, twin.stride())
-    dtype = next(a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    tensors = [a for a in flat(arguments)[0] if isinstance(a, Tensor)]
+    dtype = next(a.dtype for a in tensors if a.is_floating_point())
     if allowed is None and name in TENSOR_CORES:
         allowed = _PRODUCTS[dtype]
     assert_exact(name, dtype, arguments, tuple(result.cpu() for result in results), allowed)
@@ -175,6 +186,53 @@ def test_factored_paths(machine: Machine, shape: tuple[int, ...], dtype: torch.d
     check(machine, name, arguments, processors)
 
 
+# n, m, layers of T, S, i, o, and processors that share the work.
+MLP = ((1, 1, 300, 200), (1, 1, 200, 200), (1, 1, 200, 10))
+GROUPS = {
+    "split depths": (100, 20, MLP, 132),
+    "a shallow layer beside split ones": (70, 20, (*MLP, (1, 1, 1, 1)), 8),
+    "small tiles": (70, 20, MLP, 2),
+    "large tiles": (130, 128, ((1, 1, 64, 64), (1, 1, 130, 10)), 2),
+    "every kind of tile": (128, 64, ((2, 2, 64, 40), (1, 1, 20, 30), (3, 4, 9, 5)), 4),
+    "a deep layer beside a long one": (4, 4, ((120, 40, 8, 8), (1, 1, 900, 700)), 4),
+    "parts and tiles in one call": (3, 2, ((300, 100, 8, 8), (1, 1, 700, 500)), 20),
+    "one layer": (33, 9, ((2, 3, 65, 33),), 132),
+    "layers without rows": (5, 3, ((0, 2, 4, 4), (2, 3, 4, 4), (2, 0, 4, 4), (2, 2, 4, 0)), 132),
+    "no rows at all": (5, 3, ((0, 2, 4, 4), (2, 0, 4, 4)), 132),
+    "two launches": (9, 4, tuple((1 + k % 3, 1, 3 + k, 1 + k) for k in range(23)), 132),
+    "a layer more than a launch takes": (9, 4, ((1, 2, 20, 7),) * 21, 4),
+}
+
+
+def layers_of(n: int, m: int, layers: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Arguments:
+    shapes = [((n, t, i), (n, t, o), (m, s, i), (m, s, o)) for t, s, i, o in layers]
+    tensors = [[torch.randn(shape).to(dtype) for shape in layer] for layer in shapes]
+    return *map(list, zip(*tensors, strict=True)), [k % 2 == 0 for k in range(len(layers))]
+
+
+@every_dtype
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups_of_layers(machine: Machine, group: str, dtype: torch.dtype) -> None:
+    n, m, layers, processors = GROUPS[group]
+    check(machine, "factored_correlations", layers_of(n, m, layers, dtype), processors)
+
+
+@pytest.mark.parametrize("processors", [2, 132])
+def test_groups_of_layers_in_tf32(machine: Machine, processors: int) -> None:
+    arguments = layers_of(100, 40, MLP, torch.float32)
+    with machine.settings(processors, tf32=True):
+        results = machine.call("factored_correlations", arguments)
+    compare(machine, "factored_correlations", arguments, results, _TF32)
+
+
+@every_dtype
+def test_a_group_of_one_is_the_layer(machine: Machine, dtype: torch.dtype) -> None:
+    z, g, z_clean, g_clean, bias = layers_of(40, 30, ((3, 2, 100, 90),), dtype)
+    (group,) = machine.call("factored_correlations", (z, g, z_clean, g_clean, bias))
+    (single,) = machine.call("factored_correlation", (*z, *g, *z_clean, *g_clean, *bias))
+    assert torch.equal(group, single)
+
+
 @every_dtype
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
@@ -189,6 +247,90 @@ def test_dense_paths(
     check(machine, name, arguments, processors)
     mixed = (*arguments[:3], V_b.to(dtype))
     check(machine, name, mixed, processors)
+
+
+# n, C, O, space, kernel, stride, padding, dilation, groups, and processors that share the work.
+Case = tuple[int, int, int, list[int], list[int], list[int], list[int], list[int], int, int]
+CONVOLUTIONS: dict[str, Case] = {
+    "few outputs": (3, 16, 16, [9, 8], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
+    "three channels": (3, 3, 20, [8, 9], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
+    "one channel": (2, 1, 6, [12, 12], [5, 5], [1, 1], [2, 2], [1, 1], 1, 4),
+    "large tiles": (2, 24, 136, [13, 11], [3, 3], [1, 1], [1, 1], [1, 1], 1, 2),
+    "small tiles": (2, 24, 70, [13, 11], [3, 3], [1, 1], [1, 1], [1, 1], 1, 8),
+    "a split depth": (1, 72, 70, [5, 5], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
+    "steps and gaps": (2, 20, 40, [11, 9], [3, 2], [2, 3], [2, 1], [2, 3], 1, 132),
+    "one pixel": (130, 8, 12, [3, 3], [3, 3], [1, 1], [0, 0], [1, 1], 1, 132),
+    "kernel of one": (2, 40, 33, [7, 6], [1, 1], [2, 1], [0, 0], [1, 1], 1, 132),
+    "mostly padding": (2, 5, 20, [2, 2], [4, 4], [1, 1], [3, 2], [1, 1], 1, 132),
+    "one dimension": (2, 8, 9, [150], [5], [2], [3], [2], 1, 132),
+    "three dimensions": (2, 5, 34, [3, 4, 5], [2, 3, 2], [1, 2, 1], [1, 1, 0], [1, 1, 2], 1, 132),
+    "groups": (2, 32, 80, [6, 5], [3, 3], [1, 1], [1, 1], [1, 1], 2, 132),
+    "groups of an odd width": (2, 24, 27, [6, 5], [3, 3], [1, 1], [1, 1], [1, 1], 3, 132),
+    "groups apart": (3, 18, 20, [6, 5], [3, 3], [1, 2], [1, 1], [1, 1], 2, 132),
+    "groups on large tiles": (2, 16, 272, [9, 15], [2, 1], [1, 1], [0, 0], [1, 1], 2, 4),
+    "depthwise": (3, 16, 16, [9, 7], [3, 3], [2, 1], [1, 1], [1, 2], 16, 132),
+    "two outputs for each": (2, 6, 12, [8, 9], [3, 3], [1, 1], [1, 1], [1, 1], 6, 4),
+    "narrow groups": (2, 12, 8, [4, 3, 5], [2, 3, 1], [1, 1, 2], [1, 1, 0], [1, 1, 1], 4, 132),
+    "depthwise, one pixel": (40, 8, 8, [3], [3], [1], [0], [1], 8, 132),
+}  # fmt: skip
+
+
+def convolution(name: str, dtype: torch.dtype, direction: torch.dtype) -> Arguments:
+    n, inputs, outputs, space, kernel, stride, padding, dilation, groups, _ = CONVOLUTIONS[name]
+    pixels = [
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, k, t, p, d in zip(space, kernel, stride, padding, dilation, strict=True)
+    ]
+    z, g = torch.randn(n, inputs, *space), torch.randn(n, outputs, *pixels)
+    V, V_b = torch.randn(outputs, inputs // groups, *kernel), torch.randn(outputs)
+    tensors = z.to(dtype), g.to(dtype), V.to(direction), V_b.to(direction)
+    return *tensors, stride, padding, dilation, groups
+
+
+def channels_side_by_side(arguments: Arguments) -> Arguments:
+    return tuple(
+        a.movedim(1, -1).contiguous().movedim(-1, 1) if isinstance(a, Tensor) and a.dim() > 1 else a
+        for a in arguments
+    )
+
+
+@every_dtype
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_paths(machine: Machine, name: str, dtype: torch.dtype) -> None:
+    processors = CONVOLUTIONS[name][-1]
+    arguments = convolution(name, dtype, dtype)
+    check(machine, "conv_correlation", arguments, processors)
+    check(machine, "conv_correlation", channels_side_by_side(arguments), processors)
+    if dtype.itemsize == 2:
+        z, g, V, V_b, *geometry = convolution(name, dtype, torch.float32)
+        check(machine, "conv_correlation", (z, g, V, V_b, *geometry), processors)
+        mixed = channels_side_by_side((z, g, V, V_b.to(dtype), *geometry))
+        check(machine, "conv_correlation", mixed, processors)
+
+
+@pytest.mark.parametrize("name", ["large tiles", "few outputs"])
+def test_convolutions_round_to_tf32_as_products_do(machine: Machine, name: str) -> None:
+    arguments = convolution(name, torch.float32, torch.float32)
+    processors = CONVOLUTIONS[name][-1]
+    with machine.settings(processors):
+        (exact,) = machine.call("conv_correlation", arguments)
+    with machine.settings(processors, tf32=True):
+        rounded = machine.call("conv_correlation", arguments)
+    compare(machine, "conv_correlation", arguments, rounded, _TF32)
+    assert not torch.equal(exact, rounded[0])
+
+
+# Pixels of five channels start at multiples of 16 bytes and are read where they are.
+@pytest.mark.parametrize("name", ["mostly padding", "depthwise"])
+def test_what_lies_between_pixels_is_not_read(machine: Machine, name: str) -> None:
+    def spread(a: object) -> object:
+        if not isinstance(a, Tensor) or a.dim() == 1:
+            return a
+        wide = a.new_full((a.shape[0], *a.shape[2:], a.shape[1] + 8), math.nan)
+        return wide[..., : a.shape[1]].copy_(a.movedim(1, -1)).movedim(-1, 1)
+
+    arguments = convolution(name, torch.float64, torch.float64)
+    check(machine, "conv_correlation", tuple(spread(a) for a in arguments))
 
 
 @pytest.mark.parametrize("processors", [2, 132])
@@ -265,14 +407,24 @@ def test_nan_stays_in_its_example(machine: Machine, name: str) -> None:
     assert torch.equal(result[others], expected[others])
 
 
+@pytest.mark.parametrize("case", ["few outputs", "one pixel", "groups", "depthwise"])
+def test_nan_of_an_image_stays_in_it(machine: Machine, case: str) -> None:
+    z, *rest = convolution(case, torch.float32, torch.float32)
+    (expected,) = machine.call("conv_correlation", (z, *rest))
+    z[1, 2, 1] = math.nan
+    (result,) = machine.call("conv_correlation", (z, *rest))
+    others = torch.arange(z.shape[0], device=result.device) != 1
+    assert result[1].isnan()
+    assert torch.equal(result[others], expected[others])
+
+
 @every_kernel
 def test_messages_are_those_of_the_cpu(machine: Machine, name: str) -> None:
     arguments = sample(name)
-    position = next(k for k, a in enumerate(arguments) if isinstance(a, Tensor))
-    deeper = (
-        *arguments[:position],
-        arguments[position][None, None, None],
-        *arguments[position + 1 :],
+    leaves, rebuilt = flat(arguments)
+    position = next(k for k, a in enumerate(leaves) if isinstance(a, Tensor))
+    deeper = rebuilt(
+        [*leaves[:position], leaves[position][None, None, None], *leaves[position + 1 :]]
     )
     if name == "weighted_sum":
         deeper = (arguments[0], arguments[1][None])
@@ -318,7 +470,7 @@ def test_other_streams_and_graphs(name: str) -> None:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("operator", ["factored", "dense"])
+@pytest.mark.parametrize("operator", ["factored", "layers", "dense"])
 def test_memory_of_large_products(operator: str) -> None:
     z, g = (torch.randn(64, 256, 1024, device="cuda").bfloat16() for _ in range(2))
     clean = [torch.randn(16, 256, 1024, device="cuda").bfloat16() for _ in range(2)]
@@ -328,6 +480,9 @@ def test_memory_of_large_products(operator: str) -> None:
     before = torch.cuda.memory_allocated()
     if operator == "factored":
         ops.factored_correlation(z, g, *clean, True)
+    elif operator == "layers":
+        layers = [[x] * 3 for x in (z, g, *clean)]
+        ops.factored_correlations(*layers, [True] * 3)
     else:
         ops.dense_correlation(z, g, V)
     torch.cuda.synchronize()

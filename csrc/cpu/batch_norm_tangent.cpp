@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/layout.h"
 #include "cpu/row_kernels.h"
+#include "layout.h"
 
 namespace l2rw {
 namespace {

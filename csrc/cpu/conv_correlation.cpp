@@ -5,6 +5,7 @@
 #include <array>
 
 #include "checks.h"
+#include "convolution_checks.h"
 #include "correlation.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/example_products.h"
@@ -12,7 +13,6 @@
 namespace l2rw {
 namespace {
 
-constexpr const char* kOperation = "conv_correlation";
 // For wide layers with few output pixels, G_i is larger than what it is made of, and V * z_i is
 // cheaper; measured in docs/kernels.md.
 constexpr int64_t kFewPixels = 49;
@@ -103,14 +103,8 @@ Tensor conv_correlation(
     const Sizes& padding,
     const Sizes& dilation,
     int64_t groups) {
-  check_dim(kOperation, {"direction", direction}, z.dim());
-  Sizes kernel_size;
-  for (int64_t d = 2; d < direction.dim(); ++d) {
-    kernel_size.push_back(direction.size(d));
-  }
   const Convolution conv =
-      check_convolution(kOperation, z, g, kernel_size, stride, padding, dilation, groups);
-  check_direction(kOperation, z, conv, kernel_size, direction, direction_bias);
+      check_conv_correlation(z, g, direction, direction_bias, stride, padding, dilation, groups);
   const ScalarType accumulation = accumulation_dtype(z.scalar_type());
   Tensor scores = torch::stable::new_empty(z, {conv.examples}, accumulation);
   if (conv.pixels() == 0 || conv.outputs == 0) {

@@ -1,8 +1,8 @@
 #pragma once
 
-// Arguments of the convolution operators: all checks, and the sizes in one form.
+// Arguments of the convolution operators as the kernels read them.
 
-#include "correlation.h"
+#include "convolution_checks.h"
 #include "cpu/convolution.h"
 
 namespace l2rw {
@@ -16,27 +16,6 @@ void with_accumulation_type(torch::headeronly::ScalarType dtype, const Body& bod
     body(float{});
   }
 }
-
-// Checks z [n, C, *s], g [n, O, *p] and the geometry, and fills in one convolution of three spatial
-// dimensions (missing ones have size 1). `kernel_size`: *k.
-Convolution check_convolution(
-    const char* operation,
-    const torch::stable::Tensor& z,
-    const torch::stable::Tensor& g,
-    const Sizes& kernel_size,
-    const Sizes& stride,
-    const Sizes& padding,
-    const Sizes& dilation,
-    int64_t groups);
-
-// Checks a direction [O, C / groups, *k] and its bias [O] against z.
-void check_direction(
-    const char* operation,
-    const torch::stable::Tensor& z,
-    const Convolution& convolution,
-    const Sizes& kernel_size,
-    const OptionalTensor& direction,
-    const OptionalTensor& direction_bias);
 
 Element element_of(torch::headeronly::ScalarType dtype);
 

@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "correlation.h"
+#include "correlation_checks.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/example_products.h"
 
@@ -82,11 +83,7 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
   constexpr const char* kOperation = "conv_weighted_gradient";
   const Convolution conv =
       check_convolution(kOperation, z, g, kernel_size, stride, padding, dilation, groups);
-  if (weights) {
-    check_same_or_accumulation(kOperation, {"z", z}, {"weights", *weights});
-    check_dim(kOperation, {"weights", *weights}, 1);
-    check_size(kOperation, {"weights", *weights}, 0, conv.examples, "examples of z");
-  }
+  check_example_weights(kOperation, z, weights);
   const ScalarType accumulation = accumulation_dtype(z.scalar_type());
   Sizes shape{g.size(1), conv.inputs};
   shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
@@ -115,24 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
     const Tensor& g,
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
-  constexpr const char* kOperation = "linear_example_gradients";
-  check_dim(kOperation, {"z", z}, 3);
-  check_dim(kOperation, {"g", g}, 3);
-  check_floating(kOperation, {"z", z});
-  check_same(kOperation, {"z", z}, {"g", g});
-  check_size(kOperation, {"g", g}, 0, z.size(0), "examples of z");
-  check_size(kOperation, {"g", g}, 1, z.size(1), "positions of z");
-  if (direction) {
-    check_same_or_accumulation(kOperation, {"z", z}, {"direction", *direction});
-    check_dim(kOperation, {"direction", *direction}, 2);
-    check_size(kOperation, {"direction", *direction}, 0, g.size(2), "width of g");
-    check_size(kOperation, {"direction", *direction}, 1, z.size(2), "width of z");
-  }
-  if (direction_bias) {
-    check_same_or_accumulation(kOperation, {"z", z}, {"direction_bias", *direction_bias});
-    check_dim(kOperation, {"direction_bias", *direction_bias}, 1);
-    check_size(kOperation, {"direction_bias", *direction_bias}, 0, g.size(2), "width of g");
-  }
+  check_linear_example_gradients(z, g, direction, direction_bias);
   const int64_t positions = z.size(1);
   const Convolution conv{
       z.size(0),

@@ -6,8 +6,8 @@
 #include <algorithm>
 
 #include "checks.h"
-#include "cpu/layout.h"
 #include "cpu/row_kernels.h"
+#include "layout.h"
 
 namespace l2rw {
 namespace {

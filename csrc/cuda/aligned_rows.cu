@@ -82,8 +82,7 @@ AlignedRows aligned_rows(const Launch& launch, const Tensor& tensor, ScalarType 
   const int64_t n = tensor.size(0);
   const int64_t positions = tensor.size(1);
   const int64_t features = tensor.size(2);
-  int64_t bytes = 0;
-  dispatch_device_type(dtype, [&](auto zero) { bytes = sizeof(zero); });
+  const int64_t bytes = bytes_of(dtype);
   const auto operand = [&](const Tensor& rows, int64_t stride) {
     return Operand{
         static_cast<const char*>(rows.data_ptr()), stride * bytes, n * positions, features * bytes};

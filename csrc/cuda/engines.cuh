@@ -8,18 +8,31 @@
 
 namespace l2rw::cuda {
 
-// Two tiles for tensor cores: one that multiplies fastest, one for products of few rows or columns.
+// Tiles for tensor cores: one that multiplies fastest, one for products of few rows or columns, and
+// one for as few columns as the channels of small convolutions.
 template <class T>
 struct MatrixEngines {
   using Large = MatrixEngine<T, MatrixTile<128, 128, 64, 32>, 1>;
   using Small = MatrixEngine<T, MatrixTile<64, 64, 32, 32>, 3>;
+  using Narrow = MatrixEngine<T, MatrixTile<128, 32, 32, 32>, 3>;
 };
 
 template <class T>
 struct PlainEngines {
-  using Large = PlainEngine<T>;
-  using Small = PlainEngine<T>;
+  using Large = PlainEngine<T, PlainTile<64, 128>>;
+  using Small = Large;
+  using Narrow = PlainEngine<T, PlainTile<128, 32>>;
 };
+
+// Calls run(Engine{}) with the tile of a plan.
+template <class Engines, class Run>
+void with_tile(const ProductPlan& plan, const Run& run) {
+  if (plan.large) {
+    run(typename Engines::Large{});
+  } else {
+    run(typename Engines::Small{});
+  }
+}
 
 // Calls body(Engines{}) with the way to multiply numbers of a floating dtype.
 template <class Body>

@@ -72,11 +72,11 @@ struct MatrixEngine {
   }
 };
 
-template <class T>
+template <class T, class TileType>
 struct PlainEngine {
   using Element = T;
   using Sum = T;
-  using Tile = PlainTile<64, 128>;
+  using Tile = TileType;
   static constexpr int kChunks = 4;
   static constexpr int kBlocks = sizeof(T) == 4 ? 2 : 1;
 
@@ -134,26 +134,30 @@ __device__ __forceinline__ void multiply(
 }
 
 // Adds up the threads' parts of every row, in order, and writes the sum of row k of the tile to
-// to[k].
+// to[k]. The stages are over, and their memory serves for it.
 template <class Tile, class A>
 __device__ __forceinline__ void store_rows(
-    const A (&rows)[Tile::kThreadRows], A* __restrict__ to, int64_t count) {
-  __shared__ A partial[Tile::kWarpsAcross][Tile::kRows];
+    char* shared, const A (&rows)[Tile::kThreadRows], A* __restrict__ to, int64_t count) {
+  static_assert(
+      Tile::kWarpsAcross * Tile::kRows * int64_t{sizeof(A)} <=
+      int64_t{kStages} * Tile::kStageBytes);
+  A* const partial = reinterpret_cast<A*>(shared);  // [kWarpsAcross, kRows]
   const auto thread = static_cast<int>(threadIdx.x);
+  __syncthreads();
 #pragma unroll
   for (int r = 0; r < Tile::kThreadRows; ++r) {
     const A sum = lane_sum<Tile::kLanesAcross>(rows[r]);
     if (thread % Tile::kLanesAcross == 0) {
-      partial[Tile::warp_across(thread)][Tile::row(thread, r)] = sum;
+      partial[Tile::warp_across(thread) * Tile::kRows + Tile::row(thread, r)] = sum;
     }
   }
   __syncthreads();
   for (int row = thread; row < Tile::kRows; row += Tile::kThreads) {
     if (row < count) {
-      A sum = partial[0][row];
+      A sum = partial[row];
 #pragma unroll
       for (int warp = 1; warp < Tile::kWarpsAcross; ++warp) {
-        sum += partial[warp][row];
+        sum += partial[warp * Tile::kRows + row];
       }
       to[row] = sum;
     }

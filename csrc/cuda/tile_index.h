@@ -17,10 +17,13 @@
 // Sums stay in registers only where loops over them are unrolled; the host's compiler does not know
 // these words.
 #ifdef __CUDA_ARCH__
+#define L2RW_PRAGMA(text) _Pragma(#text)
 #define L2RW_UNROLL _Pragma("unroll")
+#define L2RW_UNROLL_BY(count) L2RW_PRAGMA(unroll(count))
 #define L2RW_DO_NOT_UNROLL _Pragma("unroll 1")
 #else
 #define L2RW_UNROLL
+#define L2RW_UNROLL_BY(count)
 #define L2RW_DO_NOT_UNROLL
 #endif
 
@@ -54,6 +57,7 @@ struct MatrixTile {
   static constexpr int kThreadColumns = WarpColumns / 4;  // of the sums
   static constexpr int kAdjacent = 2;                     // columns of a thread side by side
   static constexpr int kLanesAcross = 4;                  // lanes that share a row
+  static constexpr int kTogether = 2;                     // rows that a thread loads at once
   static constexpr int kStageBytes = (Rows + Columns) * kLineBytes;
 
   L2RW_HOST_DEVICE static constexpr int warp_across(int thread) { return thread / 32 / kWarpsDown; }
@@ -96,11 +100,18 @@ struct PlainTile {
   static constexpr int kThreadColumns = Columns / 16;
   static constexpr int kAdjacent = 1;
   static constexpr int kLanesAcross = 16;
+  static constexpr int kTogether = 1;
   static constexpr int kStageBytes = (Rows + Columns) * kLineBytes;
 
   L2RW_HOST_DEVICE static constexpr int warp_across(int) { return 0; }
   L2RW_HOST_DEVICE static constexpr int row(int thread, int r) { return thread / 16 + 16 * r; }
   L2RW_HOST_DEVICE static constexpr int column(int thread, int c) { return thread % 16 + 16 * c; }
+};
+
+// What a vector of shared memory is filled with: `bytes` from memory, then zeros.
+struct Source {
+  const char* from;
+  int bytes;
 };
 
 // Rows in memory, evenly apart. Vectors start at multiples of 16 bytes, the last one of a row may
@@ -112,13 +123,60 @@ struct Operand {
   int64_t width;  // bytes of a row
 
   // How many bytes of the vector at `byte` of a row exist.
-  L2RW_HOST_DEVICE int vector_bytes(int64_t row, int64_t byte) const {
-    const int64_t left = row < rows ? width - byte : 0;
+  L2RW_HOST_DEVICE int vector_bytes(int64_t byte) const {
+    const int64_t left = width - byte;
     return static_cast<int>(left < 0 ? 0 : (left < kVectorBytes ? left : kVectorBytes));
   }
 };
 
+// Rows of a tile, at one place of the depth.
+class TileRows {
+ public:
+  L2RW_HOST_DEVICE TileRows(const Operand& operand, int64_t first_row, int64_t byte)
+      : data_(operand.data),
+        offset_(first_row * operand.stride + byte),
+        stride_(operand.stride),
+        rows_(operand.rows - first_row),
+        bytes_(operand.vector_bytes(byte)) {}
+
+  // Nothing is read where no byte exists, and no address outside of the memory is formed.
+  L2RW_HOST_DEVICE Source operator()(int row) const {
+    const bool exists = row < rows_ && bytes_ > 0;
+    return {data_ + (exists ? offset_ + row * stride_ : 0), exists ? bytes_ : 0};
+  }
+
+ private:
+  const char* data_;
+  int64_t offset_;
+  int64_t stride_;
+  int64_t rows_;  // from the first one of the tile on
+  int bytes_;
+};
+
+// The vector of every line that a thread fills.
+L2RW_HOST_DEVICE constexpr int vector_of(int thread) { return thread % kLineVectors; }
+
 // What a thread copies for one stage: calls copy(offset in the stage, source, bytes that exist).
+// `left(row)` and `right(row)` give the Source of a row of the tile, for the thread's vector.
+template <class Tile, class Left, class Right, class Copy>
+L2RW_HOST_DEVICE void for_each_line(
+    int thread, const Left& left, const Right& right, const Copy& copy) {
+  constexpr int kLines = Tile::kThreads / kLineVectors;
+  static_assert(Tile::kRows % kLines == 0 && Tile::kColumns % kLines == 0);
+  const int first = thread / kLineVectors;
+  L2RW_UNROLL_BY(Tile::kTogether)
+  for (int row = first; row < Tile::kRows; row += kLines) {
+    const Source source = left(row);
+    copy(shared_offset(row, vector_of(thread)), source.from, source.bytes);
+  }
+  L2RW_UNROLL_BY(Tile::kTogether)
+  for (int row = first; row < Tile::kColumns; row += kLines) {
+    const Source source = right(row);
+    copy(shared_offset(Tile::kRows + row, vector_of(thread)), source.from, source.bytes);
+  }
+}
+
+// The same for rows that lie evenly apart.
 template <class Tile, class Copy>
 L2RW_HOST_DEVICE void for_each_vector(
     int thread,
@@ -128,21 +186,9 @@ L2RW_HOST_DEVICE void for_each_vector(
     int64_t right_row,
     int64_t line_byte,
     const Copy& copy) {
-  constexpr int kLines = Tile::kThreads / kLineVectors;
-  static_assert(Tile::kRows % kLines == 0 && Tile::kColumns % kLines == 0);
-  const int vector = thread % kLineVectors;
-  const int first = thread / kLineVectors;
-  const int64_t byte = line_byte + vector * kVectorBytes;
-  L2RW_UNROLL
-  for (int line = 0; line < Tile::kRows + Tile::kColumns; line += kLines) {
-    const bool is_left = line < Tile::kRows;
-    const Operand& operand = is_left ? left : right;
-    const int64_t row = is_left ? left_row + line + first : right_row + line - Tile::kRows + first;
-    const int bytes = operand.vector_bytes(row, byte);
-    // Nothing is read where no byte exists, and no address outside of the memory is formed.
-    const char* source = bytes > 0 ? operand.data + row * operand.stride + byte : operand.data;
-    copy(shared_offset(line + first, vector), source, bytes);
-  }
+  const int64_t byte = line_byte + vector_of(thread) * kVectorBytes;
+  for_each_line<Tile>(
+      thread, TileRows(left, left_row, byte), TileRows(right, right_row, byte), copy);
 }
 
 }  // namespace l2rw::cuda

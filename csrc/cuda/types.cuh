@@ -30,6 +30,12 @@ void dispatch_device_type(ScalarType dtype, const Body& body) {
   dispatch_floating(dtype, [&](auto zero) { body(typename DeviceType<decltype(zero)>::type{}); });
 }
 
+inline int64_t bytes_of(ScalarType dtype) {
+  int64_t bytes = 0;
+  dispatch_device_type(dtype, [&](auto zero) { bytes = sizeof(zero); });
+  return bytes;
+}
+
 // Count numbers that are loaded at once.
 template <class T, int Count>
 struct alignas(sizeof(T) * Count) Pack {

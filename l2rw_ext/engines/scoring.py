@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops, waiting
 from ..plan import Plan, UsePlan
 from ..rules import rates
-from ..rules.base import Roots, RowMap, Use, accumulation_dtype
+from ..rules.base import Factors, Roots, RowMap, Use, accumulation_dtype
 from .base import NotExactError, Scored, Task
 from .derived import Leaves
 from .probe import Probe
@@ -46,6 +46,15 @@ class OverflowedError(Exception):
     def __init__(self, scoring: Scoring) -> None:
         super().__init__()
         self.scoring = scoring
+
+
+def in_groups(g: Tensor) -> bool:
+    """Whether layers in factored form wait for the others, to be scored in one call.
+
+    On CUDA that is one launch, which fills the device where a layer alone would not. What waits is
+    kept for the weighted gradient anyway.
+    """
+    return g.device.type != "cpu"
 
 
 def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
@@ -116,6 +125,7 @@ class Scoring(Scored):
         self._directions = directions
         self._pushed: dict[int, Tensor | None] = {}
         self._kept: list[_Kept] = []
+        self._groups: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
         self.reached: list[Use] = []
         self._trained: list[Use] = []
         self._planned: dict[int, UsePlan] | None = None
@@ -199,6 +209,9 @@ class Scoring(Scored):
                 else:
                     self._score(use, planned, z, g)
             reports.clear()
+            while self._groups:
+                _, layers = self._groups.popitem()
+                self.scores += ops.factored_correlations(*zip(*layers, strict=True))
         if waiting:
             self._score_jointly(waiting)
         self.scores = self._task.unscaled(self.scores)
@@ -246,7 +259,11 @@ class Scoring(Scored):
         z, z_clean = torch.unsafe_split_with_sizes(z, parts)
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
         if planned.form == "factored":
-            self.scores += use.rule.factored(use, z, g, z_clean, g_clean)
+            factors = use.rule.factors(use, z, g, z_clean, g_clean)
+            if in_groups(g) and not self._task.low_memory:  # else nothing else would keep them
+                self._groups.setdefault((g.dtype, g.device), []).append(factors)
+            else:
+                self.scores += ops.factored_correlation(*factors)
             self._keep(_Kept(use, z, g))
         else:
             direction = use.rule.direction(use, z_clean, g_clean)
