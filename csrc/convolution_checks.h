@@ -154,4 +154,43 @@ inline void check_example_weights(
   }
 }
 
+// Checks a linear layer z [n, T, i], g [n, T, o] and its direction, and gives it as a convolution
+// of width T with a kernel of one.
+inline Convolution check_linear_example_gradients(
+    const Tensor& z,
+    const Tensor& g,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* operation = "linear_example_gradients";
+  check_dim(operation, {"z", z}, 3);
+  check_dim(operation, {"g", g}, 3);
+  check_floating(operation, {"z", z});
+  check_same(operation, {"z", z}, {"g", g});
+  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
+  check_size(operation, {"g", g}, 1, z.size(1), "positions of z");
+  if (direction) {
+    check_same_or_accumulation(operation, {"z", z}, {"direction", *direction});
+    check_dim(operation, {"direction", *direction}, 2);
+    check_size(operation, {"direction", *direction}, 0, g.size(2), "width of g");
+    check_size(operation, {"direction", *direction}, 1, z.size(2), "width of z");
+  }
+  if (direction_bias) {
+    check_same_or_accumulation(operation, {"z", z}, {"direction_bias", *direction_bias});
+    check_dim(operation, {"direction_bias", *direction_bias}, 1);
+    check_size(operation, {"direction_bias", *direction_bias}, 0, g.size(2), "width of g");
+  }
+  const int64_t positions = z.size(1);
+  return {
+      z.size(0),
+      1,
+      z.size(2),
+      g.size(2),
+      {1, 1, positions},
+      {1, 1, positions},
+      {1, 1, 1},
+      {1, 1, 1},
+      {0, 0, 0},
+      {1, 1, 1}};
+}
+
 }  // namespace l2rw

@@ -1,18 +1,20 @@
-// The index logic of the CUDA kernels, on the host: what is covered once and only once, and whole
-// kernels thread by thread, with the tensor core instructions emulated as PTX defines them.
+// The index logic of the CUDA kernels, on the host: that everything is covered once and only once.
+// Whole kernels run in the emulator.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <set>
-#include <type_traits>
+#include <tuple>
 #include <vector>
 
+#include "cuda/convolution_rows.h"
+#include "cuda/divisor.h"
+#include "cuda/gradient_tile.h"
 #include "cuda/layers.h"
 #include "cuda/places.h"
-#include "cuda/row_sums.h"
 #include "cuda/sheets.h"
 #include "cuda/tile_index.h"
 #include "cuda/tile_plan.h"
@@ -20,6 +22,7 @@
 namespace {
 
 using namespace l2rw::cuda;
+using l2rw::Convolution;
 
 #define EXPECT(condition)                                                           \
   do {                                                                              \
@@ -31,7 +34,9 @@ using namespace l2rw::cuda;
 
 using LargeTile = MatrixTile<128, 128, 64, 32>;
 using SmallTile = MatrixTile<64, 64, 32, 32>;
+using NarrowTile = MatrixTile<128, 32, 32, 32>;
 using FlatTile = PlainTile<64, 128>;
+using FlatNarrowTile = PlainTile<128, 32>;
 
 // Small numbers, the same in every run, whose sums are exact in every type used here.
 struct Numbers {
@@ -108,14 +113,15 @@ void test_matrix_loads() {
   }
 }
 
+template <class Tile>
 void test_plain_loads() {
-  for (int thread = 0; thread < FlatTile::kThreads; thread += 8) {
+  for (int thread = 0; thread < Tile::kThreads; thread += 8) {
     for (int vector = 0; vector < kLineVectors; ++vector) {
       std::vector<int> rows;
       std::vector<int> columns;
       for (int lane = thread; lane < thread + 8; ++lane) {
-        rows.push_back(shared_offset(FlatTile::row(lane, 1), vector));
-        columns.push_back(shared_offset(FlatTile::kRows + FlatTile::column(lane, 1), vector));
+        rows.push_back(shared_offset(Tile::row(lane, 1), vector));
+        columns.push_back(shared_offset(Tile::kRows + Tile::column(lane, 1), vector));
       }
       expect_no_conflict(rows);
       expect_no_conflict(columns);
@@ -129,6 +135,33 @@ void test_operand() {
   EXPECT(TileRows(operand, 1, 32)(1).bytes == 8);
   EXPECT(TileRows(operand, 1, 48)(1).bytes == 0);
   EXPECT(TileRows(operand, 1, 0)(2).bytes == 0);
+}
+
+void test_divisors() {
+  Numbers numbers;
+  constexpr int64_t kEnd = int64_t{1} << 31;
+  const auto expect_quotients = [&](int64_t d) {
+    const Divisor divisor(d);
+    EXPECT(divisor.divisor() == d);
+    for (const int64_t n : {int64_t{0}, d - 1, d, d + 1, 2 * d - 1, kEnd / d * d - 1, kEnd - 1}) {
+      EXPECT(n >= kEnd || divisor.divide(static_cast<int32_t>(n)) == n / d);
+    }
+    for (int trial = 0; trial < 50; ++trial) {
+      const int64_t n = numbers.below(int64_t{1} << (1 + numbers.below(31)));
+      EXPECT(divisor.divide(static_cast<int32_t>(n)) == n / d);
+    }
+  };
+  for (int64_t d = 1; d < 3000; ++d) {
+    expect_quotients(d);
+  }
+  for (int bits = 12; bits <= 31; ++bits) {
+    for (const int64_t off : {-1, 0, 1}) {
+      if ((int64_t{1} << bits) + off < kEnd) {
+        expect_quotients((int64_t{1} << bits) + off);
+      }
+    }
+    expect_quotients(1 + numbers.below((int64_t{1} << bits) - 1));
+  }
 }
 
 void test_ranges() {
@@ -181,20 +214,24 @@ void test_walk() {
 
 void test_dense_plans() {
   Numbers numbers;
-  const TileSize large = size_of<LargeTile>();
-  const TileSize small = size_of<SmallTile>();
   for (int trial = 0; trial < 20000; ++trial) {
     const int64_t rows = 1 + numbers.below(1 << numbers.below(24));
     const int64_t columns = 1 + numbers.below(1 << numbers.below(16));
     const int64_t chunks = 1 + numbers.below(1 << numbers.below(9));
     const int64_t processors = 1 + numbers.below(150);
     const int64_t bytes = numbers.below(2) == 0 ? 4 : 8;
-    const ProductPlan plan = plan_dense(rows, columns, chunks, large, small, processors, bytes);
-    const TileSize tile = plan.large ? large : small;
+    const TileSize large = size_of<LargeTile>();
+    const TileSize small = size_of<SmallTile>();
+    const TileSize narrow = size_of<NarrowTile>();
+    const int64_t products = 1 + numbers.below(1 << numbers.below(7));
+    const ProductPlan plan =
+        plan_dense(products, rows, columns, chunks, large, small, narrow, processors, bytes);
+    const TileSize tile = plan.narrow ? narrow : plan.large ? large : small;
+    EXPECT(!plan.narrow || columns <= narrow.columns);
     EXPECT(plan.row_tiles == ceil_div(rows, tile.rows));
     EXPECT(plan.column_tiles == ceil_div(columns, tile.columns));
     EXPECT(1 <= plan.groups && plan.groups <= plan.column_tiles * plan.splits);
-    EXPECT(plan.groups == 1 || plan.groups * rows * bytes <= kWorkspaceBytes);
+    EXPECT(plan.groups == 1 || plan.groups * products * rows * bytes <= kWorkspaceBytes);
     EXPECT(1 <= plan.splits && plan.splits <= chunks);
   }
 }
@@ -376,380 +413,297 @@ void test_places() {
   EXPECT(!Places::of(nine, apart).has_value());
 }
 
-// Kernels, thread by thread
+l2rw::Convolution convolution(
+    int64_t examples,
+    int64_t groups,
+    int64_t inputs,
+    int64_t outputs,
+    const std::vector<int64_t>& in,
+    const std::vector<int64_t>& kernel,
+    const std::vector<int64_t>& stride,
+    const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation) {
+  l2rw::Convolution conv{examples, groups, inputs, outputs, {}, {}, {}, {}, {}, {}};
+  for (int d = 0; d < 3; ++d) {
+    conv.in[d] = in[d];
+    conv.kernel[d] = kernel[d];
+    conv.stride[d] = stride[d];
+    conv.padding[d] = padding[d];
+    conv.dilation[d] = dilation[d];
+    conv.out[d] = (in[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+  }
+  return conv;
+}
 
-// ldmatrix: lane 8 k + r addresses row r of matrix k, and lane l receives the four bytes at 4 (l %
-// 4) of row l / 4 of every matrix.
-using Fragments = uint32_t[32][4];
+// Beyond what 32 bits count, and up to it.
+void test_convolution_sizes() {
+  const auto conv = [](int64_t examples, int64_t width) {
+    return convolution(
+        examples, 1, 4, 8, {1, 1, width}, {1, 1, 3}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1});
+  };
+  const auto pixels = [](int64_t width) { return Pixels{nullptr, width * 16, 0, 16, 16}; };
+  const int64_t width = int64_t{1} << 20;
+  EXPECT(ConvolutionRows::fits(conv(2000, width), pixels(width), 16));
+  EXPECT(!ConvolutionRows::fits(conv(2048, width), pixels(width), 16));
+  EXPECT(!ConvolutionRows::fits(conv(1, width), pixels(width), int64_t{1} << 33));
+  // The last pixel, from the start of z.
+  const ConvolutionRows rows(conv(2000, width), pixels(width), nullptr, 16);
+  const PixelRow last = rows.row(0, 2000 * width - 1);
+  EXPECT(last.z == 2000 * width - 2 && last.at[2] == width - 2);
+  EXPECT(rows.pixel(last, rows.tap_vector(1)).bytes == 16);
+  EXPECT(rows.pixel(last, rows.tap_vector(1)).from - rows.z.data == (2000 * width - 1) * 16);
+  EXPECT(rows.pixel(last, rows.tap_vector(2)).bytes == 0);
+  EXPECT(rows.pixel(rows.row(0, 2000 * width), rows.tap_vector(1)).bytes == 0);
+}
 
-void load_matrices(const char* const (&addresses)[32], Fragments& matrices) {
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int k = 0; k < 4; ++k) {
-      std::memcpy(&matrices[lane][k], addresses[8 * k + lane / 4] + lane % 4 * 4, 4);
-    }
+// The distinct banks of four bytes that a warp's loads meet, and no two numbers of one bank.
+void expect_own_banks(const std::vector<int>& offsets) {
+  std::map<int, int> banks;
+  for (const int offset : offsets) {
+    const auto [place, is_new] = banks.insert({offset / 4 % 32, offset});
+    EXPECT(is_new || place->second == offset);
   }
 }
 
-template <class T>
-double element(uint32_t packed, int k) {
-  T values[4 / sizeof(T)];
-  std::memcpy(values, &packed, 4);
-  return static_cast<double>(values[k]);
+// A convolution of three spatial dimensions whose output is what its input gives.
+Convolution draw_convolution(Numbers& numbers) {
+  Convolution conv{};
+  conv.examples = 1 + numbers.below(3);
+  conv.groups = 1 + numbers.below(3);
+  conv.inputs = numbers.below(20);
+  conv.outputs = 1 + numbers.below(70);
+  for (int d = 0; d < 3; ++d) {
+    do {
+      conv.in[d] = numbers.below(9);
+      conv.kernel[d] = 1 + numbers.below(4);
+      conv.stride[d] = 1 + numbers.below(3);
+      conv.padding[d] = numbers.below(3);
+      conv.dilation[d] = 1 + numbers.below(2);
+      const int64_t free =
+          conv.in[d] + 2 * conv.padding[d] - conv.dilation[d] * (conv.kernel[d] - 1) - 1;
+      conv.out[d] = free < 0 ? 0 : free / conv.stride[d] + 1;
+    } while (conv.out[d] == 0);
+  }
+  return conv;
 }
 
-// mma.m16n8 of 32 bytes of depth, k16 of two bytes or k8 of four. With q = lane / 4 and p = lane %
-// 4: a0, a1, a2, a3 are rows q, q + 8, q, q + 8, the first two of the first half of the depth; b0,
-// b1 column q, first and second half; each holds the numbers at 4 p bytes of its half. The results
-// are rows q, q, q + 8, q + 8 and columns 2 p, 2 p + 1, 2 p, 2 p + 1.
-template <class T>
-void multiply_accumulate(
-    double (&d)[32][4], const Fragments& a, const uint32_t (&b0)[32], const uint32_t (&b1)[32]) {
-  constexpr int kPerRegister = 4 / static_cast<int>(sizeof(T));
-  for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 8; ++column) {
-      double sum = 0;
-      for (int half = 0; half < 2; ++half) {
-        for (int p = 0; p < 4; ++p) {
-          const uint32_t left = a[row % 8 * 4 + p][row / 8 + 2 * half];
-          const uint32_t right = half == 0 ? b0[column * 4 + p] : b1[column * 4 + p];
-          for (int k = 0; k < kPerRegister; ++k) {
-            sum += element<T>(left, k) * element<T>(right, k);
-          }
-        }
+// The definition: output pixel p meets input pixel p stride + tap dilation - padding.
+int64_t pixel_met(const Convolution& conv, int64_t p, int64_t tap) {
+  int64_t pixel = 0;
+  int64_t size = 1;
+  for (int d = 2; d >= 0; --d) {
+    const int64_t at = p % conv.out[d] * conv.stride[d] + tap % conv.kernel[d] * conv.dilation[d] -
+                       conv.padding[d];
+    p /= conv.out[d];
+    tap /= conv.kernel[d];
+    if (at < 0 || at >= conv.in[d]) {
+      return -1;
+    }
+    pixel += at * size;
+    size *= conv.in[d];
+  }
+  return p > 0 ? -1 : pixel;
+}
+
+void test_pixels_of_convolutions() {
+  Numbers numbers;
+  for (int trial = 0; trial < 3000; ++trial) {
+    const Convolution conv = draw_convolution(numbers);
+    EXPECT(ConvolutionIndex::fits(conv));
+    const ConvolutionIndex index = ConvolutionIndex::of(conv);
+    const int step = 1 + static_cast<int>(numbers.below(70));
+    OutputPlace place = index.place(0);
+    for (int p = 0; p < conv.pixels() + 2 * step; p += step) {
+      for (int tap = 0; tap < conv.taps(); ++tap) {
+        const int64_t met = pixel_met(conv, p, tap);
+        EXPECT(index.input_pixel(place, index.tap(tap)) == met);
+        EXPECT(index.input_pixel(index.place(p), index.tap(tap)) == met);
       }
-      d[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] += sum;
+      place = index.after(place, index.place(step));
     }
   }
+  const Convolution small = draw_convolution(numbers);
+  for (int64_t Convolution::* const none : {&Convolution::examples, &Convolution::groups}) {
+    Convolution large = small;
+    large.*none = int64_t{1} << 60;
+    EXPECT(ConvolutionIndex::fits(large));
+  }
+  for (auto sizes : {&Convolution::in, &Convolution::out, &Convolution::kernel}) {
+    Convolution large = small;
+    (large.*sizes)[0] = (large.*sizes)[1] = int64_t{1} << 20;
+    (large.*sizes)[2] = 1;
+    EXPECT(!ConvolutionIndex::fits(large));
+    (large.*sizes)[0] = int64_t{1} << 62;
+    EXPECT(!ConvolutionIndex::fits(large));
+  }
+  Convolution large = small;
+  large.padding[1] = int64_t{1} << 40;
+  EXPECT(!ConvolutionIndex::fits(large));
 }
 
 template <class Tile>
-struct Thread {
-  Sums<Tile, double> sums{};
-};
-
-template <class T, class Tile>
-void multiply_stage(const char* stage, std::vector<Thread<Tile>>& threads) {
-  if constexpr (std::is_same_v<Tile, FlatTile>) {
-    for (int thread = 0; thread < Tile::kThreads; ++thread) {
-      multiply_plainly<Tile, T>(stage, thread, threads[thread].sums);
-    }
-  } else {
-    for (int warp = 0; warp < Tile::kThreads; warp += 32) {
-      for (int step = 0; step < kLineVectors; step += 2) {
-        Fragments left[Tile::kLeftBlocks];
-        Fragments right[Tile::kRightBlocks];
-        const char* addresses[32];
-        for (int b = 0; b < Tile::kLeftBlocks; ++b) {
-          for (int lane = 0; lane < 32; ++lane) {
-            const int thread = warp + lane;
-            addresses[lane] =
-                stage + shared_offset(Tile::left_row(thread, b), step + Tile::left_vector(thread));
-          }
-          load_matrices(addresses, left[b]);
-        }
-        for (int b = 0; b < Tile::kRightBlocks; ++b) {
-          for (int lane = 0; lane < 32; ++lane) {
-            const int thread = warp + lane;
-            addresses[lane] = stage + shared_offset(
-                                          Tile::kRows + Tile::right_row(thread, b),
-                                          step + Tile::right_vector(thread));
-          }
-          load_matrices(addresses, right[b]);
-        }
-        for (int i = 0; i < Tile::kLeftBlocks; ++i) {
-          for (int j = 0; j < 2 * Tile::kRightBlocks; ++j) {
-            double d[32][4];
-            uint32_t b0[32];
-            uint32_t b1[32];
-            for (int lane = 0; lane < 32; ++lane) {
-              const auto& sums = threads[warp + lane].sums;
-              d[lane][0] = sums[2 * i][2 * j];
-              d[lane][1] = sums[2 * i][2 * j + 1];
-              d[lane][2] = sums[2 * i + 1][2 * j];
-              d[lane][3] = sums[2 * i + 1][2 * j + 1];
-              b0[lane] = right[j / 2][lane][j % 2 * 2];
-              b1[lane] = right[j / 2][lane][j % 2 * 2 + 1];
-            }
-            multiply_accumulate<T>(d, left[i], b0, b1);
-            for (int lane = 0; lane < 32; ++lane) {
-              auto& sums = threads[warp + lane].sums;
-              sums[2 * i][2 * j] = d[lane][0];
-              sums[2 * i][2 * j + 1] = d[lane][1];
-              sums[2 * i + 1][2 * j] = d[lane][2];
-              sums[2 * i + 1][2 * j + 1] = d[lane][3];
-            }
-          }
-        }
-      }
-    }
-  }
-}
-
-// The pipeline of product.cuh. A stage that is read before it is loaded, or loaded before it was
-// read, holds numbers that spoil every sum.
-template <class T, class Tile, class Load, class Result>
-void multiply(Walk walk, int most_chunks, const Load& load, std::vector<Result>& results) {
-  std::vector<char> shared(size_t{kStages} * Tile::kStageBytes, '\x55');
-  std::vector<Thread<Tile>> threads(Tile::kThreads);
-  Walk ahead = walk;
-  const auto load_ahead = [&](int stage) {
-    char* const base = shared.data() + stage * Tile::kStageBytes;
-    std::memset(base, 0x55, Tile::kStageBytes);
-    if (!ahead.done()) {
-      for (int thread = 0; thread < Tile::kThreads; ++thread) {
-        load(thread, ahead, [&](int offset, const char* source, int bytes) {
-          std::memset(base + offset, 0, kVectorBytes);
-          if (bytes > 0) {
-            std::memcpy(base + offset, source, static_cast<size_t>(bytes));
-          }
-        });
-      }
-      ahead.next();
-    }
-  };
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    load_ahead(stage);
-  }
-  int chunks = 0;
-  int stage = 0;
-  for (; !walk.done(); walk.next()) {
-    load_ahead(stage == 0 ? kStages - 1 : stage - 1);
-    multiply_stage<T, Tile>(shared.data() + stage * Tile::kStageBytes, threads);
-    ++chunks;
-    bool taken = false;
-    for (int thread = 0; thread < Tile::kThreads; ++thread) {
-      if (chunks == most_chunks || results[thread].complete(walk)) {
-        results[thread].take(walk, threads[thread].sums);
-        clear<Tile, double>(threads[thread].sums);
-        taken = true;
-      }
-    }
-    chunks = taken ? 0 : chunks;
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-  }
-}
-
-// store_rows of product.cuh: the lanes of a row, then its warps.
-template <class Tile, class Result>
-void add_rows(const std::vector<Result>& results, double* to, int64_t count) {
+void test_gradient_tile() {
+  // Each number of the tile belongs to one thread of each depth, a row's sum of g to its lanes.
+  std::set<std::tuple<int, int, int>> sums;
   for (int thread = 0; thread < Tile::kThreads; ++thread) {
+    EXPECT(0 <= Tile::deep(thread) && Tile::deep(thread) < Tile::kDeep);
     for (int r = 0; r < Tile::kThreadRows; ++r) {
       const int row = Tile::row(thread, r);
-      if (row < count) {
-        to[row] += results[thread].rows[r];
+      EXPECT(0 <= row && row < Tile::kRows);
+      EXPECT(row == Tile::row(thread / Tile::kLanesAcross * Tile::kLanesAcross, r));
+      for (int c = 0; c < Tile::kProductColumns; ++c) {
+        const int column = Tile::column(thread, c);
+        EXPECT(0 <= column && column < Tile::kColumns);
+        EXPECT(sums.insert({Tile::deep(thread), row, column}).second);
+      }
+    }
+  }
+  EXPECT(sums.size() == size_t{Tile::kDeep} * Tile::kRows * Tile::kColumns);
+  // What every architecture from sm_80 on has for one block.
+  EXPECT(kStages * Tile::kStageBytes <= 99 * 1024);
+  EXPECT(
+      (kStagedBytes<Tile, std::conditional_t<Tile::kElementBytes == 8, double, float>>) <=
+      99 * 1024);
+
+  // No two lanes that read at once meet in a bank, and all read in their stage.
+  for (int warp = 0; warp < Tile::kThreads; warp += 32) {
+    for (int pixel = 0; pixel + (Tile::kPlain ? 0 : 15) < Tile::kDepth; ++pixel) {
+      std::vector<int> offsets;
+      const auto read = [&](int first, int count, auto offset, int bytes) {
+        offsets.clear();
+        for (int lane = first; lane < first + count; ++lane) {
+          offsets.push_back(offset(warp + lane));
+          EXPECT(0 <= offsets.back() && offsets.back() + bytes <= Tile::kStageBytes);
+        }
+      };
+      if constexpr (Tile::kAccess == Access::matrices) {
+        for (int first = 0; first < 32; first += 8) {
+          read(first, 8, [&](int t) { return Tile::row_matrix(t, pixel, 0); }, 16);
+          expect_no_conflict(offsets);
+          read(first, 8, [&](int t) { return Tile::column_matrix(t, pixel, 2); }, 16);
+          expect_no_conflict(offsets);
+        }
+      } else if constexpr (Tile::kAccess == Access::numbers) {
+        for (int k = 0; k < 4; ++k) {
+          read(0, 32, [&](int t) { return Tile::row_number(t, pixel, 0, k); }, 4);
+          expect_own_banks(offsets);
+        }
+        read(0, 32, [&](int t) { return Tile::column_number(t, pixel, 1, 1); }, 4);
+        expect_own_banks(offsets);
       }
     }
   }
 }
 
-template <class T>
-struct Matrix {
-  int64_t rows;
-  int64_t width;
-  int64_t pitch;
-  std::vector<T> values;
-
-  Matrix(int64_t rows, int64_t width, Numbers& numbers)
-      : rows(rows),
-        width(width),
-        pitch(ceil_div(width * sizeof(T), kVectorBytes) * kVectorBytes / sizeof(T)),
-        values(static_cast<size_t>(rows * pitch), T(77)) {  // padding that must not be used
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t k = 0; k < width; ++k) {
-        values[r * pitch + k] = static_cast<T>(numbers.small());
-      }
-    }
-  }
-  double at(int64_t r, int64_t k) const { return static_cast<double>(values[r * pitch + k]); }
-  Operand operand() const {
-    return {
-        reinterpret_cast<const char*>(values.data()),
-        pitch * static_cast<int64_t>(sizeof(T)),
-        rows,
-        width * static_cast<int64_t>(sizeof(T))};
-  }
-};
-
-template <class T>
-double dot(const Matrix<T>& a, int64_t r, const Matrix<T>& b, int64_t s) {
-  double sum = 0;
-  for (int64_t k = 0; k < a.width; ++k) {
-    sum += a.at(r, k) * b.at(s, k);
-  }
-  return sum;
-}
-
-template <class T, class Tile>
-void test_factored(int64_t rows, int64_t columns, int64_t i, int64_t o, bool bias, bool split) {
+// All that a block loads, against the definition; and all that it stores.
+template <class Tile>
+void test_gradient_coverage() {
   Numbers numbers;
-  const Matrix<T> z(rows, i, numbers);
-  const Matrix<T> g(rows, o, numbers);
-  const Matrix<T> z_clean(columns, i, numbers);
-  const Matrix<T> g_clean(columns, o, numbers);
-  const int64_t z_chunks = chunks_of(i * sizeof(T));
-  const int64_t g_chunks = chunks_of(o * sizeof(T));
-  const int64_t row_tiles = ceil_div(rows, Tile::kRows);
-  const int64_t column_tiles = ceil_div(columns, Tile::kColumns);
-  std::vector<double> sums(static_cast<size_t>(rows), 0);
-  const auto load_part = [&](bool is_z, const TilePlace& place) {
-    return [&, is_z, place](int thread, const Walk& step, const auto& copy) {
-      for_each_vector<Tile>(
-          thread,
-          (is_z ? z : g).operand(),
-          place.row * Tile::kRows,
-          (is_z ? z_clean : g_clean).operand(),
-          place.column * Tile::kColumns,
-          int64_t{step.chunk} * kLineBytes,
-          copy);
-    };
-  };
-  if (!split) {
-    const int64_t groups = (column_tiles + 1) / 2;
-    for (int64_t block = 0; block < row_tiles * groups; ++block) {
-      const TilePlace place = place_of_block(block, row_tiles, groups);
-      const int64_t first = place.row * Tile::kRows;
-      std::vector<FactoredSums<Tile, double>> results(
-          Tile::kThreads, FactoredSums<Tile, double>(z_chunks, bias ? 1 : 0));
-      multiply<T, Tile>(
-          Walk(split_range(column_tiles, groups, place.column), 1, z_chunks + g_chunks),
-          2,
-          [&](int thread, const Walk& step, const auto& copy) {
-            const bool is_z = step.chunk < z_chunks;
-            for_each_vector<Tile>(
-                thread,
-                (is_z ? z : g).operand(),
-                first,
-                (is_z ? z_clean : g_clean).operand(),
-                step.column_tile() * Tile::kColumns,
-                (is_z ? step.chunk : step.chunk - z_chunks) * kLineBytes,
-                copy);
-          },
-          results);
-      add_rows<Tile>(results, sums.data() + first, rows - first);
-    }
-  } else {
-    const int64_t z_splits = (z_chunks + 1) / 2;
-    const int64_t g_splits = g_chunks;
-    const int64_t padded_rows = row_tiles * Tile::kRows;
-    const int64_t padded_columns = column_tiles * Tile::kColumns;
-    std::vector<double> partial(
-        static_cast<size_t>((z_splits + g_splits) * padded_rows * padded_columns), 1e300);
-    for (int64_t split_index = 0; split_index < z_splits + g_splits; ++split_index) {
-      const bool is_z = split_index < z_splits;
-      const int64_t part = is_z ? split_index : split_index - z_splits;
-      for (int64_t tile = 0; tile < row_tiles * column_tiles; ++tile) {
-        const TilePlace place = place_of_block(tile, row_tiles, column_tiles);
-        std::vector<GramSums<Tile, double>> results(Tile::kThreads);
-        multiply<T, Tile>(
-            Walk({part, part + 1}, is_z ? z_splits : g_splits, is_z ? z_chunks : g_chunks),
-            2,
-            load_part(is_z, place),
-            results);
-        for (int thread = 0; thread < Tile::kThreads; ++thread) {
-          for (int r = 0; r < Tile::kThreadRows; ++r) {
-            for (int c = 0; c < Tile::kThreadColumns; ++c) {
-              double& at = partial[partial_place(
-                  split_index,
-                  place.row * Tile::kRows + Tile::row(thread, r),
-                  place.column * Tile::kColumns + Tile::column(thread, c),
-                  padded_rows,
-                  padded_columns)];
-              EXPECT(at == 1e300);
-              at = results[thread].total[r][c];
-            }
+  constexpr int64_t kBytes = Tile::kElementBytes;
+  for (int trial = 0; trial < 40; ++trial) {
+    const Convolution conv = draw_convolution(numbers);
+    const int64_t z_pixel = ceil_div(conv.groups * (conv.inputs + 16) * kBytes, 16) * 16;
+    const int64_t g_pixel = ceil_div(conv.groups * (conv.outputs + 16) * kBytes, 16) * 16;
+    const int64_t z_group = ceil_div(conv.inputs * kBytes, 16) * 16;
+    const int64_t g_group = ceil_div(conv.outputs * kBytes, 16) * 16;
+    const int64_t z_size = conv.in[0] * conv.in[1] * conv.in[2] * z_pixel;
+    const int64_t g_size = conv.pixels() * g_pixel;
+    const char* const z_data = nullptr;
+    const Pixels z{z_data, z_size, z_group, z_pixel, conv.inputs * kBytes};
+    const Pixels g{z_data, g_size, g_group, g_pixel, conv.outputs * kBytes};
+    const GradientLayer layer = lay_out_gradient<Tile>(conv, z, g);
+    std::set<int64_t> stored;
+    for (int tile = 0; tile < layer.tile_count(); ++tile) {
+      const GradientPlace place = gradient_place<Tile>(layer, tile);
+      const Rectangle& rectangle = place.rectangle;
+      EXPECT(rectangle.vectors * rectangle.taps <= Tile::kVectors);
+      std::set<int> places;
+      for (int column = 0; column < Tile::kVectors; ++column) {
+        for (int k = 0; rectangle.has(column) && k < Tile::kNumbers; ++k) {
+          EXPECT(places.insert(rectangle.place(column, k, Tile::kNumbers)).second);
+        }
+      }
+      EXPECT(places.empty() || *places.rbegin() + 1 == static_cast<int>(places.size()));
+      const int64_t example = numbers.below(conv.examples);
+      std::vector<GradientLoader<Tile>> loaders;
+      for (int thread = 0; thread < Tile::kThreads; ++thread) {
+        loaders.emplace_back(layer, place, thread);
+      }
+      for (int chunk = numbers.below(2) == 0 ? 0 : layer.chunks / 2; chunk < layer.chunks;
+           ++chunk) {
+        std::map<int, std::pair<int64_t, int>> copied;
+        for (auto& loader : loaders) {
+          loader.load(example, chunk, [&](int offset, const char* from, int bytes, bool) {
+            EXPECT(copied.insert({offset, {from - z_data, bytes}}).second);
+          });
+        }
+        EXPECT(copied.size() == size_t{Tile::kDepth} * (Tile::kRowVectors + Tile::kVectors));
+        for (int pixel = 0; pixel < Tile::kDepth; ++pixel) {
+          const int64_t p = int64_t{chunk} * Tile::kDepth + pixel;
+          for (int v = 0; v < Tile::kRowVectors; ++v) {
+            const auto [from, bytes] = copied.at(Tile::row_offset(pixel, v));
+            const int64_t byte = place.first_output * kBytes + v * 16;
+            const int64_t left = std::clamp<int64_t>(conv.outputs * kBytes - byte, 0, 16);
+            EXPECT(bytes == (p < conv.pixels() ? left : 0));
+            EXPECT(
+                bytes == 0 ||
+                from == example * g_size + p * g_pixel + place.group * g_group + byte);
+          }
+          for (int v = 0; v < Tile::kVectors; ++v) {
+            const auto [from, bytes] = copied.at(Tile::column_offset(pixel, v));
+            const int64_t met =
+                rectangle.has(v) ? pixel_met(conv, p, rectangle.tap(v)) : int64_t{-1};
+            const int64_t byte = rectangle.has(v) ? rectangle.vector(v) * 16 : 0;
+            const int64_t left = std::clamp<int64_t>(conv.inputs * kBytes - byte, 0, 16);
+            EXPECT(bytes == (met >= 0 ? left : 0));
+            EXPECT(
+                bytes == 0 ||
+                from == example * z_size + met * z_pixel + place.group * z_group + byte);
           }
         }
       }
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t column = 0; column < columns; ++column) {
-        double products[2] = {bias ? 1.0 : 0.0, 0};
-        for (int64_t k = 0; k < z_splits + g_splits; ++k) {
-          products[k >= z_splits] +=
-              partial[partial_place(k, row, column, padded_rows, padded_columns)];
-        }
-        sums[row] += products[0] * products[1];
+      for (int thread = 0; thread < Tile::kThreads; ++thread) {
+        for_each_number<Tile>(layer, place, thread, [&](int row, int x, int64_t at) {
+          const int64_t row_size = conv.inputs * conv.taps();
+          EXPECT(places.count(x) == 1 && at < row_size);
+          // Place x is that of this channel and tap.
+          const int64_t channel = at / conv.taps() - rectangle.first_vector * Tile::kNumbers;
+          const int64_t tap = at % conv.taps() - rectangle.first_tap;
+          EXPECT(x == channel * rectangle.taps + tap);
+          EXPECT(stored.insert(place.output(layer, row) * row_size + at).second);
+        });
       }
     }
-  }
-  for (int64_t row = 0; row < rows; ++row) {
-    double exact = 0;
-    for (int64_t column = 0; column < columns; ++column) {
-      exact += (dot(z, row, z_clean, column) + (bias ? 1 : 0)) * dot(g, row, g_clean, column);
-    }
-    EXPECT(sums[row] == exact);
+    EXPECT(static_cast<int64_t>(stored.size()) == layer.size());
+    EXPECT(layer.size() == 0 || *stored.rbegin() + 1 == layer.size());
   }
 }
 
-template <class T, class Tile>
-void test_dense(int64_t rows, int64_t i, int64_t o, bool bias, int64_t splits, int64_t groups) {
+void test_shares() {
   Numbers numbers;
-  const Matrix<T> z(rows, i, numbers);
-  const Matrix<T> g(rows, o, numbers);
-  const Matrix<T> direction(o, i, numbers);
-  const Matrix<T> direction_bias(1, o, numbers);
-  const int64_t chunks = chunks_of(i * sizeof(T));
-  const int64_t row_tiles = ceil_div(rows, Tile::kRows);
-  const int64_t units = ceil_div(o, Tile::kColumns) * splits;
-  EXPECT(splits <= chunks && groups <= units);
-  std::vector<double> sums(static_cast<size_t>(rows), 0);
-  for (int64_t block = 0; block < row_tiles * groups; ++block) {
-    const TilePlace place = place_of_block(block, row_tiles, groups);
-    const int64_t first = place.row * Tile::kRows;
-    const auto gradient = [&](int row, int64_t column, double (&values)[Tile::kAdjacent]) {
-      for (int k = 0; k < Tile::kAdjacent; ++k) {
-        values[k] = first + row < rows && column + k < o ? g.at(first + row, column + k) : 0;
-      }
-    };
-    const auto offset = [&](int64_t column) {
-      return bias && column < o ? direction_bias.at(0, column) : 0;
-    };
-    using Result = DenseSums<Tile, double, decltype(gradient), decltype(offset)>;
-    std::vector<Result> results;
-    for (int thread = 0; thread < Tile::kThreads; ++thread) {
-      results.emplace_back(thread, gradient, offset);
-    }
-    multiply<T, Tile>(
-        Walk(split_range(units, groups, place.column), splits, chunks),
-        2,
-        [&](int thread, const Walk& step, const auto& copy) {
-          for_each_vector<Tile>(
-              thread,
-              z.operand(),
-              first,
-              direction.operand(),
-              step.column_tile() * Tile::kColumns,
-              int64_t{step.chunk} * kLineBytes,
-              copy);
-        },
-        results);
-    add_rows<Tile>(results, sums.data() + first, rows - first);
-  }
-  for (int64_t row = 0; row < rows; ++row) {
-    double exact = 0;
-    for (int64_t column = 0; column < o; ++column) {
-      exact += g.at(row, column) *
-               (dot(z, row, direction, column) + (bias ? direction_bias.at(0, column) : 0));
-    }
-    EXPECT(sums[row] == exact);
+  for (int trial = 0; trial < 5000; ++trial) {
+    const int64_t tiles = 1 + numbers.below(1 << numbers.below(12));
+    const int64_t examples = 1 + numbers.below(400);
+    const int64_t chunks = 1 + numbers.below(1 << numbers.below(10));
+    const int64_t bytes = 4 + numbers.below(1 << numbers.below(25));
+    const SharePlan plan = plan_shares(tiles, examples, chunks, bytes, 132);
+    EXPECT(1 <= plan.splits && plan.splits <= chunks);
+    EXPECT(1 <= plan.shares && plan.shares <= examples * plan.splits);
+    EXPECT(plan.shares == 1 || plan.shares * bytes <= kWorkspaceBytes);
   }
 }
 
-// int16_t stands for the types of two bytes, float for TF32.
-template <class T, class Tile>
-void test_products() {
-  for (const bool bias : {false, true}) {
-    for (const bool split : {false, true}) {
-      test_factored<T, Tile>(1, 1, 1, 1, bias, split);
-      test_factored<T, Tile>(70, 5, 0, 3, bias, split);
-      test_factored<T, Tile>(65, 130, 33, 200, bias, split);
-      test_factored<T, Tile>(130, 129, 300, 17, bias, split);
-    }
-    test_dense<T, Tile>(1, 1, 1, bias, 1, 1);
-    test_dense<T, Tile>(3, 0, 10, bias, 1, 1);
-    test_dense<T, Tile>(131, 40, 259, bias, 1, 2);
-    test_dense<T, Tile>(66, 500, 130, bias, 3, 4);
-  }
+template <int Bytes, Access Kind>
+void test_gradient_tiles() {
+  using Large = GradientTile<Bytes, Kind, 2, 4, 2, 1, 64 / Bytes>;
+  using Small = GradientTile<Bytes, Kind, 1, 4, 1, 1, 128 / Bytes>;
+  using Narrow = GradientTile<Bytes, Kind, 1, 1, 1, 4, 128 / Bytes>;
+  test_gradient_tile<Large>();
+  test_gradient_tile<Small>();
+  test_gradient_tile<Narrow>();
+  test_gradient_coverage<Large>();
+  test_gradient_coverage<Small>();
+  test_gradient_coverage<Narrow>();
 }
 
 }  // namespace
@@ -758,10 +712,15 @@ int main() {
   test_tile<LargeTile>();
   test_tile<SmallTile>();
   test_tile<FlatTile>();
+  test_tile<NarrowTile>();
+  test_tile<FlatNarrowTile>();
   test_matrix_loads<LargeTile>();
   test_matrix_loads<SmallTile>();
-  test_plain_loads();
+  test_matrix_loads<NarrowTile>();
+  test_plain_loads<FlatTile>();
+  test_plain_loads<FlatNarrowTile>();
   test_operand();
+  test_divisors();
   test_ranges();
   test_places_of_blocks();
   test_walk();
@@ -774,10 +733,12 @@ int main() {
   test_layer_table<kMostLayers>(kMostLayers);
   test_sheets();
   test_places();
-  test_products<int16_t, LargeTile>();
-  test_products<int16_t, SmallTile>();
-  test_products<float, LargeTile>();
-  test_products<float, SmallTile>();
-  test_products<double, FlatTile>();
+  test_convolution_sizes();
+  test_pixels_of_convolutions();
+  test_gradient_tiles<2, Access::matrices>();
+  test_gradient_tiles<4, Access::numbers>();
+  test_gradient_tiles<4, Access::pixels>();
+  test_gradient_tiles<8, Access::pixels>();
+  test_shares();
   std::puts("all passed");
 }

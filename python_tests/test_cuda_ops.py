@@ -22,6 +22,7 @@ from operator_cases import (
     assert_exact,
     call,
     flat,
+    lay_out,
     map_tensors,
     sample,
 )
@@ -38,6 +39,9 @@ KERNELS = (
     "conv_correlation",
     "affine_correlation",
     "affine_example_gradients",
+    "linear_example_gradients",
+    "conv_example_gradients",
+    "conv_weighted_gradient",
     "embedding_correlation",
     "scale_rows",
     "weighted_sum",
@@ -122,6 +126,9 @@ TENSOR_CORES = (
     "factored_correlations",
     "dense_correlation",
     "conv_correlation",
+    "linear_example_gradients",
+    "conv_example_gradients",
+    "conv_weighted_gradient",
 )
 
 
@@ -136,7 +143,7 @@ def compare(
     name: str,
     arguments: Arguments,
     results: Results,
-    allowed: float | None = None,
+    allowed: float = 0.0,
 ) -> None:
     """Devices, dtypes and strides are those of the CPU, numbers those of plain float64."""
     for result, twin in zip(results, call(name, arguments), strict=True):
@@ -144,8 +151,8 @@ def compare(
         assert (result.dtype, result.stride()) == (twin.dtype, twin.stride())
     tensors = [a for a in flat(arguments)[0] if isinstance(a, Tensor)]
     dtype = next(a.dtype for a in tensors if a.is_floating_point())
-    if allowed is None and name in TENSOR_CORES:
-        allowed = _PRODUCTS[dtype]
+    if name in TENSOR_CORES:
+        allowed = max(allowed, _PRODUCTS[dtype])
     assert_exact(name, dtype, arguments, tuple(result.cpu() for result in results), allowed)
 
 
@@ -349,6 +356,83 @@ def test_tf32_follows_torch(machine: Machine, name: str, processors: int) -> Non
     assert not torch.equal(exact[0], rounded[0])
 
 
+@pytest.mark.parametrize("path", ["narrow, split depth", "more taps than columns", "large tiles"])
+def test_gradients_in_tf32(machine: Machine, path: str) -> None:
+    shape = CONVOLUTIONS[path]
+    examples, weighted = convolution_gradients(shape, torch.float32, "channels_last")
+    for name, arguments in (
+        ("conv_example_gradients", examples),
+        ("conv_weighted_gradient", weighted),
+    ):
+        with machine.settings(shape[-1]):
+            exact = machine.call(name, arguments)
+        with machine.settings(shape[-1], tf32=True):
+            rounded = machine.call(name, arguments)
+        compare(machine, name, arguments, rounded, _TF32)
+        assert not torch.equal(exact[0], rounded[0])
+
+
+# n, T, i, o: narrow and other tiles of output channels, several hand-overs of a sum.
+@every_dtype
+@pytest.mark.parametrize("shape", [(3, 1, 100, 16), (2, 65, 150, 130), (1, 1100, 7, 20)], ids=str)
+def test_linear_gradient_paths(
+    machine: Machine, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    n, t, i, o = shape
+    z, g, V = torch.randn(n, t, i).to(dtype), torch.randn(n, t, o).to(dtype), torch.randn(o, i)
+    wide = torch.promote_types(dtype, torch.float32)
+    arguments = (z, g, V.to(wide), torch.randn(o).to(dtype))
+    check(machine, "linear_example_gradients", arguments)
+
+
+# n, C, O, image, kernel, stride, padding, dilation, groups, and processors that share the work.
+CONVOLUTIONS = {
+    "narrow, split depth": (2, 16, 16, (31, 33), (3, 3), 1, 1, 1, 1, 132),
+    "more taps than columns": (2, 3, 70, (9, 9), (5, 5), 1, 2, 1, 1, 8),
+    "first layer": (1, 3, 20, (21, 21), (7, 7), 2, 3, 1, 1, 132),
+    "large tiles": (3, 20, 130, (6, 6), (3, 3), 1, 1, 1, 1, 2),
+    "large tiles, shares": (5, 100, 140, (5, 7), (1, 1), 1, 0, 1, 1, 12),
+    "one dimension": (2, 40, 70, (150,), (3,), 2, 2, 2, 1, 132),
+    "three dimensions": (2, 9, 17, (4, 5, 6), (2, 1, 3), 1, 1, 1, 1, 132),
+    "wide groups": (2, 64, 96, (6, 6), (3, 3), 1, 1, 1, 4, 132),
+    "odd groups": (2, 27, 63, (6, 6), (3, 3), 2, 1, 1, 3, 132),
+    "depthwise": (3, 40, 80, (35, 35), (3, 3), 1, 1, 1, 40, 132),
+    "depthwise, many taps": (2, 36, 36, (7, 7), (5, 5), 2, 2, 1, 36, 8),
+    "few channels a group": (2, 24, 16, (7, 7), (3, 3), 1, 0, 1, 8, 132),
+}
+
+
+def convolution_gradients(
+    shape: tuple[Any, ...], dtype: torch.dtype, layout: str
+) -> tuple[Arguments, Arguments]:
+    """Arguments of conv_example_gradients and of conv_weighted_gradient."""
+    n, channels, outputs, image, kernel, stride, padding, dilation, groups, _ = shape
+    pixels = [
+        (size + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        for size, k in zip(image, kernel, strict=True)
+    ]
+    z = lay_out(torch.randn(n, channels, *image).to(dtype), layout)
+    g = lay_out(torch.randn(n, outputs, *pixels).to(dtype), layout)
+    wide = torch.promote_types(dtype, torch.float32)
+    V, V_b = torch.randn(outputs, channels // groups, *kernel), torch.randn(outputs)
+    w = torch.rand(n).to(wide)
+    w[n // 2] = 0
+    rank = len(image)
+    geometry = (list(kernel), [stride] * rank, [padding] * rank, [dilation] * rank, groups)
+    return (z, g, *geometry, V.to(dtype), V_b.to(wide)), (z, g, w, *geometry)
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+def test_convolution_gradient_paths(
+    machine: Machine, shape: tuple[Any, ...], layout: str, dtype: torch.dtype
+) -> None:
+    examples, weighted = convolution_gradients(shape, dtype, layout)
+    check(machine, "conv_example_gradients", examples, shape[-1])
+    check(machine, "conv_weighted_gradient", weighted, shape[-1])
+
+
 # Sizes that take the vector loads, several parts of an example, and both orders of memory.
 @every_dtype
 @pytest.mark.parametrize("by_position", [False, True])
@@ -391,6 +475,36 @@ def test_examples_without_weight_are_not_read(machine: Machine) -> None:
     G[::2] = math.nan
     (result,) = machine.call("weighted_sum", (G, w))
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_gradients_without_weight_have_no_part(machine: Machine, groups: int, layout: str) -> None:
+    shape = (300, 8, 16, (3, 3), (3, 3), 1, 1, 1, groups, 4)
+    _, (z, g, w, *geometry) = convolution_gradients(shape, torch.float32, layout)
+    w[::3] = 0
+    expected = machine.call("conv_weighted_gradient", (z, g, w, *geometry))
+    z[::3] = g[::3] = math.nan
+    results = machine.call("conv_weighted_gradient", (z, g, w, *geometry))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    w[7] = math.nan
+    results = machine.call("conv_weighted_gradient", (z, g, w, *geometry))
+    assert all(result.isnan().all() for result in results)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_nan_stays_in_the_gradients_of_its_example(machine: Machine, groups: int) -> None:
+    shape = (4, 8, 16, (5, 5), (3, 3), 1, 1, 1, groups, 132)
+    (z, g, *rest), _ = convolution_gradients(shape, torch.bfloat16, "channels_last")
+    expected = machine.call("conv_example_gradients", (z, g, *rest))
+    g[2, 3, 1, 1] = math.nan
+    results = machine.call("conv_example_gradients", (z, g, *rest))
+    others = torch.arange(4, device=results[0].device) != 2
+    for result, before in zip(results, expected, strict=True):
+        assert torch.equal(result[others], before[others])
+        assert result[2].isnan().any()
+    rows = torch.arange(16, device=results[0].device) != 3
+    assert torch.equal(results[0][2][rows], expected[0][2][rows])
 
 
 @pytest.mark.parametrize("name", ["factored_correlation", "dense_correlation"])

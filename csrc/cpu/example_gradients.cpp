@@ -3,7 +3,6 @@
 
 #include "checks.h"
 #include "correlation.h"
-#include "correlation_checks.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/example_products.h"
 
@@ -106,25 +105,13 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
   return {gradient, bias_gradient};
 }
 
-// A linear layer is a convolution of width T with a kernel of one.
 std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
     const Tensor& z,
     const Tensor& g,
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
-  check_linear_example_gradients(z, g, direction, direction_bias);
+  const Convolution conv = check_linear_example_gradients(z, g, direction, direction_bias);
   const int64_t positions = z.size(1);
-  const Convolution conv{
-      z.size(0),
-      1,
-      z.size(2),
-      g.size(2),
-      {1, 1, positions},
-      {1, 1, positions},
-      {1, 1, 1},
-      {1, 1, 1},
-      {0, 0, 0},
-      {1, 1, 1}};
   const auto image = [&](const Tensor& tensor) {
     Image result = image_of(tensor);
     std::swap(result.channel, result.space[2]);

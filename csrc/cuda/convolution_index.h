@@ -4,7 +4,6 @@
 // arithmetic.
 
 #include <cstdint>
-#include <limits>
 
 #include "convolution_sizes.h"
 #include "cuda/tile_index.h"
@@ -30,20 +29,30 @@ struct ConvolutionIndex {
   int padding[3];
   int dilation[3];
 
-  // Whether every sum of these numbers that is formed below fits.
+  // Whether every number that is formed below fits: the pixels of an example, in and out, and the
+  // sizes of padding and kernel.
   static bool fits(const Convolution& convolution) {
+    constexpr int64_t kMost = int64_t{1} << 29;
+    int64_t taps = 1;
+    int64_t inputs = 1;
+    int64_t outputs = 1;
     for (int d = 0; d < 3; ++d) {
-      const int64_t most = std::numeric_limits<int32_t>::max() / 2;
-      if (convolution.in[d] > most || convolution.padding[d] > most / 2 ||
-          convolution.in[d] + 2 * convolution.padding[d] > most) {
+      const bool padding = convolution.padding[d] <= kMost;
+      const auto times = [](int64_t& product, int64_t size) {
+        const bool fits = size <= kMost && product * size <= kMost;
+        product = fits ? product * size : 0;
+        return fits;
+      };
+      if (!padding || !times(taps, convolution.kernel[d]) || !times(inputs, convolution.in[d]) ||
+          !times(outputs, convolution.out[d])) {
         return false;
       }
     }
     return true;
   }
 
-  // Of a convolution that fits and has output pixels: kernel and stride are then no larger than the
-  // padded input, or of no account.
+  // Of a convolution that fits and has output pixels: stride and dilation are then no larger than
+  // the padded input, or of no account.
   static ConvolutionIndex of(const Convolution& convolution) {
     ConvolutionIndex index{};
     for (int d = 0; d < 3; ++d) {
@@ -59,12 +68,9 @@ struct ConvolutionIndex {
   }
 
   // Of output pixel k, which may lie behind the last one.
-  L2RW_HOST_DEVICE OutputPlace place(int64_t k) const {
-    const int64_t row = k / out[2];
-    return {
-        {static_cast<int>(row / out[1]),
-         static_cast<int>(row % out[1]),
-         static_cast<int>(k % out[2])}};
+  L2RW_HOST_DEVICE OutputPlace place(int k) const {
+    const int row = k / out[2];
+    return {{row / out[1], row % out[1], k % out[2]}};
   }
 
   // The place as many pixels further on as `step` is from the first one.
@@ -91,20 +97,18 @@ struct ConvolutionIndex {
   }
 
   // The input pixel, counted row by row; -1 in the padding and behind the last output pixel.
-  L2RW_HOST_DEVICE int64_t input_pixel(const OutputPlace& place, const TapOffset& tap) const {
-    if (place.at[0] >= out[0]) {
-      return -1;
-    }
-    int64_t pixel = 0;
+  L2RW_HOST_DEVICE int input_pixel(const OutputPlace& place, const TapOffset& tap) const {
+    bool inside = place.at[0] < out[0];
+    uint32_t pixel = 0;
     L2RW_UNROLL
     for (int d = 0; d < 3; ++d) {
-      const int at = place.at[d] * stride[d] + tap.by[d];
-      if (at < 0 || at >= in[d]) {
-        return -1;
-      }
-      pixel = pixel * in[d] + at;
+      // A place before the first one is a large number without a sign.
+      const auto at = static_cast<uint32_t>(place.at[d]) * static_cast<uint32_t>(stride[d]) +
+                      static_cast<uint32_t>(tap.by[d]);
+      inside = inside && at < static_cast<uint32_t>(in[d]);
+      pixel = pixel * static_cast<uint32_t>(in[d]) + at;
     }
-    return pixel;
+    return inside ? static_cast<int>(pixel) : -1;
   }
 };
 

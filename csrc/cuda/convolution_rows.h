@@ -10,19 +10,10 @@
 
 #include "cuda/convolution_index.h"
 #include "cuda/divisor.h"
+#include "cuda/pixels.h"
 #include "cuda/tile_plan.h"
 
 namespace l2rw::cuda {
-
-// Pixels in memory with the channels of a group side by side. Everything is a multiple of 16 bytes
-// but for the width.
-struct Pixels {
-  const char* data;
-  int64_t example;  // bytes from example to example
-  int64_t group;    // from group to group of a pixel
-  int64_t pixel;    // from pixel to pixel
-  int64_t width;    // bytes of the channels of a group
-};
 
 // What a row of a tile is at every step. Offsets are counted in vectors of 16 bytes.
 struct alignas(kVectorBytes) PixelRow {

@@ -27,6 +27,12 @@ __device__ __forceinline__ void copy_vector(uint32_t to, const char* from, int b
                : "memory");
 }
 
+// The same, by way of the cache of the processor: for what its threads copy more than once.
+__device__ __forceinline__ void copy_vector_cached(uint32_t to, const char* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void close_stage() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -41,6 +47,22 @@ __device__ __forceinline__ void wait_for_stage() {
 __device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+}
+
+// The same, with each matrix transposed: a lane receives two numbers of two bytes of a column.
+__device__ __forceinline__ void load_transposed(uint32_t (&matrices)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Two of them: the addresses of the upper lanes are not used.
+__device__ __forceinline__ void load_transposed(uint32_t (&matrices)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrices[0]), "=r"(matrices[1])
                : "r"(address)
                : "memory");
 }

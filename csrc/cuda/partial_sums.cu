@@ -38,19 +38,34 @@ __global__ void __launch_bounds__(Threads) sum_example(
   }
 }
 
-constexpr int kPartThreads = 256;
+constexpr int kPartColumns = 32;
+constexpr int kPartRows = 8;
 
+// Eight threads share the parts of a number, so that many parts of few numbers do not wait for each
+// other.
 template <class A>
-__global__ void __launch_bounds__(kPartThreads) sum_part(
+__global__ void __launch_bounds__(kPartColumns* kPartRows) sum_part(
     const A* __restrict__ partial,  // [parts, count]
     int64_t parts,
     int64_t count,
     A* __restrict__ total) {  // [count]
-  const int64_t j = int64_t{blockIdx.x} * kPartThreads + threadIdx.x;
+  __shared__ A sums[kPartRows][kPartColumns];
+  const auto column = static_cast<int>(threadIdx.x);
+  const auto row = static_cast<int>(threadIdx.y);
+  const int64_t j = int64_t{blockIdx.x} * kPartColumns + column;
+  A sum = 0;
   if (j < count) {
-    A sum = 0;
-    for (int64_t part = 0; part < parts; ++part) {
+#pragma unroll 4
+    for (int64_t part = row; part < parts; part += kPartRows) {
       sum += partial[part * count + j];
+    }
+  }
+  sums[row][column] = sum;
+  __syncthreads();
+  if (row == 0 && j < count) {
+#pragma unroll
+    for (int other = 1; other < kPartRows; ++other) {
+      sum += sums[other][column];
     }
     total[j] = sum;
   }
@@ -113,8 +128,8 @@ void sum_parts(const Launch& launch, const Tensor& partial, const Tensor& total)
     using A = decltype(zero);
     launch.run(
         &sum_part<A>,
-        ceil_div(count, kPartThreads),
-        kPartThreads,
+        ceil_div(count, kPartColumns),
+        dim3(kPartColumns, kPartRows),
         0,
         static_cast<const A*>(data<A>(partial)),
         parts,

@@ -90,7 +90,8 @@ template <class Engine>
 constexpr int64_t kSharedBytes = int64_t{kStages} * Engine::Tile::kStageBytes;
 
 // Forms the sums of all steps of a walk and hands them to `result`, whenever it wants them and
-// after Engine::kChunks at the latest. `load(walk, copy)` calls for_each_vector for one step.
+// after Engine::kChunks at the latest. `load(walk, copy)` calls for_each_vector for one step, or
+// copy itself; `again` says that threads near by copy the same.
 //
 // One barrier a step: past it every thread has multiplied the step before, whose stage is the one
 // that is loaded next.
@@ -104,8 +105,9 @@ __device__ __forceinline__ void multiply(
   const auto load_ahead = [&](int stage) {
     if (!ahead.done()) {
       const uint32_t base = shared_address(shared + stage * Tile::kStageBytes);
-      load(ahead, [&](int offset, const char* source, int bytes) {
-        copy_vector(base + static_cast<uint32_t>(offset), source, bytes);
+      load(ahead, [&](int offset, const char* source, int bytes, bool again = false) {
+        const uint32_t to = base + static_cast<uint32_t>(offset);
+        again ? copy_vector_cached(to, source, bytes) : copy_vector(to, source, bytes);
       });
       ahead.next();
     }

@@ -6,10 +6,10 @@
 #include <algorithm>
 
 #include "correlation_checks.h"
+#include "cuda/active_examples.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/partial_sums.h"
 #include "cuda/places.h"
-#include "cuda/reduce.cuh"
 #include "cuda/tile_plan.h"
 #include "cuda/types.cuh"
 
@@ -34,10 +34,8 @@ __global__ void __launch_bounds__(kThreads) sum_rows(
     int64_t parts,
     accumulation_t<T>* __restrict__ partial) {  // [parts, count]
   using A = accumulation_t<T>;
-  constexpr int kWarps = kThreads / 32;
   __shared__ int64_t active[kThreads];
   __shared__ A active_weights[kThreads];
-  __shared__ int warp_counts[kWarps];
   const auto thread = static_cast<int>(threadIdx.x);
   const int64_t part = blockIdx.x / column_blocks;
   const Range range = split_range(examples, parts, part);
@@ -48,26 +46,15 @@ __global__ void __launch_bounds__(kThreads) sum_rows(
     const int64_t example = begin + thread;
     const A weight = example < range.end ? weights.load<T, A>(example) : A(0);
     const bool has_weight = weight != A(0);  // NaN has
-    const unsigned ballot = __ballot_sync(kAllLanes, has_weight);
-    if (thread % 32 == 0) {
-      warp_counts[thread / 32] = __popc(ballot);
-    }
-    __syncthreads();
-    int place = __popc(ballot & ((1u << (thread % 32)) - 1));
-    int kept = 0;
-#pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) {
-      place += warp < thread / 32 ? warp_counts[warp] : 0;
-      kept += warp_counts[warp];
-    }
+    const ActivePlace found = place_active<kThreads>(has_weight);
     if (has_weight) {
-      active[place] = example * example_stride;
-      active_weights[place] = weight;
+      active[found.place] = example * example_stride;
+      active_weights[found.place] = weight;
     }
     __syncthreads();
     if (first < count) {
 #pragma unroll 4
-      for (int a = 0; a < kept; ++a) {
+      for (int a = 0; a < found.count; ++a) {
         const auto pack = *reinterpret_cast<const Pack<T, Count>*>(column + active[a]);
 #pragma unroll
         for (int k = 0; k < Count; ++k) {

@@ -32,6 +32,10 @@ inline void copy_vector(uint32_t to, const char* from, int bytes) {
   emulator::copy_later(shared_at(to, 16), from, bytes, 16);
 }
 
+inline void copy_vector_cached(uint32_t to, const char* from, int bytes) {
+  copy_vector(to, from, bytes);
+}
+
 inline void close_stage() { emulator::close_copies(); }
 
 template <int Newer>
@@ -46,6 +50,22 @@ inline void load_matrices(
   for (int k = 0; k < 4; ++k) {
     const auto row = emulator::shown_by<uint32_t>(shown, 8 * k + lane / 4);
     std::memcpy(&matrices[k], shared_at(row, 16) + lane % 4 * 4, 4);
+  }
+}
+
+template <int Count>
+inline void load_transposed(
+    uint32_t (&matrices)[Count],
+    uint32_t address,
+    emulator::Place place = emulator::Place::current()) {
+  const char* const shown = emulator::exchange(&address, sizeof(address), place);
+  const int lane = emulator::lane();
+  for (int k = 0; k < Count; ++k) {
+    for (int half = 0; half < 2; ++half) {
+      const auto row = emulator::shown_by<uint32_t>(shown, 8 * k + lane % 4 * 2 + half);
+      std::memcpy(
+          reinterpret_cast<char*>(&matrices[k]) + 2 * half, shared_at(row, 16) + lane / 4 * 2, 2);
+    }
   }
 }
 
