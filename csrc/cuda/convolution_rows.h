@@ -92,7 +92,8 @@ struct ConvolutionRows {
     if (row >= rows) {
       return {0, {std::numeric_limits<int32_t>::min(), 0, 0}};
     }
-    const OutputPlace place = index.place(row % pixels);
+    const int64_t example = row / pixels;
+    const OutputPlace place = index.place(static_cast<int>(row - example * pixels));
     PixelRow result;
     int64_t pixel = 0;
     L2RW_UNROLL
@@ -100,7 +101,7 @@ struct ConvolutionRows {
       result.at[d] = place.at[d] * index.stride[d] - index.padding[d];
       pixel = pixel * index.in[d] + result.at[d];
     }
-    const int64_t bytes = row / pixels * z.example + group * z.group + pixel * z.pixel;
+    const int64_t bytes = example * z.example + group * z.group + pixel * z.pixel;
     result.z = static_cast<int32_t>(bytes / kVectorBytes);
     return result;
   }
@@ -135,9 +136,10 @@ struct ConvolutionRows {
     return {z.data + (inside ? int64_t{row.z + tap.z} * kVectorBytes : 0), inside ? tap.bytes : 0};
   }
 
-  L2RW_HOST_DEVICE Source output(int32_t group, int32_t output, const TapVector& tap) const {
-    const bool exists = output < outputs && tap.bytes > 0;
-    const auto vector = [&] { return (group * outputs + output) * V_output + tap.V; };
+  // `end`: the output channels of this group and of all before it.
+  L2RW_HOST_DEVICE Source output(int32_t output, int32_t end, const TapVector& tap) const {
+    const bool exists = output < end && tap.bytes > 0;
+    const auto vector = [&] { return output * V_output + tap.V; };
     return {V + (exists ? int64_t{vector()} * kVectorBytes : 0), exists ? tap.bytes : 0};
   }
 
@@ -165,11 +167,13 @@ struct ConvolutionRows {
     template <class Copy>
     L2RW_HOST_DEVICE void load(int thread, const Walk& step, const Copy& copy) const {
       const TapVector tap = operands_.tap_vector(step.chunk * kLineVectors + vector_of(thread));
-      const auto first = static_cast<int32_t>(step.column_tile() * Tile::kColumns);
+      const int32_t first =
+          group_ * operands_.outputs + static_cast<int32_t>(step.column_tile() * Tile::kColumns);
+      const int32_t end = (group_ + 1) * operands_.outputs;
       for_each_line<Tile>(
           thread,
           [&](int row) { return operands_.pixel(table_[row], tap); },
-          [&](int row) { return operands_.output(group_, first + row, tap); },
+          [&](int row) { return operands_.output(first + row, end, tap); },
           copy);
     }
 

@@ -34,12 +34,11 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
     int64_t row_tiles,
     int64_t units,
     int64_t groups,
-    int64_t splits,
+    const __grid_constant__ Depth depth,
     typename Engine::Sum* __restrict__ row_sums) {  // [products, groups, n T]
   using Tile = typename Engine::Tile;
   using T = typename Engine::Element;
   using A = typename Engine::Sum;
-  char* const shared = dynamic_shared_memory();
   const auto thread = static_cast<int>(threadIdx.x);
   const auto product =
       Operands::kOneProduct ? 0 : static_cast<int32_t>(blockIdx.x / (row_tiles * groups));
@@ -48,9 +47,10 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
   const auto row_tile = static_cast<int32_t>(place.row);
   const auto first_row = [&] { return int64_t{row_tile} * Tile::kRows; };
   const auto sums = static_cast<int32_t>(product * groups + place.column);
-  const Walk walk(split_range(units, groups, place.column), splits, layer.chunks);
+  const Walk walk(split_range(units, groups, place.column), depth);
   using Loader = typename Operands::template Loader<Tile>;
-  const Loader loader(layer.operands, product, row_tile, shared + kSharedBytes<Engine>);
+  const Loader loader(
+      layer.operands, product, row_tile, dynamic_shared_memory() + kSharedBytes<Engine>);
   if constexpr (Loader::kTableBytes > 0) {
     loader.prepare(thread);
     __syncthreads();
@@ -83,13 +83,16 @@ __global__ void __launch_bounds__(Engine::Tile::kThreads, Engine::kBlocks) corre
   };
   DenseSums<Tile, A, decltype(gradient), decltype(offset)> result(thread, gradient, offset);
   multiply<Engine>(
-      shared,
+      dynamic_shared_memory(),
       walk,
       [&](const Walk& step, const auto& copy) { loader.load(thread, step, copy); },
       result);
   const int64_t rows = layer.g.rows;
   store_rows<Tile, A>(
-      shared, result.rows, row_sums + sums * rows + first_row(), rows - first_row());
+      dynamic_shared_memory(),
+      result.rows,
+      row_sums + sums * rows + first_row(),
+      rows - first_row());
 }
 
 // Scores of n examples by one way to multiply.
@@ -124,7 +127,7 @@ void correlate_rows(
           plan.row_tiles,
           plan.column_tiles * plan.splits,
           plan.groups,
-          plan.splits,
+          Depth(plan.splits, layer.chunks),
           data<A>(row_sums));
     };
     if (plan.narrow) {

@@ -43,45 +43,54 @@ L2RW_HOST_DEVICE constexpr TilePlace place_of_block(
   return {first + within % height, within / height};
 }
 
+// How the chunks of a depth are divided among `splits` units, which are no more.
+struct Depth {
+  int32_t splits;
+  int32_t share;  // chunks of a unit; the first `longer` ones have one more
+  int32_t longer;
+
+  L2RW_HOST_DEVICE Depth(int64_t splits, int64_t chunks)
+      : splits(static_cast<int32_t>(splits)),
+        share(static_cast<int32_t>(chunks / splits)),
+        longer(static_cast<int32_t>(chunks % splits)) {}
+
+  L2RW_HOST_DEVICE int32_t first_chunk(int32_t part) const {
+    return part * share + (part < longer ? part : longer);
+  }
+};
+
 // The steps of a block. A unit is a tile of columns and a part of the depth, a chunk is the depth
 // of one stage, and a block takes the units `begin` to `end` with all their chunks. 32 bits count
 // them: 2^31 chunks, or tiles of columns, are more than the memory of a device.
 struct Walk {
-  int32_t splits;  // units per tile of columns
-  int32_t share;   // chunks of a unit; the first `longer` units of a tile have one more
-  int32_t longer;
+  Depth depth;    // of a tile of columns
   int32_t units;  // that are left
   int32_t column;
   int32_t part;
   int32_t chunk;
 
+  L2RW_HOST_DEVICE Walk(Range range, const Depth& depth)
+      : depth(depth),
+        units(static_cast<int32_t>(range.end - range.begin)),
+        column(static_cast<int32_t>(range.begin / depth.splits)),
+        part(static_cast<int32_t>(range.begin % depth.splits)),
+        chunk(depth.first_chunk(part)) {}
   // `chunks`: of the whole depth, at least `splits`.
   L2RW_HOST_DEVICE Walk(Range range, int64_t splits, int64_t chunks)
-      : splits(static_cast<int32_t>(splits)),
-        share(static_cast<int32_t>(chunks / splits)),
-        longer(static_cast<int32_t>(chunks % splits)),
-        units(static_cast<int32_t>(range.end - range.begin)),
-        column(static_cast<int32_t>(range.begin / splits)),
-        part(static_cast<int32_t>(range.begin % splits)),
-        chunk(first_chunk(part)) {}
+      : Walk(range, Depth(splits, chunks)) {}
   L2RW_HOST_DEVICE bool done() const { return units <= 0; }
-  L2RW_HOST_DEVICE bool ends_unit() const { return chunk + 1 == first_chunk(part + 1); }
+  L2RW_HOST_DEVICE bool ends_unit() const { return chunk + 1 == depth.first_chunk(part + 1); }
   L2RW_HOST_DEVICE int64_t column_tile() const { return column; }
   L2RW_HOST_DEVICE int64_t split() const { return part; }
   L2RW_HOST_DEVICE void next() {
-    if (++chunk == first_chunk(part + 1)) {
+    if (++chunk == depth.first_chunk(part + 1)) {
       --units;
-      if (++part == splits) {
+      if (++part == depth.splits) {
         part = 0;
         ++column;
       }
-      chunk = first_chunk(part);
+      chunk = depth.first_chunk(part);
     }
-  }
-
- private:
-  L2RW_HOST_DEVICE int32_t first_chunk(int32_t part) const {
-    return part * share + (part < longer ? part : longer);
   }
 };
 
