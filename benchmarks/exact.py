@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from l2rw_ext import compositions
 
@@ -47,9 +48,10 @@ def as_results(value: Any) -> Results:
 
 
 def _converted(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
-    return tuple(
-        function(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    converted: Arguments = pytree.tree_map(
+        lambda a: function(a) if isinstance(a, Tensor) and a.is_floating_point() else a, arguments
     )
+    return converted
 
 
 def exact(operator: str, arguments: Arguments) -> Results:

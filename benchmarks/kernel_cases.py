@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Arguments = tuple[Any, ...]
 Sizes = tuple[int, ...]
@@ -99,7 +101,7 @@ class KernelCase:
     def byte_count(self, arguments: Arguments, results: tuple[Tensor, ...]) -> int:
         """Bytes of arguments and results, each moved once."""
         read = 0
-        for argument in arguments:
+        for argument in pytree.tree_leaves(arguments):
             if isinstance(argument, Tensor):
                 size = argument.numel() * argument.element_size()
                 # Weights and the list of active examples are vectors and read whole.
@@ -122,6 +124,15 @@ def _factored(d: Draw, n: int, t: int, m: int, s: int, i: int, o: int) -> Argume
 def _factored_operations(n: int, t: int, m: int, s: int, i: int, o: int) -> int:
     # Both Gram matrices, the 1 of the bias, their product and its sum.
     return n * t * m * s * (2 * (i + o) + 3)
+
+
+def _layers_of_mlp(d: Draw, n: int, m: int, *widths: int) -> Arguments:
+    layers = [_factored(d, n, 1, m, 1, i, o) for i, o in pairwise(widths)]
+    return tuple(map(list, zip(*layers, strict=True)))
+
+
+def _layers_of_mlp_operations(n: int, m: int, *widths: int) -> int:
+    return sum(_factored_operations(n, 1, m, 1, i, o) for i, o in pairwise(widths))
 
 
 def _dense(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
@@ -258,6 +269,7 @@ def _normalize_operations(n: int) -> int:
 
 _MAKERS: dict[str, tuple[Callable[..., Arguments], Callable[..., int]]] = {
     "factored_correlation": (_factored, _factored_operations),
+    "factored_correlations": (_layers_of_mlp, _layers_of_mlp_operations),
     "dense_correlation": (_dense, _dense_operations),
     "conv_correlation": (_conv, _conv_operations),
     "affine_correlation": (_affine_correlation, _affine_operations),
@@ -338,6 +350,20 @@ KERNEL_CASES: dict[str, KernelCase] = {
             _PRODUCTS,
         ),
         _case(
+            "factored-mlp",
+            "n 256, m 64, 784-1024-1024-10",
+            "factored_correlations",
+            (256, 64, 784, 1024, 1024, 10),
+            _PRODUCTS,
+        ),
+        _case(
+            "factored-deep-mlp",
+            "n 256, m 64, 12 layers 512->512",
+            "factored_correlations",
+            (256, 64, *[512] * 13),
+            _PRODUCTS,
+        ),
+        _case(
             "dense-16384",
             "nT 16384, 4096->4096",
             "dense_correlation",
@@ -386,6 +412,12 @@ KERNEL_CASES: dict[str, KernelCase] = {
                     "n 100, m 10, T 1, 256->256",
                     "factored_correlation",
                     (100, 1, 10, 1, 256, 256),
+                ),
+                (
+                    "factored-mlp",
+                    "n 100, m 10, 256-256-10",
+                    "factored_correlations",
+                    (100, 10, 256, 256, 10),
                 ),
                 ("dense", "n 16, T 65, 192->192", "dense_correlation", (16, 65, 192, 192)),
                 ("conv", "16->16, 3x3, 16x16, n 20", "conv_correlation", (20, 16, 16, 16, 3, 1)),

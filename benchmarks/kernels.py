@@ -2,10 +2,11 @@
 
 Candidates take turns in one process, and each one's result is compared with float64 on the same
 rounded arguments before its time counts. ``composition`` is what runs where no kernel does
-(``l2rw_ext.compositions``); ``library``, on CUDA in bfloat16, is cuBLAS or cuDNN in that dtype,
-followed by a dot that torch.compile fuses into one kernel. On CUDA each is timed as it is called
-and replayed from a CUDA graph, by events; memory is the allocator's peak above arguments and
-results. The floor is the larger of operations and bytes over their measured ceilings.
+(``l2rw_ext.compositions``); ``layers apart`` calls the operator of one layer for each of several;
+``library``, on CUDA in bfloat16, is cuBLAS or cuDNN in that dtype, followed by a dot that
+torch.compile fuses into one kernel. On CUDA each is timed as it is called and replayed from a CUDA
+graph, by events; memory is the allocator's peak above arguments and results. The floor is the
+larger of operations and bytes over their measured ceilings.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from l2rw_ext import _registration, compositions, ops
+from l2rw_ext.recording import Recording
 
 from . import record
 from .errors import UsageError
@@ -39,7 +42,7 @@ from .kernel_cases import (
     default_kernel_cases,
 )
 from .roofline import Ceilings, float32_products, measure_ceilings
-from .timing import CACHES, Captured, capture, interleaved, use_device
+from .timing import CACHES, capture, interleaved, use_device
 
 Call = Callable[[], Any]
 # What the caching allocator rounds every block to.
@@ -58,7 +61,7 @@ class Candidate:
     status: str = "ok"
     reason: str = ""
     errors: list[Errors] = field(default_factory=list)
-    captured: Captured[Any] | None = None
+    captured: Recording[Any] | None = None
     not_captured: str = ""
     times: dict[str, list[float]] = field(default_factory=dict)
     workspace: int | None = None
@@ -102,6 +105,15 @@ def library_call(
     return None
 
 
+def _apart(*arguments: Any) -> Tensor:
+    """The scores of several layers by one call for each."""
+    first, *others = zip(*arguments, strict=True)
+    u = ops.factored_correlation(*first)
+    for layer in others:
+        u += ops.factored_correlation(*layer)
+    return u
+
+
 def candidates(
     case: KernelCase, precision: str, arguments: Arguments, device: str
 ) -> list[Candidate]:
@@ -112,6 +124,8 @@ def candidates(
         found.append(
             Candidate("operator", partial(getattr(ops, case.operator), *arguments), allowed)
         )
+        if case.operator == "factored_correlations":
+            found.append(Candidate("layers apart", partial(_apart, *arguments), allowed))
     call = partial(getattr(compositions, case.operator), *arguments)
     found.append(Candidate("composition", call, allowed))
     if device.startswith("cuda") and precision == _LIBRARY_PRECISION:
@@ -125,7 +139,7 @@ def candidates(
 
 def _like(operator: str, arguments: Arguments) -> Results:
     """The operator's results without numbers: shapes and dtypes."""
-    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+    meta = pytree.tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, arguments)
     return as_results(getattr(ops, operator)(*meta))
 
 

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from l2rw_ext.recording import without_collection
+
 from . import record
 from .cases import CASES, Case, CaseSpec, default_cases, make_case
 from .errors import UsageError
@@ -31,7 +33,7 @@ from .methods import METHODS, YARDSTICK, Method, Outcome, Step, chosen
 from .operations import operation_bound
 from .oracle import Oracle, gradient_error, oracle, relative_error
 from .roofline import float32_products
-from .timing import use_device, without_collection
+from .timing import use_device
 
 # A float32 method may have twice the error of float32 double backward plus this.
 ERROR_FLOOR = 1e-6

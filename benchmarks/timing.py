@@ -7,31 +7,18 @@ call: its inputs then come from memory. ``warm`` leaves in the cache what earlie
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
+
+from l2rw_ext.recording import Recorder, Recording, without_collection
 
 Result = TypeVar("Result")
 CACHES = ("cold", "warm")
 _CAPTURE_WARMUP = 3
 _FLUSH_BYTES = 2**28
-
-
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """No garbage collection of its own accord inside."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def use_device(device: str) -> None:
@@ -102,40 +89,13 @@ def interleaved(
         return _cpu_times(calls, repeats, warmup)
 
 
-@dataclass(frozen=True)
-class Captured(Generic[Result]):
-    """A call in a CUDA graph: what it returned lies where every replay writes its results."""
-
-    graph: torch.cuda.CUDAGraph
-    result: Result
-
-    def replay(self) -> Result:
-        """Compute the result again, from what the inputs hold now."""
-        self.graph.replay()
-        return self.result
-
-
-def capture(call: Callable[[], Result]) -> Captured[Result]:
+def capture(call: Callable[[], Result]) -> Recording[Result]:
     """Capture a call whose inputs stay where they are, after some runs of it on another stream.
 
     Raises:
         RuntimeError: the call does what a CUDA graph cannot hold.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_CAPTURE_WARMUP):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # What the collector frees during a capture can end it.
-    gc.collect()
-    # A capture that fails leaves its own stream as the current one; the outer context puts the
-    # other back.
-    with (
-        without_collection(),
-        torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph),
-    ):
-        result = call()
-    return Captured(graph, result)
+    recorder = Recorder(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(_CAPTURE_WARMUP):
+        recorder.warm_up(call)
+    return recorder.record(call)

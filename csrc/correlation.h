@@ -18,6 +18,7 @@ namespace l2rw {
 
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 using Sizes = std::vector<int64_t>;
+using Tensors = std::vector<torch::stable::Tensor>;  // one for each layer
 
 // Equation (12): u_i = sum_t sum_j sum_s (z_it . z'_js + bias) (g_it . g'_js).
 torch::stable::Tensor factored_correlation(  // [n], acc
@@ -26,6 +27,14 @@ torch::stable::Tensor factored_correlation(  // [n], acc
     const torch::stable::Tensor& z_clean,  // [m, S, i]
     const torch::stable::Tensor& g_clean,  // [m, S, o]
     bool bias);
+
+// The same summed over layers, which share n and m.
+torch::stable::Tensor factored_correlations(  // [n], acc
+    const Tensors& z,                         // [n, T, i] each
+    const Tensors& g,                         // [n, T, o]
+    const Tensors& z_clean,                   // [m, S, i]
+    const Tensors& g_clean,                   // [m, S, o]
+    const std::vector<bool>& bias);
 
 // u_i = sum_t g_it . (V z_it + V_b).
 torch::stable::Tensor dense_correlation(  // [n], acc

@@ -3,6 +3,7 @@
 // The argument checks of the operators that have kernels of their own on both devices. Values that
 // lie in device memory are not looked at here.
 
+#include <string>
 #include <utility>
 
 #include "checks.h"
@@ -10,21 +11,64 @@
 
 namespace l2rw {
 
-inline void check_factored_correlation(
-    const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean) {
-  constexpr const char* operation = "factored_correlation";
-  for (const Argument& argument :
-       {Argument{"z", z}, {"g", g}, {"z_clean", z_clean}, {"g_clean", g_clean}}) {
+// `which` follows the names of the arguments: which layer of several it is.
+inline void check_factored_layer(
+    const char* operation,
+    const std::string& which,
+    const Tensor& z,
+    const Tensor& g,
+    const Tensor& z_clean,
+    const Tensor& g_clean) {
+  const std::string names[] = {"z" + which, "g" + which, "z_clean" + which, "g_clean" + which};
+  const Argument arguments[] = {
+      {names[0].c_str(), z},
+      {names[1].c_str(), g},
+      {names[2].c_str(), z_clean},
+      {names[3].c_str(), g_clean}};
+  for (const Argument& argument : arguments) {
     check_dim(operation, argument, 3);
     check_floating(operation, argument);
-    check_same(operation, {"z", z}, argument);
+    check_same(operation, arguments[0], argument);
   }
-  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
-  check_size(operation, {"g", g}, 1, z.size(1), "positions of z");
-  check_size(operation, {"g_clean", g_clean}, 0, z_clean.size(0), "examples of z_clean");
-  check_size(operation, {"g_clean", g_clean}, 1, z_clean.size(1), "positions of z_clean");
-  check_size(operation, {"z_clean", z_clean}, 2, z.size(2), "width of z");
-  check_size(operation, {"g_clean", g_clean}, 2, g.size(2), "width of g");
+  check_size(operation, arguments[1], 0, z.size(0), "examples of z");
+  check_size(operation, arguments[1], 1, z.size(1), "positions of z");
+  check_size(operation, arguments[3], 0, z_clean.size(0), "examples of z_clean");
+  check_size(operation, arguments[3], 1, z_clean.size(1), "positions of z_clean");
+  check_size(operation, arguments[2], 2, z.size(2), "width of z");
+  check_size(operation, arguments[3], 2, g.size(2), "width of g");
+}
+
+inline void check_factored_correlation(
+    const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean) {
+  check_factored_layer("factored_correlation", "", z, g, z_clean, g_clean);
+}
+
+inline void check_factored_correlations(
+    const Tensors& z,
+    const Tensors& g,
+    const Tensors& z_clean,
+    const Tensors& g_clean,
+    const std::vector<bool>& bias) {
+  constexpr const char* operation = "factored_correlations";
+  check(!z.empty(), operation, "z must hold at least one layer, got none");
+  for (const auto& [name, count] :
+       {std::pair{"g", g.size()},
+        std::pair{"z_clean", z_clean.size()},
+        std::pair{"g_clean", g_clean.size()},
+        std::pair{"bias", bias.size()}}) {
+    check(
+        count == z.size(), operation, name, " must hold ", z.size(), " (layers of z), got ", count);
+  }
+  for (size_t l = 0; l < z.size(); ++l) {
+    std::string which(1, '[');
+    which.append(std::to_string(l)).append(1, ']');
+    check_factored_layer(operation, which, z[l], g[l], z_clean[l], g_clean[l]);
+    const std::string names[] = {"z" + which, "z_clean" + which};
+    check_same(operation, {"z[0]", z[0]}, {names[0].c_str(), z[l]});
+    check_size(operation, {names[0].c_str(), z[l]}, 0, z[0].size(0), "examples of z[0]");
+    check_size(
+        operation, {names[1].c_str(), z_clean[l]}, 0, z_clean[0].size(0), "examples of z_clean[0]");
+  }
 }
 
 inline void check_dense_correlation(

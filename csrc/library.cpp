@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
       "factored_correlation(Tensor z, Tensor g, Tensor z_clean, Tensor g_clean, bool bias) -> "
       "Tensor");
   m.def(
+      "factored_correlations(Tensor[] z, Tensor[] g, Tensor[] z_clean, Tensor[] g_clean, bool[] "
+      "bias) -> Tensor");
+  m.def(
       "dense_correlation(Tensor z, Tensor g, Tensor direction, Tensor? direction_bias=None) -> "
       "Tensor");
   m.def(

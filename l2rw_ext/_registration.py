@@ -11,7 +11,7 @@ return a tangent of zero without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ __all__ = ["COMPOSED", "OPERATORS"]
 
 OPERATORS = (
     "factored_correlation",
+    "factored_correlations",
     "dense_correlation",
     "conv_correlation",
     "affine_correlation",
@@ -55,6 +56,16 @@ def _fake_factored_correlation(
     z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor, bias: bool
 ) -> Tensor:
     return _scores(z)
+
+
+def _fake_factored_correlations(
+    z: Sequence[Tensor],
+    g: Sequence[Tensor],
+    z_clean: Sequence[Tensor],
+    g_clean: Sequence[Tensor],
+    bias: Sequence[bool],
+) -> Tensor:
+    return _scores(z[0])
 
 
 def _fake_dense_correlation(
@@ -177,20 +188,15 @@ def _fake_normalize_weights(u: Tensor) -> Tensor:
 # Derivatives. `grad` is the gradient with respect to the scores, [n] in the accumulation dtype.
 
 
-def _save_factored(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.bias = inputs[4]
-
-
-def _factored_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    z, g, z_clean, g_clean = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)
-    dtype = ctx.saved_tensors[0].dtype
+def _factored_gradients(grad: Tensor, layer: Sequence[Tensor], bias: bool) -> tuple[Tensor, ...]:
+    z, g, z_clean, g_clean = (tensor.to(grad.dtype) for tensor in layer)
+    dtype = layer[0].dtype
     scaled = grad[:, None, None] * g
     V = g_clean.flatten(0, 1).T @ z_clean.flatten(0, 1)
     M = scaled.flatten(0, 1).T @ z.flatten(0, 1)  # as V, of the training batch weighted by grad
     grad_g = z @ V.T
     grad_g_clean = z_clean @ M.T
-    if ctx.bias:
+    if bias:
         grad_g = grad_g + g_clean.sum((0, 1))
         grad_g_clean = grad_g_clean + scaled.sum((0, 1))
     return (
@@ -198,8 +204,30 @@ def _factored_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (grad[:, None, None] * grad_g).to(dtype),
         (g_clean @ M).to(dtype),
         grad_g_clean.to(dtype),
-        None,
     )
+
+
+def _save_factored(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.bias = inputs[4]
+
+
+def _factored_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *_factored_gradients(grad, ctx.saved_tensors, ctx.bias), None
+
+
+def _save_factored_layers(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(tensor for tensors in inputs[:4] for tensor in tensors))
+    ctx.bias = inputs[4]
+
+
+def _factored_layers_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    count = len(ctx.bias)
+    gradients = [
+        _factored_gradients(grad, ctx.saved_tensors[layer::count], bias)
+        for layer, bias in enumerate(ctx.bias)
+    ]
+    return *(list(parts) for parts in zip(*gradients, strict=True)), None
 
 
 def _save_dense(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -293,11 +321,31 @@ def _embedding_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "factored_correlation": (_save_factored, _factored_backward),
+    "factored_correlations": (_save_factored_layers, _factored_layers_backward),
     "dense_correlation": (_save_dense, _dense_backward),
     "conv_correlation": (_save_conv, _conv_backward),
     "affine_correlation": (_save_dense, _affine_backward),
     "embedding_correlation": (_save_dense, _embedding_backward),
 }
+
+
+def _map_factored_layers(
+    info: Any, in_dims: tuple[Any, ...], *arguments: Any
+) -> tuple[Tensor, int]:
+    """vmap, which makes loops of operators by itself, but not of those with lists of tensors."""
+
+    def select(k: int) -> Iterator[list[Any]]:
+        for dims, tensors in zip(in_dims[:4], arguments[:4], strict=True):
+            yield [
+                tensor if dim is None else tensor.select(dim, k)
+                for dim, tensor in zip(dims, tensors, strict=True)
+            ]
+
+    operator = torch.ops.l2rw_ext.factored_correlations.default
+    return torch.stack([operator(*select(k), arguments[4]) for k in range(info.batch_size)]), 0
+
+
+_MAPS = {"factored_correlations": _map_factored_layers}
 
 
 def _refuse_backward(name: str) -> Callable[..., Any]:
@@ -316,6 +364,8 @@ def _forward_mode_is_on() -> bool:
 
 
 def _has_tangent(argument: object) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return any(map(_has_tangent, argument))
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
@@ -350,5 +400,7 @@ for _name in OPERATORS:
     torch.library.register_fake(_qualified, globals()[f"_fake_{_name}"], lib=_plain_library)
     _save, _backward = _DERIVATIVES.get(_name, (None, _refuse_backward(_name)))
     torch.library.register_autograd(_qualified, _backward, setup_context=_save, lib=_library)
+    if _name in _MAPS:
+        torch.library.register_vmap(_qualified, _MAPS[_name], lib=_plain_library)
     if _name in COMPOSED:
         _plain_library.impl(_name, getattr(compositions, _name), "CUDA")

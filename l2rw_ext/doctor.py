@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from l2rw_ext import Reweighter, _loader, _registration, reference
 from l2rw_ext.reweighter import EngineName
@@ -106,6 +107,10 @@ def _operator_cases() -> dict[str, Case]:
         moved = dx - dx.mean(others, keepdim=True) - along
         return (weight * rstd * moved + x_hat * V + V_b,)
 
+    def factored(z: Tensor, g: Tensor, zc: Tensor, gc: Tensor, bias: bool) -> Results:
+        inner = torch.einsum("nti,msi->ntms", z, zc) + float(bias)
+        return (torch.einsum("ntms,ntms->n", inner, torch.einsum("nto,mso->ntms", g, gc)),)
+
     generator = torch.Generator().manual_seed(0)
     z, g, V, V_b = draw(n, t, i), draw(n, t, o), draw(o, i), draw(o)
     x, h, mean, rstd = draw(n, t, i), draw(n, t, i), draw(n, t, 1), draw(n, 1, i)
@@ -121,14 +126,17 @@ def _operator_cases() -> dict[str, Case]:
     w = torch.tensor([0.5, 0.0, 0.25, 0.25], dtype=torch.float64)
     active = w.nonzero().flatten()
     return {
-        "factored_correlation": (
-            (z, g, draw(m, s, i), draw(m, s, o), True),
-            lambda z, g, zc, gc, bias: (
-                torch.einsum(
-                    "ntms,ntms->n",
-                    torch.einsum("nti,msi->ntms", z, zc) + 1,
-                    torch.einsum("nto,mso->ntms", g, gc),
-                ),
+        "factored_correlation": ((z, g, draw(m, s, i), draw(m, s, o), True), factored),
+        "factored_correlations": (
+            (
+                [z, draw(n, 1, o)],
+                [g, draw(n, 1, i)],
+                [draw(m, s, i), draw(m, 1, o)],
+                [draw(m, s, o), draw(m, 1, i)],
+                [True, False],
+            ),
+            lambda *layers: (
+                torch.stack([factored(*layer)[0] for layer in zip(*layers, strict=True)]).sum(0),
             ),
         ),
         "dense_correlation": (
@@ -190,6 +198,12 @@ def _devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
+def _to(device: str, dtype: torch.dtype, argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.to(device, dtype if argument.is_floating_point() else argument.dtype)
+
+
 def _check_operator(name: str, case: Case) -> Iterator[Checked]:
     arguments, plain = case
     expected = plain(*arguments)
@@ -198,12 +212,7 @@ def _check_operator(name: str, case: Case) -> Iterator[Checked]:
             (torch.float64, _TOLERANCE_FLOAT64),
             (torch.float32, _TOLERANCE_FLOAT32),
         ):
-            converted = (
-                a.to(device, dtype if a.is_floating_point() else a.dtype)
-                if isinstance(a, Tensor)
-                else a
-                for a in arguments
-            )
+            converted = pytree.tree_map(functools.partial(_to, device, dtype), arguments)
             results = getattr(torch.ops.l2rw_ext, name)(*converted)
             results = results if isinstance(results, tuple) else (results,)
             error = max(map(_relative_error, results, expected))

@@ -30,6 +30,7 @@ __all__ = list(_registration.OPERATORS)
 
 _ops = torch.ops.l2rw_ext
 _factored_correlation = _ops.factored_correlation.default
+_factored_correlations = _ops.factored_correlations.default
 _dense_correlation = _ops.dense_correlation.default
 _conv_correlation = _ops.conv_correlation.default
 _affine_correlation = _ops.affine_correlation.default
@@ -70,6 +71,45 @@ def factored_correlation(
         tensor([6.])
     """
     return cast(Tensor, _factored_correlation(z, g, z_clean, g_clean, bias))
+
+
+def factored_correlations(
+    z: Sequence[Tensor],
+    g: Sequence[Tensor],
+    z_clean: Sequence[Tensor],
+    g_clean: Sequence[Tensor],
+    bias: Sequence[bool],
+) -> Tensor:
+    """Scores of several linear layers at once: the sum of their :func:`factored_correlation`.
+
+    u_i = Σ_l Σ_t Σ_j Σ_s (z_lit · z'_ljs + bias_l) (g_lit · g'_ljs)
+
+    On CUDA the work of all layers is divided among the processors together, in few launches. There
+    must be at least one layer, and all share n, m, dtype and device.
+
+    Args:
+        z: for each layer, its (n, T, i) input.
+        g: the (n, T, o) gradients of the summed training losses.
+        z_clean: the (m, S, i) inputs of the clean batch.
+        g_clean: the (m, S, o) gradients of the mean clean loss: they carry the 1/m.
+        bias: whether each layer has a bias.
+
+    Returns:
+        (n,) scores.
+
+    Example:
+        >>> import torch
+        >>> from l2rw_ext import ops
+        >>> wide, narrow = torch.ones(1, 1, 2), torch.ones(1, 3, 1)
+        >>> z, g = [wide, narrow], [wide, narrow]
+        >>> ops.factored_correlations(z, g, z, g, [True, False])
+        tensor([15.])
+    """
+    if not z:  # torch's dispatcher would not know which kernel to ask
+        raise RuntimeError(
+            "l2rw_ext::factored_correlations: z must hold at least one layer, got none"
+        )
+    return cast(Tensor, _factored_correlations(z, g, z_clean, g_clean, bias))
 
 
 def dense_correlation(

@@ -39,12 +39,23 @@ class Plan:
     uses: list[UsePlan] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     """Names of all torch functions that the forward called; others may mix examples."""
+    chooses: str | None = None
+    """The operation through which values of the data may decide what is computed."""
     steps: int = 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether later steps will follow this plan, or never any: nothing more is waited for."""
+        return self.certain or self.chooses is not None
+
     def due(self) -> bool:
-        """Whether the row maps are to be checked again: at steps 16, 256, 4096, ..."""
-        step = self.steps
-        return step >= 16 and step & (step - 1) == 0 and (step.bit_length() - 1) % 4 == 0
+        """Whether the row maps are to be checked again."""
+        return due(self.steps)
+
+
+def due(step: int) -> bool:
+    """Whether what an earlier step has found is checked at this one: at 16, 256, 4096, ..."""
+    return step >= 16 and step & (step - 1) == 0 and (step.bit_length() - 1) % 4 == 0
 
 
 def choose_form(

@@ -45,16 +45,32 @@ class Buffers:
             for module, name, live, saved in self._slots
         )
 
+    def assigned(self) -> str | None:
+        """The name of a buffer to which another tensor was assigned, if there is one."""
+        return next(
+            (
+                name
+                for module, name, live, _ in self._slots
+                if module._buffers.get(name) is not live
+            ),
+            None,
+        )
+
+    def rebind(self) -> None:
+        """Put the tensors back, with the values that they have."""
+        for module, name, live, _ in self._slots:
+            module._buffers[name] = live
+
     def restore(self) -> None:
         """Put the copy back.
 
         Through ``.data``, so that a backward that saved a buffer does not take it for modified: the
         values it saw are the ones that are put back, or the operation saved its own copy.
         """
-        for module, name, live, saved in self._slots:
+        for _, _, live, saved in self._slots:
             if live is not None and saved is not None:
                 live.data.copy_(saved)
-            module._buffers[name] = live
+        self.rebind()
 
 
 class Generators:
@@ -78,11 +94,15 @@ class Generators:
 
 
 class Snapshot:
-    """Buffers and generators as they were before a step."""
+    """Buffers and generators as they were before a step.
 
-    def __init__(self, members: Members) -> None:
+    While a step is ``recorded``, generators of devices are the recording's: they cannot be read.
+    """
+
+    def __init__(self, members: Members, *, recorded: bool = False) -> None:
+        self._recorded = recorded
         self.buffers = Buffers(members.buffers)
-        self.generators = Generators(members.devices())
+        self.generators = self._generators(members)
         self._begun = self.generators
         self.trained: Buffers | None = None
         """Buffers after the training forward, where a checkpoint may run parts of it again."""
@@ -94,7 +114,10 @@ class Snapshot:
 
     def begin(self, members: Members) -> None:
         """The clean batch was seen: an engine that tries again draws other masks than it did."""
-        self._begun = Generators(members.devices())
+        self._begun = self._generators(members)
+
+    def _generators(self, members: Members) -> Generators:
+        return Generators(set() if self._recorded else members.devices())
 
     def restore(self) -> None:
         """Put both back, for another try."""
@@ -104,7 +127,10 @@ class Snapshot:
 
     def undo(self) -> None:
         """Put both back to before the step."""
-        self.restore()
+        if self._recorded:
+            self.buffers.rebind()  # a recorded step has written no value
+        else:
+            self.restore()
         self.generators.restore()
 
 
@@ -126,13 +152,14 @@ def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def preserved(members: Members, *, always: bool) -> Iterator[Snapshot]:
+def preserved(members: Members, *, always: bool, recorded: bool = False) -> Iterator[Snapshot]:
     """Leave buffers and generators as they were if the body raises, or ``always``.
 
     In the body hooks on the parameters do not run, compiled models and reentrant checkpoints take
-    the ways that engines see through, and autocast is off but for the forwards.
+    the ways that engines see through, and autocast is off but for the forwards. ``recorded``: see
+    :class:`Snapshot`.
     """
-    snapshot = Snapshot(members)
+    snapshot = Snapshot(members, recorded=recorded)
     try:
         with (
             without_hooks(members.parameters),

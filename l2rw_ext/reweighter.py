@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from .accumulation import Accumulation
 from .batch import LossFn, batch_size, check_same_kind, in_order_of, unpack
+from .capture import Captures, Computed
 from .deliver import deliver
 from .engines.base import Direction, Engine, NotExactError, Scored, Task
 from .engines.direction import clean_direction
@@ -25,7 +28,8 @@ from .plan import Explanation
 from .policy import Policy
 from .preserve import Snapshot, preserved
 from .result import Step
-from .weighing import Degenerate, Weighed, infinite_if, weigh, zero_if
+from .watch import NotCapturableError
+from .weighing import Degenerate, Gradients, Weighed, infinite_if, weigh, zero_if
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
@@ -75,8 +79,15 @@ class Reweighter:
             Algorithm 1 then looks ahead along its step instead of one of plain gradient descent.
             Under Adam the inner product is <∇f_i, P v>, P = 1 / (sqrt(v̂) + eps); under SGD with
             momentum the clean gradient is taken at the point where momentum leads.
+        cuda_graph: capture the step in a CUDA graph once for each kind of batches (shapes, modes)
+            and replay it from then on, so that Python costs next to nothing. The first steps of a
+            kind run without; results are copies, which later steps leave alone. The model and the
+            loss functions then run in Python at the capture alone: see "CUDA graphs" on the page
+            of options for what they may do. Not with ``every``, ``direction_decay``,
+            ``preconditioner``, ``check_finite``, an ``on_degenerate`` other than ``"zero"``, or
+            :meth:`accumulate`.
 
-    With none of the options from ``every`` on, the weights are the paper's.
+    With none of the options from ``every`` to ``preconditioner``, the weights are the paper's.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind above.
@@ -113,6 +124,7 @@ class Reweighter:
         layers: Sequence[str] | None = None,
         l2: float = 0.0,
         preconditioner: torch.optim.Optimizer | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -141,6 +153,15 @@ class Reweighter:
             preconditioner=preconditioner,
         )
         self._engines: list[Engine] = [Layerwise(), Forward(), DoubleBackward()]
+        self._captures = Captures() if cuda_graph else None
+        if cuda_graph:
+            _check_options_of_graph(
+                every=every > 1,
+                direction_decay=direction_decay > 0,
+                preconditioner=preconditioner is not None,
+                check_finite=check_finite,
+                on_degenerate=on_degenerate != "zero",
+            )
         self._accumulation: Accumulation | None = None
         self._warned: set[str] = set()
 
@@ -172,6 +193,7 @@ class Reweighter:
                 the clean loss is not finite; a training loss is not finite and the engine cannot
                 leave its example out.
             NotExactError: a forced engine would give wrong numbers for this model.
+            RuntimeError: with ``cuda_graph``, the step cannot be captured; the message says why.
 
         After an error the model, its buffers, its gradients and torch's generators are as before.
         """
@@ -179,20 +201,19 @@ class Reweighter:
         numbers = None if index is None else check_index(index, task.n)
         if numbers is None and self.reuse == "scores" and self._policy.every > 1:
             raise ValueError("index must be given: reuse='scores' remembers scores by it")
-        with preserved(task.members, always=False) as snapshot:
-            engine, scored = self._score(task, snapshot, self._remembered(task, numbers))
-            weighed = self._weigh(task, engine, scored)
-            gradients = []
-            if not weighed.skip or self._accumulation is not None:
-                gradients = scored.weighted_gradients(weighed.for_gradient)
-                gradients = zero_if(weighed.spoilt, gradients)
-            snapshot.settle()
+        if self._captures is not None:
+            computed = self._captures.step(task, self._options(), self._compute)
+        else:
+            remembered = self._remembered(task, numbers)
+            with preserved(task.members, always=False) as snapshot:
+                computed = self._compute(task, snapshot, remembered=remembered)
+        weighed, gradients = computed.weighed, computed.gradients
         if self._accumulation is not None:
             self._accumulation.add(weighed, gradients)
         else:
             self._policy.advance()
             deliver(infinite_if(weighed.overflow, gradients))
-        if numbers is not None and not isinstance(engine, Remembered):
+        if numbers is not None and computed.engine != Remembered.name:
             self.record.add(numbers, weighed.step)
         return weighed.step
 
@@ -210,7 +231,7 @@ class Reweighter:
         After an error inside nothing is accumulated.
 
         Raises:
-            RuntimeError: the context is entered twice.
+            RuntimeError: the context is entered twice, or steps are captured (``cuda_graph``).
 
         Example:
             >>> import torch
@@ -229,6 +250,11 @@ class Reweighter:
         """
         if self._accumulation is not None:
             raise RuntimeError("accumulate() is entered twice; its contexts cannot be nested")
+        if self._captures is not None:
+            raise NotCapturableError(
+                "accumulate() gives its micro-batches different work",
+                "leave accumulate() out, or ",
+            )
         self._accumulation = accumulation = Accumulation()
         try:
             yield accumulation
@@ -255,7 +281,7 @@ class Reweighter:
         """
         task = self._task(batch, clean)
         with self._dry(), preserved(task.members, always=True) as snapshot:
-            engine, scored = self._score(task, snapshot, None)
+            engine, scored = self._score(task, snapshot)
             return self._weigh(task, engine, scored).step.weights
 
     def explain(self, batch: Any, clean: Any = None) -> Explanation:
@@ -267,17 +293,20 @@ class Reweighter:
         task = self._task(batch, clean)
         candidates = self._candidates()
         refusals = [] if self.engine == "auto" else [f"asked for by engine={self.engine!r}"]
+        lines = self._policy.lines()
+        if self._captures is not None:
+            lines.append(self._captures.line(task, self._options()))
         with self._dry(), preserved(task.members, always=True) as snapshot:
             direction = self._direction(task, snapshot)
             for engine in candidates[:-1]:
                 try:
                     explanation = engine.explain(task, snapshot, direction)
-                    return explanation.because(refusals, self._policy.lines())
+                    return explanation.because(refusals, lines)
                 except NotExactError as error:
                     refusals.append(f"{engine.name} is not exact: {error}")
                 snapshot.restore()
             explanation = candidates[-1].explain(task, snapshot, direction)
-            return explanation.because(refusals, self._policy.lines())
+            return explanation.because(refusals, lines)
 
     def state_dict(self) -> dict[str, Any]:
         """What ``every``, ``direction_decay`` and ``index`` remember, for a checkpoint."""
@@ -336,8 +365,29 @@ class Reweighter:
             self.low_memory,
         )
 
-    def _candidates(self) -> list[Engine]:
-        return [e for e in self._engines if self.engine in ("auto", e.name)]
+    def _candidates(self, only: str | None = None) -> list[Engine]:
+        return [e for e in self._engines if (only or self.engine) in ("auto", e.name)]
+
+    def _options(self) -> tuple[Any, ...]:
+        """What can be exchanged after construction and is not in the task."""
+        return (self.engine, self.on_degenerate, self.check_finite)
+
+    def _compute(
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        engine: str | None = None,
+        remembered: Remembered | None = None,
+    ) -> Computed:
+        """Scores, weights and weighted gradient, by the named engine if there is one."""
+        used, scored = self._score(task, snapshot, remembered, engine)
+        weighed = self._weigh(task, used, scored)
+        gradients: Gradients = []
+        if not weighed.skip or self._accumulation is not None:
+            gradients = scored.weighted_gradients(weighed.for_gradient)
+            gradients = zero_if(weighed.spoilt, gradients)
+        snapshot.settle()
+        return Computed(used.name, scored.plan, weighed, gradients)
 
     @contextlib.contextmanager
     def _dry(self) -> Iterator[None]:
@@ -376,14 +426,18 @@ class Reweighter:
         return Remembered(scores[index.to(scores.device)], self._policy.clean_loss)
 
     def _score(
-        self, task: Task, snapshot: Snapshot, remembered: Remembered | None
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        remembered: Remembered | None = None,
+        only: str | None = None,
     ) -> tuple[Engine, Scored]:
         if remembered is not None:
             return remembered, remembered.score(task, snapshot)
         direction = self._direction(task, snapshot)
         if direction is not None:
             snapshot.begin(task.members)
-        candidates = self._candidates()
+        candidates = self._candidates(only)
         refusals: list[str] = []
         for engine in candidates[:-1]:
             try:
@@ -397,7 +451,7 @@ class Reweighter:
             warnings.warn(
                 f"l2rw_ext: {'; '.join(refusals)}. Using the {last.name} engine, which is exact "
                 "and about three times slower",
-                stacklevel=3,
+                stacklevel=_levels_inside(),
             )
         return last, last.score(task, snapshot, direction)
 
@@ -408,6 +462,26 @@ class Reweighter:
             engine.name,
             on_degenerate=self.on_degenerate,
             check_finite=self.check_finite,
+        )
+
+
+def _levels_inside() -> int:
+    """How many calls of this package lie between the user's and the one that asks."""
+    frame: FrameType | None = sys._getframe(1)
+    levels = 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("l2rw_ext."):
+        frame = frame.f_back
+        levels += 1
+    return levels + 1
+
+
+def _check_options_of_graph(**given: bool) -> None:
+    """Raise for options with which a step reads values, or is not the same each time."""
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        raise ValueError(
+            f"cuda_graph=True cannot be combined with {' and '.join(names)}: a step then waits for "
+            "values of the device, or differs from the one before"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from tolerances import SCORES, TOLERANCES
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from l2rw_ext import ops
 
@@ -111,6 +112,23 @@ def factored(
 ) -> Results:
     inner = torch.einsum("nti,msi->ntms", z, z_clean) + float(bias)
     return ((inner * torch.einsum("nto,mso->ntms", g, g_clean)).sum((1, 2, 3)),)
+
+
+def factored_layers_arguments(d: Draw) -> Arguments:
+    n, m = d.size(0, 1, 2, 5), d.size(0, 1, 2, 5)
+    z, g, z_clean, g_clean, bias = [], [], [], [], []
+    for _ in range(d.size(1, 2, 3, 25)):
+        t, s, i, o = d.size(0, 1, 2, 7, 40), d.size(0, 1, 2, 7), d.size(), d.size()
+        z.append(d.tensor(n, t, i))
+        g.append(d.tensor(n, t, o))
+        z_clean.append(d.tensor(m, s, i))
+        g_clean.append(d.tensor(m, s, o))
+        bias.append(d.draw(st.booleans()))
+    return z, g, z_clean, g_clean, bias
+
+
+def factored_layers(*arguments: Any, sign: int = 1) -> Results:
+    return (sum(factored(*layer)[0] for layer in zip(*arguments, strict=True)),)
 
 
 def dense_arguments(d: Draw) -> Arguments:
@@ -413,6 +431,7 @@ def normalize(u: Tensor, sign: int = 1) -> Results:
 
 OPERATORS: dict[str, Operator] = {
     "factored_correlation": Operator(factored_arguments, factored),
+    "factored_correlations": Operator(factored_layers_arguments, factored_layers),
     "dense_correlation": Operator(dense_arguments, dense),
     "conv_correlation": Operator(conv_correlation_arguments, conv_correlation),
     "affine_correlation": Operator(affine_correlation_arguments, affine_correlation),
@@ -444,6 +463,13 @@ def sample(name: str, dtype: torch.dtype = torch.float32, optional: bool = True)
     some = (lambda value: value) if optional else (lambda value: None)
     return {
         "factored_correlation": (z, g, tensor(3, 2, 4), tensor(3, 2, 5), optional),
+        "factored_correlations": (
+            [z, tensor(2, 1, 3)],
+            [g, tensor(2, 1, 2)],
+            [tensor(3, 2, 4), tensor(3, 1, 3)],
+            [tensor(3, 2, 5), tensor(3, 1, 2)],
+            [True, optional],
+        ),
         "dense_correlation": (z, g, V, some(V_b)),
         "conv_correlation": (image, gradient, kernel, some(tensor(6)), *geometry),
         "affine_correlation": (
@@ -495,11 +521,23 @@ def call(name: str, arguments: Arguments) -> Results:
     return results if isinstance(results, tuple) else (results,)
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], arguments: Any) -> Any:
+    """The arguments with the function applied to all tensors, also to those in lists."""
+    return pytree.tree_map(lambda a: function(a) if isinstance(a, Tensor) else a, arguments)
+
+
 def convert(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
     """The arguments with the function applied to the floating tensors."""
-    return tuple(
-        function(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    converted: Arguments = map_tensors(
+        lambda a: function(a) if a.is_floating_point() else a, arguments
     )
+    return converted
+
+
+def flat(arguments: Arguments) -> tuple[list[Any], Callable[[Sequence[Any]], Arguments]]:
+    """The arguments with those in lists side by side, and what puts others in their places."""
+    leaves, structure = pytree.tree_flatten(arguments)
+    return leaves, lambda others: pytree.tree_unflatten(others, structure)
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -539,16 +577,21 @@ def named_arguments(name: str) -> list[str]:
 def wrong(name: str, int16: str) -> Iterator[tuple[str, Arguments, tuple[str, ...]]]:
     """Arguments of which one does not fit, and what the message must say (``int16``: its name)."""
     arguments = sample(name)
-    for k, argument in enumerate(arguments):
+    leaves, rebuilt = flat(arguments)
+    labels = [
+        f"{label}[{k}]" if isinstance(argument, list) else label
+        for label, argument in zip(named_arguments(name), arguments, strict=True)
+        for k in range(len(pytree.tree_leaves(argument)))
+    ]
+    for k, (label, argument) in enumerate(zip(labels, leaves, strict=True)):
         if not isinstance(argument, Tensor):
             continue
-        label = named_arguments(name)[k]
 
         def replaced(other: Tensor, k: int = k) -> Arguments:
-            return (*arguments[:k], other, *arguments[k + 1 :])
+            return rebuilt([*leaves[:k], other, *leaves[k + 1 :]])
 
         yield f"{label} dtype", replaced(argument.to(torch.int16)), (label, int16)
-        if argument.is_floating_point() and len(arguments) > 1:
+        if argument.is_floating_point() and len(leaves) > 1:
             yield f"{label} float64", replaced(argument.double()), ("float64", "float32")
         deeper = argument[None, None, None]
         if (name, label) != ("weighted_sum", "gradients"):

@@ -27,8 +27,9 @@ from benchmarks.kernel_cases import (
     default_kernel_cases,
 )
 from benchmarks.roofline import Ceilings, float32_products, measure_ceilings
-from benchmarks.timing import Captured, interleaved
+from benchmarks.timing import interleaved
 from l2rw_ext import _registration, ops
+from l2rw_ext.recording import Recording
 
 SMALL = default_kernel_cases("cpu")
 CEILINGS = Ceilings(dict.fromkeys(PRECISIONS, 1e12), 1e11)
@@ -81,6 +82,11 @@ def test_arguments_fit_their_operator(name: str) -> None:
     [
         # 2 (i + o) + 3 for each of n m pairs; four matrices of 256 x 4096, and u in float32.
         ("factored-256", 256 * 256 * (2 * 8192 + 3), 4 * 256 * 4096 * 2 + 256 * 4),
+        (
+            "factored-mlp",
+            256 * 64 * (2 * (784 + 4 * 1024 + 10) + 3 * 3),
+            (256 + 64) * (784 + 4 * 1024 + 10) * 2 + 256 * 4,
+        ),
         (
             "dense-16384",
             16384 * 4096 * (2 * 4096 + 3),
@@ -140,7 +146,9 @@ def test_a_case_is_checked_and_timed(name: str) -> None:
         entry = kernels.run_case(case, precision, CEILINGS, repeats=2, warmup=1)
         assert not kernels.wrong(entry)
         assert entry["kernel"]
-        assert [row["name"] for row in entry["candidates"]] == ["operator", "composition"]
+        others = ["layers apart"] if case.operator == "factored_correlations" else []
+        names = [row["name"] for row in entry["candidates"]]
+        assert names == ["operator", *others, "composition"]
         for row in entry["candidates"]:
             assert row["status"] == "ok", row
             assert row["eager"]["seconds"] > 0
@@ -232,10 +240,9 @@ def test_a_replay_that_writes_nothing_is_wrong(
     arguments = case.draw("fp32", "cpu")
     (candidate, _) = kernels.candidates(case, "fp32", arguments, "cpu")
 
-    def capture(call: Callable[[], Tensor]) -> Captured[Tensor]:
+    def capture(call: Callable[[], Tensor]) -> Recording[Tensor]:
         result = call()
-        graph: Any = _Graph(call, result, writes)
-        return Captured(graph, result)
+        return Recording(_Graph(call, result, writes), result)
 
     monkeypatch.setattr(kernels, "capture", capture)
     expected, bounds = exact(case.operator, arguments), magnitudes(case.operator, arguments)

@@ -244,9 +244,11 @@ def test_an_unfinished_run_keeps_its_cases(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_cuda_graph_needs_cuda() -> None:
-    found = rows(run_case(TINY, [METHODS["l2rw_ext_captured"]], repeats=2, warmup=1))
-    assert found["l2rw_ext_captured"]["status"] == "failed"
-    assert "a CUDA graph needs a CUDA device" in found["l2rw_ext_captured"]["reason"]
+    names = ("plain_union_captured", "l2rw_ext_captured")
+    found = rows(run_case(TINY, [METHODS[name] for name in names], repeats=2, warmup=1))
+    for name, reason in zip(names, ("needs a CUDA device", "move the model to"), strict=True):
+        assert found[name]["status"] == "failed"
+        assert reason in found[name]["reason"]
     assert found["plain_union"]["ratio"] == 1
 
 

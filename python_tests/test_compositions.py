@@ -17,7 +17,9 @@ from operator_cases import (
     Results,
     assert_exact,
     call,
+    flat,
     lay_out,
+    map_tensors,
     sample,
     wrong,
 )
@@ -64,7 +66,7 @@ def test_matches_the_operator_and_never_waits(
     seed = data.draw(st.integers(0, 2**16))
     draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
     arguments = OPERATORS[name].arguments(draw)
-    copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    copies = map_tensors(Tensor.clone, arguments)
 
     with pytest.MonkeyPatch.context() as patch, NeverWaits():
         patch.setattr(arithmetic, "WORKSPACE_BYTES", workspace)
@@ -77,7 +79,7 @@ def test_matches_the_operator_and_never_waits(
         assert (result.shape, result.dtype) == (other.shape, other.dtype)
         if result.numel() > 1:
             assert result.stride() == other.stride()
-    for argument, copy in zip(arguments, copies, strict=True):
+    for argument, copy in zip(flat(arguments)[0], flat(copies)[0], strict=True):
         assert not isinstance(argument, Tensor) or torch.equal(argument, copy)
 
 
@@ -133,12 +135,13 @@ def test_examples_without_weight_are_left_out(name: str, value: float) -> None:
 def test_a_nan_stays_in_its_example(name: str) -> None:
     arguments = sample(name, torch.float64)
     expected = compose(name, arguments)
-    for k in range(2):
-        if not arguments[k].is_floating_point():
+    leaves, rebuilt = flat(arguments)
+    for k in range(len(flat(arguments[:2])[0])):
+        if not leaves[k].is_floating_point():
             continue
-        poisoned = arguments[k].clone()
+        poisoned = leaves[k].clone()
         poisoned[0] = math.nan
-        results = compose(name, (*arguments[:k], poisoned, *arguments[k + 1 :]))
+        results = compose(name, rebuilt([*leaves[:k], poisoned, *leaves[k + 1 :]]))
         for result, exact in zip(results, expected, strict=True):
             torch.testing.assert_close(result[1:], exact[1:], rtol=1e-14, atol=1e-14)
         assert results[-1][0].isnan().all() or results[0][0].isnan().all()

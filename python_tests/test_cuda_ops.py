@@ -21,7 +21,9 @@ from operator_cases import (
     Results,
     assert_exact,
     call,
+    flat,
     lay_out,
+    map_tensors,
     sample,
 )
 from torch import Tensor
@@ -32,6 +34,7 @@ on_a_gpu = pytest.mark.cuda
 
 KERNELS = (
     "factored_correlation",
+    "factored_correlations",
     "dense_correlation",
     "conv_correlation",
     "affine_correlation",
@@ -56,7 +59,8 @@ class Gpu:
     device = "cuda"
 
     def moved(self, arguments: Arguments) -> Arguments:
-        return tuple(self._moved(a) if isinstance(a, Tensor) else a for a in arguments)
+        moved: Arguments = map_tensors(self._moved, arguments)
+        return moved
 
     def call(self, name: str, arguments: Arguments) -> Results:
         return call(name, self.moved(arguments))
@@ -119,6 +123,7 @@ _PRODUCTS = {
 _TF32 = 1e-3
 TENSOR_CORES = (
     "factored_correlation",
+    "factored_correlations",
     "dense_correlation",
     "conv_correlation",
     "linear_example_gradients",
@@ -144,7 +149,8 @@ def compare(
     for result, twin in zip(results, call(name, arguments), strict=True):
         assert result.device.type == machine.device
         assert (result.dtype, result.stride()) == (twin.dtype, twin.stride())
-    dtype = next(a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    tensors = [a for a in flat(arguments)[0] if isinstance(a, Tensor)]
+    dtype = next(a.dtype for a in tensors if a.is_floating_point())
     if name in TENSOR_CORES:
         allowed = max(allowed, _PRODUCTS[dtype])
     assert_exact(name, dtype, arguments, tuple(result.cpu() for result in results), allowed)
@@ -185,6 +191,53 @@ def test_factored_paths(machine: Machine, shape: tuple[int, ...], dtype: torch.d
     arguments = (*(tensor.to(dtype) for tensor in tensors), True)
     name = "factored_correlation"
     check(machine, name, arguments, processors)
+
+
+# n, m, layers of T, S, i, o, and processors that share the work.
+MLP = ((1, 1, 300, 200), (1, 1, 200, 200), (1, 1, 200, 10))
+GROUPS = {
+    "split depths": (100, 20, MLP, 132),
+    "a shallow layer beside split ones": (70, 20, (*MLP, (1, 1, 1, 1)), 8),
+    "small tiles": (70, 20, MLP, 2),
+    "large tiles": (130, 128, ((1, 1, 64, 64), (1, 1, 130, 10)), 2),
+    "every kind of tile": (128, 64, ((2, 2, 64, 40), (1, 1, 20, 30), (3, 4, 9, 5)), 4),
+    "a deep layer beside a long one": (4, 4, ((120, 40, 8, 8), (1, 1, 900, 700)), 4),
+    "parts and tiles in one call": (3, 2, ((300, 100, 8, 8), (1, 1, 700, 500)), 20),
+    "one layer": (33, 9, ((2, 3, 65, 33),), 132),
+    "layers without rows": (5, 3, ((0, 2, 4, 4), (2, 3, 4, 4), (2, 0, 4, 4), (2, 2, 4, 0)), 132),
+    "no rows at all": (5, 3, ((0, 2, 4, 4), (2, 0, 4, 4)), 132),
+    "two launches": (9, 4, tuple((1 + k % 3, 1, 3 + k, 1 + k) for k in range(23)), 132),
+    "a layer more than a launch takes": (9, 4, ((1, 2, 20, 7),) * 21, 4),
+}
+
+
+def layers_of(n: int, m: int, layers: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Arguments:
+    shapes = [((n, t, i), (n, t, o), (m, s, i), (m, s, o)) for t, s, i, o in layers]
+    tensors = [[torch.randn(shape).to(dtype) for shape in layer] for layer in shapes]
+    return *map(list, zip(*tensors, strict=True)), [k % 2 == 0 for k in range(len(layers))]
+
+
+@every_dtype
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups_of_layers(machine: Machine, group: str, dtype: torch.dtype) -> None:
+    n, m, layers, processors = GROUPS[group]
+    check(machine, "factored_correlations", layers_of(n, m, layers, dtype), processors)
+
+
+@pytest.mark.parametrize("processors", [2, 132])
+def test_groups_of_layers_in_tf32(machine: Machine, processors: int) -> None:
+    arguments = layers_of(100, 40, MLP, torch.float32)
+    with machine.settings(processors, tf32=True):
+        results = machine.call("factored_correlations", arguments)
+    compare(machine, "factored_correlations", arguments, results, _TF32)
+
+
+@every_dtype
+def test_a_group_of_one_is_the_layer(machine: Machine, dtype: torch.dtype) -> None:
+    z, g, z_clean, g_clean, bias = layers_of(40, 30, ((3, 2, 100, 90),), dtype)
+    (group,) = machine.call("factored_correlations", (z, g, z_clean, g_clean, bias))
+    (single,) = machine.call("factored_correlation", (*z, *g, *z_clean, *g_clean, *bias))
+    assert torch.equal(group, single)
 
 
 @every_dtype
@@ -482,11 +535,10 @@ def test_nan_of_an_image_stays_in_it(machine: Machine, case: str) -> None:
 @every_kernel
 def test_messages_are_those_of_the_cpu(machine: Machine, name: str) -> None:
     arguments = sample(name)
-    position = next(k for k, a in enumerate(arguments) if isinstance(a, Tensor))
-    deeper = (
-        *arguments[:position],
-        arguments[position][None, None, None],
-        *arguments[position + 1 :],
+    leaves, rebuilt = flat(arguments)
+    position = next(k for k, a in enumerate(leaves) if isinstance(a, Tensor))
+    deeper = rebuilt(
+        [*leaves[:position], leaves[position][None, None, None], *leaves[position + 1 :]]
     )
     if name == "weighted_sum":
         deeper = (arguments[0], arguments[1][None])
@@ -532,7 +584,7 @@ def test_other_streams_and_graphs(name: str) -> None:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("operator", ["factored", "dense"])
+@pytest.mark.parametrize("operator", ["factored", "layers", "dense"])
 def test_memory_of_large_products(operator: str) -> None:
     z, g = (torch.randn(64, 256, 1024, device="cuda").bfloat16() for _ in range(2))
     clean = [torch.randn(16, 256, 1024, device="cuda").bfloat16() for _ in range(2)]
@@ -542,6 +594,9 @@ def test_memory_of_large_products(operator: str) -> None:
     before = torch.cuda.memory_allocated()
     if operator == "factored":
         ops.factored_correlation(z, g, *clean, True)
+    elif operator == "layers":
+        layers = [[x] * 3 for x in (z, g, *clean)]
+        ops.factored_correlations(*layers, [True] * 3)
     else:
         ops.dense_correlation(z, g, V)
     torch.cuda.synchronize()

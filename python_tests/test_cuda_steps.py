@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from models import cross_entropy, vectors
 from oracle import assert_exact
+from torch import nn
 from zoo import FEATURES
 
 from l2rw_ext import Reweighter
 from l2rw_ext._registration import OPERATORS
+from l2rw_ext.engines import scoring
 
 pytestmark = pytest.mark.emulated
 
@@ -20,8 +23,9 @@ ROWS = {f.name: f for f in FEATURES if f.layerwise is None}
 
 
 @pytest.fixture
-def calls(emulator: Any) -> Iterator[Counter[str]]:
-    """How often each kernel ran in place of the CPU's in the test."""
+def calls(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often each kernel ran in place of the CPU's in the test; layers wait as on CUDA."""
+    monkeypatch.setattr(scoring, "in_groups", lambda g: True)
     counts: Counter[str] = Counter()
 
     def counted(name: str) -> Callable[..., Any]:
@@ -47,3 +51,14 @@ def test_rows_of_the_coverage_table(name: str, calls: Counter[str]) -> None:
     reweighter = Reweighter(model, feature.loss, engine="layerwise")
     assert_exact(model, feature.loss, batch, clean, reweighter=reweighter, copied=feature.copied)
     assert calls["normalize_weights"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_layers_of_a_model_are_one_call(calls: Counter[str]) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).double()
+    batch, clean = vectors(10, 64), vectors(3, 64)
+    reweighter = Reweighter(model, cross_entropy, engine="layerwise")
+    for _ in range(2):
+        assert_exact(model, cross_entropy, batch, clean, reweighter=reweighter)
+    assert calls["factored_correlations"] == 2
+    assert calls["factored_correlation"] == 0

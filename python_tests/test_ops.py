@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,16 +12,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import OPERATORS, Draw, assert_exact, call, convert, lay_out, sample, wrong
+from operator_cases import (
+    OPERATORS,
+    Draw,
+    assert_exact,
+    call,
+    convert,
+    flat,
+    lay_out,
+    map_tensors,
+    sample,
+    wrong,
+)
 from tolerances import TOLERANCES
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from l2rw_ext import ops
+from l2rw_ext import compositions, ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CORRELATIONS = tuple(name for name in OPERATORS if name.endswith("_correlation"))
-OTHERS = tuple(name for name in OPERATORS if not name.endswith("_correlation"))
+CORRELATIONS = tuple(name for name in OPERATORS if "_correlation" in name)
+OTHERS = tuple(name for name in OPERATORS if name not in CORRELATIONS)
 
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -55,7 +67,7 @@ def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObjec
     results = call(name, arguments)
 
     assert_exact(name, dtype, arguments, results)
-    for argument, copy in zip(arguments, before, strict=True):
+    for argument, copy in zip(flat(arguments)[0], flat(before)[0], strict=True):
         if isinstance(argument, Tensor):
             assert torch.equal(argument, copy)
 
@@ -161,6 +173,36 @@ def test_rows_out_of_range() -> None:
             ops.scale_rows(g, torch.ones(1), torch.tensor([0, row]))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({k: [] for k in range(5)}, "z must hold at least one layer, got none"),
+        ({1: 1}, "g must hold 2 (layers of z), got 1"),
+        ({2: 1}, "z_clean must hold 2 (layers of z), got 1"),
+        ({3: 1}, "g_clean must hold 2 (layers of z), got 1"),
+        ({4: 3}, "bias must hold 2 (layers of z), got 3"),
+        ({0: torch.ones(3, 1, 3), 1: torch.ones(3, 1, 2)}, "z[1] must have size 2 (examples of"),
+        ({2: torch.ones(2, 1, 3), 3: torch.ones(2, 1, 2)}, "z_clean[1] must have size 3 (exampl"),
+        ({1: torch.ones(2, 2, 2)}, "g[1] must have size 1 (positions of z)"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("module", [ops, compositions], ids=["operator", "composition"])
+def test_layers_that_do_not_fit(module: Any, change: dict[int, Any], message: str) -> None:
+    arguments: list[Any] = [list(a) for a in sample("factored_correlations")]
+    for k, value in change.items():
+        if isinstance(value, Tensor):
+            arguments[k][1] = value
+        elif isinstance(value, int):
+            arguments[k] = (arguments[k] * 2)[:value]
+        else:
+            arguments[k] = value
+    with pytest.raises(
+        RuntimeError, match=f"l2rw_ext::factored_correlations: {re.escape(message)}"
+    ):
+        module.factored_correlations(*arguments)
+
+
 # Autograd
 
 
@@ -169,14 +211,15 @@ def test_rows_out_of_range() -> None:
 def test_correlations_differentiate_twice(name: str, optional: bool) -> None:
     arguments = sample(name, torch.float64, optional)
     arguments = convert(arguments, lambda a: a.detach().clone().requires_grad_())
-    if not any(isinstance(a, Tensor) and a.requires_grad for a in arguments[2:]):
-        arguments = (arguments[0].detach(), arguments[1], *arguments[2:])
+    leaves, rebuilt = flat(arguments)
+    if not any(isinstance(a, Tensor) and a.requires_grad for a in leaves[2:]):
+        leaves[0] = leaves[0].detach()
 
     def scores(*tensors: Tensor) -> Tensor:
-        return call(name, tensors)[0]
+        return call(name, rebuilt(tensors))[0]
 
-    assert torch.autograd.gradcheck(scores, arguments)
-    assert torch.autograd.gradgradcheck(scores, arguments)
+    assert torch.autograd.gradcheck(scores, leaves)
+    assert torch.autograd.gradgradcheck(scores, leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -186,7 +229,7 @@ def test_gradients_have_the_dtype_of_their_argument(name: str, dtype: torch.dtyp
     exact = convert(sample(name, dtype), lambda a: a.detach().double().requires_grad_())
     call(name, arguments)[0].sum().backward()
     call(name, exact)[0].sum().backward()
-    for argument, other in zip(arguments, exact, strict=True):
+    for argument, other in zip(flat(arguments)[0], flat(exact)[0], strict=True):
         if isinstance(argument, Tensor) and argument.requires_grad:
             assert argument.grad is not None
             assert argument.grad.dtype == dtype
@@ -204,15 +247,15 @@ def test_other_operators_refuse_to_be_differentiated(name: str) -> None:
 
 @every_operator
 def test_forward_mode_raises(name: str) -> None:
-    arguments = sample(name)
+    leaves, rebuilt = flat(sample(name))
     position = next(
-        k for k, a in enumerate(arguments) if isinstance(a, Tensor) and a.is_floating_point()
+        k for k, a in enumerate(leaves) if isinstance(a, Tensor) and a.is_floating_point()
     )
 
     def function(tensor: Tensor) -> Any:
-        return call(name, (*arguments[:position], tensor, *arguments[position + 1 :]))
+        return call(name, rebuilt([*leaves[:position], tensor, *leaves[position + 1 :]]))
 
-    tensor = arguments[position]
+    tensor = leaves[position]
     message = f"l2rw_ext::{name} has no forward-mode derivative"
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, (tensor,), (torch.ones_like(tensor),))
@@ -224,38 +267,35 @@ def test_forward_mode_raises(name: str) -> None:
 
 @every_operator
 def test_vmap_is_a_loop(name: str) -> None:
-    arguments = sample(name)
-    batched = tuple(
-        torch.stack([a, a.flip(0)]) if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in arguments
-    )
-    where = tuple(0 if isinstance(a, Tensor) and a.is_floating_point() else None for a in arguments)
-    results = torch.vmap(lambda *a: call(name, a), where)(*batched)
+    leaves, rebuilt = flat(convert(sample(name), lambda a: torch.stack([a, a.flip(0)])))
+    where = tuple(0 if isinstance(a, Tensor) and a.is_floating_point() else None for a in leaves)
+    results = torch.vmap(lambda *a: call(name, rebuilt(a)), where)(*leaves)
     for k in range(2):
-        single = tuple(a[k] if dim == 0 else a for a, dim in zip(batched, where, strict=True))
-        for result, expected in zip(results, call(name, single), strict=True):
+        single = [a[k] if dim == 0 else a for a, dim in zip(leaves, where, strict=True)]
+        for result, expected in zip(results, call(name, rebuilt(single)), strict=True):
             torch.testing.assert_close(result[k], expected)
 
 
 @pytest.mark.parametrize("name", CORRELATIONS)
 def test_functorch_gradients_are_right_or_raise(name: str) -> None:
-    arguments = sample(name, torch.float64)
-    expected = torch.autograd.grad(
-        call(name, (arguments[0], arguments[1].requires_grad_(), *arguments[2:]))[0].sum(),
-        arguments[1],
-    )[0]
-    g = arguments[1].detach()
+    leaves, rebuilt = flat(sample(name, torch.float64))
+
+    def total(g: Tensor) -> Tensor:
+        return call(name, rebuilt([leaves[0], g, *leaves[2:]]))[0].sum()
+
+    g = leaves[1].requires_grad_()
+    expected = torch.autograd.grad(total(g), g)[0]
     try:
-        gradient = torch.func.grad(
-            lambda g: call(name, (arguments[0], g, *arguments[2:]))[0].sum()
-        )(g)
+        gradient = torch.func.grad(total)(g.detach())
     except RuntimeError as error:
         assert "setup_context" in str(error)  # noqa: PT017
     else:
         torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("name", ["dense_correlation", "affine_correlation", "scale_rows"])
+@pytest.mark.parametrize(
+    "name", ["dense_correlation", "factored_correlations", "affine_correlation", "scale_rows"]
+)
 def test_compiles_without_a_graph_break(name: str) -> None:
     arguments = sample(name)
     compiled = torch.compile(
@@ -268,9 +308,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 def test_meta_tensors() -> None:
     for name in OPERATORS:
-        arguments = tuple(
-            a.to("meta") if isinstance(a, Tensor) else a for a in sample(name, torch.bfloat16)
-        )
+        arguments = map_tensors(lambda a: a.to("meta"), sample(name, torch.bfloat16))
         expected = call(name, sample(name, torch.bfloat16))
         for result, real in zip(call(name, arguments), expected, strict=True):
             assert (result.shape, result.dtype) == (real.shape, real.dtype)
@@ -282,10 +320,8 @@ def test_docstring_examples() -> None:
     assert result.failed == 0
 
 
-def _on_cuda(a: Any) -> Any:
+def _on_cuda(a: Tensor) -> Tensor:
     """The tensor with its strides on the device."""
-    if not isinstance(a, Tensor):
-        return a
     count = a.untyped_storage().nbytes() // a.element_size()
     storage = a.as_strided((count,), (1,), 0).cuda()
     return storage.as_strided(a.shape, a.stride(), a.storage_offset())
@@ -299,7 +335,7 @@ def test_matches_plain_float64_on_cuda(name: str, dtype: torch.dtype, data: st.D
     seed = data.draw(st.integers(0, 2**16))
     draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
     arguments = OPERATORS[name].arguments(draw)
-    here = tuple(map(_on_cuda, arguments))
+    here = map_tensors(_on_cuda, arguments)
     # The table is for float32 products that are not rounded to TF32, as torch's convolutions are.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         results = call(name, here)
@@ -314,7 +350,7 @@ def test_matches_plain_float64_on_cuda(name: str, dtype: torch.dtype, data: st.D
 @pytest.mark.cuda
 @every_operator
 def test_never_waits_for_the_device(name: str) -> None:
-    arguments = tuple(map(_on_cuda, sample(name)))
+    arguments = map_tensors(_on_cuda, sample(name))
     call(name, arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

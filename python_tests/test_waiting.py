@@ -17,6 +17,7 @@ from waits import NeverWaits, WaitedError
 
 from l2rw_ext import NotExactError, Reweighter, Step, compositions, ops, waiting
 from l2rw_ext.batch import merge
+from l2rw_ext.engines import scoring
 
 BOUND = 1e-11
 """Of float64 steps whose sums have another order."""
@@ -26,6 +27,7 @@ BOUND = 1e-11
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """No value is at hand, and operators are compositions, as on CUDA."""
     monkeypatch.setattr(waiting, "at_hand", lambda x: False)
+    monkeypatch.setattr(scoring, "in_groups", lambda g: True)
     for name in compositions.__all__:
         monkeypatch.setattr(ops, name, getattr(compositions, name))
 

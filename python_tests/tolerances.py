@@ -34,6 +34,7 @@ _IN_INPUT_DTYPE = {
 TOLERANCES: dict[str, dict[torch.dtype, float]] = {
     # Scores are returned in the accumulation dtype.
     "factored_correlation": _IN_ACCUMULATION_DTYPE,
+    "factored_correlations": _IN_ACCUMULATION_DTYPE,
     "dense_correlation": _IN_ACCUMULATION_DTYPE,
     "conv_correlation": _IN_ACCUMULATION_DTYPE,
     "affine_correlation": _IN_ACCUMULATION_DTYPE,

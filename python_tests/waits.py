@@ -5,29 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_aten = torch.ops.aten
-
-# They return values to the host, or a shape that depends on values, or copy from the host.
-_WAITING = {
-    _aten._local_scalar_dense,
-    _aten.equal,
-    _aten.is_nonzero,
-    _aten.lift_fresh,
-    _aten.masked_select,
-    _aten.nonzero,
-    _aten.nonzero_numpy,
-    _aten.argwhere,
-    _aten.bincount,
-    _aten.unique_consecutive,
-    _aten.unique_dim,
-    _aten._unique,
-    _aten._unique2,
-}
+from l2rw_ext.watch import waits
 
 
 class WaitedError(AssertionError):
@@ -49,15 +31,7 @@ class NeverWaits(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        packet = func.overloadpacket
-        waits = packet in _WAITING
-        if packet in (_aten.index, _aten.index_put, _aten.index_put_):
-            waits = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        elif packet is _aten._to_copy:
-            waits = kwargs.get("device") not in (None, args[0].device)
-        elif packet is _aten.repeat_interleave:
-            waits = isinstance(args[0], Tensor) and kwargs.get("output_size") is None
-        if waits:
+        if waits(func, args, kwargs):
             raise WaitedError(f"{func} would wait for the device")
         out = func(*args, **kwargs)
         self.calls += 1

@@ -10,6 +10,7 @@
 namespace l2rw {
 namespace {
 
+// Adds the scores of a layer.
 template <class T>
 void correlate(
     const Rows& z, const Rows& g, const Rows& z_clean, const Rows& g_clean, bool bias, T* scores) {
@@ -43,8 +44,25 @@ void correlate(
     }
   });
   for (int64_t i = 0; i < z.examples; ++i) {
-    scores[i] = kernel.sum(per_row.data() + i * z.positions, z.positions);
+    scores[i] += kernel.sum(per_row.data() + i * z.positions, z.positions);
   }
+}
+
+Tensor no_scores(const Tensor& z) {
+  return torch::stable::new_zeros(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
+}
+
+void add_scores(
+    const Tensor& z,
+    const Tensor& g,
+    const Tensor& z_clean,
+    const Tensor& g_clean,
+    bool bias,
+    const Tensor& scores) {
+  with_accumulation_type(z.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    correlate<T>(rows_of(z), rows_of(g), rows_of(z_clean), rows_of(g_clean), bias, data<T>(scores));
+  });
 }
 
 }  // namespace
@@ -52,16 +70,28 @@ void correlate(
 Tensor factored_correlation(
     const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean, bool bias) {
   check_factored_correlation(z, g, z_clean, g_clean);
-  Tensor scores = torch::stable::new_empty(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
-  with_accumulation_type(z.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    correlate<T>(rows_of(z), rows_of(g), rows_of(z_clean), rows_of(g_clean), bias, data<T>(scores));
-  });
+  const Tensor scores = no_scores(z);
+  add_scores(z, g, z_clean, g_clean, bias, scores);
+  return scores;
+}
+
+Tensor factored_correlations(
+    const Tensors& z,
+    const Tensors& g,
+    const Tensors& z_clean,
+    const Tensors& g_clean,
+    const std::vector<bool>& bias) {
+  check_factored_correlations(z, g, z_clean, g_clean, bias);
+  const Tensor scores = no_scores(z[0]);
+  for (size_t l = 0; l < z.size(); ++l) {
+    add_scores(z[l], g[l], z_clean[l], g_clean[l], bias[l], scores);
+  }
   return scores;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("factored_correlation", TORCH_BOX(&factored_correlation));
+  m.impl("factored_correlations", TORCH_BOX(&factored_correlations));
 }
 
 }  // namespace l2rw

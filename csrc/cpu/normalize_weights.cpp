@@ -19,19 +19,28 @@ double rectified(T u) {
   return std::isfinite(score) && score > 0 ? score : 0;
 }
 
+// sum of w~_i scale. What each addition loses is kept (Kahan), so that weights are as exact for
+// many examples as for few; it is not finite where the sum overflows.
+template <class T>
+double rectified_sum(const T* u, int64_t stride, int64_t n, double scale) {
+  double sum = 0;
+  double excess = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double term = rectified(u[i * stride]) * scale - excess;
+    const double next = sum + term;
+    excess = (next - sum) - term;
+    sum = next;
+  }
+  return sum;
+}
+
 template <class T>
 void normalize(const T* u, int64_t stride, T* w, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    sum += rectified(u[i * stride]);
-  }
   double scale = 1;
-  if (!std::isfinite(sum)) {  // it overflows: scale down first
+  double sum = rectified_sum(u, stride, n, scale);
+  if (!std::isfinite(sum)) {
     scale = 1 / static_cast<double>(n);
-    sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      sum += rectified(u[i * stride]) * scale;
-    }
+    sum = rectified_sum(u, stride, n, scale);
   }
   // Equation (9): w = w~ / (sum w~ + delta(sum w~)); all weights are zero where the sum is.
   for (int64_t i = 0; i < n; ++i) {

@@ -13,6 +13,9 @@
 
 namespace l2rw::cuda {
 
+// What every driver and architecture takes as arguments of a kernel.
+constexpr size_t kParameterBytes = 4096;
+
 // The device of a tensor made current, and torch's stream on it.
 class Launch {
  public:
@@ -36,6 +39,7 @@ class Launch {
       dim3 threads,
       int64_t shared_bytes,
       const Arguments&... arguments) const {
+    static_assert((sizeof(Parameters) + ...) <= kParameterBytes);
     check(
         blocks <= std::numeric_limits<int32_t>::max(),
         operation_,

@@ -1,26 +1,40 @@
 #include "cuda/partial_sums.h"
 
+#include "cuda/layers.h"
 #include "cuda/reduce.cuh"
 #include "cuda/tile_plan.h"
 
 namespace l2rw::cuda {
 namespace {
 
-template <class A, int Threads>
+template <class A>
+struct Rows {
+  const A* sums;  // [groups, rows]
+  int64_t rows;
+  int64_t positions;
+};
+
+template <class A, int Capacity>
+using RowTable = LayerTable<Rows<A>, Capacity>;
+
+// The terms of an example are numbered layer by layer, then group by group.
+template <class A, int Threads, int Capacity>
 __global__ void __launch_bounds__(Threads) sum_example(
-    const A* __restrict__ partial,  // [groups, rows]
-    int64_t groups,
-    int64_t rows,
-    int64_t positions,
+    const __grid_constant__ RowTable<A, Capacity> table,
+    bool add,
     A* __restrict__ u) {  // [rows / positions]
-  const int64_t first = blockIdx.x * positions;
   A sum = 0;
-  for (int64_t k = threadIdx.x; k < groups * positions; k += Threads) {
-    sum += partial[k / positions * rows + first + k % positions];
+  for (int64_t k = threadIdx.x; k < table.total; k += Threads) {
+    const int l = table.layer_of(k);
+    const Rows<A>& layer = table.entries[l];
+    const int64_t term = k - table.first[l];
+    sum += layer.sums
+               [term / layer.positions * layer.rows + blockIdx.x * layer.positions +
+                term % layer.positions];
   }
   sum = block_sum<Threads>(sum);
   if (threadIdx.x == 0) {
-    u[blockIdx.x] = sum;
+    u[blockIdx.x] = add ? u[blockIdx.x] + sum : sum;
   }
 }
 
@@ -68,24 +82,43 @@ void with_accumulation_type(const Tensor& tensor, const Body& body) {
 
 }  // namespace
 
-void sum_positions(
-    const Launch& launch, const Tensor& partial, int64_t positions, const Tensor& u) {
-  const int64_t groups = partial.size(0);
-  const int64_t rows = partial.size(1);
+void sum_layers(
+    const Launch& launch,
+    const Tensor& workspace,
+    const std::vector<RowSums>& layers,
+    bool add,
+    const Tensor& u) {
   with_accumulation_type(u, [&](auto zero) {
     using A = decltype(zero);
-    const bool few = groups * positions <= 256;
-    launch.run(
-        few ? &sum_example<A, 32> : &sum_example<A, 256>,
-        u.size(0),
-        few ? 32 : 256,
-        0,
-        static_cast<const A*>(data<A>(partial)),
-        groups,
-        rows,
-        positions,
-        data<A>(u));
+    const int64_t n = u.size(0);
+    const auto run = [&](auto table) {
+      constexpr int kCapacity = decltype(table)::kCapacity;
+      for (const RowSums& layer : layers) {
+        table.add(
+            {data<A>(workspace) + layer.offset, n * layer.positions, layer.positions},
+            layer.groups * layer.positions);
+      }
+      const bool few = table.total <= 256;
+      launch.run(
+          few ? &sum_example<A, 32, kCapacity> : &sum_example<A, 256, kCapacity>,
+          n,
+          few ? 32 : 256,
+          0,
+          table,
+          add,
+          data<A>(u));
+    };
+    if (layers.size() == 1) {
+      run(RowTable<A, 1>{});
+    } else {
+      run(RowTable<A, kMostLayers>{});
+    }
   });
+}
+
+void sum_positions(
+    const Launch& launch, const Tensor& partial, int64_t positions, const Tensor& u) {
+  sum_layers(launch, partial, {{0, partial.size(0), positions}}, false, u);
 }
 
 void sum_parts(const Launch& launch, const Tensor& partial, const Tensor& total) {

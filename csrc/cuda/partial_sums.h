@@ -2,9 +2,27 @@
 
 // The ordered second pass over sums that blocks left in a workspace.
 
+#include <vector>
+
 #include "cuda/launch.cuh"
 
 namespace l2rw::cuda {
+
+// Sums of single rows that a layer left in a workspace.
+struct RowSums {
+  int64_t offset;  // where they begin: [groups, n * positions]
+  int64_t groups;
+  int64_t positions;
+};
+
+// u_i, or zero unless `add`, plus the sum over layers, groups and positions of
+// workspace[offset + group * n * positions + i * positions + t]. At most kMostLayers layers.
+void sum_layers(
+    const Launch& launch,
+    const Tensor& workspace,  // acc
+    const std::vector<RowSums>& layers,
+    bool add,
+    const Tensor& u);  // [n], acc
 
 // u_i = sum over groups and positions of partial[group][i * positions + t].
 void sum_positions(

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "cuda/tile_index.h"
 
@@ -94,13 +96,15 @@ constexpr TileSize size_of() {
 }
 
 // Stages that the depth of a row takes. A depth of zero is one stage of zeros.
-inline int64_t chunks_of(int64_t row_bytes) {
-  return std::max<int64_t>(1, ceil_div(row_bytes, kLineBytes));
+L2RW_HOST_DEVICE constexpr int64_t chunks_of(int64_t row_bytes) {
+  const int64_t chunks = ceil_div(row_bytes, kLineBytes);
+  return chunks > 1 ? chunks : 1;
 }
 
 // Groups of units, each of which leaves a sum for every row in the workspace.
-inline int64_t groups_of(int64_t units, int64_t rows, int64_t sum_bytes) {
-  return std::min(units, std::max<int64_t>(1, kWorkspaceBytes / (rows * sum_bytes)));
+inline int64_t groups_of(
+    int64_t units, int64_t rows, int64_t sum_bytes, int64_t workspace_bytes = kWorkspaceBytes) {
+  return std::min(units, std::max<int64_t>(1, workspace_bytes / (rows * sum_bytes)));
 }
 
 struct ProductPlan {
@@ -112,6 +116,10 @@ struct ProductPlan {
   // Of the splits of a factored product, those of Z Z'ᵀ. Zero: one block forms both products.
   int64_t z_splits = 0;
   bool narrow = false;  // in place of the two tiles, the one for few columns
+
+  int64_t blocks() const { return row_tiles * (z_splits > 0 ? column_tiles * splits : groups); }
+  // Of the longest block.
+  int64_t tiles_of_block() const { return z_splits > 0 ? 1 : ceil_div(column_tiles, groups); }
 };
 
 inline ProductPlan cut_tiles(
@@ -156,34 +164,130 @@ inline ProductPlan plan_dense(
   return plan;
 }
 
-// Where there are fewer tiles than processors, even small ones, the depth of both Gram matrices is
-// split as well. Their product is not linear in partial sums, so these go through the workspace.
-inline ProductPlan plan_factored(
-    int64_t rows,
-    int64_t columns,
-    int64_t z_chunks,
-    int64_t g_chunks,
+// Both Gram matrices of a layer.
+struct FactoredSize {
+  int64_t rows;
+  int64_t columns;
+  int64_t z_chunks;
+  int64_t g_chunks;
+
+  int64_t chunks() const { return z_chunks + g_chunks; }
+  int64_t tiles(TileSize tile) const {
+    return ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns);
+  }
+  int64_t steps(TileSize tile) const { return tiles(tile) * chunks(); }
+};
+
+// Which layers take large tiles: those that these cover with at most half as much again as small
+// ones do, and where no block is longer than a processor's share of all their work; if there is a
+// block for every processor.
+inline std::vector<bool> choose_large(
+    const std::vector<FactoredSize>& layers, TileSize large, TileSize small, int64_t processors) {
+  std::vector<bool> chosen(layers.size());
+  int64_t steps = 0;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const int64_t large_area = layers[l].tiles(large) * large.rows * large.columns;
+    const int64_t small_area = layers[l].tiles(small) * small.rows * small.columns;
+    chosen[l] =
+        large.rows * large.columns > small.rows * small.columns && 2 * large_area <= 3 * small_area;
+    steps += chosen[l] ? layers[l].steps(large) : 0;
+  }
+  int64_t tiles = 0;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    chosen[l] = chosen[l] && layers[l].chunks() * processors <= steps;
+    tiles += chosen[l] ? layers[l].tiles(large) : 0;
+  }
+  return tiles >= processors ? chosen : std::vector<bool>(layers.size());
+}
+
+// The layers of one call. Where a block on a small tile would be longer than a processor's share of
+// all work on small tiles, the depth of both Gram matrices is split as well, into parts of half
+// that share. Their product is not linear in partial sums, so these go through the workspace, which
+// layers get by their work. Other layers of few tiles are then split too, to run in the same
+// launch.
+inline std::vector<ProductPlan> plan_factored(
+    const std::vector<FactoredSize>& layers,
     TileSize large,
     TileSize small,
     int64_t processors,
     int64_t sum_bytes) {
-  ProductPlan plan = cut_tiles(rows, columns, large, small, processors);
-  if (plan.row_tiles * plan.column_tiles < processors) {
-    const int64_t tiles = plan.row_tiles * plan.column_tiles;
-    const int64_t tile_bytes = tiles * small.rows * small.columns * sum_bytes;
-    const int64_t splits = std::min(
-        {ceil_div(2 * processors, tiles), (z_chunks + g_chunks) / 2, kWorkspaceBytes / tile_bytes});
-    if (splits >= 2) {
-      plan.groups = 1;
-      const int64_t share = splits * z_chunks / (z_chunks + g_chunks);
-      plan.z_splits = std::clamp<int64_t>(share, 1, splits - 1);
-      plan.z_splits = std::min(plan.z_splits, z_chunks);
-      plan.splits = plan.z_splits + std::min(splits - plan.z_splits, g_chunks);
-      return plan;
+  const std::vector<bool> is_large = choose_large(layers, large, small, processors);
+  int64_t all_steps = 0;
+  int64_t small_steps = 0;
+  int64_t longest = 0;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    all_steps += layers[l].steps(small);
+    if (!is_large[l]) {
+      small_steps += layers[l].steps(small);
+      longest = std::max(longest, layers[l].chunks());
     }
   }
-  plan.groups = groups_of(plan.column_tiles, rows, sum_bytes);
-  return plan;
+  const bool split = longest >= 4 && longest * processors > small_steps;
+  std::vector<ProductPlan> plans;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    const FactoredSize& layer = layers[l];
+    const TileSize tile = is_large[l] ? large : small;
+    ProductPlan plan{
+        is_large[l], ceil_div(layer.rows, tile.rows), ceil_div(layer.columns, tile.columns), 1, 1};
+    const double share = static_cast<double>(layer.steps(small)) / static_cast<double>(all_steps);
+    const auto workspace_bytes = static_cast<int64_t>(share * kWorkspaceBytes);
+    const int64_t tiles = layer.tiles(small);
+    if (split && !plan.large && tiles < processors) {
+      const int64_t chunks = layer.chunks();
+      const int64_t splits = std::min(
+          {std::max<int64_t>(2, ceil_div(2 * processors * chunks, small_steps)),
+           std::max<int64_t>(2, chunks / 2),
+           workspace_bytes / (tiles * small.rows * small.columns * sum_bytes)});
+      if (splits >= 2) {
+        plan.z_splits = std::clamp<int64_t>(splits * layer.z_chunks / chunks, 1, splits - 1);
+        plan.z_splits = std::min(plan.z_splits, layer.z_chunks);
+        plan.splits = plan.z_splits + std::min(splits - plan.z_splits, layer.g_chunks);
+      }
+    }
+    if (plan.z_splits == 0) {
+      plan.groups = groups_of(plan.column_tiles, layer.rows, sum_bytes, workspace_bytes);
+    }
+    plans.push_back(plan);
+  }
+  return plans;
+}
+
+// What the layers of one call leave in memory, in numbers. Whole tiles come first, so that their
+// rows can be written several numbers at a time.
+struct FactoredWorkspace {
+  std::vector<int64_t> partial;   // where parts of Gram matrices begin
+  std::vector<int64_t> row_sums;  // where sums of rows begin: [groups, rows]
+  int64_t parts = 0;              // all parts
+  int64_t size = 0;
+
+  FactoredWorkspace(
+      const std::vector<FactoredSize>& layers,
+      const std::vector<ProductPlan>& plans,
+      TileSize small) {
+    for (const ProductPlan& plan : plans) {
+      partial.push_back(parts);
+      const int64_t tiles = plan.row_tiles * plan.column_tiles * small.rows * small.columns;
+      parts += plan.z_splits > 0 ? plan.splits * tiles : 0;
+    }
+    size = parts;
+    for (size_t l = 0; l < plans.size(); ++l) {
+      row_sums.push_back(size);
+      size += plans[l].groups * layers[l].rows;
+    }
+  }
+};
+
+// Blocks that take longest start first, so that none is left alone at the end.
+inline std::vector<size_t> longest_blocks_first(
+    const std::vector<FactoredSize>& layers, const std::vector<ProductPlan>& plans) {
+  const auto steps = [&](size_t l) {
+    return ceil_div(layers[l].chunks(), plans[l].splits) * plans[l].tiles_of_block();
+  };
+  std::vector<size_t> order(plans.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(
+      order.begin(), order.end(), [&](size_t a, size_t b) { return steps(a) > steps(b); });
+  return order;
 }
 
 // Where a split of Z Z'ᵀ or G G'ᵀ leaves its sum: [splits][rows][columns] of whole tiles.

@@ -13,7 +13,12 @@ from __future__ import annotations
 
 from .convolution import conv_correlation, conv_example_gradients, conv_weighted_gradient
 from .embedding import embedding_correlation
-from .linear import dense_correlation, factored_correlation, linear_example_gradients
+from .linear import (
+    dense_correlation,
+    factored_correlation,
+    factored_correlations,
+    linear_example_gradients,
+)
 from .normalization import (
     affine_correlation,
     affine_example_gradients,
@@ -32,6 +37,7 @@ __all__ = [
     "dense_correlation",
     "embedding_correlation",
     "factored_correlation",
+    "factored_correlations",
     "group_norm_backward",
     "linear_example_gradients",
     "normalize_weights",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..autocast import without_autocast
@@ -12,23 +14,24 @@ from .checks import Checks
 _COLUMNS = 4096
 
 
-@without_autocast()
-def factored_correlation(
-    z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor, bias: bool
-) -> Tensor:
-    """u_i = Σ_t Σ_j Σ_s (z_it · z'_js + bias) (g_it · g'_js), block by block of both products."""
-    check = Checks("factored_correlation", "z", z)
+def _check_factored(
+    check: Checks, which: str, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor
+) -> None:
+    """``which`` follows the names of the arguments: which layer of several it is."""
+    names = [name + which for name in ("z", "g", "z_clean", "g_clean")]
     check.floating()
-    for name, tensor in (("z", z), ("g", g), ("z_clean", z_clean), ("g_clean", g_clean)):
+    for name, tensor in zip(names, (z, g, z_clean, g_clean), strict=True):
         check.dims(name, tensor, 3)
         check.same(name, tensor)
-    check.size("g", g, 0, z.shape[0], "examples of z")
-    check.size("g", g, 1, z.shape[1], "positions of z")
-    check.size("g_clean", g_clean, 0, z_clean.shape[0], "examples of z_clean")
-    check.size("g_clean", g_clean, 1, z_clean.shape[1], "positions of z_clean")
-    check.size("z_clean", z_clean, 2, z.shape[2], "width of z")
-    check.size("g_clean", g_clean, 2, g.shape[2], "width of g")
+    check.size(names[1], g, 0, z.shape[0], "examples of z")
+    check.size(names[1], g, 1, z.shape[1], "positions of z")
+    check.size(names[3], g_clean, 0, z_clean.shape[0], "examples of z_clean")
+    check.size(names[3], g_clean, 1, z_clean.shape[1], "positions of z_clean")
+    check.size(names[2], z_clean, 2, z.shape[2], "width of z")
+    check.size(names[3], g_clean, 2, g.shape[2], "width of g")
 
+
+def _factored(z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor, bias: bool) -> Tensor:
     dtype = accumulation_dtype(z.dtype)
     n, positions = z.shape[:2]
     rows, clean_rows = n * positions, z_clean.shape[0] * z_clean.shape[1]
@@ -50,6 +53,48 @@ def factored_correlation(
                 inner += 1
             per_row[part].add_(inner.mul_(product(g[part], g_columns, dtype)).sum(1))
     return per_row.view(n, positions).sum(1)
+
+
+@without_autocast()
+def factored_correlation(
+    z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor, bias: bool
+) -> Tensor:
+    """u_i = Σ_t Σ_j Σ_s (z_it · z'_js + bias) (g_it · g'_js), block by block of both products."""
+    _check_factored(Checks("factored_correlation", "z", z), "", z, g, z_clean, g_clean)
+    return _factored(z, g, z_clean, g_clean, bias)
+
+
+@without_autocast()
+def factored_correlations(
+    z: Sequence[Tensor],
+    g: Sequence[Tensor],
+    z_clean: Sequence[Tensor],
+    g_clean: Sequence[Tensor],
+    bias: Sequence[bool],
+) -> Tensor:
+    """The sum of the layers' :func:`factored_correlation`, layer by layer."""
+    operation = "factored_correlations"
+    if not z:
+        raise RuntimeError(f"l2rw_ext::{operation}: z must hold at least one layer, got none")
+    check = Checks(operation, "z[0]", z[0])
+    for name, count in (
+        ("g", len(g)),
+        ("z_clean", len(z_clean)),
+        ("g_clean", len(g_clean)),
+        ("bias", len(bias)),
+    ):
+        check.require(count == len(z), f"{name} must hold {len(z)} (layers of z), got {count}")
+    layers = list(zip(z, g, z_clean, g_clean, strict=True))
+    for k, layer in enumerate(layers):
+        _check_factored(Checks(operation, f"z[{k}]", layer[0]), f"[{k}]", *layer)
+        check.same(f"z[{k}]", layer[0])
+        check.size(f"z[{k}]", layer[0], 0, z[0].shape[0], "examples of z[0]")
+        examples = z_clean[0].shape[0]
+        check.size(f"z_clean[{k}]", layer[2], 0, examples, "examples of z_clean[0]")
+    u = _factored(*layers[0], bias[0])
+    for layer, has_bias in zip(layers[1:], bias[1:], strict=True):
+        u += _factored(*layer, has_bias)
+    return u
 
 
 @without_autocast()

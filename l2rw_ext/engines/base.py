@@ -14,7 +14,7 @@ from ..members import Members
 from ..preserve import Snapshot
 
 if TYPE_CHECKING:
-    from ..plan import Explanation
+    from ..plan import Explanation, Plan
 
 
 class NotExactError(RuntimeError):
@@ -40,6 +40,8 @@ class Task:
     """What a gradient scaler multiplies losses by, shape (); gradients carry it, scores do not."""
     low_memory: bool = False
     """Keep nothing of a layer between scores and weighted gradient; run a second backward."""
+    recorded: bool = False
+    """The step is to be replayed, so that an engine may not look at its values."""
     autocast: Autocast = field(default_factory=Autocast)
     """Of the caller; the model and the loss functions run under it."""
 
@@ -96,6 +98,8 @@ def require_grad(losses: Tensor) -> None:
 class Scored(abc.ABC):
     """What a score pass leaves behind: scores, losses, and all that the weighted gradient needs."""
 
+    plan: Plan | None = None
+    """What the engine has learnt in earlier steps and goes by, where it has such."""
     mixes: ClassVar[bool] = False
     """Whether one backward mixes all examples, so that none can be left out of it."""
     scores: Tensor

@@ -13,6 +13,7 @@ from ..preserve import Snapshot
 from ..rules.base import accumulation_dtype
 from ..tangents import Tangents
 from ..tangents.base import unpack
+from ..watch import NotCapturableError
 from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
 from .direction import clean_direction
 from .graph import GraphScored, check_at_hand
@@ -62,7 +63,7 @@ def _score(
             require_grad(losses)
             scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
             losses, _ = unpack(losses)
-    except (NotExactError, torch.OutOfMemoryError):
+    except (NotCapturableError, NotExactError, torch.OutOfMemoryError):
         raise
     except RuntimeError as error:
         line = str(error).partition("\n")[0]

@@ -18,6 +18,7 @@ from ..plan import Explanation, Plan, UsePlan, choose_form
 from ..preserve import Buffers, Snapshot
 from ..rules.base import Size, Use
 from ..rules.broadcast import BROADCAST, FACTORS
+from ..watch import NotCapturableError
 from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
 from .derived import Leaves
 from .direction import clean_direction
@@ -115,6 +116,7 @@ class Layerwise(Engine):
         losses, clean_losses = _merged_losses(task, inputs, interception)
         plan = None if fresh else self._plans.get(key)
         if plan is None or plan.due() or plan.calls != interception.calls:
+            _check_not_recorded(task, interception)
             precision = _precision(interception, losses)
             check_mergeable(task, snapshot, inputs, losses, clean_losses, precision)
         trained, reached = _reached(interception, [losses, clean_losses])
@@ -209,6 +211,7 @@ class Layerwise(Engine):
         merged: bool,
     ) -> Plan:
         """A plan from two more backwards over the same graph."""
+        _check_not_recorded(task, interception)
         _check_wrappers(task.model)
         reached = scoring.reached
         probe = scoring.probe = Probe(narrow=interception.narrow)
@@ -223,6 +226,7 @@ class Layerwise(Engine):
         certain = certain and not interception.zero_scalars()
         plan = Plan(merged, certain=certain, steps=0 if before is None else before.steps)
         plan.calls = interception.calls
+        plan.chooses = interception.chooses
         counts: dict[int, int] = {}
         for use in reached:
             for root in use.roots:
@@ -266,6 +270,26 @@ def _check_wrappers(model: nn.Module) -> None:
                 "DistributedDataParallel cannot find unused parameters in a layer-wise step; leave "
                 "find_unused_parameters off"
             )
+
+
+def _check_not_recorded(task: Task, interception: Interception) -> None:
+    """Raise if a step that is to be replayed would have to be looked at.
+
+    Raises:
+        NotCapturableError: it would.
+    """
+    if not task.recorded:
+        return
+    if interception.chooses is None:
+        raise NotCapturableError(
+            "the engine must look at this step, for the model calls other functions than before",
+            "let the model do the same in each step, or ",
+        )
+    raise NotCapturableError(
+        f"values of the data decide what the model computes ({interception.chooses}), and the "
+        "engine must look at each step",
+        "replace the operation, or ",
+    )
 
 
 def _multiplies_by_zero(use: Use) -> bool:
@@ -330,7 +354,7 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
             losses = task.losses(parts[0])
             interception.part = "clean"
             clean_losses = task.clean_losses(parts[1])
-    except (NotExactError, NotMergeableError):
+    except (NotCapturableError, NotExactError, NotMergeableError):
         raise
     except Exception as error:
         raise NotMergeableError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops, waiting
 from ..plan import Plan, UsePlan
 from ..rules import rates
-from ..rules.base import Roots, RowMap, Use, accumulation_dtype
+from ..rules.base import Factors, Roots, RowMap, Use, accumulation_dtype
 from .base import NotExactError, Scored, Task
 from .derived import Leaves
 from .probe import Probe
@@ -46,6 +46,15 @@ class OverflowedError(Exception):
     def __init__(self, scoring: Scoring) -> None:
         super().__init__()
         self.scoring = scoring
+
+
+def in_groups(g: Tensor) -> bool:
+    """Whether layers in factored form wait for the others, to be scored in one call.
+
+    On CUDA that is one launch, which fills the device where a layer alone would not. What waits is
+    kept for the weighted gradient anyway.
+    """
+    return g.device.type != "cpu"
 
 
 def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
@@ -116,9 +125,10 @@ class Scoring(Scored):
         self._directions = directions
         self._pushed: dict[int, Tensor | None] = {}
         self._kept: list[_Kept] = []
+        self._groups: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
         self.reached: list[Use] = []
         self._trained: list[Use] = []
-        self._plan: dict[int, UsePlan] | None = None
+        self._planned: dict[int, UsePlan] | None = None
         self._weighing: _Weighing | None = None
         self.again: Callable[[Tensor], None] | None = None
         """Runs the backward of the training losses once more, with the given seeds."""
@@ -143,7 +153,8 @@ class Scoring(Scored):
 
     def follow(self, plan: Plan) -> None:
         """From now on reports are worked off as they come."""
-        self._plan = {
+        self.plan = plan
+        self._planned = {
             use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
         }
 
@@ -176,7 +187,7 @@ class Scoring(Scored):
 
     def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
         """Score at once, or keep what the plan does not know or what must wait for the others."""
-        planned = None if self._plan is None else self._plan[use.index]
+        planned = None if self._planned is None else self._planned[use.index]
         if self._weighing is not None:
             assert planned is not None
             self._weigh(self._weighing, use, planned, z, g)
@@ -187,17 +198,20 @@ class Scoring(Scored):
 
     def finish(self) -> None:
         """The backward is over: score what was kept, all directions now being complete."""
-        assert self._plan is not None
+        assert self._planned is not None
         reports, self.reports = self.reports, {}
         waiting = []
         with BelowAutograd():
             for use, z, g in reports.values():
-                planned = self._plan[use.index]
+                planned = self._planned[use.index]
                 if planned.joint and self._directions is None:
                     waiting.append((use, planned, z, g))
                 else:
                     self._score(use, planned, z, g)
             reports.clear()
+            while self._groups:
+                _, layers = self._groups.popitem()
+                self.scores += ops.factored_correlations(*zip(*layers, strict=True))
         if waiting:
             self._score_jointly(waiting)
         self.scores = self._task.unscaled(self.scores)
@@ -245,7 +259,11 @@ class Scoring(Scored):
         z, z_clean = torch.unsafe_split_with_sizes(z, parts)
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
         if planned.form == "factored":
-            self.scores += use.rule.factored(use, z, g, z_clean, g_clean)
+            factors = use.rule.factors(use, z, g, z_clean, g_clean)
+            if in_groups(g) and not self._task.low_memory:  # else nothing else would keep them
+                self._groups.setdefault((g.dtype, g.device), []).append(factors)
+            else:
+                self.scores += ops.factored_correlation(*factors)
             self._keep(_Kept(use, z, g))
         else:
             direction = use.rule.direction(use, z_clean, g_clean)

@@ -17,6 +17,9 @@ from ..compositions.arithmetic import accumulation_dtype as accumulation_dtype
 Roots = tuple[Tensor | None, Tensor | None]
 """The trainable operands of a use: (weight, bias); None where frozen or absent."""
 
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, bool]
+"""The arguments of ``ops.factored_correlation``."""
+
 
 class Sink(Protocol):
     """Receives what the backward of a use saw."""
@@ -192,8 +195,8 @@ class Rule(abc.ABC):
         None where the host does not know which they are; no other example counts then either.
         """
 
-    def factored(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Tensor:
-        """Eq. 12 literally, without a direction; only for rules that list the form."""
+    def factors(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Factors:
+        """What Eq. 12 multiplies, without a direction; only for rules that list the form."""
         raise AssertionError(f"{self.name} has no factored form")
 
     def example_gradients(

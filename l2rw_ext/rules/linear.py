@@ -11,7 +11,18 @@ from torch.nn import functional as F
 
 from .. import ops
 from . import rates
-from .base import Cost, Roots, RowMap, Rule, Size, Use, UseFunction, accumulation_dtype, handles
+from .base import (
+    Cost,
+    Factors,
+    Roots,
+    RowMap,
+    Rule,
+    Size,
+    Use,
+    UseFunction,
+    accumulation_dtype,
+    handles,
+)
 from .rows import active_rows, product
 
 if TYPE_CHECKING:
@@ -93,9 +104,9 @@ class Linear(Rule):
         assert bias is not None
         return g.sum(1, dtype=bias.dtype) @ bias
 
-    def factored(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Tensor:
+    def factors(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Factors:
         """Eq. 12: u_i = Σ (z·z' + 1)(g·g')."""
-        return ops.factored_correlation(z, g, z_clean, g_clean, use.roots[1] is not None)
+        return z, g, z_clean, g_clean, use.roots[1] is not None
 
     def example_gradients(
         self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
