@@ -358,7 +358,7 @@ def test_tf32_follows_torch(machine: Machine, name: str, processors: int) -> Non
 
 @pytest.mark.parametrize("path", ["narrow, split depth", "more taps than columns", "large tiles"])
 def test_gradients_in_tf32(machine: Machine, path: str) -> None:
-    shape = CONVOLUTIONS[path]
+    shape = GRADIENTS[path]
     examples, weighted = convolution_gradients(shape, torch.float32, "channels_last")
     for name, arguments in (
         ("conv_example_gradients", examples),
@@ -386,7 +386,7 @@ def test_linear_gradient_paths(
 
 
 # n, C, O, image, kernel, stride, padding, dilation, groups, and processors that share the work.
-CONVOLUTIONS = {
+GRADIENTS = {
     "narrow, split depth": (2, 16, 16, (31, 33), (3, 3), 1, 1, 1, 1, 132),
     "more taps than columns": (2, 3, 70, (9, 9), (5, 5), 1, 2, 1, 1, 8),
     "first layer": (1, 3, 20, (21, 21), (7, 7), 2, 3, 1, 1, 132),
@@ -424,7 +424,7 @@ def convolution_gradients(
 
 @every_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+@pytest.mark.parametrize("shape", GRADIENTS.values(), ids=GRADIENTS.keys())
 def test_convolution_gradient_paths(
     machine: Machine, shape: tuple[Any, ...], layout: str, dtype: torch.dtype
 ) -> None:
