@@ -374,6 +374,7 @@ KERNEL_CASES: dict[str, KernelCase] = {
         *_layers("wrn28", _WIDE, "conv_correlation"),
         *_layers("resnet32", _SOME, "conv_example_gradients", "-examples"),
         *_layers("resnet32", _SOME, "conv_weighted_gradient", "-weighted"),
+        *_layers("wrn28", (_WIDE[0], _WIDE[3]), "conv_weighted_gradient", "-weighted"),
         _case(
             "linear-examples",
             "n 64, T 65, 192->192",

@@ -69,22 +69,29 @@ void store_gradients(
   using T = typename Kernel::Element;
   using A = typename Kernel::Sum;
   const auto layer = Kernel::lay_out(convolution, z, g);
-  const bool scored = direction || direction_bias;
-  const int64_t tiles = layer.tile_count();
-  const Tensor partial =
-      torch::stable::new_empty(results.scores, {1, scored ? convolution.examples * tiles : 0});
-  const StoredGradients<T, A> output{
-      direction ? data<A>(*direction) : nullptr,
-      direction_bias ? data<A>(*direction_bias) : nullptr,
-      data<T>(results.gradients),
-      data<T>(results.bias_gradients),
-      scored ? data<A>(partial) : nullptr,
-      layer.size(),
-      layer.bias_size()};
-  Kernel::run(launch, layer, convolution.examples, output);
-  if (scored) {
-    sum_positions(launch, partial, tiles, results.scores);
+  const auto store = [&](A* scores) {
+    Kernel::run(
+        launch,
+        layer,
+        convolution.examples,
+        StoredGradients<T, A>{
+            direction ? data<A>(*direction) : nullptr,
+            direction_bias ? data<A>(*direction_bias) : nullptr,
+            data<T>(results.gradients),
+            data<T>(results.bias_gradients),
+            scores,
+            layer.size(),
+            layer.bias_size()});
+  };
+  if (!(direction || direction_bias)) {
+    store(nullptr);
+    return;
   }
+  const int64_t tiles = layer.tile_count();
+  sum_rows(
+      launch, 1, convolution.examples * tiles, tiles, results.scores, [&](const Tensor& partial) {
+        store(data<A>(partial));
+      });
 }
 
 std::tuple<Tensor, Tensor, Tensor> example_gradients(

@@ -9,6 +9,8 @@
 //   write_bias(part, o, value, score)
 //   finish<Threads>(score)            called by all threads, each with its score
 
+#include <algorithm>
+
 #include "cuda/gradient_engines.cuh"
 #include "cuda/launch.cuh"
 
