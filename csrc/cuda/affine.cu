@@ -150,8 +150,9 @@ __global__ void __launch_bounds__(kSheetThreads) correlate(
 }
 
 // Sums over the outer dimension: G_i and Gb_i of Count channels for each thread of the first row.
+// For sm_86 ptxas would keep to 40 registers and spill, were it not told how few blocks are enough.
 template <class T, int Count>
-__global__ void __launch_bounds__(kSheetThreads) sum_outer(
+__global__ void __launch_bounds__(kSheetThreads, 2) sum_outer(
     const __grid_constant__ Sheets<T> sheets,
     SheetParts parts,
     unsigned channel_blocks,
