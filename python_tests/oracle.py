@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from models import Drawn
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, Step, reference
@@ -127,6 +128,20 @@ def assert_exact(
         assert step.engine == engine
     assert_matches(step, model, expected, tolerance)
     return step
+
+
+def assert_drawn_exact(drawn: Drawn, **options: Any) -> None:
+    """Two layer-wise steps on a drawn model: one that makes a plan and one that has it."""
+    reweighter = Reweighter(drawn.model, drawn.loss_fn, **options)
+    for _ in range(2):
+        assert_exact(
+            drawn.model,
+            drawn.loss_fn,
+            drawn.batch,
+            drawn.clean,
+            engine="layerwise",
+            reweighter=reweighter,
+        )
 
 
 _HOOKS = [

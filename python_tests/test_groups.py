@@ -19,7 +19,7 @@ from models import (
     networks_on_vectors,
     vectors,
 )
-from oracle import assert_exact, relative_error, truth
+from oracle import assert_drawn_exact, assert_exact, relative_error, truth
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,35 +55,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.dtype]]:
     return found
 
 
-def _assert_exact(drawn: Drawn) -> None:
-    reweighter = Reweighter(drawn.model, drawn.loss_fn)
-    for _ in range(2):  # with a plan to make, and with one that is there
-        assert_exact(
-            drawn.model,
-            drawn.loss_fn,
-            drawn.batch,
-            drawn.clean,
-            engine="layerwise",
-            reweighter=reweighter,
-        )
-
-
 @given(networks_on_vectors())
 @settings(max_examples=40)
 def test_networks_on_vectors(drawn: Drawn) -> None:
-    _assert_exact(drawn)
+    assert_drawn_exact(drawn)
 
 
 @given(networks_on_images())
 @settings(max_examples=20)
 def test_networks_on_images(drawn: Drawn) -> None:
-    _assert_exact(drawn)
+    assert_drawn_exact(drawn)
 
 
 @given(networks_on_tokens())
 @settings(max_examples=20)
 def test_networks_on_tokens(drawn: Drawn) -> None:
-    _assert_exact(drawn)
+    assert_drawn_exact(drawn)
 
 
 def test_one_call_for_all_layers(calls: list[list[torch.dtype]]) -> None:

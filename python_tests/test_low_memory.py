@@ -16,7 +16,7 @@ from models import (
     networks_on_vectors,
     vectors,
 )
-from oracle import EXACT, assert_exact, assert_matches, truth
+from oracle import EXACT, assert_drawn_exact, assert_matches, truth
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,27 +24,14 @@ from l2rw_ext import Reweighter
 from l2rw_ext.engines.scoring import Scoring
 
 
-def _assert_exact(drawn: Drawn) -> None:
-    reweighter = Reweighter(drawn.model, drawn.loss_fn, low_memory=True)
-    for _ in range(2):  # with a plan to make, and with one that is there
-        assert_exact(
-            drawn.model,
-            drawn.loss_fn,
-            drawn.batch,
-            drawn.clean,
-            engine="layerwise",
-            reweighter=reweighter,
-        )
-
-
 @given(networks_on_vectors())
 def test_networks_on_vectors(drawn: Drawn) -> None:
-    _assert_exact(drawn)
+    assert_drawn_exact(drawn, low_memory=True)
 
 
 @given(networks_on_images())
 def test_networks_on_images(drawn: Drawn) -> None:
-    _assert_exact(drawn)
+    assert_drawn_exact(drawn, low_memory=True)
 
 
 def test_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
