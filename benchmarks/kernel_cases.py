@@ -148,46 +148,60 @@ def _pixels(size: int, k: int, stride: int) -> int:
 
 
 def _images(
-    d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int
+    d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int, groups: int
 ) -> tuple[Tensor, Tensor, tuple[list[int], list[int], list[int], int]]:
     """Inputs z, gradients g, channels side by side; stride, padding, dilation and groups."""
     pixels = _pixels(size, k, stride)
     z = d.normal(n, size, size, c).movedim(-1, 1)
     g = d.normal(n, pixels, pixels, o).movedim(-1, 1)
-    return z, g, ([stride] * 2, [k // 2] * 2, [1, 1], 1)
+    return z, g, ([stride] * 2, [k // 2] * 2, [1, 1], groups)
 
 
 def _kernel(d: Draw, o: int, c: int, k: int) -> Tensor:
     return d.normal(o, k, k, c).movedim(-1, 1)
 
 
-def _conv(d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int) -> Arguments:
-    z, g, geometry = _images(d, n, c, o, size, k, stride)
-    return z, g, _kernel(d, o, c, k), d.normal(o), *geometry
+def _conv(
+    d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
+) -> Arguments:
+    z, g, geometry = _images(d, n, c, o, size, k, stride, groups)
+    return z, g, _kernel(d, o, c // groups, k), d.normal(o), *geometry
 
 
-def _conv_operations(n: int, c: int, o: int, size: int, k: int, stride: int) -> int:
-    return n * _pixels(size, k, stride) ** 2 * o * (2 * c * k * k + 3)
+def _conv_operations(
+    n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
+) -> int:
+    return n * _pixels(size, k, stride) ** 2 * o * (2 * (c // groups) * k * k + 3)
 
 
-def _conv_example(d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int) -> Arguments:
-    z, g, geometry = _images(d, n, c, o, size, k, stride)
-    return z, g, [k, k], *geometry, _kernel(d, o, c, k), d.normal(o)
+def _conv_example(
+    d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
+) -> Arguments:
+    z, g, geometry = _images(d, n, c, o, size, k, stride, groups)
+    return z, g, [k, k], *geometry, _kernel(d, o, c // groups, k), d.normal(o)
 
 
-def _conv_example_operations(n: int, c: int, o: int, size: int, k: int, stride: int) -> int:
+def _conv_example_operations(
+    n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
+) -> int:
     pixels = _pixels(size, k, stride) ** 2
     # G_i, <V, G_i>, G_bi and <V_b, G_bi>.
-    return n * (2 * pixels * o * c * k * k + 2 * o * c * k * k + pixels * o + 2 * o)
+    return n * (
+        2 * pixels * o * (c // groups) * k * k + 2 * o * (c // groups) * k * k + pixels * o + 2 * o
+    )
 
 
-def _conv_weighted(d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int) -> Arguments:
-    z, g, geometry = _images(d, n, c, o, size, k, stride)
+def _conv_weighted(
+    d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
+) -> Arguments:
+    z, g, geometry = _images(d, n, c, o, size, k, stride, groups)
     return z, g, d.half_of_weights(n), [k, k], *geometry
 
 
-def _conv_weighted_operations(n: int, c: int, o: int, size: int, k: int, stride: int) -> int:
-    return (n + 1) // 2 * _pixels(size, k, stride) ** 2 * o * (2 * c * k * k + 2)
+def _conv_weighted_operations(
+    n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
+) -> int:
+    return (n + 1) // 2 * _pixels(size, k, stride) ** 2 * o * (2 * (c // groups) * k * k + 2)
 
 
 def _linear_example(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
@@ -329,6 +343,8 @@ _RESNET = (
     (32, 64, 16, 2),
     (64, 64, 8, 1),
 )
+# Of MobileNet and ResNeXt: channels, input size, groups.
+_GROUPED = (("depthwise", 144, 28, 144), ("grouped", 128, 28, 32))
 _WIDE = ((160, 160, 32, 1), (160, 320, 32, 2), (320, 320, 16, 1), (640, 640, 8, 1))
 _SOME = (_RESNET[1], _RESNET[5])
 
@@ -404,6 +420,21 @@ KERNEL_CASES: dict[str, KernelCase] = {
         _case("weighted-sum", "n 100, 576x512", "weighted_sum", (100, 576, 512), _PASSES),
         _case("scale-rows", "128 of 256, T 64, d 1024", "scale_rows", (256, 64, 1024), _PASSES),
         _case("normalize", "n 256", "normalize_weights", (256,), ("fp32",)),
+        *(
+            _case(
+                f"{name}-{c}-{size}{suffix}",
+                f"{c}->{c}, 3x3, {size}x{size}, {groups} groups, n 100",
+                operator,
+                (100, c, c, size, 3, 1, groups),
+                _CONVOLUTIONS,
+            )
+            for name, c, size, groups in _GROUPED
+            for operator, suffix in (
+                ("conv_correlation", ""),
+                ("conv_example_gradients", "-examples"),
+                ("conv_weighted_gradient", "-weighted"),
+            )
+        ),
         # Sizes for the CPU, one of each operator.
         *(
             _case(f"small-{name}", title, operator, sizes, _PASSES, "cpu")
