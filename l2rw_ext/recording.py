@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -111,17 +112,38 @@ class Recorder:
     def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         """End a capture that failed.
 
-        ``capture_end`` raises before it tells the allocator, which would then hold back freed
-        memory for as long as the process runs.
+        ``capture_end`` raises before it tells the allocator and the generator. The first would then
+        hold back freed memory for as long as the process runs, and keep what the capture took.
         """
         try:
             graph.capture_end()
         except RuntimeError:
             _BROKEN.append(graph)
             with contextlib.suppress(RuntimeError):
+                # Where the allocator has been told, ``reset`` releases the memory.
                 torch._C._cuda_endAllocateToPool(self._device.index, pool)
+                torch._C._cuda_releasePool(self._device.index, pool)
+            self._capture_nothing()
         with contextlib.suppress(RuntimeError):
             graph.reset()
+
+    def _capture_nothing(self) -> None:
+        """Begin a capture and end it.
+
+        Until 2.13, torch's generator of the device goes on capturing after a capture that did not
+        end, and refuses to draw outside of one. The next capture that ends sets it right.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with (
+            contextlib.suppress(RuntimeError),
+            warnings.catch_warnings(),
+            torch.cuda.stream(torch.cuda.Stream(self._device)),
+        ):
+            warnings.simplefilter("ignore")  # that the graph is empty
+            graph.capture_begin(
+                pool=torch.cuda.graph_pool_handle(), capture_error_mode="thread_local"
+            )
+            graph.capture_end()
 
 
 @contextlib.contextmanager

@@ -734,8 +734,9 @@ def test_a_recorded_step_leaves_generators_of_devices_alone(
 class _Cuda:
     """Stands for the parts of ``torch.cuda`` that a recorder calls, and writes down the calls."""
 
-    def __init__(self, *, end_fails: bool) -> None:
+    def __init__(self, *, end_fails: bool, was_told: bool = False) -> None:
         self.end_fails = end_fails
+        self.was_told = was_told
         self.log: list[Any] = []
 
     def patch(self, patch: pytest.MonkeyPatch) -> None:
@@ -747,8 +748,14 @@ class _Cuda:
         patch.setattr(cuda, "graph_pool_handle", lambda: (0, 7))
         patch.setattr(cuda, "Stream", lambda device: "a stream")
         patch.setattr(cuda, "stream", self._on)
-        end = "_cuda_endAllocateToPool"
-        patch.setattr(torch._C, end, lambda *a: self.log.append((end, *a)), raising=False)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            called = lambda *a, name=name: self._called(name, *a)  # noqa: E731
+            patch.setattr(torch._C, name, called, raising=False)
+
+    def _called(self, name: str, *arguments: object) -> None:
+        self.log.append((name, *arguments))
+        if name == "_cuda_endAllocateToPool" and self.was_told:
+            raise RuntimeError("not recording to this pool")
 
     @contextlib.contextmanager
     def _on(self, stream: object) -> Iterator[None]:
@@ -773,12 +780,12 @@ class _Cuda:
         self.log.append("replay")
 
 
-@pytest.mark.parametrize("end_fails", [False, True])
+@pytest.mark.parametrize(("end_fails", "was_told"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_recorder_ends_what_it_began(
-    fails: bool, end_fails: bool, monkeypatch: pytest.MonkeyPatch
+    fails: bool, end_fails: bool, was_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cuda = _Cuda(end_fails=end_fails)
+    cuda = _Cuda(end_fails=end_fails, was_told=was_told)
     cuda.patch(monkeypatch)
     monkeypatch.setattr(recording, "_BROKEN", [])
     collects = gc.isenabled()
@@ -798,8 +805,11 @@ def test_a_recorder_ends_what_it_began(
         with pytest.raises(KeyError if fails else RuntimeError):
             recorder.record(call)
         tried = ["end"] * (1 + (end_fails and not fails))
-        told = [("_cuda_endAllocateToPool", 1, (0, 7))] * end_fails
-        assert cuda.log == [*begun, *tried, *told, "reset", "leave"]
+        names = ("_cuda_endAllocateToPool", "_cuda_releasePool")[: 1 if was_told else 2]
+        told = [(name, 1, (0, 7)) for name in names] if end_fails else []
+        # A capture of nothing, for the sake of the generator.
+        again = [*begun[2:], "end", "leave"] if end_fails else []
+        assert cuda.log == [*begun, *tried, *told, *again, "reset", "leave"]
     assert len(recording._BROKEN) == end_fails
     assert gc.isenabled() == collects
 
