@@ -17,7 +17,15 @@ if(NOT DEFINED L2RW_PREBUILT_CUDA)
 endif()
 
 if(L2RW_CUDA_ARCHITECTURES STREQUAL "release")
-  set(L2RW_CUDA_ARCHITECTURES 80 86 89 90a 100a 120)
+  set(
+    L2RW_CUDA_ARCHITECTURES
+    80
+    86
+    89
+    90a
+    100a
+    120
+  )
 endif()
 
 set(L2RW_WITH_CUDA OFF)
