@@ -20,15 +20,21 @@ from .errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("csrc", "l2rw_ext")
+CUDA_FOLDER = "csrc/cuda"
 SOURCE_SUFFIXES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
 PACKAGES = ("torch", "l2rw_ext", "numpy", "higher", "torchopt", "opacus", "backpack-for-pytorch")
 
 
-def source_hash(root: Path = ROOT) -> str:
-    """SHA-256 over names and contents of the sources in csrc/ and l2rw_ext/."""
+def source_hash(device: str, root: Path = ROOT) -> str:
+    """SHA-256 over names and contents of the sources in csrc/ and l2rw_ext/.
+
+    Numbers of a CPU do not depend on csrc/cuda/.
+    """
     digest = hashlib.sha256()
     for folder in SOURCE_FOLDERS:
         for path in sorted((root / folder).rglob("*")):
+            if device == "cpu" and root / CUDA_FOLDER in path.parents:
+                continue
             if path.suffix in SOURCE_SUFFIXES and path.is_file():
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0")
                 digest.update(path.read_bytes() + b"\0")
@@ -104,7 +110,7 @@ def header(kind: str, device: str, arguments: list[str]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": f"python -m benchmarks {shlex.join(arguments)}".rstrip(),
         "commit": commit(),
-        "sources": source_hash(),
+        "sources": source_hash(device),
         "device": device,
         "machine": machine(device),
         "versions": versions(),
@@ -138,7 +144,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def is_current(report: dict[str, Any]) -> bool:
     """Whether a report was recorded with the sources as they are."""
-    return bool(report.get("sources") == source_hash())
+    return bool(report.get("sources") == source_hash(report.get("device", "")))
 
 
 def positive(text: str) -> int:

@@ -153,7 +153,7 @@ def test_step_command_records_where_numbers_come_from(
         assert report[field]
     assert {"cpu", "cores", "threads"} <= report["machine"].keys()
     assert {"python", "torch"} <= report["versions"].keys()
-    assert report["sources"] == record.source_hash()
+    assert report["sources"] == record.source_hash("cpu")
     assert record.is_current(report)
 
 
@@ -161,13 +161,23 @@ def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
     folder = tmp_path / "csrc"
     folder.mkdir()
     (folder / "a.cpp").write_text("one")
-    first = record.source_hash(tmp_path)
+    first = record.source_hash("cpu", tmp_path)
     (folder / "notes.txt").write_text("not a source")
-    assert record.source_hash(tmp_path) == first
+    assert record.source_hash("cpu", tmp_path) == first
     (folder / "a.cpp").write_text("two")
-    second = record.source_hash(tmp_path)
+    second = record.source_hash("cpu", tmp_path)
     (folder / "a.cpp").rename(folder / "b.cpp")
-    assert len({first, second, record.source_hash(tmp_path)}) == 3
+    assert len({first, second, record.source_hash("cpu", tmp_path)}) == 3
+
+
+def test_cuda_sources_make_no_number_of_a_cpu_old(tmp_path: Path) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    before = [record.source_hash(device, tmp_path) for device in ("cpu", "cuda:0")]
+    (folder / "a.cu").write_text("kernel")
+    after = [record.source_hash(device, tmp_path) for device in ("cpu", "cuda:0")]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
