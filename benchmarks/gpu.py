@@ -29,6 +29,7 @@ import torch
 
 from . import record
 from .errors import UsageError
+from .kernel_cases import KERNEL_CASES
 
 ARCHITECTURE = "90a"
 CAPABILITY = (9, 0)
@@ -38,6 +39,15 @@ REPORT = "gpu.json"
 _TAIL = 15
 # A few processes keep a GPU and its host busy; each holds a CUDA context.
 _CORES_A_TEST = 2
+
+# The other way to multiply rows, and the cases that it may be faster in.
+_WARPGROUPS = {"L2RW_CUDA_WARPGROUPS": "1"}
+_PRODUCTS = tuple(
+    name
+    for name, case in KERNEL_CASES.items()
+    if case.operator in ("factored_correlation", "dense_correlation", "conv_correlation")
+    and "bf16" in case.precisions
+)
 
 # Steps that fit the time: a multilayer perceptron, a net with each norm, a transformer.
 _STEP_CASES = ("mlp-256-64", "resnet-100-100", "vit", "resnet-bn-100-100")
@@ -125,13 +135,28 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
         _build(prebuilt),
         Phase("doctor", (sys.executable, "-m", "l2rw_ext.doctor"), 15),
         Phase("tests of CUDA", _test_command(workers, "cuda"), 60, tests),
-        Phase("other tests", _test_command(workers, "not cuda and not emulated"), 110, tests),
-        Phase("kernels", (*benchmarks, "kernels", *on_cuda, str(folder / "kernels.json")), 90),
-        Phase("step", (*step, *on_cuda, str(folder / "step.json")), 55),
+        Phase(
+            "tests of warpgroups",
+            (*_test_command(workers, "cuda"), "python_tests/test_cuda_ops.py"),
+            20,
+            tests | _WARPGROUPS,
+        ),
+        Phase("other tests", _test_command(workers, "not cuda and not emulated"), 100, tests),
+        Phase("kernels", (*benchmarks, "kernels", *on_cuda, str(folder / "kernels.json")), 80),
+        Phase(
+            "kernels, warpgroups",
+            (
+                *(*benchmarks, "kernels", "--precision", "bf16", "--case", *_PRODUCTS),
+                *(*on_cuda, str(folder / "kernels-warpgroups.json")),
+            ),
+            20,
+            _WARPGROUPS,
+        ),
+        Phase("step", (*step, *on_cuda, str(folder / "step.json")), 50),
         Phase(
             "step, captured",
             (*step, "--methods", *captured, *on_cuda, str(folder / "step-captured.json")),
-            40,
+            35,
         ),
         Phase(
             "memory",
@@ -146,7 +171,7 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
                 *on_cuda,
                 str(folder / "memory.json"),
             ),
-            30,
+            20,
         ),
     ]
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("csrc", "l2rw_ext")
 CUDA_FOLDER = "csrc/cuda"
 SOURCE_SUFFIXES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
+SETTINGS = ("L2RW_CPU_ISA", "L2RW_CUDA_WARPGROUPS")
 PACKAGES = ("torch", "l2rw_ext", "numpy", "higher", "torchopt", "opacus", "backpack-for-pytorch")
 
 
@@ -102,13 +103,19 @@ def commit(root: Path = ROOT) -> str:
     return head + ("+" if changed else "")
 
 
+def _command(arguments: list[str]) -> str:
+    """The command, with the settings in the environment that decide what is measured."""
+    settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    return shlex.join([*settings, "python", "-m", "benchmarks", *arguments])
+
+
 def header(kind: str, device: str, arguments: list[str]) -> dict[str, Any]:
     """The fields that all recorded JSON shares."""
     return {
         "kind": kind,
         "schema": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python -m benchmarks {shlex.join(arguments)}".rstrip(),
+        "command": _command(arguments),
         "commit": commit(),
         "sources": source_hash(device),
         "device": device,

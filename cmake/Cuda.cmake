@@ -91,6 +91,9 @@ function(l2rw_configure_cuda_library target)
   target_sources(${target} PRIVATE "${PROJECT_BINARY_DIR}/cuda_build.cpp")
   set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
   target_compile_definitions(${target} PRIVATE USE_CUDA)
+  if("90a" IN_LIST L2RW_CUDA_ARCHITECTURES)
+    target_compile_definitions(${target} PRIVATE L2RW_SM90A)
+  endif()
   target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>")
   # libtorch.so pulls libtorch_cuda.so into scope, where the stream and error functions of the shim
   # are. Nothing refers to libtorch.so itself, so a default link would drop it.

@@ -33,6 +33,7 @@ using l2rw::Convolution;
   } while (0)
 
 using LargeTile = MatrixTile<128, 128, 64, 32>;
+using WarpgroupTile = MatrixTile<128, 192, 16, 192>;
 using SmallTile = MatrixTile<64, 64, 32, 32>;
 using NarrowTile = MatrixTile<128, 32, 32, 32>;
 using FlatTile = PlainTile<64, 128>;
@@ -131,10 +132,10 @@ void test_plain_loads() {
 
 void test_operand() {
   const Operand operand{nullptr, 48, 3, 40};
-  EXPECT(TileRows(operand, 1, 0)(1).bytes == 16);
-  EXPECT(TileRows(operand, 1, 32)(1).bytes == 8);
-  EXPECT(TileRows(operand, 1, 48)(1).bytes == 0);
-  EXPECT(TileRows(operand, 1, 0)(2).bytes == 0);
+  EXPECT(RowSources(operand, 1, 0)(1).bytes == 16);
+  EXPECT(RowSources(operand, 1, 32)(1).bytes == 8);
+  EXPECT(RowSources(operand, 1, 48)(1).bytes == 0);
+  EXPECT(RowSources(operand, 1, 0)(2).bytes == 0);
 }
 
 void test_divisors() {
@@ -710,6 +711,7 @@ void test_gradient_tiles() {
 
 int main() {
   test_tile<LargeTile>();
+  test_tile<WarpgroupTile>();
   test_tile<SmallTile>();
   test_tile<FlatTile>();
   test_tile<NarrowTile>();

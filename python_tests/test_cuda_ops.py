@@ -6,6 +6,7 @@ The kernels run on a GPU where there is one, and everywhere else on the host (em
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+every_small_dtype = pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
 
 
 class Gpu:
@@ -66,8 +68,12 @@ class Gpu:
         return call(name, self.moved(arguments))
 
     @contextmanager
-    def settings(self, processors: int = 132, tf32: bool = False) -> Iterator[None]:
-        """A GPU has the processors that it has."""
+    def settings(
+        self, processors: int = 132, tf32: bool = False, warpgroups: bool = False
+    ) -> Iterator[None]:
+        """A GPU has the processors that it has, and reads once who multiplies."""
+        if warpgroups and os.environ.get("L2RW_CUDA_WARPGROUPS") != "1":
+            pytest.skip("L2RW_CUDA_WARPGROUPS is not 1")
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         yield
@@ -93,10 +99,12 @@ class Emulator:
         return results if isinstance(results, tuple) else (results,)
 
     @contextmanager
-    def settings(self, processors: int = 132, tf32: bool = False) -> Iterator[None]:
-        self._operators.configure(processors, tf32)
+    def settings(
+        self, processors: int = 132, tf32: bool = False, warpgroups: bool = False
+    ) -> Iterator[None]:
+        self._operators.configure(processors, tf32, warpgroups)
         yield
-        self._operators.configure(132, False)
+        self._operators.configure(132, False, False)
 
 
 Machine = Gpu | Emulator
@@ -134,6 +142,13 @@ TENSOR_CORES = (
 
 def check(machine: Machine, name: str, arguments: Arguments, processors: int = 132) -> None:
     with machine.settings(processors):
+        results = machine.call(name, arguments)
+    compare(machine, name, arguments, results)
+
+
+def check_warpgroups(machine: Machine, name: str, arguments: Arguments, processors: int) -> None:
+    """The same where large tiles are products of warpgroups."""
+    with machine.settings(processors, warpgroups=True):
         results = machine.call(name, arguments)
     compare(machine, name, arguments, results)
 
@@ -325,6 +340,59 @@ def test_convolutions_round_to_tf32_as_products_do(machine: Machine, name: str) 
         rounded = machine.call("conv_correlation", arguments)
     compare(machine, "conv_correlation", arguments, rounded, _TF32)
     assert not torch.equal(exact, rounded[0])
+
+
+# n, T, m, S, i, o, and processors: parts of tiles, several tiles for a block, too few rows.
+LARGE = (
+    (130, 1, 200, 1, 80, 200, 2),
+    (140, 2, 250, 2, 900, 420, 4),
+    (100, 1, 30, 1, 1400, 1100, 132),
+    (300, 1, 230, 1, 64, 1000, 3),
+)
+
+
+@every_small_dtype
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_products_of_warpgroups(
+    machine: Machine, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    n, t, m, s, i, o, processors = shape
+    z, g, z_clean, g_clean, V, V_b = (
+        torch.randn(size).to(dtype)
+        for size in ((n, t, i), (n, t, o), (m, s, i), (m, s, o), (o, i), (o,))
+    )
+    check_warpgroups(machine, "dense_correlation", (z, g, V, V_b), processors)
+    check_warpgroups(machine, "factored_correlation", (z, g, z_clean, g_clean, True), processors)
+
+
+@every_small_dtype
+@pytest.mark.parametrize("name", ["large tiles", "groups on large tiles", "small tiles"])
+def test_convolutions_by_warpgroups(machine: Machine, name: str, dtype: torch.dtype) -> None:
+    arguments = convolution(name, dtype, dtype)
+    check_warpgroups(machine, "conv_correlation", arguments, CONVOLUTIONS[name][-1])
+
+
+@every_small_dtype
+def test_layers_by_warpgroups(machine: Machine, dtype: torch.dtype) -> None:
+    layers = ((1, 1, 64, 64), (1, 1, 130, 10), (2, 3, 40, 1))
+    check_warpgroups(machine, "factored_correlations", layers_of(130, 192, layers, dtype), 2)
+
+
+# Enough rows and columns for large tiles on all processors of a GPU.
+@on_a_gpu
+@every_dtype
+def test_large_tiles(dtype: torch.dtype) -> None:
+    n, m, i, o, c = 2100, 2500, 200, 2600, 150
+    z, z_clean, g, V, V_b, h, h_clean = (
+        torch.randn(size).to(dtype)
+        for size in ((n, 1, i), (m, 1, i), (n, 1, o), (o, i), (o,), (n, 1, c), (m, 1, c))
+    )
+    check(Gpu(), "dense_correlation", (z, g, V, V_b))
+    check(Gpu(), "factored_correlation", (z, h, z_clean, h_clean, True))
+    images, gradients = torch.randn(40, 32, 24, 24), torch.randn(40, 400, 24, 24)
+    direction, bias = torch.randn(400, 32, 3, 3), torch.randn(400)
+    tensors = [a.to(dtype) for a in (images, gradients, direction, bias)]
+    check(Gpu(), "conv_correlation", (*tensors, [1, 1], [1, 1], [1, 1], 1))
 
 
 # Pixels of five channels start at multiples of 16 bytes and are read where they are.

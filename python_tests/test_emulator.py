@@ -52,3 +52,43 @@ def test_a_fault_is_an_error(emulator: Any, fault: Fault, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         emulator.fault(NUMBERS, fault)
     test_a_kernel_without_fault(emulator)
+
+
+class ProductFault(IntEnum):
+    """As in emulator/faults.cu."""
+
+    NONE = 0
+    NOT_SHOWN = auto()
+    SHOWN_TOO_EARLY = auto()
+    READ_TOO_EARLY = auto()
+    OVERWRITTEN = auto()
+    NOT_WAITED_FOR = auto()
+    SOME_WARPS = auto()
+
+
+ROWS = torch.randint(-8, 9, (64 + 192, 64), generator=torch.Generator().manual_seed(0)).bfloat16()
+PRODUCT = ROWS[:64].float() @ ROWS[64:].float().T
+
+
+def test_a_product_of_a_warpgroup(emulator: Any) -> None:
+    assert torch.equal(emulator.product(ROWS, ProductFault.NONE), PRODUCT)
+
+
+@pytest.mark.parametrize("fault", [ProductFault.READ_TOO_EARLY, ProductFault.OVERWRITTEN])
+def test_products_run_beside_the_computation(emulator: Any, fault: ProductFault) -> None:
+    assert not torch.equal(emulator.product(ROWS, fault), PRODUCT)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (ProductFault.NOT_SHOWN, "reads copies that were not shown to it"),
+        (ProductFault.SHOWN_TOO_EARLY, "reads copies that were not shown to it"),
+        (ProductFault.NOT_WAITED_FOR, "a thread ended with products that it had not waited for"),
+        (ProductFault.SOME_WARPS, "lanes of one warp exchange at faults.cu:.* and at faults.cu:"),
+    ],
+)
+def test_a_fault_of_a_product_is_an_error(emulator: Any, fault: ProductFault, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        emulator.product(ROWS, fault)
+    test_a_product_of_a_warpgroup(emulator)

@@ -81,8 +81,10 @@ def test_the_plan(tmp_path: Path, prebuilt: Path | None) -> None:
         "build",
         "doctor",
         "tests of CUDA",
+        "tests of warpgroups",
         "other tests",
         "kernels",
+        "kernels, warpgroups",
         "step",
         "step, captured",
         "memory",
@@ -98,6 +100,8 @@ def test_the_plan(tmp_path: Path, prebuilt: Path | None) -> None:
     for name in ("tests of CUDA", "other tests"):
         assert named[name].environment == {"L2RW_REQUIRE_CUDA": "1", "OMP_NUM_THREADS": "2"}
         assert named[name].command[-2:] == ("-n", "8")
+    for name in ("tests of warpgroups", "kernels, warpgroups"):
+        assert named[name].environment["L2RW_CUDA_WARPGROUPS"] == "1"
 
 
 def test_the_plan_under_sanitizers() -> None:
@@ -132,7 +136,7 @@ def test_the_commands_of_the_plan_are_valid(
         assert benchmarks(arguments) == 2
         assert "--device cuda:99" in capsys.readouterr().err
         ran += 1
-    assert ran == 4
+    assert ran == 5
 
 
 @pytest.mark.parametrize(

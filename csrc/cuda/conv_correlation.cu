@@ -69,7 +69,7 @@ Tensor conv_correlation(
       g_rows.operand,
       bias ? either(*bias, dtype) : Either{},
       bias.has_value()};
-  with_engines(dtype, [&](auto engines) {
+  with_row_engines(launch, dtype, [&](auto engines) {
     correlate_rows<decltype(engines)>(launch, layer, conv.pixels(), u);
   });
   return u;

@@ -167,12 +167,15 @@ struct ConvolutionRows {
     template <class Copy>
     L2RW_HOST_DEVICE void load(int thread, const Walk& step, const Copy& copy) const {
       const TapVector tap = operands_.tap_vector(step.chunk * kLineVectors + vector_of(thread));
-      const int32_t first =
-          group_ * operands_.outputs + static_cast<int32_t>(step.column_tile() * Tile::kColumns);
+      const int line = line_of(thread);
+      const int32_t first = group_ * operands_.outputs + line +
+                            static_cast<int32_t>(step.column_tile() * Tile::kColumns);
       const int32_t end = (group_ + 1) * operands_.outputs;
-      for_each_line<Tile>(
+      for_each_line<Tile, Tile::kRows>(
+          thread, 0, [&](int row) { return operands_.pixel(table_[line + row], tap); }, copy);
+      for_each_line<Tile, Tile::kColumns>(
           thread,
-          [&](int row) { return operands_.pixel(table_[row], tap); },
+          Tile::kRows,
           [&](int row) { return operands_.output(first + row, end, tap); },
           copy);
     }

@@ -3,8 +3,10 @@
 // Which kernels multiply which dtype.
 
 #include "checks.h"
+#include "cuda/launch.cuh"
 #include "cuda/matmul_precision.h"
 #include "cuda/product.cuh"
+#include "cuda/warpgroup_engine.cuh"
 
 namespace l2rw::cuda {
 
@@ -15,6 +17,11 @@ struct MatrixEngines {
   using Large = MatrixEngine<T, MatrixTile<128, 128, 64, 32>, 1>;
   using Small = MatrixEngine<T, MatrixTile<64, 64, 32, 32>, 3>;
   using Narrow = MatrixEngine<T, MatrixTile<128, 32, 32, 32>, 3>;
+};
+
+template <class T>
+struct WarpgroupEngines : MatrixEngines<T> {
+  using Large = WarpgroupEngine<T>;
 };
 
 template <class T>
@@ -49,6 +56,18 @@ void with_engines(ScalarType dtype, const Body& body) {
         return body(MatrixEngines<float>{});
       }
       return body(PlainEngines<float>{});
+  }
+}
+
+// The same for products of rows, which have a faster large tile on some devices.
+template <class Body>
+void with_row_engines(const Launch& launch, ScalarType dtype, const Body& body) {
+  if (launch.warpgroups() && dtype == ScalarType::BFloat16) {
+    body(WarpgroupEngines<__nv_bfloat16>{});
+  } else if (launch.warpgroups() && dtype == ScalarType::Half) {
+    body(WarpgroupEngines<__half>{});
+  } else {
+    with_engines(dtype, body);
   }
 }
 

@@ -298,7 +298,7 @@ Tensor correlate(
   std::vector<Arguments> layers;
   int64_t copied = 0;
   const auto score = [&] {
-    with_engines(dtype, [&](auto engines) {
+    with_row_engines(launch, dtype, [&](auto engines) {
       using Engines = decltype(engines);
       if (layers.size() == 1) {
         correlate_layers<Engines, 1>(launch, layers, scored, u);

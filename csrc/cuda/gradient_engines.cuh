@@ -20,7 +20,7 @@ __device__ __forceinline__ float pair_sum(uint32_t packed) {
 // Tensor cores. MostPixels are added up before their sum is handed over, as in product.cuh. The
 // sums of g itself are ordinary ones, of numbers that are not rounded.
 template <class T, class TileType, int MostPixels, int Blocks>
-struct GradientMatrices {
+struct GradientMatrices : Synchronous {
   using Element = T;
   using Sum = float;
   using Tile = TileType;
@@ -123,7 +123,7 @@ struct GradientMatrices {
 
 // Multiply-adds of the dtype itself.
 template <class T, class TileType, int MostPixels, int Blocks>
-struct GradientPixels {
+struct GradientPixels : Synchronous {
   using Element = T;
   using Sum = T;
   using Tile = TileType;

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "checks.h"
+#include "cuda/warpgroups.h"
 
 namespace l2rw::cuda {
 
@@ -20,7 +21,9 @@ constexpr size_t kParameterBytes = 4096;
 class Launch {
  public:
   Launch(const char* operation, const Tensor& tensor)
-      : operation_(operation), guard_(tensor.get_device_index()) {
+      : operation_(operation),
+        guard_(tensor.get_device_index()),
+        warpgroups_(warpgroups_wanted(tensor.get_device_index())) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -30,6 +33,7 @@ class Launch {
   }
 
   int64_t processors() const { return processors_; }
+  bool warpgroups() const { return warpgroups_; }
 
   // Runs kernel(arguments...) on a line of blocks.
   template <class... Parameters, class... Arguments>
@@ -63,6 +67,7 @@ class Launch {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
   int processors_ = 0;
+  bool warpgroups_;
 };
 
 }  // namespace l2rw::cuda

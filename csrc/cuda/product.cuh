@@ -11,11 +11,18 @@
 
 namespace l2rw::cuda {
 
+// An engine whose products are formed before it goes on; what multiply() below asks of every
+// engine.
+struct Synchronous {
+  static constexpr int kStages = cuda::kStages;
+  static constexpr int kRunning = 0;  // steps whose products may still be formed at the next one
+};
+
 // A kernel's way to multiply: number types, tile, and how many chunks are added up before their sum
 // is handed over. Tensor cores cut off what they add, always towards zero, so that one long sum in
 // float32 would shrink by some 1e-5; sums of at most 512 numbers, added up properly, do not.
 template <class T, class TileType, int Blocks>
-struct MatrixEngine {
+struct MatrixEngine : Synchronous {
   using Element = T;
   using Sum = float;
   using Tile = TileType;
@@ -73,7 +80,7 @@ struct MatrixEngine {
 };
 
 template <class T, class TileType>
-struct PlainEngine {
+struct PlainEngine : Synchronous {
   using Element = T;
   using Sum = T;
   using Tile = TileType;
@@ -87,19 +94,20 @@ struct PlainEngine {
 };
 
 template <class Engine>
-constexpr int64_t kSharedBytes = int64_t{kStages} * Engine::Tile::kStageBytes;
+constexpr int64_t kSharedBytes = int64_t{Engine::kStages} * Engine::Tile::kStageBytes;
 
 // Forms the sums of all steps of a walk and hands them to `result`, whenever it wants them and
 // after Engine::kChunks at the latest. `load(walk, copy)` calls for_each_vector for one step, or
 // copy itself; `again` says that threads near by copy the same.
 //
-// One barrier a step: past it every thread has multiplied the step before, whose stage is the one
-// that is loaded next.
+// One barrier a step: past it every thread has multiplied the step before, or the one before that
+// where products of a step run on during the next, and its stage is the one that is loaded then.
 template <class Engine, class Load, class Result>
-__device__ __forceinline__ void multiply(
+__device__ __forceinline__ void form_sums(
     char* shared, Walk walk, const Load& load, Result& result) {
   using Tile = typename Engine::Tile;
   using A = typename Engine::Sum;
+  constexpr int kAhead = Engine::kStages - 1 - Engine::kRunning;  // steps that are loaded
   const auto thread = static_cast<int>(threadIdx.x);
   Walk ahead = walk;
   const auto load_ahead = [&](int stage) {
@@ -114,24 +122,51 @@ __device__ __forceinline__ void multiply(
     close_stage();  // empty at the end, so that the count of stages to wait for stays the same
   };
 #pragma unroll 1
-  for (int stage = 0; stage < kStages - 1; ++stage) {
+  for (int stage = 0; stage < kAhead; ++stage) {
     load_ahead(stage);
   }
-  Sums<Tile, A> sums;
-  clear<Tile, A>(sums);
-  int chunks = 0;
   int stage = 0;
-  for (; !walk.done(); walk.next()) {
-    wait_for_stage<kStages - 2>();
-    __syncthreads();
-    load_ahead(stage == 0 ? kStages - 1 : stage - 1);
-    Engine::multiply(shared + stage * Tile::kStageBytes, thread, sums);
-    if (++chunks == Engine::kChunks || result.complete(walk)) {
-      result.take(walk, sums);
-      clear<Tile, A>(sums);
-      chunks = 0;
+  while (!walk.done()) {
+    Sums<Tile, A> sums;
+    clear<Tile, A>(sums);
+#pragma unroll 1
+    for (int chunks = 1;; ++chunks, walk.next()) {
+      const char* const here = shared + stage * Tile::kStageBytes;
+      const int next = stage + kAhead - (stage + kAhead < Engine::kStages ? 0 : Engine::kStages);
+      wait_for_stage<kAhead - 1>();
+      if constexpr (Engine::kRunning > 0) {
+        show_copies();
+        __syncthreads();
+        Engine::start(here, thread, sums);
+        load_ahead(next);
+        wait_for_products<Engine::kRunning>();
+      } else {
+        __syncthreads();
+        load_ahead(next);
+        Engine::multiply(here, thread, sums);
+      }
+      stage = stage + 1 == Engine::kStages ? 0 : stage + 1;
+      if (chunks == Engine::kChunks || result.complete(walk)) {
+        break;
+      }
     }
-    stage = stage + 1 == kStages ? 0 : stage + 1;
+    if constexpr (Engine::kRunning > 0) {
+      Engine::finish(sums);
+    }
+    result.take(walk, sums);
+    walk.next();
+  }
+}
+
+// The same where the architecture that is compiled for has what the engine takes; a kernel that
+// lacks it is never launched.
+template <class Engine, class Load, class Result>
+__device__ __forceinline__ void multiply(
+    char* shared, const Walk& walk, const Load& load, Result& result) {
+  if constexpr (Engine::kRunning > 0 && !kHasWarpgroups) {
+    __trap();
+  } else {
+    form_sums<Engine>(shared, walk, load, result);
   }
 }
 

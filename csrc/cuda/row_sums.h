@@ -89,6 +89,15 @@ struct GramSums {
   L2RW_HOST_DEVICE void take(const Walk&, const Sums<Tile, A>& sums) { add<Tile, A>(total, sums); }
 };
 
+// The same number, from which nothing is computed ahead of this place: what is needed after a loop
+// would take registers in it.
+L2RW_HOST_DEVICE int not_before(int value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // g . (V z + V_b). `gradient(row, column, values)` reads Tile::kAdjacent numbers of G, and
 // `offset(column)` one of V_b; both return zero outside of the matrix. Rows and columns are those
 // of the tile.
@@ -111,26 +120,29 @@ struct DenseSums {
       return;
     }
     const int64_t first = walk.column_tile() * Tile::kColumns;
-    A offsets[Tile::kThreadColumns] = {};
-    if (walk.split() == 0) {  // the parts of a depth share one offset
+    const bool has_offset = walk.split() == 0;  // the parts of a depth share one offset
+    const int here = not_before(thread);
+    A parts[Tile::kThreadRows] = {};
+    L2RW_UNROLL
+    for (int c = 0; c < Tile::kThreadColumns; c += Tile::kAdjacent) {
+      A offsets[Tile::kAdjacent];
       L2RW_UNROLL
-      for (int c = 0; c < Tile::kThreadColumns; ++c) {
-        offsets[c] = offset(first + Tile::column(thread, c));
+      for (int k = 0; k < Tile::kAdjacent; ++k) {
+        offsets[k] = has_offset ? offset(first + Tile::column(here, c + k)) : A(0);
+      }
+      L2RW_UNROLL
+      for (int r = 0; r < Tile::kThreadRows; ++r) {
+        A values[Tile::kAdjacent];
+        gradient(Tile::row(here, r), first + Tile::column(here, c), values);
+        L2RW_UNROLL
+        for (int k = 0; k < Tile::kAdjacent; ++k) {
+          parts[r] += values[k] * (total[r][c + k] + offsets[k]);
+        }
       }
     }
     L2RW_UNROLL
     for (int r = 0; r < Tile::kThreadRows; ++r) {
-      A sum = 0;
-      L2RW_UNROLL
-      for (int c = 0; c < Tile::kThreadColumns; c += Tile::kAdjacent) {
-        A values[Tile::kAdjacent];
-        gradient(Tile::row(thread, r), first + Tile::column(thread, c), values);
-        L2RW_UNROLL
-        for (int k = 0; k < Tile::kAdjacent; ++k) {
-          sum += values[k] * (total[r][c + k] + offsets[c + k]);
-        }
-      }
-      rows[r] += sum;
+      rows[r] += parts[r];
     }
     clear<Tile, A>(total);
   }

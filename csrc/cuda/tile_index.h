@@ -17,13 +17,10 @@
 // Sums stay in registers only where loops over them are unrolled; the host's compiler does not know
 // these words.
 #ifdef __CUDA_ARCH__
-#define L2RW_PRAGMA(text) _Pragma(#text)
 #define L2RW_UNROLL _Pragma("unroll")
-#define L2RW_UNROLL_BY(count) L2RW_PRAGMA(unroll(count))
 #define L2RW_DO_NOT_UNROLL _Pragma("unroll 1")
 #else
 #define L2RW_UNROLL
-#define L2RW_UNROLL_BY(count)
 #define L2RW_DO_NOT_UNROLL
 #endif
 
@@ -34,10 +31,14 @@ constexpr int kLineBytes = 128;
 constexpr int kLineVectors = kLineBytes / kVectorBytes;
 // 96 KiB for the largest tile: what every architecture from sm_80 on has for one block.
 constexpr int kStages = 3;
+// Rows after which the places of vectors repeat; stages start at multiples of as many lines.
+constexpr int kPatternRows = 8;
+constexpr int kPatternBytes = kPatternRows * kLineBytes;
 
 // Byte offset of a vector in its stage. Eight rows of one column of vectors lie in different banks.
+// It is the pattern that products of warpgroups know as the swizzle of 128 bytes.
 L2RW_HOST_DEVICE constexpr int shared_offset(int row, int vector) {
-  return row * kLineBytes + (vector ^ (row % kLineVectors)) * kVectorBytes;
+  return row * kLineBytes + (vector ^ (row & (kPatternRows - 1))) * kVectorBytes;
 }
 
 // A tile for tensor cores. The lanes of a warp hold sums as the results of mma.m16n8 lie, and
@@ -57,7 +58,6 @@ struct MatrixTile {
   static constexpr int kThreadColumns = WarpColumns / 4;  // of the sums
   static constexpr int kAdjacent = 2;                     // columns of a thread side by side
   static constexpr int kLanesAcross = 4;                  // lanes that share a row
-  static constexpr int kTogether = 2;                     // rows that a thread loads at once
   static constexpr int kStageBytes = (Rows + Columns) * kLineBytes;
 
   L2RW_HOST_DEVICE static constexpr int warp_across(int thread) { return thread / 32 / kWarpsDown; }
@@ -100,7 +100,6 @@ struct PlainTile {
   static constexpr int kThreadColumns = Columns / 16;
   static constexpr int kAdjacent = 1;
   static constexpr int kLanesAcross = 16;
-  static constexpr int kTogether = 1;
   static constexpr int kStageBytes = (Rows + Columns) * kLineBytes;
 
   L2RW_HOST_DEVICE static constexpr int warp_across(int) { return 0; }
@@ -129,14 +128,14 @@ struct Operand {
   }
 };
 
-// Rows of a tile, at one place of the depth.
-class TileRows {
+// Rows from a first one on, at one place of the depth.
+class RowSources {
  public:
-  L2RW_HOST_DEVICE TileRows(const Operand& operand, int64_t first_row, int64_t byte)
+  L2RW_HOST_DEVICE RowSources(const Operand& operand, int64_t first, int64_t byte)
       : data_(operand.data),
-        offset_(first_row * operand.stride + byte),
+        offset_(first * operand.stride + byte),
         stride_(operand.stride),
-        rows_(operand.rows - first_row),
+        rows_(operand.rows - first),
         bytes_(operand.vector_bytes(byte)) {}
 
   // Nothing is read where no byte exists, and no address outside of the memory is formed.
@@ -149,34 +148,30 @@ class TileRows {
   const char* data_;
   int64_t offset_;
   int64_t stride_;
-  int64_t rows_;  // from the first one of the tile on
+  int64_t rows_;
   int bytes_;
 };
 
-// The vector of every line that a thread fills.
+// The first line that a thread fills, and its vector in every line.
+L2RW_HOST_DEVICE constexpr int line_of(int thread) { return thread / kLineVectors; }
 L2RW_HOST_DEVICE constexpr int vector_of(int thread) { return thread % kLineVectors; }
 
-// What a thread copies for one stage: calls copy(offset in the stage, source, bytes that exist).
-// `left(row)` and `right(row)` give the Source of a row of the tile, for the thread's vector.
-template <class Tile, class Left, class Right, class Copy>
-L2RW_HOST_DEVICE void for_each_line(
-    int thread, const Left& left, const Right& right, const Copy& copy) {
+// What a thread copies of `count` lines from line `to` of a stage on: calls copy(offset in the
+// stage, source, bytes that exist). `rows(k)` gives the Source of the k-th row after that of the
+// thread's first line.
+template <class Tile, int count, class Rows, class Copy>
+L2RW_HOST_DEVICE void for_each_line(int thread, int to, const Rows& rows, const Copy& copy) {
   constexpr int kLines = Tile::kThreads / kLineVectors;
-  static_assert(Tile::kRows % kLines == 0 && Tile::kColumns % kLines == 0);
-  const int first = thread / kLineVectors;
-  L2RW_UNROLL_BY(Tile::kTogether)
-  for (int row = first; row < Tile::kRows; row += kLines) {
-    const Source source = left(row);
-    copy(shared_offset(row, vector_of(thread)), source.from, source.bytes);
-  }
-  L2RW_UNROLL_BY(Tile::kTogether)
-  for (int row = first; row < Tile::kColumns; row += kLines) {
-    const Source source = right(row);
-    copy(shared_offset(Tile::kRows + row, vector_of(thread)), source.from, source.bytes);
+  static_assert(count % kLines == 0 && kLines % kPatternRows == 0);
+  const int first = shared_offset(to + line_of(thread), vector_of(thread));
+  L2RW_UNROLL
+  for (int row = 0; row < count; row += kLines) {
+    const Source source = rows(row);
+    copy(first + row * kLineBytes, source.from, source.bytes);
   }
 }
 
-// The same for rows that lie evenly apart.
+// The same for all rows of A and then B, that lie evenly apart.
 template <class Tile, class Copy>
 L2RW_HOST_DEVICE void for_each_vector(
     int thread,
@@ -187,8 +182,10 @@ L2RW_HOST_DEVICE void for_each_vector(
     int64_t line_byte,
     const Copy& copy) {
   const int64_t byte = line_byte + vector_of(thread) * kVectorBytes;
-  for_each_line<Tile>(
-      thread, TileRows(left, left_row, byte), TileRows(right, right_row, byte), copy);
+  const int first = line_of(thread);
+  for_each_line<Tile, Tile::kRows>(thread, 0, RowSources(left, left_row + first, byte), copy);
+  for_each_line<Tile, Tile::kColumns>(
+      thread, Tile::kRows, RowSources(right, right_row + first, byte), copy);
 }
 
 }  // namespace l2rw::cuda

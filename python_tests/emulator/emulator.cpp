@@ -21,13 +21,17 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = size_t{256} << 10;
+constexpr size_t kVectorBytes = 16;
 
 struct Copy {
   char* to;
   const char* from;
   int bytes;
   int filled;
+  bool arrived;
 };
+
+using Product = std::function<void()>;
 
 enum class State { kReady, kWaits, kDone };
 
@@ -43,6 +47,9 @@ struct Fiber {
   Place place = Place::current();
   std::deque<std::deque<Copy>> closed;
   std::deque<Copy> open;
+  std::vector<size_t> waited;  // vectors that its copies have written, and that it has not shown
+  std::deque<std::deque<Product>> closed_products;
+  std::deque<Product> open_products;
   int exchanges = 0;
 };
 
@@ -58,6 +65,7 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
   int64_t shared_bytes = 0;
+  std::vector<int> not_shown;  // copies to each vector
   int arrived = 0;
   Place place = Place::current();
   const std::function<void()>* thread = nullptr;
@@ -114,6 +122,9 @@ void enter() {
         throw std::runtime_error("a thread ended with copies that it had not closed");
       }
     }
+    if (!current->open_products.empty() || !current->closed_products.empty()) {
+      throw std::runtime_error("a thread ended with products that it had not waited for");
+    }
   } catch (const std::exception& error) {
     if (block->error.empty()) {
       block->error = error.what();
@@ -152,6 +163,11 @@ void perform(const Copy& copy) {
   std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
 }
 
+size_t vector_at(const void* address) {
+  const auto* const byte = static_cast<const char*>(address);
+  return static_cast<size_t>(byte - block->shared.get()) / kVectorBytes;
+}
+
 char* stacks(size_t count) {
   static std::vector<char*> all;
   while (all.size() < count) {
@@ -177,6 +193,7 @@ void run_block(dim3 threads, int64_t bytes, const std::function<void()>& thread)
   std::memset(shared, 0xff, static_cast<size_t>(bytes));  // what nobody wrote is NaN
   here.shared.reset(static_cast<char*>(shared));
   here.shared_bytes = bytes;
+  here.not_shown.resize(static_cast<size_t>(bytes) / kVectorBytes);
   here.thread = &thread;
   std::vector<int> order(count);
   for (int k = 0; k < count; ++k) {
@@ -283,12 +300,13 @@ char* shared_memory() { return block->shared.get(); }
 int64_t shared_bytes() { return block->shared_bytes; }
 
 void copy_later(void* to, const void* from, int bytes, int filled) {
-  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, filled};
-  if (random_numbers() % 2 == 0) {
+  const bool now = random_numbers() % 2 == 0;
+  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, filled, now};
+  if (now) {
     perform(copy);
-  } else {
-    current->open.push_back(copy);
   }
+  ++block->not_shown[vector_at(to)];
+  current->open.push_back(copy);
 }
 
 void close_copies() { current->closed.push_back(std::exchange(current->open, {})); }
@@ -296,9 +314,45 @@ void close_copies() { current->closed.push_back(std::exchange(current->open, {})
 void wait_for_copies(int newer) {
   while (current->closed.size() > static_cast<size_t>(newer)) {
     for (const Copy& copy : current->closed.front()) {
-      perform(copy);
+      if (!copy.arrived) {
+        perform(copy);
+      }
+      current->waited.push_back(vector_at(copy.to));
     }
     current->closed.pop_front();
+  }
+}
+
+void show_copies() {
+  for (const size_t vector : std::exchange(current->waited, {})) {
+    --block->not_shown[vector];
+  }
+}
+
+void check_shown(const void* address) {
+  if (block->not_shown[vector_at(address)] != 0) {
+    stop("a product of a warpgroup reads copies that were not shown to it");
+  }
+}
+
+void multiply_later(std::function<void()> product) {
+  if (random_numbers() % 2 == 0) {
+    product();
+  } else {
+    current->open_products.push_back(std::move(product));
+  }
+}
+
+void close_products() {
+  current->closed_products.push_back(std::exchange(current->open_products, {}));
+}
+
+void wait_for_products(int newer) {
+  while (current->closed_products.size() > static_cast<size_t>(newer)) {
+    for (const Product& product : current->closed_products.front()) {
+      product();
+    }
+    current->closed_products.pop_front();
   }
 }
 
@@ -306,12 +360,14 @@ void wait_for_copies(int newer) {
 
 namespace {
 
-void configure(int64_t processors, bool tf32) { emulator::settings = {processors, tf32}; }
+void configure(int64_t processors, bool tf32, bool warpgroups) {
+  emulator::settings = {processors, tf32, warpgroups};
+}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(l2rw_emulated, m) {
-  m.def("configure(int processors, bool tf32) -> ()");
+  m.def("configure(int processors, bool tf32, bool warpgroups) -> ()");
 }
 
 _STABLE_TORCH_LIBRARY_IMPL(l2rw_emulated, CompositeExplicitAutograd, m, C10_UID) {

@@ -55,6 +55,7 @@ constexpr int kPayload = 64;  // bytes that a lane may show the others
 struct Settings {
   int64_t processors = 132;
   bool tf32 = false;
+  bool warpgroups = false;
 };
 inline Settings settings;
 
@@ -78,6 +79,13 @@ int64_t shared_bytes();
 void copy_later(void* to, const void* from, int bytes, int filled);
 void close_copies();
 void wait_for_copies(int newer);
+// Products of warpgroups do not see what copies write before the thread that copied shows it.
+void show_copies();
+void check_shown(const void* address);
+// Products that run beside the computation: each is formed at some time before it is waited for.
+void multiply_later(std::function<void()> product);
+void close_products();
+void wait_for_products(int newer);
 
 template <class T>
 T shown_by(const char* shown, int lane) {
@@ -143,3 +151,5 @@ inline int __popc(unsigned bits) { return std::popcount(bits); }
       emulator::stop("assertion " #condition " does not hold"); \
     }                                                           \
   } while (false)
+
+inline void __trap() { emulator::stop("a trap"); }

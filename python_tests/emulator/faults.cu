@@ -5,6 +5,8 @@
 
 #include "cuda/instructions.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/tile_index.h"
+#include "cuda/warpgroup_index.h"
 
 namespace l2rw::cuda {
 namespace {
@@ -68,13 +70,95 @@ Tensor run_fault(const Tensor& from, int64_t fault) {
   return to;
 }
 
+// A product of one warpgroup, 64 rows of A by 192 of B, with the given fault.
+enum ProductFault : int64_t {
+  kNoProductFault,
+  kNotShown,
+  kShownTooEarly,
+  kReadTooEarly,
+  kOverwritten,
+  kNotWaitedFor,
+  kSomeWarps,
+};
+
+__global__ void multiply_rows(const char* from, float* to, int64_t fault) {
+  constexpr int kRows = 64 + 192;
+  const char* const shared = dynamic_shared_memory();
+  const auto thread = static_cast<int>(threadIdx.x);
+  const uint32_t base = shared_address(shared);
+  for (int row = thread; row < kRows; row += 128) {
+    for (int vector = 0; vector < kLineVectors; ++vector) {
+      const int at = row * kLineBytes + vector * kVectorBytes;
+      copy_vector(base + static_cast<uint32_t>(shared_offset(row, vector)), from + at, 16);
+    }
+  }
+  close_stage();
+  if (fault == kShownTooEarly) {
+    show_copies();
+  }
+  wait_for_stage<0>();
+  if (fault != kShownTooEarly && (fault != kNotShown || thread != 7)) {
+    show_copies();
+  }
+  __syncthreads();
+  float sums[2][48] = {};
+  open_products();
+  for (int vector = 0; vector < kLineVectors; vector += 2) {
+    if (fault != kSomeWarps || thread % 32 != 3) {
+      multiply_warpgroup<__nv_bfloat16>(
+          sums, describe_rows(base, 0, vector), describe_rows(base, 64, vector));
+    }
+  }
+  close_products();
+  if (fault == kOverwritten) {
+    __syncthreads();
+    for (int byte = thread; byte < kRows * kLineBytes; byte += 128) {
+      dynamic_shared_memory()[byte] = 0;
+    }
+    __syncthreads();
+  }
+  const auto store = [&] {
+    for (int r = 0; r < 2; ++r) {
+      for (int c = 0; c < 48; ++c) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + r * 8;
+        to[row * 192 + c / 2 * 8 + thread % 4 * 2 + c % 2] = sums[r][c];
+      }
+    }
+  };
+  if (fault == kReadTooEarly) {
+    store();
+  }
+  if (fault != kNotWaitedFor) {
+    wait_for_products<0>();
+  }
+  if (fault != kReadTooEarly) {
+    store();
+  }
+}
+
+Tensor run_product(const Tensor& rows, int64_t fault) {
+  const Launch launch("product", rows);
+  Tensor to = torch::stable::new_empty(rows, {64, 192}, ScalarType::Float);
+  launch.run(
+      &multiply_rows,
+      1,
+      128,
+      (64 + 192) * kLineBytes,
+      static_cast<const char*>(rows.data_ptr()),
+      static_cast<float*>(to.data_ptr()),
+      fault);
+  return to;
+}
+
 }  // namespace
 }  // namespace l2rw::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(l2rw_emulated, m) {
   m.def("fault(Tensor numbers, int fault) -> Tensor");
+  m.def("product(Tensor rows, int fault) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_emulated, CPU, m) {
   m.impl("fault", TORCH_BOX(&l2rw::cuda::run_fault));
+  m.impl("product", TORCH_BOX(&l2rw::cuda::run_product));
 }

@@ -121,4 +121,69 @@ inline void multiply_matrices(
   }
 }
 
+constexpr bool kHasWarpgroups = true;
+
+inline void show_copies() { emulator::show_copies(); }
+
+inline void hold(float&) {}
+
+inline void open_products(emulator::Place place = emulator::Place::current()) {
+  emulator::exchange(nullptr, 0, place);
+}
+
+inline void close_products(emulator::Place place = emulator::Place::current()) {
+  emulator::exchange(nullptr, 0, place);
+  emulator::close_products();
+}
+
+template <int Newer>
+inline void wait_for_products(emulator::Place place = emulator::Place::current()) {
+  emulator::exchange(nullptr, 0, place);
+  emulator::wait_for_products(Newer);
+}
+
+// The first 32 bytes of a row of a matrix whose descriptor is given.
+template <class T>
+inline std::array<float, 16> described_row(uint64_t descriptor, int row) {
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+    emulator::stop("a matrix without the swizzle of 128 bytes");
+  }
+  const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+  const auto distance = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+  std::array<float, 16> numbers;
+  for (uint32_t half = 0; half < 2; ++half) {
+    const auto place = static_cast<uint32_t>(row);
+    uint32_t address = start + place / 8 * distance + place % 8 * 128 + half * 16;
+    address ^= (address >> 7 & 7) << 4;
+    const char* const vector = shared_at(address, 16);
+    emulator::check_shown(vector);
+    for (uint32_t k = 0; k < 8; ++k) {
+      T value;
+      std::memcpy(&value, vector + k * sizeof(T), sizeof(T));
+      numbers[half * 8 + k] = static_cast<float>(value);
+    }
+  }
+  return numbers;
+}
+
+template <class T>
+inline void multiply_warpgroup(
+    float (&d)[2][48], uint64_t a, uint64_t b, emulator::Place place = emulator::Place::current()) {
+  emulator::exchange(nullptr, 0, place);
+  const int lane = emulator::lane();
+  const int first = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
+  emulator::multiply_later([&d, a, b, first, lane] {
+    const std::array<std::array<float, 16>, 2> left{
+        described_row<T>(a, first), described_row<T>(a, first + 8)};
+    for (int c = 0; c < 48; ++c) {
+      const auto right = described_row<T>(b, c / 2 * 8 + lane % 4 * 2 + c % 2);
+      for (int r = 0; r < 2; ++r) {
+        for (int k = 0; k < 16; ++k) {
+          d[r][c] += left[r][k] * right[k];
+        }
+      }
+    }
+  });
+}
+
 }  // namespace l2rw::cuda

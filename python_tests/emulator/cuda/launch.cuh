@@ -15,6 +15,7 @@ class Launch {
   Launch(const char* operation, const Tensor&) : operation_(operation) {}
 
   int64_t processors() const { return emulator::settings.processors; }
+  bool warpgroups() const { return emulator::settings.warpgroups; }
 
   template <class... Parameters, class... Arguments>
   void run(
@@ -26,7 +27,8 @@ class Launch {
     check(blocks > 0, operation_, "a launch of ", blocks, " blocks");
     check(
         threads.x * threads.y * threads.z <= 1024, operation_, "more than 1024 threads of a block");
-    check(shared_bytes <= 99 << 10, operation_, shared_bytes, " bytes of shared memory");
+    const int64_t most = warpgroups() ? 227 << 10 : 99 << 10;
+    check(shared_bytes <= most, operation_, shared_bytes, " bytes of shared memory");
     const std::tuple<std::remove_const_t<Parameters>...> values(arguments...);
     try {
       emulator::run(blocks, threads, shared_bytes, [&] { std::apply(kernel, values); });
