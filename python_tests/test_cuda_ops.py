@@ -6,7 +6,6 @@ The kernels run on a GPU where there is one, and everywhere else on the host (em
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,12 +67,8 @@ class Gpu:
         return call(name, self.moved(arguments))
 
     @contextmanager
-    def settings(
-        self, processors: int = 132, tf32: bool = False, warpgroups: bool = False
-    ) -> Iterator[None]:
-        """A GPU has the processors that it has, and reads once who multiplies."""
-        if warpgroups and os.environ.get("L2RW_CUDA_WARPGROUPS") != "1":
-            pytest.skip("L2RW_CUDA_WARPGROUPS is not 1")
+    def settings(self, processors: int = 132, tf32: bool = False) -> Iterator[None]:
+        """A GPU has the processors that it has."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         yield
@@ -100,11 +95,15 @@ class Emulator:
 
     @contextmanager
     def settings(
-        self, processors: int = 132, tf32: bool = False, warpgroups: bool = False
+        self,
+        processors: int = 132,
+        tf32: bool = False,
+        warpgroups: bool = False,
+        workspace: int = 2**24,
     ) -> Iterator[None]:
-        self._operators.configure(processors, tf32, warpgroups)
+        self._operators.configure(processors, tf32, warpgroups, workspace)
         yield
-        self._operators.configure(132, False, False)
+        self._operators.configure(132, False, False, 2**24)
 
 
 Machine = Gpu | Emulator
@@ -142,13 +141,6 @@ TENSOR_CORES = (
 
 def check(machine: Machine, name: str, arguments: Arguments, processors: int = 132) -> None:
     with machine.settings(processors):
-        results = machine.call(name, arguments)
-    compare(machine, name, arguments, results)
-
-
-def check_warpgroups(machine: Machine, name: str, arguments: Arguments, processors: int) -> None:
-    """The same where large tiles are products of warpgroups."""
-    with machine.settings(processors, warpgroups=True):
         results = machine.call(name, arguments)
     compare(machine, name, arguments, results)
 
@@ -277,7 +269,7 @@ CONVOLUTIONS: dict[str, Case] = {
     "few outputs": (3, 16, 16, [9, 8], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
     "three channels": (3, 3, 20, [8, 9], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
     "one channel": (2, 1, 6, [12, 12], [5, 5], [1, 1], [2, 2], [1, 1], 1, 4),
-    "large tiles": (2, 24, 136, [13, 11], [3, 3], [1, 1], [1, 1], [1, 1], 1, 2),
+    "large tiles": (2, 24, 250, [13, 11], [3, 3], [1, 1], [1, 1], [1, 1], 1, 2),
     "small tiles": (2, 24, 70, [13, 11], [3, 3], [1, 1], [1, 1], [1, 1], 1, 8),
     "a split depth": (1, 72, 70, [5, 5], [3, 3], [1, 1], [1, 1], [1, 1], 1, 132),
     "steps and gaps": (2, 20, 40, [11, 9], [3, 2], [2, 3], [2, 1], [2, 3], 1, 132),
@@ -342,57 +334,105 @@ def test_convolutions_round_to_tf32_as_products_do(machine: Machine, name: str) 
     assert not torch.equal(exact, rounded[0])
 
 
-# n, T, m, S, i, o, and processors: parts of tiles, several tiles for a block, too few rows.
-LARGE = (
-    (130, 1, 200, 1, 80, 200, 2),
-    (140, 2, 250, 2, 900, 420, 4),
-    (100, 1, 30, 1, 1400, 1100, 132),
-    (300, 1, 230, 1, 64, 1000, 3),
-)
-
-
-@every_small_dtype
-@pytest.mark.parametrize("shape", LARGE, ids=str)
-def test_products_of_warpgroups(
-    machine: Machine, shape: tuple[int, ...], dtype: torch.dtype
+def check_warpgroups(
+    emulator: Any,
+    name: str,
+    arguments: Arguments,
+    processors: int,
+    columns: int,
+    workspace: int = 2**24,
 ) -> None:
-    n, t, m, s, i, o, processors = shape
+    """The same on large tiles of so many columns, which no other kernel has the memory of."""
+    machine = Emulator(emulator)
+    with machine.settings(processors, warpgroups=True, workspace=workspace):
+        results = machine.call(name, arguments)
+        stages = 5 * (128 + columns) * 128
+        assert stages <= emulator.largest_shared() < stages + 4096
+    compare(machine, name, arguments, results)
+
+
+# n, T, m, S, i, o, processors, bytes of workspace, columns of a tile.
+LARGE = {
+    "parts of tiles": (140, 2, 280, 2, 900, 550, 4, 2**24, 192),
+    "narrower tiles": (140, 2, 128, 2, 130, 256, 4, 2**24, 128),
+    "one step": (130, 1, 180, 1, 8, 180, 2, 2**24, 192),
+    "several tiles for a block": (130, 1, 570, 1, 600, 560, 4, 130 * 4, 192),
+    "several narrower tiles": (130, 1, 250, 1, 70, 256, 4, 130 * 4, 128),
+}
+
+
+@pytest.mark.emulated
+@every_small_dtype
+@pytest.mark.parametrize("case", LARGE)
+def test_products_of_warpgroups(emulator: Any, case: str, dtype: torch.dtype) -> None:
+    n, t, m, s, i, o, processors, workspace, columns = LARGE[case]
     z, g, z_clean, g_clean, V, V_b = (
         torch.randn(size).to(dtype)
         for size in ((n, t, i), (n, t, o), (m, s, i), (m, s, o), (o, i), (o,))
     )
-    check_warpgroups(machine, "dense_correlation", (z, g, V, V_b), processors)
-    check_warpgroups(machine, "factored_correlation", (z, g, z_clean, g_clean, True), processors)
+    dense, factored = (z, g, V, V_b), (z, g, z_clean, g_clean, True)
+    check_warpgroups(emulator, "dense_correlation", dense, processors, columns, workspace)
+    check_warpgroups(emulator, "factored_correlation", factored, processors, columns, workspace)
 
 
+@pytest.mark.emulated
 @every_small_dtype
-@pytest.mark.parametrize("name", ["large tiles", "groups on large tiles", "small tiles"])
-def test_convolutions_by_warpgroups(machine: Machine, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["large tiles", "groups on large tiles"])
+def test_convolutions_by_warpgroups(emulator: Any, name: str, dtype: torch.dtype) -> None:
     arguments = convolution(name, dtype, dtype)
-    check_warpgroups(machine, "conv_correlation", arguments, CONVOLUTIONS[name][-1])
+    check_warpgroups(emulator, "conv_correlation", arguments, CONVOLUTIONS[name][-1], 128)
 
 
+@pytest.mark.emulated
 @every_small_dtype
-def test_layers_by_warpgroups(machine: Machine, dtype: torch.dtype) -> None:
+def test_layers_by_warpgroups(emulator: Any, dtype: torch.dtype) -> None:
     layers = ((1, 1, 64, 64), (1, 1, 130, 10), (2, 3, 40, 1))
-    check_warpgroups(machine, "factored_correlations", layers_of(130, 192, layers, dtype), 2)
+    arguments = layers_of(130, 192, layers, dtype)
+    check_warpgroups(emulator, "factored_correlations", arguments, 2, 192)
 
 
-# Enough rows and columns for large tiles on all processors of a GPU.
+@pytest.mark.emulated
+@every_dtype
+@pytest.mark.parametrize("operator", ["dense_correlation", "factored_correlation"])
+def test_several_tiles_for_a_block(emulator: Any, operator: str, dtype: torch.dtype) -> None:
+    n, m, i, o = 70, 260, 40, 270
+    z, g, z_clean, g_clean, V, V_b = (
+        torch.randn(size).to(dtype)
+        for size in ((n, 1, i), (n, 1, o), (m, 1, i), (m, 1, o), (o, i), (o,))
+    )
+    arguments: Arguments = (z, g, V, V_b)
+    if operator == "factored_correlation":
+        arguments = (z, g, z_clean, g_clean, True)
+    machine = Emulator(emulator)
+    for processors in (1, 8):  # large and small tiles
+        with machine.settings(processors, workspace=n * 4):
+            results = machine.call(operator, arguments)
+        compare(machine, operator, arguments, results)
+
+
+# Enough rows and columns for large tiles on all processors of a GPU, enough depth for every stage
+# to be loaded twice and for sums to be handed over.
 @on_a_gpu
 @every_dtype
 def test_large_tiles(dtype: torch.dtype) -> None:
-    n, m, i, o, c = 2100, 2500, 200, 2600, 150
+    n, m, i, o, c = 2100, 2500, 1100, 2600, 700
     z, z_clean, g, V, V_b, h, h_clean = (
         torch.randn(size).to(dtype)
         for size in ((n, 1, i), (m, 1, i), (n, 1, o), (o, i), (o,), (n, 1, c), (m, 1, c))
     )
-    check(Gpu(), "dense_correlation", (z, g, V, V_b))
-    check(Gpu(), "factored_correlation", (z, h, z_clean, h_clean, True))
-    images, gradients = torch.randn(40, 32, 24, 24), torch.randn(40, 400, 24, 24)
-    direction, bias = torch.randn(400, 32, 3, 3), torch.randn(400)
-    tensors = [a.to(dtype) for a in (images, gradients, direction, bias)]
-    check(Gpu(), "conv_correlation", (*tensors, [1, 1], [1, 1], [1, 1], 1))
+    images, gradients = torch.randn(40, 128, 24, 24), torch.randn(40, 400, 24, 24)
+    tensors = (images, gradients, torch.randn(400, 128, 3, 3), torch.randn(400))
+    convolved = [a.to(dtype) for a in tensors]
+    for name, arguments in (
+        ("dense_correlation", (z, g, V, V_b)),
+        ("factored_correlation", (z, h, z_clean, h_clean, True)),
+        ("conv_correlation", (*convolved, [1, 1], [1, 1], [1, 1], 1)),
+    ):
+        moved = Gpu().moved(arguments)
+        results = call(name, moved)
+        for _ in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(results, call(name, moved), strict=True))
+        compare(Gpu(), name, arguments, results)
 
 
 # Pixels of five channels start at multiples of 16 bytes and are read where they are.

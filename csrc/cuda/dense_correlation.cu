@@ -40,9 +40,11 @@ Tensor dense_correlation(
       g_rows.operand,
       bias ? either(*bias, dtype) : Either{},
       bias.has_value()};
-  with_row_engines(launch, dtype, [&](auto engines) {
-    correlate_rows<decltype(engines)>(launch, layer, z.size(1), u);
-  });
+  with_row_engines(
+      launch,
+      dtype,
+      [&](int64_t columns) { return ceil_div(layer.width, columns) * columns; },
+      [&](auto engines) { correlate_rows<decltype(engines)>(launch, layer, z.size(1), u); });
   return u;
 }
 

@@ -19,9 +19,9 @@ struct MatrixEngines {
   using Narrow = MatrixEngine<T, MatrixTile<128, 32, 32, 32>, 3>;
 };
 
-template <class T>
+template <class T, int Columns>
 struct WarpgroupEngines : MatrixEngines<T> {
-  using Large = WarpgroupEngine<T>;
+  using Large = WarpgroupEngine<T, Columns>;
 };
 
 template <class T>
@@ -59,14 +59,42 @@ void with_engines(ScalarType dtype, const Body& body) {
   }
 }
 
-// The same for products of rows, which have a faster large tile on some devices.
+// Calls body(T{}) where numbers of a dtype are multiplied by warpgroups.
+template <class Body>
+bool with_warpgroups(const Launch& launch, ScalarType dtype, const Body& body) {
+  if (launch.warpgroups() && dtype == ScalarType::BFloat16) {
+    body(__nv_bfloat16{});
+  } else if (launch.warpgroups() && dtype == ScalarType::Half) {
+    body(__half{});
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// The engines of products of rows, which have other large tiles on some devices.
 template <class Body>
 void with_row_engines(const Launch& launch, ScalarType dtype, const Body& body) {
-  if (launch.warpgroups() && dtype == ScalarType::BFloat16) {
-    body(WarpgroupEngines<__nv_bfloat16>{});
-  } else if (launch.warpgroups() && dtype == ScalarType::Half) {
-    body(WarpgroupEngines<__half>{});
-  } else {
+  const bool done = with_warpgroups(
+      launch, dtype, [&](auto zero) { body(WarpgroupEngines<decltype(zero), 128>{}); });
+  if (!done) {
+    with_engines(dtype, body);
+  }
+}
+
+// The same with a choice between two. `area(columns)`: that tiles of so many columns cover. The
+// wider tile reads less for each product, and is taken unless much of it would be empty.
+template <class Area, class Body>
+void with_row_engines(const Launch& launch, ScalarType dtype, const Area& area, const Body& body) {
+  const bool done = with_warpgroups(launch, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (10 * area(192) <= 11 * area(128)) {
+      body(WarpgroupEngines<T, 192>{});
+    } else {
+      body(WarpgroupEngines<T, 128>{});
+    }
+  });
+  if (!done) {
     with_engines(dtype, body);
   }
 }

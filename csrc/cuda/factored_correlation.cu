@@ -220,8 +220,13 @@ void correlate_layers(
   for (const Arguments& layer : arguments) {
     sizes.push_back(layer.size());
   }
-  const std::vector<ProductPlan> plans =
-      plan_factored(sizes, size_of<typename Large::Tile>(), kSmall, launch.processors(), sizeof(A));
+  const std::vector<ProductPlan> plans = plan_factored(
+      sizes,
+      size_of<typename Large::Tile>(),
+      kSmall,
+      launch.processors(),
+      sizeof(A),
+      launch.workspace_bytes());
   const FactoredWorkspace workspace(sizes, plans, kSmall);
   // With one sum for each example there is nothing left to add up.
   const bool direct =
@@ -298,7 +303,14 @@ Tensor correlate(
   std::vector<Arguments> layers;
   int64_t copied = 0;
   const auto score = [&] {
-    with_row_engines(launch, dtype, [&](auto engines) {
+    const auto area = [&](int64_t columns) {
+      int64_t sum = 0;
+      for (const Arguments& layer : layers) {
+        sum += layer.size().tiles({1, columns}) * columns;
+      }
+      return sum;
+    };
+    with_row_engines(launch, dtype, area, [&](auto engines) {
       using Engines = decltype(engines);
       if (layers.size() == 1) {
         correlate_layers<Engines, 1>(launch, layers, scored, u);

@@ -131,40 +131,61 @@ __device__ __forceinline__ void hold(float& sum) { asm volatile("" : "+f"(sum)::
 // clang-format off
 #define L2RW_SUMS(j) \
   "+f"(d[0][2 * (j)]), "+f"(d[0][2 * (j) + 1]), "+f"(d[1][2 * (j)]), "+f"(d[1][2 * (j) + 1])
-#define L2RW_SIX_SUMS(j)                                  \
-  L2RW_SUMS(j), L2RW_SUMS((j) + 1), L2RW_SUMS((j) + 2),   \
-  L2RW_SUMS((j) + 3), L2RW_SUMS((j) + 4), L2RW_SUMS((j) + 5)
-#define L2RW_MULTIPLY_WARPGROUP(TYPE)                                              \
-  asm volatile(                                                                    \
-      "{ .reg .pred p; setp.ne.b32 p, 1, 0;"                                       \
-      " wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE " {"           \
-      " %0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11,"  \
-      " %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"  \
-      " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"  \
-      " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"  \
-      " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59,"  \
-      " %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71,"  \
-      " %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83,"  \
-      " %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}," \
-      " %96, %97, p, 1, 1, 0, 0; }"                                                \
-      : L2RW_SIX_SUMS(0), L2RW_SIX_SUMS(6), L2RW_SIX_SUMS(12), L2RW_SIX_SUMS(18)   \
+#define L2RW_FOUR_SUMS(j) \
+  L2RW_SUMS(j), L2RW_SUMS((j) + 1), L2RW_SUMS((j) + 2), L2RW_SUMS((j) + 3)
+#define L2RW_EIGHT_SUMS(j) L2RW_FOUR_SUMS(j), L2RW_FOUR_SUMS((j) + 4)
+#define L2RW_MULTIPLY_128(TYPE)                                          \
+  asm volatile(                                                          \
+      "{ .reg .pred p; setp.ne.b32 p, 1, 0;"                             \
+      " wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" \
+      " %0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11,"               \
+      " %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"     \
+      " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"     \
+      " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"     \
+      " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59,"     \
+      " %60, %61, %62, %63},"                                            \
+      " %64, %65, p, 1, 1, 0, 0; }"                                      \
+      : L2RW_EIGHT_SUMS(0), L2RW_EIGHT_SUMS(8)                           \
+      : "l"(a), "l"(b))
+#define L2RW_MULTIPLY_192(TYPE)                                          \
+  asm volatile(                                                          \
+      "{ .reg .pred p; setp.ne.b32 p, 1, 0;"                             \
+      " wgmma.mma_async.sync.aligned.m64n192k16.f32." TYPE "." TYPE " {" \
+      " %0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11,"               \
+      " %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23,"     \
+      " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35,"     \
+      " %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"     \
+      " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59,"     \
+      " %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71,"     \
+      " %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83,"     \
+      " %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95},"    \
+      " %96, %97, p, 1, 1, 0, 0; }"                                      \
+      : L2RW_EIGHT_SUMS(0), L2RW_EIGHT_SUMS(8), L2RW_EIGHT_SUMS(16)      \
       : "l"(a), "l"(b))
 // clang-format on
 
-// D += A Bᵀ for 32 bytes of the depth, 64 rows by 192 columns, by a warpgroup. A lane's sums lie as
-// those of multiply_matrices, a warp's 16 rows after those of the warp before.
-template <class T>
-__device__ __forceinline__ void multiply_warpgroup(float (&d)[2][48], uint64_t a, uint64_t b) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    L2RW_MULTIPLY_WARPGROUP("bf16");
+// D += A Bᵀ for 32 bytes of the depth, 64 rows by 4 Count columns, by a warpgroup. A lane's sums
+// lie as those of multiply_matrices, a warp's 16 rows after those of the warp before.
+template <class T, int Count>
+__device__ __forceinline__ void multiply_warpgroup(float (&d)[2][Count], uint64_t a, uint64_t b) {
+  constexpr bool kBfloat = std::is_same_v<T, __nv_bfloat16>;
+  static_assert(kBfloat || std::is_same_v<T, __half>);
+  static_assert(Count == 32 || Count == 48);
+  if constexpr (kBfloat && Count == 32) {
+    L2RW_MULTIPLY_128("bf16");
+  } else if constexpr (kBfloat) {
+    L2RW_MULTIPLY_192("bf16");
+  } else if constexpr (Count == 32) {
+    L2RW_MULTIPLY_128("f16");
   } else {
-    static_assert(std::is_same_v<T, __half>);
-    L2RW_MULTIPLY_WARPGROUP("f16");
+    L2RW_MULTIPLY_192("f16");
   }
 }
 
-#undef L2RW_MULTIPLY_WARPGROUP
-#undef L2RW_SIX_SUMS
+#undef L2RW_MULTIPLY_192
+#undef L2RW_MULTIPLY_128
+#undef L2RW_EIGHT_SUMS
+#undef L2RW_FOUR_SUMS
 #undef L2RW_SUMS
 
 }  // namespace l2rw::cuda

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "checks.h"
+#include "cuda/tile_plan.h"
 #include "cuda/warpgroups.h"
 
 namespace l2rw::cuda {
@@ -34,6 +35,7 @@ class Launch {
 
   int64_t processors() const { return processors_; }
   bool warpgroups() const { return warpgroups_; }
+  int64_t workspace_bytes() const { return kWorkspaceBytes; }
 
   // Runs kernel(arguments...) on a line of blocks.
   template <class... Parameters, class... Arguments>

@@ -98,19 +98,19 @@ L2RW_HOST_DEVICE int not_before(int value) {
   return value;
 }
 
-// g . (V z + V_b). `gradient(row, column, values)` reads Tile::kAdjacent numbers of G, and
-// `offset(column)` one of V_b; both return zero outside of the matrix. Rows and columns are those
-// of the tile.
-template <class Tile, class A, class Gradient, class Offset>
+// g . (V z + V_b). `Gradient` has G and V_b: `whole(column)` says whether all of the tile's rows,
+// and columns from `column` on, exist and can be read in packs; `here()` is the same object;
+// `read<whole>(row, column, values)` reads Tile::kAdjacent numbers of G, `offset<whole>(column)`
+// one of V_b, both zero where none exist.
+template <class Tile, class A, class Gradient>
 struct DenseSums {
   int thread;
   const Gradient& gradient;
-  const Offset& offset;
   Sums<Tile, A> total;
   A rows[Tile::kThreadRows] = {};
 
-  L2RW_HOST_DEVICE DenseSums(int thread, const Gradient& gradient, const Offset& offset)
-      : thread(thread), gradient(gradient), offset(offset) {
+  L2RW_HOST_DEVICE DenseSums(int thread, const Gradient& gradient)
+      : thread(thread), gradient(gradient) {
     clear<Tile, A>(total);
   }
   L2RW_HOST_DEVICE bool complete(const Walk& walk) const { return walk.ends_unit(); }
@@ -121,30 +121,44 @@ struct DenseSums {
     }
     const int64_t first = walk.column_tile() * Tile::kColumns;
     const bool has_offset = walk.split() == 0;  // the parts of a depth share one offset
-    const int here = not_before(thread);
-    A parts[Tile::kThreadRows] = {};
-    L2RW_UNROLL
-    for (int c = 0; c < Tile::kThreadColumns; c += Tile::kAdjacent) {
-      A offsets[Tile::kAdjacent];
+    // Most tiles are whole: nothing stands between their reads, and many are under way at a time.
+    const Gradient here = gradient.here();
+    if (here.whole(first)) {
+      multiply<true>(here, not_before(thread), first, has_offset);
+    } else {
+      multiply<false>(here, not_before(thread), first, has_offset);
+    }
+    clear<Tile, A>(total);
+  }
+
+ private:
+  template <bool Whole>
+  L2RW_HOST_DEVICE void multiply(const Gradient& here, int place, int64_t first, bool has_offset) {
+    if (has_offset && here.has_bias()) {
       L2RW_UNROLL
-      for (int k = 0; k < Tile::kAdjacent; ++k) {
-        offsets[k] = has_offset ? offset(first + Tile::column(here, c + k)) : A(0);
-      }
-      L2RW_UNROLL
-      for (int r = 0; r < Tile::kThreadRows; ++r) {
-        A values[Tile::kAdjacent];
-        gradient(Tile::row(here, r), first + Tile::column(here, c), values);
+      for (int c = 0; c < Tile::kThreadColumns; ++c) {
+        const A offset = here.template offset<Whole>(first + Tile::column(place, c));
         L2RW_UNROLL
-        for (int k = 0; k < Tile::kAdjacent; ++k) {
-          parts[r] += values[k] * (total[r][c + k] + offsets[k]);
+        for (int r = 0; r < Tile::kThreadRows; ++r) {
+          total[r][c] += offset;
         }
       }
     }
     L2RW_UNROLL
     for (int r = 0; r < Tile::kThreadRows; ++r) {
-      rows[r] += parts[r];
+      A sum = 0;
+      const int at = not_before(place);
+      L2RW_UNROLL
+      for (int c = 0; c < Tile::kThreadColumns; c += Tile::kAdjacent) {
+        A values[Tile::kAdjacent];
+        here.template read<Whole>(Tile::row(at, r), first + Tile::column(at, c), values);
+        L2RW_UNROLL
+        for (int k = 0; k < Tile::kAdjacent; ++k) {
+          sum += values[k] * total[r][c + k];
+        }
+      }
+      rows[r] += sum;
     }
-    clear<Tile, A>(total);
   }
 };
 

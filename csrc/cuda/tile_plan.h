@@ -111,8 +111,7 @@ L2RW_HOST_DEVICE constexpr int64_t chunks_of(int64_t row_bytes) {
 }
 
 // Groups of units, each of which leaves a sum for every row in the workspace.
-inline int64_t groups_of(
-    int64_t units, int64_t rows, int64_t sum_bytes, int64_t workspace_bytes = kWorkspaceBytes) {
+inline int64_t groups_of(int64_t units, int64_t rows, int64_t sum_bytes, int64_t workspace_bytes) {
   return std::min(units, std::max<int64_t>(1, workspace_bytes / (rows * sum_bytes)));
 }
 
@@ -131,6 +130,14 @@ struct ProductPlan {
   int64_t tiles_of_block() const { return z_splits > 0 ? 1 : ceil_div(column_tiles, groups); }
 };
 
+// Whether large tiles cover a product with at most half as much again as small ones do.
+inline bool large_fit(int64_t rows, int64_t columns, TileSize large, TileSize small) {
+  const auto area = [&](TileSize tile) {
+    return ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns) * tile.rows * tile.columns;
+  };
+  return 2 * area(large) <= 3 * area(small);
+}
+
 inline ProductPlan cut_tiles(
     int64_t rows,
     int64_t columns,
@@ -142,7 +149,8 @@ inline ProductPlan cut_tiles(
     const TileSize tile = is_large ? large : small;
     const int64_t down = ceil_div(rows, tile.rows);
     const int64_t across = ceil_div(columns, tile.columns);
-    if (!is_large || products * down * across >= processors) {
+    if (!is_large ||
+        (large_fit(rows, columns, large, small) && products * down * across >= processors)) {
       return {is_large, down, across, across, 1};
     }
   }
@@ -160,7 +168,8 @@ inline ProductPlan plan_dense(
     TileSize small,
     TileSize narrow,
     int64_t processors,
-    int64_t sum_bytes) {
+    int64_t sum_bytes,
+    int64_t workspace_bytes = kWorkspaceBytes) {
   ProductPlan plan = cut_tiles(rows, columns, large, small, processors, products);
   if (columns <= narrow.columns) {
     plan = {false, ceil_div(rows, narrow.rows), 1, 1, 1, 0, true};
@@ -169,7 +178,8 @@ inline ProductPlan plan_dense(
   if (tiles < processors) {
     plan.splits = std::max<int64_t>(1, std::min(ceil_div(2 * processors, tiles), chunks / 2));
   }
-  plan.groups = groups_of(plan.column_tiles * plan.splits, products * rows, sum_bytes);
+  plan.groups =
+      groups_of(plan.column_tiles * plan.splits, products * rows, sum_bytes, workspace_bytes);
   return plan;
 }
 
@@ -187,18 +197,15 @@ struct FactoredSize {
   int64_t steps(TileSize tile) const { return tiles(tile) * chunks(); }
 };
 
-// Which layers take large tiles: those that these cover with at most half as much again as small
-// ones do, and where no block is longer than a processor's share of all their work; if there is a
-// block for every processor.
+// Which layers take large tiles: those that these fit, and where no block is longer than a
+// processor's share of all their work; if there is a block for every processor.
 inline std::vector<bool> choose_large(
     const std::vector<FactoredSize>& layers, TileSize large, TileSize small, int64_t processors) {
   std::vector<bool> chosen(layers.size());
   int64_t steps = 0;
   for (size_t l = 0; l < layers.size(); ++l) {
-    const int64_t large_area = layers[l].tiles(large) * large.rows * large.columns;
-    const int64_t small_area = layers[l].tiles(small) * small.rows * small.columns;
-    chosen[l] =
-        large.rows * large.columns > small.rows * small.columns && 2 * large_area <= 3 * small_area;
+    chosen[l] = large.rows * large.columns > small.rows * small.columns &&
+                large_fit(layers[l].rows, layers[l].columns, large, small);
     steps += chosen[l] ? layers[l].steps(large) : 0;
   }
   int64_t tiles = 0;
@@ -219,7 +226,8 @@ inline std::vector<ProductPlan> plan_factored(
     TileSize large,
     TileSize small,
     int64_t processors,
-    int64_t sum_bytes) {
+    int64_t sum_bytes,
+    int64_t workspace_bytes = kWorkspaceBytes) {
   const std::vector<bool> is_large = choose_large(layers, large, small, processors);
   int64_t all_steps = 0;
   int64_t small_steps = 0;
@@ -239,14 +247,14 @@ inline std::vector<ProductPlan> plan_factored(
     ProductPlan plan{
         is_large[l], ceil_div(layer.rows, tile.rows), ceil_div(layer.columns, tile.columns), 1, 1};
     const double share = static_cast<double>(layer.steps(small)) / static_cast<double>(all_steps);
-    const auto workspace_bytes = static_cast<int64_t>(share * kWorkspaceBytes);
+    const auto own_bytes = static_cast<int64_t>(share * static_cast<double>(workspace_bytes));
     const int64_t tiles = layer.tiles(small);
     if (split && !plan.large && tiles < processors) {
       const int64_t chunks = layer.chunks();
       const int64_t splits = std::min(
           {std::max<int64_t>(2, ceil_div(2 * processors * chunks, small_steps)),
            std::max<int64_t>(2, chunks / 2),
-           workspace_bytes / (tiles * small.rows * small.columns * sum_bytes)});
+           own_bytes / (tiles * small.rows * small.columns * sum_bytes)});
       if (splits >= 2) {
         plan.z_splits = std::clamp<int64_t>(splits * layer.z_chunks / chunks, 1, splits - 1);
         plan.z_splits = std::min(plan.z_splits, layer.z_chunks);
@@ -254,7 +262,7 @@ inline std::vector<ProductPlan> plan_factored(
       }
     }
     if (plan.z_splits == 0) {
-      plan.groups = groups_of(plan.column_tiles, layer.rows, sum_bytes, workspace_bytes);
+      plan.groups = groups_of(plan.column_tiles, layer.rows, sum_bytes, own_bytes);
     }
     plans.push_back(plan);
   }

@@ -1,6 +1,6 @@
 #pragma once
 
-// The large tile of numbers of two bytes on sm_90a: products of warpgroups, which read both
+// Large tiles of numbers of two bytes on sm_90a: products of warpgroups, which read both
 // operands straight from shared memory and run on while the next stages are copied.
 
 #include <cstdint>
@@ -11,16 +11,17 @@
 
 namespace l2rw::cuda {
 
-template <class T>
+template <class T, int Columns>
 struct WarpgroupEngine {
   using Element = T;
   using Sum = float;
   // Two warpgroups, each with 64 rows and all columns: a warp has 16 of the rows.
-  using Tile = MatrixTile<128, 192, 16, 192>;
+  using Tile = MatrixTile<128, Columns, 16, Columns>;
   static constexpr int kChunks = MatrixEngine<T, Tile, 1>::kChunks;
   static constexpr int kBlocks = 1;
   static constexpr int kStages = 5;
   static constexpr int kRunning = 1;
+  static_assert(kStages * Tile::kStageBytes <= 224 << 10);
   static_assert(Tile::kStageBytes % kPatternBytes == 0);
 
   // All products of one stage.

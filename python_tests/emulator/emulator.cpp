@@ -360,16 +360,22 @@ void wait_for_products(int newer) {
 
 namespace {
 
-void configure(int64_t processors, bool tf32, bool warpgroups) {
-  emulator::settings = {processors, tf32, warpgroups};
+void configure(int64_t processors, bool tf32, bool warpgroups, int64_t workspace_bytes) {
+  emulator::settings = {processors, tf32, warpgroups, workspace_bytes};
+  emulator::largest_shared = 0;
 }
+
+// Since the last call of configure.
+int64_t largest_shared() { return emulator::largest_shared; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(l2rw_emulated, m) {
-  m.def("configure(int processors, bool tf32, bool warpgroups) -> ()");
+  m.def("configure(int processors, bool tf32, bool warpgroups, int workspace_bytes) -> ()");
+  m.def("largest_shared() -> int");
 }
 
 _STABLE_TORCH_LIBRARY_IMPL(l2rw_emulated, CompositeExplicitAutograd, m, C10_UID) {
   m.impl("configure", TORCH_BOX(&configure));
+  m.impl("largest_shared", TORCH_BOX(&largest_shared));
 }

@@ -56,8 +56,10 @@ struct Settings {
   int64_t processors = 132;
   bool tf32 = false;
   bool warpgroups = false;
+  int64_t workspace_bytes = int64_t{16} << 20;
 };
 inline Settings settings;
+inline int64_t largest_shared = 0;  // bytes of shared memory that a launch has asked for
 
 // Runs `thread` for every thread of every block, one block after the other, in an order of threads
 // that changes from block to block. Throws what goes wrong.

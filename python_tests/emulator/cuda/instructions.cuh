@@ -166,16 +166,19 @@ inline std::array<float, 16> described_row(uint64_t descriptor, int row) {
   return numbers;
 }
 
-template <class T>
+template <class T, int Count>
 inline void multiply_warpgroup(
-    float (&d)[2][48], uint64_t a, uint64_t b, emulator::Place place = emulator::Place::current()) {
+    float (&d)[2][Count],
+    uint64_t a,
+    uint64_t b,
+    emulator::Place place = emulator::Place::current()) {
   emulator::exchange(nullptr, 0, place);
   const int lane = emulator::lane();
   const int first = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
   emulator::multiply_later([&d, a, b, first, lane] {
     const std::array<std::array<float, 16>, 2> left{
         described_row<T>(a, first), described_row<T>(a, first + 8)};
-    for (int c = 0; c < 48; ++c) {
+    for (int c = 0; c < Count; ++c) {
       const auto right = described_row<T>(b, c / 2 * 8 + lane % 4 * 2 + c % 2);
       for (int r = 0; r < 2; ++r) {
         for (int k = 0; k < 16; ++k) {

@@ -4,9 +4,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
+#include "cuda/tile_plan.h"
 
 namespace l2rw::cuda {
 
@@ -16,6 +18,7 @@ class Launch {
 
   int64_t processors() const { return emulator::settings.processors; }
   bool warpgroups() const { return emulator::settings.warpgroups; }
+  int64_t workspace_bytes() const { return emulator::settings.workspace_bytes; }
 
   template <class... Parameters, class... Arguments>
   void run(
@@ -29,6 +32,7 @@ class Launch {
         threads.x * threads.y * threads.z <= 1024, operation_, "more than 1024 threads of a block");
     const int64_t most = warpgroups() ? 227 << 10 : 99 << 10;
     check(shared_bytes <= most, operation_, shared_bytes, " bytes of shared memory");
+    emulator::largest_shared = std::max(emulator::largest_shared, shared_bytes);
     const std::tuple<std::remove_const_t<Parameters>...> values(arguments...);
     try {
       emulator::run(blocks, threads, shared_bytes, [&] { std::apply(kernel, values); });
