@@ -29,7 +29,6 @@ import torch
 
 from . import record
 from .errors import UsageError
-from .kernel_cases import KERNEL_CASES
 
 ARCHITECTURE = "90a"
 CAPABILITY = (9, 0)
@@ -40,13 +39,14 @@ _TAIL = 15
 # A few processes keep a GPU and its host busy; each holds a CUDA context.
 _CORES_A_TEST = 2
 
-# The other way to multiply rows, and the cases that it may be faster in.
+# The other way to multiply rows, and cases large enough for its tiles.
 _WARPGROUPS = {"L2RW_CUDA_WARPGROUPS": "1"}
-_PRODUCTS = tuple(
-    name
-    for name, case in KERNEL_CASES.items()
-    if case.operator in ("factored_correlation", "dense_correlation", "conv_correlation")
-    and "bf16" in case.precisions
+_PRODUCTS = (
+    "factored-16384",
+    "dense-16384",
+    "wrn28-160-160-32",
+    "wrn28-320-320-16",
+    "wrn28-640-640-8",
 )
 
 # Steps that fit the time: a multilayer perceptron, a net with each norm, a transformer.
@@ -102,21 +102,18 @@ def _build(prebuilt: Path | None) -> Phase:
 
 def sanitizer_phases(prebuilt: Path | None) -> list[Phase]:
     """The tests of the kernels under compute-sanitizer, one tool after the other."""
-    tests = (*_test_command(1, "cuda"), "python_tests/test_cuda_ops.py", "-k", "gpu")
+    tests = (*_test_command(1, "cuda"), "python_tests/test_cuda_ops.py", "-k")
     # Every tensor in an allocation of its own, so that what lies beyond it belongs to none.
     environment = {"L2RW_REQUIRE_CUDA": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
-        _build(prebuilt),
-        *(
-            Phase(
-                tool,
-                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests),
-                200,
-                environment,
-            )
-            for tool in ("memcheck", "racecheck")
-        ),
-    ]
+    todo = [_build(prebuilt)]
+    for tool in ("memcheck", "racecheck"):
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests)
+        large = "test_large_tiles and (bfloat16 or float16)"
+        todo += [
+            Phase(tool, (*command, "gpu"), 150, environment),
+            Phase(f"{tool}, warpgroups", (*command, large), 50, environment | _WARPGROUPS),
+        ]
+    return todo
 
 
 def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> list[Phase]:

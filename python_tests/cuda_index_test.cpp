@@ -18,6 +18,7 @@
 #include "cuda/sheets.h"
 #include "cuda/tile_index.h"
 #include "cuda/tile_plan.h"
+#include "cuda/warpgroup_index.h"
 
 namespace {
 
@@ -130,6 +131,22 @@ void test_plain_loads() {
   }
 }
 
+// The bits of a matrix descriptor, as the PTX manual numbers them.
+void test_descriptors() {
+  for (const uint32_t base : {0u, 1024u, 163840u}) {
+    for (int row = 0; row < 320; row += kPatternRows) {
+      for (int vector = 0; vector < kLineVectors; vector += 2) {
+        const uint64_t descriptor = describe_rows(base, row, vector);
+        EXPECT((descriptor & 0x3fff) * 16 == base + row * 128 + vector * 16);
+        EXPECT((descriptor >> 14 & 3) == 0 && (descriptor >> 30 & 3) == 0);
+        EXPECT((descriptor >> 32 & 0x3fff) * 16 == 1024);
+        EXPECT(descriptor >> 46 == uint64_t{1} << 16);  // swizzle of 128 bytes, no base offset
+      }
+    }
+  }
+  EXPECT(warpgroup_row(127) == 0 && warpgroup_row(128) == 64);
+}
+
 void test_operand() {
   const Operand operand{nullptr, 48, 3, 40};
   EXPECT(RowSources(operand, 1, 0)(1).bytes == 16);
@@ -221,7 +238,7 @@ void test_dense_plans() {
     const int64_t chunks = 1 + numbers.below(1 << numbers.below(9));
     const int64_t processors = 1 + numbers.below(150);
     const int64_t bytes = numbers.below(2) == 0 ? 4 : 8;
-    const TileSize large = size_of<LargeTile>();
+    const TileSize large = trial % 2 == 0 ? size_of<LargeTile>() : size_of<WarpgroupTile>();
     const TileSize small = size_of<SmallTile>();
     const TileSize narrow = size_of<NarrowTile>();
     const int64_t products = 1 + numbers.below(1 << numbers.below(7));
@@ -229,6 +246,7 @@ void test_dense_plans() {
         plan_dense(products, rows, columns, chunks, large, small, narrow, processors, bytes);
     const TileSize tile = plan.narrow ? narrow : plan.large ? large : small;
     EXPECT(!plan.narrow || columns <= narrow.columns);
+    EXPECT(!plan.large || large_fit(rows, columns, large, small));
     EXPECT(plan.row_tiles == ceil_div(rows, tile.rows));
     EXPECT(plan.column_tiles == ceil_div(columns, tile.columns));
     EXPECT(1 <= plan.groups && plan.groups <= plan.column_tiles * plan.splits);
@@ -242,7 +260,8 @@ void test_factored_plans() {
   for (int trial = 0; trial < 20000; ++trial) {
     const int64_t processors = 1 + numbers.below(150);
     const int64_t bytes = numbers.below(2) == 0 ? 4 : 8;
-    const TileSize large = bytes == 4 ? size_of<LargeTile>() : size_of<FlatTile>();
+    const TileSize matrices = trial % 2 == 0 ? size_of<LargeTile>() : size_of<WarpgroupTile>();
+    const TileSize large = bytes == 4 ? matrices : size_of<FlatTile>();
     const TileSize small = bytes == 4 ? size_of<SmallTile>() : size_of<FlatTile>();
     std::vector<FactoredSize> layers(static_cast<size_t>(1 + numbers.below(kMostLayers)));
     for (FactoredSize& layer : layers) {
@@ -721,6 +740,7 @@ int main() {
   test_matrix_loads<NarrowTile>();
   test_plain_loads<FlatTile>();
   test_plain_loads<FlatNarrowTile>();
+  test_descriptors();
   test_operand();
   test_divisors();
   test_ranges();

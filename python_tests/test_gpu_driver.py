@@ -107,10 +107,17 @@ def test_the_plan(tmp_path: Path, prebuilt: Path | None) -> None:
 def test_the_plan_under_sanitizers() -> None:
     build, *tools = gpu.sanitizer_phases(None)
     assert build == phases(Path("results"), None, workers=1, cores=1)[0]
-    assert [phase.name for phase in tools] == ["memcheck", "racecheck"]
+    assert [phase.name for phase in tools] == [
+        "memcheck",
+        "memcheck, warpgroups",
+        "racecheck",
+        "racecheck, warpgroups",
+    ]
     assert build.seconds + sum(phase.seconds for phase in tools) < 9 * 60
     for phase in tools:
-        assert phase.command[:3] == ("compute-sanitizer", "--tool", phase.name)
+        tool = phase.name.split(",")[0]
+        assert phase.command[:3] == ("compute-sanitizer", "--tool", tool)
+        assert ("L2RW_CUDA_WARPGROUPS" in phase.environment) == ("warpgroups" in phase.name)
         assert "python_tests/test_cuda_ops.py" in phase.command
 
 

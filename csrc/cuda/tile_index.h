@@ -156,16 +156,16 @@ class RowSources {
 L2RW_HOST_DEVICE constexpr int line_of(int thread) { return thread / kLineVectors; }
 L2RW_HOST_DEVICE constexpr int vector_of(int thread) { return thread % kLineVectors; }
 
-// What a thread copies of `count` lines from line `to` of a stage on: calls copy(offset in the
+// What a thread copies of `Count` lines from line `to` of a stage on: calls copy(offset in the
 // stage, source, bytes that exist). `rows(k)` gives the Source of the k-th row after that of the
 // thread's first line.
-template <class Tile, int count, class Rows, class Copy>
+template <class Tile, int Count, class Rows, class Copy>
 L2RW_HOST_DEVICE void for_each_line(int thread, int to, const Rows& rows, const Copy& copy) {
   constexpr int kLines = Tile::kThreads / kLineVectors;
-  static_assert(count % kLines == 0 && kLines % kPatternRows == 0);
+  static_assert(Count % kLines == 0 && kLines % kPatternRows == 0);
   const int first = shared_offset(to + line_of(thread), vector_of(thread));
   L2RW_UNROLL
-  for (int row = 0; row < count; row += kLines) {
+  for (int row = 0; row < Count; row += kLines) {
     const Source source = rows(row);
     copy(first + row * kLineBytes, source.from, source.bytes);
   }
