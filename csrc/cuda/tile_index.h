@@ -17,10 +17,13 @@
 // Sums stay in registers only where loops over them are unrolled; the host's compiler does not know
 // these words.
 #ifdef __CUDA_ARCH__
+#define L2RW_PRAGMA(text) _Pragma(#text)
 #define L2RW_UNROLL _Pragma("unroll")
+#define L2RW_UNROLL_BY(count) L2RW_PRAGMA(unroll(count))
 #define L2RW_DO_NOT_UNROLL _Pragma("unroll 1")
 #else
 #define L2RW_UNROLL
+#define L2RW_UNROLL_BY(count)
 #define L2RW_DO_NOT_UNROLL
 #endif
 
@@ -58,6 +61,7 @@ struct MatrixTile {
   static constexpr int kThreadColumns = WarpColumns / 4;  // of the sums
   static constexpr int kAdjacent = 2;                     // columns of a thread side by side
   static constexpr int kLanesAcross = 4;                  // lanes that share a row
+  static constexpr int kTogether = 8;                     // lines that a thread fills at once
   static constexpr int kStageBytes = (Rows + Columns) * kLineBytes;
 
   L2RW_HOST_DEVICE static constexpr int warp_across(int thread) { return thread / 32 / kWarpsDown; }
@@ -100,6 +104,7 @@ struct PlainTile {
   static constexpr int kThreadColumns = Columns / 16;
   static constexpr int kAdjacent = 1;
   static constexpr int kLanesAcross = 16;
+  static constexpr int kTogether = 2;
   static constexpr int kStageBytes = (Rows + Columns) * kLineBytes;
 
   L2RW_HOST_DEVICE static constexpr int warp_across(int) { return 0; }
@@ -164,7 +169,7 @@ L2RW_HOST_DEVICE void for_each_line(int thread, int to, const Rows& rows, const 
   constexpr int kLines = Tile::kThreads / kLineVectors;
   static_assert(Count % kLines == 0 && kLines % kPatternRows == 0);
   const int first = shared_offset(to + line_of(thread), vector_of(thread));
-  L2RW_UNROLL
+  L2RW_UNROLL_BY(Tile::kTogether)
   for (int row = 0; row < Count; row += kLines) {
     const Source source = rows(row);
     copy(first + row * kLineBytes, source.from, source.bytes);
