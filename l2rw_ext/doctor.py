@@ -2,18 +2,20 @@
 
 ``python -m l2rw_ext.doctor`` prints versions, the operator libraries with the reason why one is not
 loaded, CUDA architectures, instruction set and threads, and checks every operator and a small
-:class:`~l2rw_ext.Reweighter` step against plain float64 torch in about a second. It exits with
-status 1 if something is wrong.
+:class:`~l2rw_ext.Reweighter` step against plain float64 torch in about a second; on a GPU, products
+too that fill it. It exits with status 1 if something is wrong.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,10 +34,17 @@ Case = tuple[tuple[Any, ...], Callable[..., Results]]
 # What was checked, its relative error, and the error allowed.
 Checked = tuple[str, float, float]
 
-# Relative to the largest number of a result: sums of a few dozen terms in float32, and whole models
-# in float64.
-_TOLERANCE_FLOAT32 = 1e-5
-_TOLERANCE_FLOAT64 = 1e-12
+# Relative to the largest number of a result, by its dtype: sums of a few dozen terms, and whole
+# models in float64.
+_TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+# Of sums of thousands of terms with either sign.
+_TOLERANCE_LARGE = 1e-4
+_TOLERANCE_TF32 = 5e-3
 
 
 def _installation() -> Iterator[tuple[str, str]]:
@@ -55,6 +64,8 @@ def _installation() -> Iterator[tuple[str, str]]:
     yield "CUDA operators", f"{', '.join(kernels) or 'none'}; all others composed of torch's"
     if torch.cuda.is_available():
         yield "CUDA device", torch.cuda.get_device_name()
+        if os.environ.get("L2RW_CUDA_WARPGROUPS") == "1":
+            yield "CUDA warpgroups", "asked for; compute capability 9.0 has them"
     isa = _loader.instruction_set()
     yield "instruction set", f"{isa}, compiled for {info['instruction_sets']}"
     yield "threads", str(torch.get_num_threads())
@@ -206,17 +217,73 @@ def _to(device: str, dtype: torch.dtype, argument: Any) -> Any:
 
 def _check_operator(name: str, case: Case) -> Iterator[Checked]:
     arguments, plain = case
-    expected = plain(*arguments)
     for device in _devices():
-        for dtype, tolerance in (
-            (torch.float64, _TOLERANCE_FLOAT64),
-            (torch.float32, _TOLERANCE_FLOAT32),
+        for dtype in _TOLERANCES:
+            converted = pytree.tree_map(functools.partial(_to, device, dtype), arguments)
+            # Of the numbers as this dtype has them.
+            rounded = pytree.tree_map(functools.partial(_to, "cpu", torch.float64), converted)
+            with _tf32(False):
+                results = getattr(torch.ops.l2rw_ext, name)(*converted)
+            results = results if isinstance(results, tuple) else (results,)
+            for result, expected in zip(results, plain(*rounded), strict=True):
+                error = _relative_error(result, expected)
+                yield f"{device}, {str(dtype)[6:]}", error, _TOLERANCES[result.dtype]
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Products and convolutions of float32 in TF32, or exact."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _check_large_products(device: str) -> Iterator[Checked]:
+    """Scores by kernels that small arguments do not reach: tiles on every processor of a GPU."""
+    n, m, i, o, pixels = 2100, 2500, 1100, 2600, 24
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    z, z_clean, g, V, V_b = draw(n, 1, i), draw(m, 1, i), draw(n, 1, o), draw(o, i), draw(o)
+    h, h_clean = draw(n, 1, o // 4), draw(m, 1, o // 4)
+    image, gradient = draw(40, 128, pixels, pixels), draw(40, 400, pixels, pixels)
+    kernel, kernel_b = draw(400, 128, 3, 3), draw(400)
+    padded = [1, 1], [1, 1], [1, 1], 1
+    cases: dict[str, tuple[tuple[Any, ...], Callable[..., Tensor]]] = {
+        "dense_correlation": (
+            (z, g, V, V_b),
+            lambda z, g, V, V_b: (g * (z @ V.T + V_b)).sum((1, 2)),
+        ),
+        "factored_correlation": (
+            (z, h, z_clean, h_clean, True),
+            lambda z, g, zc, gc, _: ((z[:, 0] @ zc[:, 0].T + 1) * (g[:, 0] @ gc[:, 0].T)).sum(1),
+        ),
+        "conv_correlation": (
+            (image, gradient, kernel, kernel_b, *padded),
+            lambda z, g, V, V_b, *_: (g * F.conv2d(z, V, V_b, padding=1)).sum((1, 2, 3)),
+        ),
+    }
+    for name, (arguments, plain) in cases.items():
+        for dtype, tf32 in (
+            (torch.float32, False),
+            (torch.float32, True),
+            (torch.bfloat16, False),
+            (torch.float16, False),
         ):
             converted = pytree.tree_map(functools.partial(_to, device, dtype), arguments)
-            results = getattr(torch.ops.l2rw_ext, name)(*converted)
-            results = results if isinstance(results, tuple) else (results,)
-            error = max(map(_relative_error, results, expected))
-            yield f"{device}, {str(dtype)[6:]}", error, tolerance
+            rounded = pytree.tree_map(functools.partial(_to, device, torch.float64), converted)
+            with _tf32(tf32):
+                result = getattr(torch.ops.l2rw_ext, name)(*converted)
+            error = _relative_error(result, plain(*rounded).cpu())
+            label = f"{device}, {'TF32' if tf32 else str(dtype)[6:]}, {name}"
+            yield label, error, _TOLERANCE_TF32 if tf32 else _TOLERANCE_LARGE
 
 
 def _check_reweighter(engine: EngineName) -> Iterator[Checked]:
@@ -244,15 +311,23 @@ def _check_reweighter(engine: EngineName) -> Iterator[Checked]:
         here, clean_here = ([x.to(device) for x in part] for part in (batch, clean))
         step = Reweighter(moved, losses, engine=engine).backward(here, clean_here)
         label = f"{device}, float64"
-        yield f"{label}, scores", _relative_error(step.scores, scores), _TOLERANCE_FLOAT64
-        yield f"{label}, weights", _relative_error(step.weights, weights), _TOLERANCE_FLOAT64
+        yield f"{label}, scores", _relative_error(step.scores, scores), _TOLERANCES[torch.float64]
+        yield (
+            f"{label}, weights",
+            _relative_error(step.weights, weights),
+            _TOLERANCES[torch.float64],
+        )
         errors = [
             _relative_error(parameter.grad, gradient)
             for parameter, gradient in zip(moved.parameters(), gradients.values(), strict=True)
             if parameter.grad is not None and gradient is not None
         ]
         complete = len(errors) == len(gradients)
-        yield f"{label}, gradient", max(errors) if complete else float("nan"), _TOLERANCE_FLOAT64
+        yield (
+            f"{label}, gradient",
+            max(errors) if complete else float("nan"),
+            _TOLERANCES[torch.float64],
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -269,6 +344,8 @@ def _self_check() -> tuple[int, list[str]]:
     engines: tuple[EngineName, ...] = ("layerwise", "forward", "double_backward")
     for engine in engines:
         checks[f"engine {engine}"] = functools.partial(_check_reweighter, engine)
+    if torch.cuda.is_available():
+        checks["large products"] = functools.partial(_check_large_products, "cuda")
     checked = 0
     failures = []
     for name, check in checks.items():

@@ -113,6 +113,14 @@ def test_incomplete_installation_is_one_line(tmp_path: pathlib.Path) -> None:
     assert "l2rw_ext is not completely installed" in only_line()
 
 
+def test_large_products() -> None:
+    """What a GPU is checked by, on this processor."""
+    checked = list(doctor._check_large_products("cpu"))
+    assert len(checked) == 12
+    for what, error, tolerance in checked:
+        assert error <= tolerance / 5, what
+
+
 def test_nan_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_relative_error", lambda result, exact: float("nan"))
     checked, failures = doctor._self_check()
