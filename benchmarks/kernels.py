@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from l2rw_ext import _registration, compositions, ops
+from l2rw_ext.precision import float32_products
 from l2rw_ext.recording import Recording
 
 from . import record
@@ -41,7 +42,7 @@ from .kernel_cases import (
     KernelCase,
     default_kernel_cases,
 )
-from .roofline import Ceilings, float32_products, measure_ceilings
+from .roofline import Ceilings, measure_ceilings
 from .timing import CACHES, capture, interleaved, use_device
 
 Call = Callable[[], Any]

@@ -6,11 +6,12 @@ byte read and written counted. Both are the best of ten.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from l2rw_ext.precision import float32_products
 
 from .kernel_cases import PRECISIONS
 from .timing import interleaved
@@ -19,19 +20,6 @@ from .timing import interleaved
 MATRIX = {"cuda": 8192, "cpu": 512}
 COPY_BYTES = {"cuda": 2**31, "cpu": 2**25}
 _REPEATS = 10
-
-
-@contextlib.contextmanager
-def float32_products(tf32: bool) -> Iterator[None]:
-    """Whether products and convolutions of float32 may be rounded to TF32, inside."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @dataclass(frozen=True)

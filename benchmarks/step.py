@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from l2rw_ext.precision import float32_products
 from l2rw_ext.recording import without_collection
 
 from . import record
@@ -32,7 +33,6 @@ from .errors import UsageError
 from .methods import METHODS, YARDSTICK, Method, Outcome, Step, chosen
 from .operations import operation_bound
 from .oracle import Oracle, gradient_error, oracle, relative_error
-from .roofline import float32_products
 from .timing import use_device
 
 # A float32 method may have twice the error of float32 double backward plus this.

@@ -15,7 +15,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from l2rw_ext import Reweighter, _loader, _registration, reference
+from l2rw_ext.precision import float32_products
 from l2rw_ext.reweighter import EngineName
 
 __all__ = ["main"]
@@ -222,25 +222,12 @@ def _check_operator(name: str, case: Case) -> Iterator[Checked]:
             converted = pytree.tree_map(functools.partial(_to, device, dtype), arguments)
             # Of the numbers as this dtype has them.
             rounded = pytree.tree_map(functools.partial(_to, "cpu", torch.float64), converted)
-            with _tf32(False):
+            with float32_products(False):
                 results = getattr(torch.ops.l2rw_ext, name)(*converted)
             results = results if isinstance(results, tuple) else (results,)
             for result, expected in zip(results, plain(*rounded), strict=True):
                 error = _relative_error(result, expected)
                 yield f"{device}, {str(dtype)[6:]}", error, _TOLERANCES[result.dtype]
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Products and convolutions of float32 in TF32, or exact."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _check_large_products(device: str) -> Iterator[Checked]:
@@ -279,7 +266,7 @@ def _check_large_products(device: str) -> Iterator[Checked]:
         ):
             converted = pytree.tree_map(functools.partial(_to, device, dtype), arguments)
             rounded = pytree.tree_map(functools.partial(_to, device, torch.float64), converted)
-            with _tf32(tf32):
+            with float32_products(tf32):
                 result = getattr(torch.ops.l2rw_ext, name)(*converted)
             error = _relative_error(result, plain(*rounded).cpu())
             label = f"{device}, {'TF32' if tf32 else str(dtype)[6:]}, {name}"

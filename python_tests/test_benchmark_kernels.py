@@ -26,9 +26,10 @@ from benchmarks.kernel_cases import (
     KernelCase,
     default_kernel_cases,
 )
-from benchmarks.roofline import Ceilings, float32_products, measure_ceilings
+from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.timing import interleaved
 from l2rw_ext import _registration, ops
+from l2rw_ext.precision import float32_products
 from l2rw_ext.recording import Recording
 
 SMALL = default_kernel_cases("cpu")

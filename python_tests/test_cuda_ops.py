@@ -29,6 +29,7 @@ from operator_cases import (
 from torch import Tensor
 
 from l2rw_ext import ops
+from l2rw_ext.precision import float32_products
 
 on_a_gpu = pytest.mark.cuda
 
@@ -69,10 +70,8 @@ class Gpu:
     @contextmanager
     def settings(self, processors: int = 132, tf32: bool = False) -> Iterator[None]:
         """A GPU has the processors that it has."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        yield
-        torch.set_float32_matmul_precision(before)
+        with float32_products(tf32):
+            yield
 
     @staticmethod
     def _moved(tensor: Tensor) -> Tensor:
