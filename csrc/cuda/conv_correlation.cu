@@ -69,8 +69,7 @@ Tensor conv_correlation(
       g_rows.operand,
       bias ? either(*bias, dtype) : Either{},
       bias.has_value()};
-  // Wider tiles of convolutions take more registers than there are.
-  with_row_engines(launch, dtype, [&](auto engines) {
+  with_narrow_row_engines(launch, dtype, [&](auto engines) {
     correlate_rows<decltype(engines)>(launch, layer, conv.pixels(), u);
   });
   return u;

@@ -74,7 +74,7 @@ struct ConvolutionRows {
   // Whether 32 bits count the vectors of z, those that a kernel spans, and those of V.
   static bool fits(const Convolution& convolution, const Pixels& z, int64_t V_bytes) {
     constexpr double kMost = std::numeric_limits<int32_t>::max();
-    constexpr double kMostColumns = 192;  // of a tile
+    constexpr double kMostColumns = 128;  // of a tile
     double span = 0;                      // pixels
     double rows = static_cast<double>(convolution.groups) * convolution.outputs + kMostColumns;
     for (int d = 0; d < 3; ++d) {

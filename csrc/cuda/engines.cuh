@@ -59,44 +59,43 @@ void with_engines(ScalarType dtype, const Body& body) {
   }
 }
 
-// Calls body(T{}) where numbers of a dtype are multiplied by warpgroups.
-template <class Body>
-bool with_warpgroups(const Launch& launch, ScalarType dtype, const Body& body) {
+// The engines of products of rows, which have other large tiles on some devices: there
+// `with_warpgroups(T{})` is called, for numbers of two bytes.
+template <class WithWarpgroups, class Body>
+void choose_row_engines(
+    const Launch& launch,
+    ScalarType dtype,
+    const WithWarpgroups& with_warpgroups,
+    const Body& body) {
   if (launch.warpgroups() && dtype == ScalarType::BFloat16) {
-    body(__nv_bfloat16{});
+    with_warpgroups(__nv_bfloat16{});
   } else if (launch.warpgroups() && dtype == ScalarType::Half) {
-    body(__half{});
+    with_warpgroups(__half{});
   } else {
-    return false;
-  }
-  return true;
-}
-
-// The engines of products of rows, which have other large tiles on some devices.
-template <class Body>
-void with_row_engines(const Launch& launch, ScalarType dtype, const Body& body) {
-  const bool done = with_warpgroups(
-      launch, dtype, [&](auto zero) { body(WarpgroupEngines<decltype(zero), 128>{}); });
-  if (!done) {
     with_engines(dtype, body);
   }
 }
 
-// The same with a choice between two. `area(columns)`: that tiles of so many columns cover. The
+// Calls body(Engines{}) for rows of convolutions: wider tiles take more registers than there are.
+template <class Body>
+void with_narrow_row_engines(const Launch& launch, ScalarType dtype, const Body& body) {
+  const auto narrow = [&](auto zero) { body(WarpgroupEngines<decltype(zero), 128>{}); };
+  choose_row_engines(launch, dtype, narrow, body);
+}
+
+// Calls body(Engines{}) for other rows. `area(columns)`: that tiles of so many columns cover. The
 // wider tile reads less for each product, and is taken unless much of it would be empty.
 template <class Area, class Body>
 void with_row_engines(const Launch& launch, ScalarType dtype, const Area& area, const Body& body) {
-  const bool done = with_warpgroups(launch, dtype, [&](auto zero) {
+  const auto either_width = [&](auto zero) {
     using T = decltype(zero);
     if (10 * area(192) <= 11 * area(128)) {
       body(WarpgroupEngines<T, 192>{});
     } else {
       body(WarpgroupEngines<T, 128>{});
     }
-  });
-  if (!done) {
-    with_engines(dtype, body);
-  }
+  };
+  choose_row_engines(launch, dtype, either_width, body);
 }
 
 }  // namespace l2rw::cuda

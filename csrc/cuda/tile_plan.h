@@ -104,6 +104,10 @@ constexpr TileSize size_of() {
   return {Tile::kRows, Tile::kColumns};
 }
 
+inline int64_t tile_count(int64_t rows, int64_t columns, TileSize tile) {
+  return ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns);
+}
+
 // Stages that the depth of a row takes. A depth of zero is one stage of zeros.
 L2RW_HOST_DEVICE constexpr int64_t chunks_of(int64_t row_bytes) {
   const int64_t chunks = ceil_div(row_bytes, kLineBytes);
@@ -133,7 +137,7 @@ struct ProductPlan {
 // Whether large tiles cover a product with at most half as much again as small ones do.
 inline bool large_fit(int64_t rows, int64_t columns, TileSize large, TileSize small) {
   const auto area = [&](TileSize tile) {
-    return ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns) * tile.rows * tile.columns;
+    return tile_count(rows, columns, tile) * tile.rows * tile.columns;
   };
   return 2 * area(large) <= 3 * area(small);
 }
@@ -191,9 +195,7 @@ struct FactoredSize {
   int64_t g_chunks;
 
   int64_t chunks() const { return z_chunks + g_chunks; }
-  int64_t tiles(TileSize tile) const {
-    return ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns);
-  }
+  int64_t tiles(TileSize tile) const { return tile_count(rows, columns, tile); }
   int64_t steps(TileSize tile) const { return tiles(tile) * chunks(); }
 };
 
