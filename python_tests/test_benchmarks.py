@@ -170,6 +170,17 @@ def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
     assert len({first, second, record.source_hash("cpu", tmp_path)}) == 3
 
 
+def test_settings_in_the_environment_are_part_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in record.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    assert record.header("step", "cpu", ["step"])["command"] == "python -m benchmarks step"
+    monkeypatch.setenv("L2RW_CPU_ISA", "avx2")
+    command = record.header("step", "cpu", ["step"])["command"]
+    assert command == "L2RW_CPU_ISA=avx2 python -m benchmarks step"
+
+
 def test_cuda_sources_make_no_number_of_a_cpu_old(tmp_path: Path) -> None:
     folder = tmp_path / "csrc" / "cuda"
     folder.mkdir(parents=True)
