@@ -18,29 +18,40 @@ BUILD_REQUIREMENTS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" n
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize bench gpu docs lint clean
+.PHONY: help demo test sanitize bench gpu docs lint clean FORCE
 
-# $(call install,VENV,EXTRAS): an environment with torch and this package, and how long that took.
+# $(call install,VENV,EXTRAS): an environment with torch and this package; every stage says what it
+# does and when it began. Without --no-compile pip would also translate thousands of modules that
+# nothing imports.
 define install
 @"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	"Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
 @began=$$(date +%s); set -e; \
-if [ ! -x "$(1)/bin/python" ]; then "$(PYTHON)" -m venv "$(1)"; fi; \
-echo "Installing $(TORCH_SPEC) and l2rw_ext into $(1) ..."; \
-"$(1)/bin/python" -m pip install --quiet $(INDEX) "$(TORCH_SPEC)" $(BUILD_REQUIREMENTS); \
-"$(1)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[$(2)]"; \
+say() { printf '[%3d s] %s\n' $$(($$(date +%s) - began)) "$$1"; }; \
+pip() { "$(1)/bin/python" -m pip install --quiet --no-compile $(INDEX) "$$@"; }; \
+if [ ! -x "$(1)/bin/python" ]; then \
+	say "Making the virtual environment $(1)"; "$(PYTHON)" -m venv "$(1)"; \
+fi; \
+say "Installing $(TORCH_SPEC) and the build tools"; pip "$(TORCH_SPEC)" $(BUILD_REQUIREMENTS); \
+say "Compiling the C++ operators and installing l2rw_ext[$(2)]"; \
+pip --no-build-isolation --editable ".[$(2)]"; \
 touch "$(1)/.installed"; \
-echo "Installed in $$(($$(date +%s) - began)) s."
+say "Installed"
 endef
 
 help: ## this text
 	@echo "make TARGET [PYTHON=python3] [TORCH_SPEC=torch==2.13.0] [TORCH_INDEX=URL] [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
 
-$(DEMO_VENV)/.installed: $(SOURCES)
+# What is installed beside the sources: written anew only if it has changed.
+$(VENV)/.spec $(DEMO_VENV)/.spec: FORCE
+	@mkdir -p "$(@D)"
+	@echo "$(TORCH_SPEC) $(TORCH_INDEX)" | cmp -s - "$@" || echo "$(TORCH_SPEC) $(TORCH_INDEX)" > "$@"
+
+$(DEMO_VENV)/.installed: $(SOURCES) $(DEMO_VENV)/.spec
 	$(call install,$(DEMO_VENV),demo)
 
-$(VENV)/.installed: $(SOURCES)
+$(VENV)/.installed: $(SOURCES) $(VENV)/.spec
 	$(call install,$(VENV),$(strip test,paper))
 
 demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in under three minutes

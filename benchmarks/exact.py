@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from l2rw_ext import compositions
+from l2rw_ext.ops import compositions
 
 from .kernel_cases import Arguments
 from .oracle import relative_error

@@ -2,8 +2,8 @@
 
 Candidates take turns in one process, and each one's result is compared with float64 on the same
 rounded arguments before its time counts. ``composition`` is what runs where no kernel does
-(``l2rw_ext.compositions``); ``layers apart`` calls the operator of one layer for each of several;
-``library``, on CUDA in bfloat16, is cuBLAS or cuDNN in that dtype, followed by a dot that
+(``l2rw_ext.ops.compositions``); ``layers apart`` calls the operator of one layer for each of
+several; ``library``, on CUDA in bfloat16, is cuBLAS or cuDNN in that dtype, followed by a dot that
 torch.compile fuses into one kernel. On CUDA each is timed as it is called and replayed from a CUDA
 graph, by events; memory is the allocator's peak above arguments and results. The floor is the
 larger of operations and bytes over their measured ceilings.
@@ -28,9 +28,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from l2rw_ext import _registration, compositions, ops
-from l2rw_ext.precision import float32_products
-from l2rw_ext.recording import Recording
+from l2rw_ext import ops
+from l2rw_ext.compiled.recording import Recording
+from l2rw_ext.devices import float32_products
+from l2rw_ext.ops import _registration, compositions
 
 from . import record
 from .errors import UsageError

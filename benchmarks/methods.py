@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l2rw_ext.capture import REHEARSALS
+from l2rw_ext.compiled.capture import REHEARSALS
 from l2rw_ext.reference import weights_from_scores
 
 from .cases import Case

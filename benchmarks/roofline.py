@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from l2rw_ext.precision import float32_products
+from l2rw_ext.devices import float32_products
 
 from .kernel_cases import PRECISIONS
 from .timing import interleaved

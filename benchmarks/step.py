@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from l2rw_ext.precision import float32_products
-from l2rw_ext.recording import without_collection
+from l2rw_ext.compiled.recording import without_collection
+from l2rw_ext.devices import float32_products
 
 from . import record
 from .cases import CASES, Case, CaseSpec, default_cases, make_case

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from l2rw_ext.recording import Recorder, Recording, without_collection
+from l2rw_ext.compiled.recording import Recorder, Recording, without_collection
 
 Result = TypeVar("Result")
 CACHES = ("cold", "warm")

@@ -1,5 +1,5 @@
-# L2RW_CUDA=AUTO|ON|OFF decides whether _ops_cuda.so is built: AUTO builds it where nvcc is found.
-# Whether this machine has a GPU plays no part. L2RW_PREBUILT_CUDA=path/to/_ops_cuda.so installs a
+# L2RW_CUDA=AUTO|ON|OFF decides whether _ops_cuda.so is built: AUTO builds it where nvcc is found and
+# the torch in use has CUDA. Whether this machine has a GPU plays no part. L2RW_PREBUILT_CUDA=path/to/_ops_cuda.so installs a
 # library that was built before, in place of building one.
 
 if(NOT DEFINED L2RW_CUDA)
@@ -43,7 +43,10 @@ if(L2RW_PREBUILT_CUDA)
   endif()
   set(L2RW_CUDA_VERSION "${CMAKE_MATCH_1}")
   set(L2RW_CUDA_ARCHITECTURES_BUILT "${CMAKE_MATCH_2}")
-elseif(NOT L2RW_CUDA STREQUAL "OFF")
+elseif(
+  L2RW_CUDA STREQUAL "ON"
+  OR (L2RW_CUDA STREQUAL "AUTO" AND NOT L2RW_TORCH_CUDA STREQUAL "none")
+)
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
@@ -79,7 +82,10 @@ elseif(L2RW_PREBUILT_CUDA)
 else()
   set(L2RW_CUDA_VERSION "")
   set(L2RW_CUDA_ARCHITECTURES_BUILT "")
-  message(STATUS "CUDA operators are not built (L2RW_CUDA=${L2RW_CUDA})")
+  message(
+    STATUS
+    "CUDA operators are not built (L2RW_CUDA=${L2RW_CUDA}, torch's CUDA: ${L2RW_TORCH_CUDA})"
+  )
 endif()
 
 function(l2rw_configure_cuda_library target)

@@ -1,14 +1,13 @@
 """Exact and cheap example weights of "Learning to Reweight Examples" for PyTorch models."""
 
-from . import _loader as _loader
 from . import functional, ops, reference
-from .accumulation import Accumulation
-from .cycle import CleanBatches
-from .engines.base import NotExactError
-from .examples import ExampleRecord
-from .plan import Explanation
-from .result import Step
+from .data.clean_batches import CleanBatches
+from .data.example_record import ExampleRecord
+from .engines.explanation import Explanation
+from .errors import NotExactError
 from .reweighter import Reweighter
+from .step.accumulation import Accumulation
+from .step.result import Step
 
 __all__ = [
     "Accumulation",

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from l2rw_ext import Reweighter, _loader, _registration, reference
-from l2rw_ext.precision import float32_products
-from l2rw_ext.reweighter import EngineName
+from . import Reweighter, reference
+from .devices import float32_products
+from .ops import _native, _registration
+from .reweighter import EngineName
 
 __all__ = ["main"]
 
@@ -48,11 +49,11 @@ _TOLERANCE_TF32 = 5e-3
 
 
 def _installation() -> Iterator[tuple[str, str]]:
-    info = _loader.BUILD_INFO
+    info = _native.BUILD_INFO
     yield "l2rw_ext", f"{info['version']} ({info['compiler']}, torch {info['torch_version']})"
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
-    for library in _loader.LIBRARIES:
+    for library in _native.LIBRARIES:
         state = f"loaded from {library.path}" if library.loaded else f"not loaded: {library.reason}"
         yield library.name, state
     if info["cuda_version"]:
@@ -66,7 +67,7 @@ def _installation() -> Iterator[tuple[str, str]]:
         yield "CUDA device", torch.cuda.get_device_name()
         if os.environ.get("L2RW_CUDA_WARPGROUPS") == "1":
             yield "CUDA warpgroups", "asked for; compute capability 9.0 has them"
-    isa = _loader.instruction_set()
+    isa = _native.instruction_set()
     yield "instruction set", f"{isa}, compiled for {info['instruction_sets']}"
     yield "threads", str(torch.get_num_threads())
 

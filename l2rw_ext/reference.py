@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, LossFn, forward
-from .preserve import Buffers
+from .data.batch import Batch, LossFn, forward
+from .task.isolation import Buffers
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

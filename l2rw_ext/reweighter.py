@@ -12,24 +12,25 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .accumulation import Accumulation
-from .batch import LossFn, batch_size, check_same_kind, in_order_of, unpack
-from .capture import Captures, Computed
-from .deliver import deliver
-from .engines.base import Direction, Engine, NotExactError, Scored, Task
-from .engines.direction import clean_direction
+from .compiled.capture import Captures, Computed
+from .data.batch import LossFn, batch_size, check_same_kind, in_order_of, unpack
+from .data.example_record import ExampleRecord, check_index
+from .direction.options import DirectionOptions
+from .engines.base import Engine, Scored
 from .engines.double_backward import DoubleBackward
-from .engines.forward import Forward
-from .engines.layerwise import Layerwise
+from .engines.explanation import Explanation
+from .engines.forward.engine import Forward
+from .engines.layerwise.engine import Layerwise
 from .engines.remembered import Remembered
-from .examples import ExampleRecord, check_index
-from .members import Members
-from .plan import Explanation
-from .policy import Policy
-from .preserve import Snapshot, preserved
-from .result import Step
-from .watch import NotCapturableError
-from .weighing import Degenerate, Gradients, Weighed, infinite_if, weigh, zero_if
+from .errors import NotCapturableError, NotExactError
+from .step.accumulate_grad import deliver
+from .step.accumulation import Accumulation
+from .step.result import Step
+from .step.weighing import Degenerate, Gradients, Weighed, infinite_if, weigh, zero_if
+from .task.clean_gradient import Direction, clean_direction
+from .task.isolation import Snapshot, preserved
+from .task.task import Task
+from .tracing.members import Members
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
@@ -62,8 +63,8 @@ class Reweighter:
         low_memory: keep nothing of a layer between scores and weighted gradient, and pay a second
             backward instead, so that checkpointing keeps its worth. Numbers are the same up to
             rounding; engines other than ``"layerwise"`` keep nothing anyway.
-        every: the clean batch is asked at every ``every``-th step alone, and what it said is used
-            in the steps between: see ``reuse``. There ``clean`` may be left out.
+        every: the clean batch is used only on every ``every``-th step; the steps in between use
+            what it gave then (see ``reuse``), and ``clean`` may be left out of them.
         reuse: what the steps between use. ``"direction"``: scores along the last direction, which
             was the clean gradient at older parameters. ``"scores"``: the last score of each
             example, by the ``index`` given to :meth:`backward`, at the price of a plain step; a
@@ -144,7 +145,7 @@ class Reweighter:
         self.reuse = reuse
         self.record = ExampleRecord()
         """What the steps with an ``index`` have learnt: see :class:`~l2rw_ext.ExampleRecord`."""
-        self._policy = Policy(
+        self._direction_options = DirectionOptions(
             model,
             every=every,
             direction_decay=direction_decay,
@@ -199,7 +200,7 @@ class Reweighter:
         """
         task = self._task(batch, clean, grad_scaler)
         numbers = None if index is None else check_index(index, task.n)
-        if numbers is None and self.reuse == "scores" and self._policy.every > 1:
+        if numbers is None and self.reuse == "scores" and self._direction_options.every > 1:
             raise ValueError("index must be given: reuse='scores' remembers scores by it")
         if self._captures is not None:
             computed = self._captures.step(task, self._options(), self._compute)
@@ -211,10 +212,10 @@ class Reweighter:
         if self._accumulation is not None:
             self._accumulation.add(weighed, gradients)
         else:
-            self._policy.advance()
+            self._direction_options.advance()
             deliver(infinite_if(weighed.overflow, gradients))
         if numbers is not None and computed.engine != Remembered.name:
-            self.record.add(numbers, weighed.step)
+            self.record.add(numbers, weighed.step.scores)
         return weighed.step
 
     @contextlib.contextmanager
@@ -262,7 +263,7 @@ class Reweighter:
         finally:
             self._accumulation = None
         if gradients:
-            self._policy.advance()
+            self._direction_options.advance()
             if self.on_degenerate != "skip" or not accumulation.empty:
                 deliver(gradients)
 
@@ -271,7 +272,7 @@ class Reweighter:
         """Whether the next :meth:`backward` needs a clean batch; see ``every``."""
         if self._accumulation is not None and self._accumulation.direction is not None:
             return False
-        return not self._policy.active or self._policy.due(self.model)
+        return not self._direction_options.active or self._direction_options.due(self.model)
 
     def weights(self, batch: Any, clean: Any = None) -> Tensor:
         """The weights alone, shape (n,): Eq. 9; gradients, buffers and generators stay untouched.
@@ -293,7 +294,7 @@ class Reweighter:
         task = self._task(batch, clean)
         candidates = self._candidates()
         refusals = [] if self.engine == "auto" else [f"asked for by engine={self.engine!r}"]
-        lines = self._policy.lines()
+        lines = self._direction_options.lines()
         if self._captures is not None:
             lines.append(self._captures.line(task, self._options()))
         with self._dry(), preserved(task.members, always=True) as snapshot:
@@ -311,7 +312,7 @@ class Reweighter:
     def state_dict(self) -> dict[str, Any]:
         """What ``every``, ``direction_decay`` and ``index`` remember, for a checkpoint."""
         return {
-            "policy": self._policy.state_dict(Members.of(self.model)),
+            "policy": self._direction_options.state_dict(Members.of(self.model)),
             "record": self.record.state_dict(),
         }
 
@@ -322,7 +323,7 @@ class Reweighter:
             ValueError, KeyError: the state is not of this model or not of a reweighter.
         """
         policy, record = state["policy"], state["record"]
-        self._policy.load_state_dict(policy, Members.of(self.model))
+        self._direction_options.load_state_dict(policy, Members.of(self.model))
         self.record.load_state_dict(record)
 
     def _task(
@@ -385,8 +386,8 @@ class Reweighter:
         gradients: Gradients = []
         if not weighed.skip or self._accumulation is not None:
             gradients = scored.weighted_gradients(weighed.for_gradient)
-            gradients = zero_if(weighed.spoilt, gradients)
-        snapshot.settle()
+            gradients = zero_if(weighed.contaminated, gradients)
+        snapshot.restore_trained()
         return Computed(used.name, scored.plan, weighed, gradients)
 
     @contextlib.contextmanager
@@ -394,7 +395,7 @@ class Reweighter:
         """The body takes directions, but leaves those that are held."""
         accumulation = self._accumulation
         direction = None if accumulation is None else accumulation.direction
-        with self._policy.dry():
+        with self._direction_options.dry():
             try:
                 yield
             finally:
@@ -406,8 +407,8 @@ class Reweighter:
         accumulation = self._accumulation
         if accumulation is not None and accumulation.direction is not None:
             return accumulation.direction
-        if self._policy.active:
-            direction = self._policy.direction(task, snapshot)
+        if self._direction_options.active:
+            direction = self._direction_options.direction(task, snapshot)
         elif accumulation is not None:
             direction = clean_direction(task, snapshot)
         else:
@@ -418,12 +419,12 @@ class Reweighter:
 
     def _remembered(self, task: Task, index: Tensor | None) -> Remembered | None:
         """The engine of a step between, where scores are remembered for the whole batch."""
-        if index is None or self.reuse == "direction" or self._policy.due(task.model):
+        if index is None or self.reuse == "direction" or self._direction_options.due(task.model):
             return None
         if not self.record.knows(index):
             return None
         scores = self.record.scores
-        return Remembered(scores[index.to(scores.device)], self._policy.clean_loss)
+        return Remembered(scores[index.to(scores.device)], self._direction_options.clean_loss)
 
     def _score(
         self,

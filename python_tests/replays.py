@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from l2rw_ext.autocast import without_autocast
-from l2rw_ext.engines.scoring import BelowAutograd
-from l2rw_ext.recording import Recording
+from l2rw_ext.compiled.recording import Recording
+from l2rw_ext.devices import without_autocast
+from l2rw_ext.task.isolation import BelowAutograd
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Replays:
 
 
 class Recorder:
-    """Stands for :class:`l2rw_ext.recording.Recorder`; ``failures`` are raised by captures."""
+    """A double of :class:`l2rw_ext.compiled.recording.Recorder`; captures raise ``failures``."""
 
     def __init__(self, device: torch.device) -> None:
         self.graphs: list[Replays] = []

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrizations
 
 from l2rw_ext import Reweighter
 from l2rw_ext.reweighter import EngineName
-from l2rw_ext.rules import autocast
+from l2rw_ext.tracing import autocast
 
 ENGINES = [engine for engine in get_args(EngineName) if engine != "auto"]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -446,7 +446,7 @@ def test_in_place_products_and_a_buffer() -> None:
 
 def test_instance_norm_counts_a_batch_once() -> None:
     """Finding out what autocast does to it leaves running statistics alone."""
-    autocast._POLICIES.clear()
+    autocast._CAST_RULES.clear()
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.InstanceNorm2d(4, affine=True, track_running_stats=True),

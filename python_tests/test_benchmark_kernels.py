@@ -28,9 +28,10 @@ from benchmarks.kernel_cases import (
 )
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.timing import interleaved
-from l2rw_ext import _registration, ops
-from l2rw_ext.precision import float32_products
-from l2rw_ext.recording import Recording
+from l2rw_ext import ops
+from l2rw_ext.compiled.recording import Recording
+from l2rw_ext.devices import float32_products
+from l2rw_ext.ops import _registration
 
 SMALL = default_kernel_cases("cpu")
 CEILINGS = Ceilings(dict.fromkeys(PRECISIONS, 1e12), 1e11)

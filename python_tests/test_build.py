@@ -13,10 +13,11 @@ import venv
 import pytest
 import torch
 
-from l2rw_ext import _C, _loader, _registration
+from l2rw_ext import _C
+from l2rw_ext.ops import _native, _registration
 
 ROOT = pathlib.Path(__file__).parent.parent
-CPU, CUDA = _loader.LIBRARIES
+CPU, CUDA = _native.LIBRARIES
 FOLDER = pathlib.Path(_C.__file__).parent
 
 needs_cuda_library = pytest.mark.skipif(
@@ -77,7 +78,7 @@ def test_module_holds_no_operator() -> None:
 
 def test_build_info() -> None:
     info = _C.build_info()
-    assert info == _loader.BUILD_INFO
+    assert info == _native.BUILD_INFO
     assert set(info) == {
         "version",
         "compiler",
@@ -103,8 +104,8 @@ def test_libraries_record() -> None:
 
 
 def test_cuda_library_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    monkeypatch.setattr(_loader, "_FOLDER", tmp_path)
-    library = _loader._load_cuda()
+    monkeypatch.setattr(_native, "_FOLDER", tmp_path)
+    library = _native._load_cuda()
     assert not library.loaded
     assert "L2RW_CUDA=ON pip install --no-build-isolation ." in library.reason
 
@@ -112,13 +113,13 @@ def test_cuda_library_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.
 @needs_cuda_library
 def test_cuda_library_with_cpu_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "install a CUDA build of torch" in _loader._load_cuda().reason
+    assert "install a CUDA build of torch" in _native._load_cuda().reason
 
 
 @needs_cuda_library
 def test_cuda_library_of_another_major_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "11.8")
-    reason = _loader._load_cuda().reason
+    reason = _native._load_cuda().reason
     assert "torch with CUDA 11.8" in reason
     assert "rebuild with nvcc 11" in reason
 
@@ -126,19 +127,19 @@ def test_cuda_library_of_another_major_version(monkeypatch: pytest.MonkeyPatch) 
 @needs_cuda_library
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
 def test_cuda_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", _loader.BUILD_INFO["cuda_version"])
-    assert "the dynamic linker refused it" in _loader._load_cuda().reason
+    monkeypatch.setattr(torch.version, "cuda", _native.BUILD_INFO["cuda_version"])
+    assert "the dynamic linker refused it" in _native._load_cuda().reason
 
 
 def test_package_without_its_operators(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    monkeypatch.setattr(_loader, "_FOLDER", tmp_path)
+    monkeypatch.setattr(_native, "_FOLDER", tmp_path)
     with pytest.raises(ImportError, match=r"_ops\.so is missing; reinstall it"):
-        _loader._load_cpu()
+        _native._load_cpu()
     (tmp_path / "_ops.so").write_bytes(b"no library")
     with pytest.raises(ImportError, match=r"needs torch 2\.11 or newer"):
-        _loader._load_cpu()
+        _native._load_cpu()
 
 
 # The configure step
@@ -207,8 +208,8 @@ def test_cuda_library_says_how_it_was_built() -> None:
         (FOLDER / "_ops_cuda.so").read_bytes(),
     )
     assert said is not None
-    assert said[1].decode() == _loader.BUILD_INFO["cuda_version"]
-    assert said[2].decode() == _loader.BUILD_INFO["cuda_architectures"]
+    assert said[1].decode() == _native.BUILD_INFO["cuda_version"]
+    assert said[2].decode() == _native.BUILD_INFO["cuda_architectures"]
 
 
 def test_prebuilt_cuda_library_is_installed_and_not_built(tmp_path: pathlib.Path) -> None:

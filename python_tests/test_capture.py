@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import FEATURES
 
-from l2rw_ext import Reweighter, Step, compositions, ops, recording, waiting
-from l2rw_ext.capture import REHEARSALS, Captures
-from l2rw_ext.members import Members
-from l2rw_ext.preserve import Generators, preserved
-from l2rw_ext.watch import NotCapturableError, Watch
+from l2rw_ext import Reweighter, Step, devices, ops
+from l2rw_ext.compiled import recording
+from l2rw_ext.compiled.capture import REHEARSALS, Captures
+from l2rw_ext.compiled.watch import Watch
+from l2rw_ext.errors import NotCapturableError
+from l2rw_ext.ops import compositions
+from l2rw_ext.task.isolation import Generators, preserved
+from l2rw_ext.tracing.members import Members
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 """Of the same operations on other addresses, and of sums that autograd forms in place or not."""
@@ -44,7 +47,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
         made.append(Recorder(device))
         return made[-1]
 
-    monkeypatch.setattr(waiting, "at_hand", lambda x: False)
+    monkeypatch.setattr(devices, "readable", lambda x: False)
     for name in compositions.__all__:
         monkeypatch.setattr(ops, name, getattr(compositions, name))
     monkeypatch.setattr(Captures, "recorder", staticmethod(recorder))
@@ -60,7 +63,7 @@ def _descend(model: nn.Module) -> None:
 
 def _assert_same(step: Step, expected: Step, model: nn.Module, other: nn.Module) -> None:
     """The same result, gradients and buffers."""
-    names = ("weights", "scores", "losses", "_clean_loss", "_excluded", "_spoilt")
+    names = ("weights", "scores", "losses", "_clean_loss", "_excluded", "_contaminated")
     pairs = [(name, getattr(step, name), getattr(expected, name)) for name in names]
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         pairs.append((name, p.grad, q.grad))
@@ -721,7 +724,7 @@ def test_a_recorded_step_leaves_generators_of_devices_alone(
     buffer = model.seen
 
     def fail() -> None:
-        with preserved(members, always=False, recorded=True) as snapshot:
+        with preserved(members, always=False, captured=True) as snapshot:
             snapshot.begin(members)
             model.seen = torch.ones(())
             raise KeyError

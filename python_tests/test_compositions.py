@@ -26,8 +26,8 @@ from operator_cases import (
 from torch import Tensor
 from waits import NeverWaits, WaitedError
 
-from l2rw_ext import _registration, compositions
-from l2rw_ext.compositions import arithmetic, linear
+from l2rw_ext.ops import _registration, arithmetic, compositions
+from l2rw_ext.ops.compositions import linear
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -29,7 +29,7 @@ from operator_cases import (
 from torch import Tensor
 
 from l2rw_ext import ops
-from l2rw_ext.precision import float32_products
+from l2rw_ext.devices import float32_products
 
 on_a_gpu = pytest.mark.cuda
 

@@ -14,8 +14,8 @@ from torch import nn
 from zoo import FEATURES
 
 from l2rw_ext import Reweighter
-from l2rw_ext._registration import OPERATORS
-from l2rw_ext.engines import scoring
+from l2rw_ext.engines.layerwise import scoring
+from l2rw_ext.ops._registration import OPERATORS
 
 pytestmark = pytest.mark.emulated
 

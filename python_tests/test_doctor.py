@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from l2rw_ext import _C, _loader, _registration, doctor
+from l2rw_ext import _C, doctor
+from l2rw_ext.ops import _native, _registration
 
 
 def run(
@@ -28,23 +29,30 @@ def run(
     )
 
 
-@pytest.mark.parametrize("isa", _loader.BUILD_INFO["instruction_sets"].split())
+@pytest.mark.parametrize("isa", _native.BUILD_INFO["instruction_sets"].split())
 def test_every_instruction_set_computes_the_same(isa: str) -> None:
     result = run(L2RW_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     line = next(line for line in result.stdout.splitlines() if line.startswith("instruction set"))
-    levels = _loader.BUILD_INFO["instruction_sets"].split()
+    levels = _native.BUILD_INFO["instruction_sets"].split()
     # A processor without the instruction set runs the best one below it.
     assert line.split()[2].rstrip(",") in levels[: levels.index(isa) + 1]
     assert isa != "baseline" or "baseline," in line
+
+
+def test_no_warning_of_torch_is_shown() -> None:
+    """Forward mode loads TorchScript, of which torch warns."""
+    result = run("-W", "always:`torch.jit")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "deprecated" not in result.stderr
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main() == 0
     report = capsys.readouterr().out
     for word in (
-        _loader.BUILD_INFO["version"],
+        _native.BUILD_INFO["version"],
         torch.__version__,
         "_ops.so             loaded from",
         "_ops_cuda.so        ",
@@ -54,8 +62,8 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
         "self-check          passed",
     ):
         assert word in report
-    if not _loader.LIBRARIES[1].loaded:
-        assert _loader.LIBRARIES[1].reason in report
+    if not _native.LIBRARIES[1].loaded:
+        assert _native.LIBRARIES[1].reason in report
 
 
 def test_every_operator_is_checked() -> None:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter, ops
-from l2rw_ext.engines import layerwise, scoring
-from l2rw_ext.engines.scoring import Scoring
+from l2rw_ext.engines.layerwise import engine as layerwise
+from l2rw_ext.engines.layerwise import scoring
+from l2rw_ext.engines.layerwise.scoring import Scoring
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import NotExactError, Reweighter
-from l2rw_ext.interception import Interception, check_graph
-from l2rw_ext.members import Members
+from l2rw_ext.tracing.graph import check_graph
+from l2rw_ext.tracing.interception import Interception
+from l2rw_ext.tracing.members import Members
 
 
 def _sequences(n: int) -> Any:

@@ -32,7 +32,7 @@ def test_products_of_rows(dtype: torch.dtype) -> None:
 def test_every_instruction_set(isa: str) -> None:
     environment = dict(os.environ, L2RW_CPU_ISA=isa, OMP_NUM_THREADS="1")
     in_use = subprocess.run(
-        [sys.executable, "-c", "from l2rw_ext import _loader; print(_loader.instruction_set())"],
+        [sys.executable, "-c", "from l2rw_ext.ops import _native; print(_native.instruction_set())"],
         env=environment,
         capture_output=True,
         text=True,

@@ -33,6 +33,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter, reference
+from l2rw_ext.engines.layerwise import engine as layerwise
 
 
 def _check_drawn(drawn: Drawn) -> None:
@@ -642,7 +643,6 @@ _FORMS = ["factored", "dense", "per example"]
 def test_every_form_is_exact(
     monkeypatch: pytest.MonkeyPatch, form: str, frozen: str, clean_length: int
 ) -> None:
-    from l2rw_ext.engines import layerwise
 
     def forced(use: Any, size: Any, *, without: tuple[str, ...] = ()) -> Any:
         costs = use.rule.costs(use, size)

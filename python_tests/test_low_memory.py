@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter
-from l2rw_ext.engines.scoring import Scoring
+from l2rw_ext.engines.layerwise.scoring import Scoring
 
 
 @given(networks_on_vectors())

@@ -28,7 +28,8 @@ from tolerances import TOLERANCES
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from l2rw_ext import compositions, ops
+from l2rw_ext import ops
+from l2rw_ext.ops import compositions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CORRELATIONS = tuple(name for name in OPERATORS if "_correlation" in name)

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from l2rw_ext import NotExactError, Reweighter
-from l2rw_ext.batch import merge
-from l2rw_ext.engines import layerwise
-from l2rw_ext.engines.probe import Probe, seeds
-from l2rw_ext.plan import Plan
-from l2rw_ext.rules import rates
+from l2rw_ext.data.batch import merge
+from l2rw_ext.engines.layerwise import engine as layerwise
+from l2rw_ext.engines.layerwise.probe import Probe, seeds
+from l2rw_ext.engines.plan import Plan
+from l2rw_ext.layers import costs
 
 TWO_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "a": lambda: nn.Linear(5, 8),
@@ -552,5 +552,5 @@ def test_two_passes_make_a_plan_for_each_training_length_not_for_each_pair(
 def test_rates_are_those_of_the_device() -> None:
     with FakeTensorMode():
         on_cuda = torch.empty(2, device="cuda")
-    assert rates.of(torch.empty(2)) is rates.CPU
-    assert rates.of(None, on_cuda) is rates.CUDA
+    assert costs.rates_of(torch.empty(2)) is costs.CPU
+    assert costs.rates_of(None, on_cuda) is costs.CUDA

@@ -160,16 +160,33 @@ def test_any_optimizer_follows(make: Callable[[Any], torch.optim.Optimizer]) -> 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_lbfgs_calls_the_step_as_its_closure(engine: Any) -> None:
+    """The parameters end where closures of the oracle's losses and gradients would take them."""
     model = mlp()
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5)
+    expected = copy.deepcopy(model)
     reweighter = Reweighter(model, cross_entropy, engine=engine)
     batch, clean = vectors(6), vectors(4)
+    calls = []
 
     def closure() -> float:
+        calls.append("reweighter")
         optimizer.zero_grad()
         return float(reweighter.backward(batch, clean).loss)
 
+    def oracle() -> float:
+        calls.append("oracle")
+        weights = reference.weights_from_scores(
+            reference.single_gradient_scores(expected, cross_entropy, batch, clean)
+        )
+        gradients = reference.weighted_gradient(expected, cross_entropy, batch, weights)
+        for p, gradient in zip(expected.parameters(), gradients.values(), strict=True):
+            p.grad = gradient
+        return float(weights @ cross_entropy(expected(batch[0]), batch[1]))
+
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5)
     optimizer.step(closure)
+    torch.optim.LBFGS(expected.parameters(), max_iter=5).step(oracle)
+    assert calls.count("reweighter") == calls.count("oracle") > 1
+    assert relative_error(flat(model.parameters()), flat(expected.parameters())) < 1e-9
 
 
 def test_statistics() -> None:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import Reweighter
-from l2rw_ext.engines import layerwise
-from l2rw_ext.interception import Interception
-from l2rw_ext.members import Members
-from l2rw_ext.rules.base import Use
+from l2rw_ext.engines.layerwise import engine as layerwise
+from l2rw_ext.layers.base import Use
+from l2rw_ext.tracing.interception import Interception
+from l2rw_ext.tracing.members import Members
 
 Forward = Callable[[Any, Tensor], Tensor]
 

@@ -15,9 +15,10 @@ from oracle import relative_error
 from torch import Tensor, nn
 from waits import NeverWaits, WaitedError
 
-from l2rw_ext import NotExactError, Reweighter, Step, compositions, ops, waiting
-from l2rw_ext.batch import merge
-from l2rw_ext.engines import scoring
+from l2rw_ext import NotExactError, Reweighter, Step, devices, ops
+from l2rw_ext.data.batch import merge
+from l2rw_ext.engines.layerwise import scoring
+from l2rw_ext.ops import compositions
 
 BOUND = 1e-11
 """Of float64 steps whose sums have another order."""
@@ -26,7 +27,7 @@ BOUND = 1e-11
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """No value is at hand, and operators are compositions, as on CUDA."""
-    monkeypatch.setattr(waiting, "at_hand", lambda x: False)
+    monkeypatch.setattr(devices, "readable", lambda x: False)
     monkeypatch.setattr(scoring, "in_groups", lambda g: True)
     for name in compositions.__all__:
         monkeypatch.setattr(ops, name, getattr(compositions, name))
@@ -195,7 +196,7 @@ def test_a_step_is_probed_as_long_as_a_gradient_is_zero() -> None:
     model.zero_grad()
     step = reweighter.backward(*batches[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(waiting, "at_hand", lambda x: True)
+        patch.setattr(devices, "readable", lambda x: True)
         expected = _run(case, near, batches[1:2])[1][0]
     _assert_same(step, expected, model, near)
     with NeverWaits():
@@ -222,7 +223,7 @@ def test_inputs_that_are_not_batched_must_be_the_same_tensor(
 ) -> None:
     x, y, mask = torch.ones(4, 3), torch.zeros(2, 3), torch.ones(3, 3)
     assert merge((x, mask), (y, mask.clone()), 4, 2) is not None
-    monkeypatch.setattr(waiting, "at_hand", lambda x: False)
+    monkeypatch.setattr(devices, "readable", lambda x: False)
     with NeverWaits():
         merged = merge((x, mask), (y, mask), 4, 2)
         assert merged is not None
@@ -230,9 +231,9 @@ def test_inputs_that_are_not_batched_must_be_the_same_tensor(
         assert merge((x, mask), (y, mask.clone()), 4, 2) is None
         # Once it is settled that both are batched, they need not be compared.
         other = torch.zeros(4, 3)
-        assert merge((x, x.clone()), (other, other.clone()), 4, 4, settled=True) is not None
-        assert merge((x, mask), (other, mask), 4, 4, settled=True) is not None
-        assert merge((x, x), (other, x), 4, 4, settled=True) is None
+        assert merge((x, x.clone()), (other, other.clone()), 4, 4, known_batched=True) is not None
+        assert merge((x, mask), (other, mask), 4, 4, known_batched=True) is not None
+        assert merge((x, x), (other, x), 4, 4, known_batched=True) is None
     with NeverWaits(), pytest.raises(WaitedError):
         merge((x, x.clone()), (other, other.clone()), 4, 4)
 

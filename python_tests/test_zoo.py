@@ -13,7 +13,7 @@ from torch import nn
 from zoo import ENGINES, FEATURES, Batch, Feature, filled
 
 from l2rw_ext import NotExactError, Reweighter
-from l2rw_ext.batch import forward
+from l2rw_ext.data.batch import forward
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 ROWS = {f.name: f for f in FEATURES}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from l2rw_ext.watch import waits
+from l2rw_ext.compiled.watch import waits
 
 
 class WaitedError(AssertionError):

@@ -9,18 +9,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .. import composites
-from .base import NotExactError
+from l2rw_ext.errors import NotExactError
+from l2rw_ext.layers import corrections
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
-    F.prelu: composites.prelu,
-    Tensor.prelu: composites.prelu,
-    F.layer_norm: composites.layer_norm,
+    F.prelu: corrections.prelu,
+    Tensor.prelu: corrections.prelu,
+    F.layer_norm: corrections.layer_norm,
 }
 
 
 class Corrected(TorchFunctionMode):
-    """Runs functions whose second derivative torch has wrong as what they are made of."""
+    """Replaces functions whose second derivative is wrong in torch by their corrections."""
 
     def __torch_function__(
         self,

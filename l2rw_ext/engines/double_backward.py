@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import reference
-from ..plan import Explanation
-from ..preserve import Buffers, Snapshot
-from .base import Direction, Engine, NotExactError, Scored, Task, require_grad
+from l2rw_ext import reference
+from l2rw_ext.errors import NotExactError
+from l2rw_ext.task.clean_gradient import Direction, clean_direction
+from l2rw_ext.task.isolation import Buffers, Snapshot
+from l2rw_ext.task.task import Task, require_grad
+
+from .base import Engine, Scored
 from .corrected import Corrected
-from .direction import clean_direction
-from .graph import GraphScored, check_at_hand
+from .explanation import Explanation
+from .graph_scored import GraphScored, check_readable
 
 
 class DoubleBackward(Engine):
@@ -33,7 +36,7 @@ class DoubleBackward(Engine):
                 losses = task.forward_train()
             snapshot.trained = Buffers.of(task.model)
             require_grad(losses)
-            check_at_hand(task, losses)
+            check_readable(task, losses)
             epsilon = torch.zeros(
                 losses.shape,
                 dtype=torch.promote_types(losses.dtype, torch.float32),
@@ -44,14 +47,14 @@ class DoubleBackward(Engine):
             if direction is None:
                 snapshot.buffers.restore()
                 direction = clean_direction(task, snapshot)
-                snapshot.settle()
+                snapshot.restore_trained()
             values = [direction.values.get(id(p)) for p in task.parameters]
             moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
             gradient = None
             if moved:
                 gradient = _second(moved, epsilon)
         scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
-        check_at_hand(task, losses, scores)
+        check_readable(task, losses, scores)
         return GraphScored(task, losses, scores.detach(), direction.clean_loss)
 
     def explain(

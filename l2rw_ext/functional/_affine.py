@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from l2rw_ext import ops
+
 from ._perturbation import add_term, along, apply, example_sum, fused, rows, with_signature
 
 

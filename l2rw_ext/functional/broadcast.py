@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from ._affine import add_affine
-from ._arguments import (
-    checked_direction,
-    checked_eps,
-    checked_example_dim,
-    is_single,
-    required,
-)
+from ._arguments import checked_direction, checked_eps, checked_example_dim, is_single, required
 from .directions import Direction, Factored, accumulation_dtype
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from l2rw_ext import ops
+
 from ._arguments import (
     check_dense,
     checked_direction,
@@ -293,7 +294,7 @@ def conv1d(
 
     Returns:
         The output, (n, O, P). At ε = 0, backward adds Σ_p g_ip · (V * z_i + V_b)_p to
-        ``eps.grad[i]``: Eq. 16.
+        ``eps.grad[i]``: Eq. 12, with convolutions in place of matrix products.
 
     Raises:
         TypeError: ``eps`` or ``direction`` has a wrong type or dtype.
@@ -359,7 +360,7 @@ def conv2d(
 
     Returns:
         The output, (n, O, P, Q). At ε = 0, backward adds Σ_p g_ip · (V * z_i + V_b)_p to
-        ``eps.grad[i]``: Eq. 16.
+        ``eps.grad[i]``: Eq. 12, with convolutions in place of matrix products.
 
     Raises:
         TypeError: ``eps`` or ``direction`` has a wrong type or dtype.
@@ -426,7 +427,7 @@ def conv3d(
 
     Returns:
         The output, (n, O, P, Q, R). At ε = 0, backward adds Σ_p g_ip · (V * z_i + V_b)_p to
-        ``eps.grad[i]``: Eq. 16.
+        ``eps.grad[i]``: Eq. 12, with convolutions in place of matrix products.
 
     Raises:
         TypeError: ``eps`` or ``direction`` has a wrong type or dtype.

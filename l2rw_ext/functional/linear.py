@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from l2rw_ext import ops
+
 from ._arguments import (
     check_dense,
     checked_direction,

@@ -1,0 +1,289 @@
+"""Batches: how inputs reach the model, how two batches are checked and merged."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from l2rw_ext import devices
+
+Batch: TypeAlias = tuple[Any, Any]
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """Call ``model(x)`` for a tensor, ``model(*x)`` for a tuple, ``model(**x)`` for a dict."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def forward_with(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
+    """:func:`forward` with other values of the named parameters."""
+    if isinstance(inputs, dict):
+        return torch.func.functional_call(model, dict(parameters), (), inputs)
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    return torch.func.functional_call(model, dict(parameters), args)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors of a nest of tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf
+
+
+def unpack(batch: Any, name: str) -> Batch:
+    """Check that ``batch`` is a pair (inputs, targets) whose tensors can be used."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        kind = type(batch).__name__
+        length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
+        raise TypeError(f"{name}: expected a pair (inputs, targets), got {kind}{length}")
+    inputs, targets = batch
+    found = list(tensors(inputs))
+    if not found:
+        raise TypeError(
+            f"{name}: inputs must be a tensor, or a tuple or dict with at least one tensor, "
+            f"got {type(inputs).__name__}"
+        )
+    for x in found:
+        if x.requires_grad:
+            raise ValueError(
+                f"{name}: an input of shape {tuple(x.shape)} requires grad; gradients flow to "
+                "parameters only, pass x.detach()"
+            )
+        if x.is_inference():
+            raise ValueError(
+                f"{name}: an input of shape {tuple(x.shape)} was made under torch.inference_mode; "
+                "pass x.clone() made outside of it"
+            )
+    return inputs, targets
+
+
+def _tree_spec(tree: Any) -> tuple[list[Any], Any]:
+    if isinstance(tree, Tensor):
+        return [tree], None
+    return pytree.tree_flatten(tree)
+
+
+def describe(tree: Any) -> tuple[Any, ...]:
+    """A hashable description of a nest of tensors: structure, shapes, dtypes and devices."""
+    if isinstance(tree, Tensor):
+        return (tree.shape, tree.dtype, tree.device, tree.is_contiguous())
+    leaves, spec = pytree.tree_flatten(tree)
+    parts = tuple(
+        (x.shape, x.dtype, x.device, x.is_contiguous()) if isinstance(x, Tensor) else repr(x)
+        for x in leaves
+    )
+    return (str(spec), parts)
+
+
+def check_same_kind(train: Any, clean: Any) -> None:
+    """Raise if training and clean inputs differ in structure, dtype or device."""
+    a, spec_a = _tree_spec(train)
+    b, spec_b = _tree_spec(clean)
+    if spec_a != spec_b or len(a) != len(b):
+        raise ValueError(
+            "inputs of the training and the clean batch differ in structure: "
+            f"{_structure(train)} and {_structure(clean)}"
+        )
+    for x, y in zip(a, b, strict=True):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            continue
+        if x.device != y.device:
+            raise ValueError(
+                f"training inputs are on {x.device}, clean inputs on {y.device}; "
+                "move both to the model's device"
+            )
+        if x.dtype != y.dtype:
+            raise ValueError(f"training inputs have dtype {x.dtype}, clean inputs {y.dtype}")
+
+
+def in_order_of(train: Any, clean: Any) -> Any:
+    """The clean inputs with a dict's keys in the order of the training inputs' keys."""
+    if isinstance(train, dict) and isinstance(clean, dict) and train.keys() == clean.keys():
+        return {key: clean[key] for key in train}
+    return clean
+
+
+def _structure(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return "a dict with keys " + ", ".join(sorted(map(str, tree)))
+    if isinstance(tree, (tuple, list)):
+        return f"a {type(tree).__name__} of {len(tree)}"
+    return f"a {type(tree).__name__}"
+
+
+def merge(train: Any, clean: Any, n: int, m: int, *, known_batched: bool = False) -> Any | None:
+    """Concatenate [train; clean] along dimension 0; None where that is not possible or not safe.
+
+    A tensor is batched if its ``size(0)`` is n in the training and m in the clean batch; every
+    other leaf (a mask, a number) must be equal in both and is passed once. With n = m an equal
+    tensor among several could be either, so it is not merged.
+
+    Where the host cannot read values, a tensor that is not batched must be the same object in both
+    batches. Whether batched tensors are equal is then asked of the device, unless they are
+    ``known_batched`` from an earlier step on batches of these shapes.
+    """
+    if isinstance(train, Tensor) and isinstance(clean, Tensor):
+        joined = _merge_leaf(train, clean, n, m, alone=True, known_batched=known_batched)
+        return None if joined is train else joined
+    a, spec = pytree.tree_flatten(train)
+    b = pytree.tree_leaves(clean)
+    alone = sum(isinstance(x, Tensor) for x in a) == 1
+    merged = []
+    batched = False
+    for x, y in zip(a, b, strict=True):
+        one = _merge_leaf(x, y, n, m, alone=alone, known_batched=known_batched)
+        if one is None and x is not None:
+            return None
+        batched = batched or one is not x
+        merged.append(one)
+    if not batched:
+        return None
+    return pytree.tree_unflatten(merged, spec)
+
+
+def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, known_batched: bool) -> Any | None:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        if x.dim() and y.dim() and x.size(0) == n and y.size(0) == m:
+            if x.shape[1:] != y.shape[1:]:
+                return None
+            if n == m and not alone and _equal(x, y, ask=not known_batched):
+                return None
+            return torch.cat([x, y])
+        return x if x.shape == y.shape and _equal(x, y, ask=False) else None
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return None
+    return x if x is y or x == y else None
+
+
+def _equal(x: Tensor, y: Tensor, *, ask: bool) -> bool:
+    """Whether two tensors of one shape are equal; ``ask`` the device where it must be asked."""
+    if x is y:
+        return True
+    return (ask or devices.readable(x)) and torch.equal(x, y)
+
+
+def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
+    """Cut merged outputs into the rows of the training and of the clean batch.
+
+    None where some output tensor has no dimension 0 of size n + m, or some output is an object
+    that may hold tensors and is neither a dataclass nor a dict: it cannot be cut.
+    """
+    if isinstance(outputs, Tensor):
+        if outputs.dim() == 0 or outputs.size(0) != n + m:
+            return None
+        first, second = torch.unsafe_split_with_sizes(outputs, (n, m))
+        return first, second
+    leaves, spec = pytree.tree_flatten(outputs)
+    train: list[Any] = []
+    clean: list[Any] = []
+    for x in leaves:
+        if x is None or isinstance(x, (bool, int, float, str)):
+            train.append(x)
+            clean.append(x)
+            continue
+        if isinstance(x, Tensor):
+            if x.dim() == 0 or x.size(0) != n + m:
+                return None
+            parts: tuple[Any, Any] | None = (x[:n], x[n:])
+        else:
+            parts = _split_object(x, n, m)
+        if parts is None:
+            return None
+        train.append(parts[0])
+        clean.append(parts[1])
+    return pytree.tree_unflatten(train, spec), pytree.tree_unflatten(clean, spec)
+
+
+def _split_object(x: Any, n: int, m: int) -> tuple[Any, Any] | None:
+    """:func:`split` of a dataclass, or of a dict of another type whose attributes are its items.
+
+    None for an object that holds more than that.
+    """
+    attributes = getattr(x, "__dict__", None)
+    if attributes is None:
+        return None
+    if isinstance(x, dict):
+        if any(key not in x or x[key] is not value for key, value in attributes.items()):
+            return None
+        parts = split(dict(x), n, m)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        if attributes.keys() != {field.name for field in dataclasses.fields(x)}:
+            return None
+        parts = split(dict(attributes), n, m)
+    else:
+        return None
+    return None if parts is None else (_with_parts(x, parts[0]), _with_parts(x, parts[1]))
+
+
+def _with_parts(x: Any, values: dict[Any, Any]) -> Any:
+    new = copy.copy(x)
+    for key, value in values.items():
+        if isinstance(x, dict):
+            new[key] = value
+        if key in vars(x):
+            object.__setattr__(new, key, value)
+    return new
+
+
+def batch_size(inputs: Any, targets: Any, name: str) -> int:
+    """The number of examples: dimension 0 of the first tensor of targets, else of inputs."""
+    size: int | None = None
+    for tree in (targets, inputs):
+        for x in tensors(tree):
+            if x.dim():
+                size = x.size(0)
+                break
+        if size is not None:
+            break
+    if size is None:
+        raise ValueError(f"{name}: no tensor with a batch dimension among inputs and targets")
+    if size == 0:
+        raise ValueError(f"{name}: the batch is empty; give at least one example")
+    first = next((x for x in tensors(inputs) if x.dim()), None)
+    if first is not None and not any(size in x.shape for x in tensors(inputs)):
+        raise ValueError(
+            f"{name}: inputs have {first.size(0)} examples (shape {tuple(first.shape)}), "
+            f"targets have {size}"
+        )
+    return size
+
+
+def per_example_losses(loss_fn: LossFn, outputs: Any, targets: Any, size: int, name: str) -> Tensor:
+    """Call ``loss_fn`` and check that it returned one unreduced loss an example."""
+    losses = loss_fn(outputs, targets)
+    with torch._C.DisableTorchFunction():  # not the model's calls
+        _check_losses(losses, size, name)
+    return losses
+
+
+def _check_losses(losses: Any, size: int, name: str) -> None:
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            f"{name}: loss_fn must return a tensor of shape ({size},), got {type(losses).__name__}"
+        )
+    if losses.shape != (size,):
+        hint = (
+            'give unreduced losses, for example F.cross_entropy(outputs, targets, reduction="none")'
+        )
+        if losses.dim() > 1 and losses.size(0) == size:
+            hint += ", and sum or average what belongs to one example: losses.flatten(1).sum(1)"
+        raise ValueError(
+            f"{name}: loss_fn must return one loss for each of the {size} examples, shape "
+            f"({size},), got shape {tuple(losses.shape)}; {hint}"
+        )
+    if not losses.is_floating_point():
+        raise TypeError(f"{name}: loss_fn must return floating losses, got {losses.dtype}")

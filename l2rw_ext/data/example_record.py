@@ -1,0 +1,125 @@
+"""What a run has learnt about each training example, by its index in the training set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ExampleRecord:
+    """Scores and weights of examples over the steps that named them by ``index``.
+
+    Tables grow with the largest index seen; index 0 to ``len(record) - 1``. Examples with wrong
+    labels collect low scores: ``record.mean_scores.argsort()`` lists the most suspicious first
+    (NaN, for examples never seen, sorts last).
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> import l2rw_ext as l2rw
+        >>> reweighter = l2rw.Reweighter(
+        ...     torch.nn.Linear(4, 3), lambda out, y: F.cross_entropy(out, y, reduction="none")
+        ... )
+        >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> _ = reweighter.backward((x, y), (x[:2].clone(), y[:2]), index=torch.arange(10, 18))
+        >>> reweighter.record.visits[8:12].tolist()
+        [0, 0, 1, 1]
+    """
+
+    def __init__(self) -> None:
+        self._visits = torch.zeros(0, dtype=torch.int64)
+        self._positive = torch.zeros(0)
+        self._last = torch.zeros(0)
+        self._total = torch.zeros(0)
+
+    def __len__(self) -> int:
+        return self._visits.numel()
+
+    @property
+    def visits(self) -> Tensor:
+        """How often each example was scored, int64, on the CPU."""
+        return self._visits
+
+    @property
+    def scores(self) -> Tensor:
+        """The last score u of each example; NaN where it was never scored."""
+        return self._last
+
+    @property
+    def mean_scores(self) -> Tensor:
+        """The mean score of each example; NaN where it was never scored."""
+        mean: Tensor = self._total / self._visits.to(self._total)
+        return mean
+
+    @property
+    def kept_share(self) -> Tensor:
+        """The share of its visits in which an example had a positive score; NaN without visits."""
+        share: Tensor = self._positive / self._visits.to(self._positive)
+        return share
+
+    def knows(self, index: Tensor) -> bool:
+        """Whether all of these examples have been scored."""
+        index = index.cpu()
+        return int(index.max()) < len(self) and bool((self._visits[index] > 0).all())
+
+    def add(self, index: Tensor, scores: Tensor) -> None:
+        """Take in the scores of a step that are finite."""
+        self._grow(int(index.max()) + 1, scores)
+        on_cpu, index = index.cpu(), index.to(scores.device)
+        finite = scores.isfinite()
+        self._visits.index_add_(0, on_cpu, finite.to(on_cpu))
+        self._positive.index_add_(0, index, (finite & (scores > 0)).to(scores.dtype))
+        self._total.index_add_(0, index, scores.where(finite, 0))
+        self._last[index] = scores.where(finite, self._last[index])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tables, for a checkpoint."""
+        return {
+            "visits": self._visits.clone(),
+            "positive": self._positive.clone(),
+            "last": self._last.clone(),
+            "total": self._total.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._visits = state["visits"].clone()
+        self._positive = state["positive"].clone()
+        self._last = state["last"].clone()
+        self._total = state["total"].clone()
+
+    def _grow(self, size: int, like: Tensor) -> None:
+        more = size - len(self)
+        if more > 0:
+            self._visits = torch.cat([self._visits, self._visits.new_zeros(more)])
+            zeros = like.new_zeros(more)
+            self._positive = torch.cat([self._positive.to(like), zeros])
+            self._total = torch.cat([self._total.to(like), zeros])
+            self._last = torch.cat([self._last.to(like), zeros + float("nan")])
+        elif self._last.device != like.device or self._last.dtype != like.dtype:
+            self._positive, self._total, self._last = (
+                x.to(like) for x in (self._positive, self._total, self._last)
+            )
+
+
+def check_index(index: Any, n: int) -> Tensor:
+    """The index as a tensor of n whole numbers from 0.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if not isinstance(index, Tensor):
+        index = torch.as_tensor(index)
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+        raise TypeError(f"index must hold whole numbers, got {index.dtype}")
+    if index.shape != (n,):
+        raise ValueError(
+            f"index must have one number for each of the {n} training examples, got shape "
+            f"{tuple(index.shape)}"
+        )
+    if int(index.min()) < 0:
+        raise ValueError(f"index must not be negative, got {int(index.min())}")
+    found: Tensor = index.to(torch.int64)
+    return found

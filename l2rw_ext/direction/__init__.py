@@ -1,0 +1,1 @@
+"""Options that change the direction along which scores are taken."""

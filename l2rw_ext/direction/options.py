@@ -1,0 +1,270 @@
+"""Options that change the direction v: each is off by default, and none is the paper's."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+from l2rw_ext.task.clean_gradient import Direction, clean_direction
+from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.task import Task
+from l2rw_ext.tracing.members import Members
+
+from .look_ahead import Preconditioner
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A direction between steps.
+
+    By parameter, not by id: it goes with a copy of the model, and a parameter that takes another's
+    place has no part in it.
+    """
+
+    values: dict[nn.Parameter, Tensor | None]
+    """Of all parameters that it was formed for; None where zero."""
+    clean_loss: Tensor
+
+    def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether it says something of each of these parameters."""
+        return all(
+            p in self.values and ((v := self.values[p]) is None or v.shape == p.shape)
+            for p in parameters
+        )
+
+    def finite(self) -> bool:
+        """Whether all of it is, which the device is waited for."""
+        return all(bool(v.isfinite().all()) for v in self.values.values() if v is not None)
+
+
+class DirectionOptions:
+    """From the clean batch's direction to the one that scores are taken along.
+
+    In this order: v at θ, or at the look-ahead point of an SGD ``preconditioner``; plus ``l2`` θ;
+    averaged with ``direction_decay``; held for ``every`` steps; times the preconditioner; zero
+    outside of ``layers``. The arguments are those of :class:`~l2rw_ext.Reweighter`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int,
+        direction_decay: float,
+        layers: Sequence[str] | None,
+        l2: float,
+        preconditioner: torch.optim.Optimizer | None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+        if not 0 <= direction_decay < 1:
+            raise ValueError(f"direction_decay must be in [0, 1), got {direction_decay!r}")
+        if not 0 <= l2 < float("inf"):
+            raise ValueError(f"l2 must be a finite number of at least 0, got {l2!r}")
+        self.every = every
+        self._decay = direction_decay
+        self._l2 = l2
+        self._preconditioner = None if preconditioner is None else Preconditioner(preconditioner)
+        self._layers = None if layers is None else _names(layers)
+        if self._layers is not None:
+            self._chosen(model)
+        self._steps = 0
+        self._held: _Held | None = None
+        self._next: _Held | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether scores are taken along another direction than the clean batch's own."""
+        return bool(
+            self.every > 1
+            or self._decay
+            or self._l2
+            or self._preconditioner is not None
+            or self._layers is not None
+        )
+
+    def due(self, model: nn.Module) -> bool:
+        """Whether this step needs a clean batch; parameters new to the direction need one too."""
+        if self._held is None or self._steps % self.every == 0:
+            return True
+        return not self._held.fits([p for p in model.parameters() if p.requires_grad])
+
+    @property
+    def clean_loss(self) -> Tensor:
+        """The mean clean loss when a clean batch was last seen."""
+        assert self._held is not None
+        return self._held.clean_loss
+
+    def direction(self, task: Task, snapshot: Snapshot) -> Direction:
+        """The direction of this step; :meth:`advance` makes it the one that is held."""
+        if self.due(task.model):
+            self._next = self._averaged(task, self._of_clean_batch(task, snapshot))
+        else:
+            self._next = self._held
+        assert self._next is not None
+        return self._applied(task, self._next)
+
+    def advance(self) -> None:
+        """A step was completed.
+
+        One whose direction overflowed under a loss scale does not count: held or averaged, it would
+        spoil the steps to come.
+        """
+        found, self._next = self._next, None
+        if found is not None and (self.every > 1 or self._decay):
+            if found is not self._held and not found.finite():
+                return
+            self._held = found
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def dry(self) -> Iterator[None]:
+        """A direction found in the body is not held."""
+        before = self._next
+        try:
+            yield
+        finally:
+            self._next = before
+
+    def lines(self) -> list[str]:
+        """What the options do, one sentence each, for ``explain()``."""
+        lines = []
+        if self._preconditioner is not None:
+            lines.append(self._preconditioner.describe())
+        if self._l2:
+            lines.append(f"l2={self._l2}: the clean loss has a penalty l2/2 |θ|² on matrices")
+        if self._decay:
+            lines.append(f"direction_decay={self._decay}: v is an exponential average")
+        if self.every > 1:
+            lines.append(f"every={self.every}: what the clean batch says is kept for that long")
+        if self._layers is not None:
+            lines.append(f"layers={self._layers}: scores are sums over these parameters alone")
+        return lines
+
+    def state_dict(self, members: Members) -> dict[str, Any]:
+        """Steps done and the direction that is held, by parameter name."""
+        held = None
+        if self._held is not None:
+            values = self._held.values
+            held = {
+                "values": {
+                    name: None if (v := values[p]) is None else v.clone()
+                    for name, p in members.parameters
+                    if p in values
+                },
+                "clean_loss": self._held.clean_loss.clone(),
+            }
+        return {"steps": self._steps, "direction": held}
+
+    def load_state_dict(self, state: dict[str, Any], members: Members) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state has a direction for parameters that the model does not have.
+        """
+        saved = state["direction"]
+        held = None
+        if saved is not None:
+            parameters = dict(members.parameters)
+            for name, v in saved["values"].items():
+                if name not in parameters or (v is not None and parameters[name].shape != v.shape):
+                    of_shape = "" if v is None else f"of shape {tuple(v.shape)} "
+                    raise ValueError(
+                        f"state: it has a direction {of_shape}for {name!r}; "
+                        "the model has no such parameter"
+                    )
+            held = _Held(
+                {
+                    parameters[name]: None if v is None else v.clone()
+                    for name, v in saved["values"].items()
+                },
+                saved["clean_loss"].clone(),
+            )
+        self._steps, self._held = int(state["steps"]), held
+
+    def _of_clean_batch(self, task: Task, snapshot: Snapshot) -> Direction:
+        point = {} if self._preconditioner is None else self._preconditioner.point(task.parameters)
+        with _moved(point):
+            direction = clean_direction(task, snapshot)
+        if not self._l2:
+            return direction
+        values = dict(direction.values)
+        for p in task.parameters:
+            if p.dim() > 1:
+                penalty = self._l2 * point.get(p, p.detach())
+                v = values.get(id(p))
+                values[id(p)] = penalty if v is None else v + penalty
+        return Direction(values, direction.clean_loss)
+
+    def _averaged(self, task: Task, new: Direction) -> _Held:
+        """In the accumulation dtype, for what a step adds is small beside what is there."""
+        values = {p: new.values.get(id(p)) for p in task.parameters}
+        before = None if self._held is None or not self._decay else self._held.values
+        if before is not None:
+            for p, v in values.items():
+                old = before.get(p)
+                if p not in before or (old is None and v is None):
+                    continue
+                zero = torch.zeros(p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
+                kept, fresh = (zero if x is None else x.to(zero) for x in (old, v))
+                values[p] = kept.lerp(fresh, 1 - self._decay)
+        return _Held(values, new.clean_loss)
+
+    def _applied(self, task: Task, held: _Held) -> Direction:
+        chosen = None if self._layers is None else self._chosen(task.model)
+        values = {}
+        for p in task.parameters:
+            v = held.values[p]
+            if v is None or (chosen is not None and id(p) not in chosen):
+                continue
+            values[id(p)] = v.to(
+                p.device, v.dtype if v.dtype == p.dtype else accumulation_dtype(p.dtype)
+            )
+        if self._preconditioner is not None:
+            factors = self._preconditioner.diagonal(task.parameters)
+            values = {key: v * factors[key] for key, v in values.items()}
+        return Direction(values, held.clean_loss)
+
+    def _chosen(self, model: nn.Module) -> set[int]:
+        """A parameter that is shared may be chosen by any of its names."""
+        assert self._layers is not None
+        named = list(model.named_parameters(remove_duplicate=False))
+        chosen: set[int] = set()
+        for name in self._layers:
+            found = {
+                id(p)
+                for path, p in named
+                if path == name or path.startswith(name + ".") or fnmatch.fnmatchcase(path, name)
+            }
+            if not found:
+                raise ValueError(f"layers: {name!r} names no parameter or module of the model")
+            chosen |= found
+        return chosen
+
+
+def _names(layers: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(layers, str) or not all(isinstance(name, str) for name in layers):
+        raise TypeError(f"layers must be a list of names, got {layers!r}")
+    if not layers:
+        raise ValueError("layers: give at least one name, or None for all parameters")
+    return tuple(layers)
+
+
+@contextlib.contextmanager
+def _moved(point: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """The parameters have other values in the body."""
+    before = {p: p.data for p in point}
+    try:
+        for p, value in point.items():
+            p.data = value
+        yield
+    finally:
+        for p, data in before.items():
+            p.data = data

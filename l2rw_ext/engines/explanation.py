@@ -1,0 +1,140 @@
+"""What ``explain()`` returns: which engine runs and why, and what each layer costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from l2rw_ext.task.task import Task
+
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One parameter use, as ``explain()`` shows it."""
+
+    name: str
+    operation: str
+    shape: tuple[int, ...]
+    form: str
+    positions: int
+    multiply_adds: float
+    kept_bytes: float
+    alternatives: dict[str, float]
+    """Estimated seconds of each form, on the machine of docs/kernels.md."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which engine runs and why; printable, and a dict by :meth:`as_dict`."""
+
+    engine: str
+    reason: str
+    n: int
+    m: int
+    passes: str
+    cost: float
+    """Expected multiply-adds over those of a plain step on both batches."""
+    memory: str
+    """What is kept between scores and weighted gradient."""
+    layers: tuple[LayerExplanation, ...] = ()
+    options: tuple[str, ...] = ()
+    """What the options that change the weights do."""
+
+    @classmethod
+    def layerwise(cls, task: Task, plan: Plan) -> Explanation:
+        """The explanation of a layer-wise plan."""
+        layers = []
+        plain = paid = 0.0
+        for use in plan.uses:
+            cost = use.costs[use.form]
+            forward = use.costs["dense"].score if "dense" in use.costs else 0.0
+            plain += 3 * forward
+            paid += 2 * forward + cost.score + cost.weighted + task.low_memory * forward
+            layers.append(
+                LayerExplanation(
+                    use.name,
+                    use.operation,
+                    use.shape,
+                    use.form + (" (joint)" if use.joint else ""),
+                    0 if use.rows is None else use.rows.positions,
+                    cost.score + cost.weighted,
+                    0.0 if task.low_memory else cost.kept_bytes,
+                    {form: c.seconds for form, c in use.costs.items()},
+                )
+            )
+        passes = (
+            "one merged forward and backward over [train; clean]"
+            if plan.merged
+            else f"two passes ({plan.why_separate})"
+        )
+        reason = "every parameter use has a rule and no example reaches another's loss"
+        kept = sum(layer.kept_bytes for layer in layers)
+        memory = (
+            "the graph, for a second backward" if task.low_memory else f"{kept / 2**20:.2f} MiB"
+        )
+        ratio = paid / plain if plain else 1.0
+        return cls("layerwise", reason, task.n, task.m, passes, ratio, memory, layers=tuple(layers))
+
+    @classmethod
+    def of_graph(
+        cls, engine: str, task: Task, reason: str, passes: str, forwards: float
+    ) -> Explanation:
+        """The explanation of an engine that keeps autograd's graph of the training forward.
+
+        ``forwards`` is its cost for one training example, in forwards of one example; a plain step
+        has 3, and a clean example costs 3.
+        """
+        n, m = task.n, task.m
+        cost = (forwards * n + 3 * m) / (3 * (n + m))
+        return cls(engine, reason, n, m, passes, cost, "the graph of the training forward")
+
+    def because(self, refusals: Sequence[str], options: Sequence[str]) -> Explanation:
+        """The same, with why other engines were refused and what the options do."""
+        reason = "; ".join(refusals) or self.reason
+        return replace(self, reason=reason, options=tuple(options))
+
+    @property
+    def kept_bytes(self) -> float:
+        """Bytes kept between scores and weighted gradient."""
+        return sum(layer.kept_bytes for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self) | {"kept_bytes": self.kept_bytes}
+
+    def _lines(self) -> Iterator[str]:
+        yield f"engine: {self.engine}"
+        yield f"why:    {self.reason}"
+        yield f"batch:  {self.n} training and {self.m} clean examples; {self.passes}"
+        yield f"cost:   {self.cost:.2f} times the multiply-adds of a plain step on both batches"
+        yield f"memory: kept between scores and weighted gradient: {self.memory}"
+        for option in self.options:
+            yield f"option: {option}"
+        if not self.layers:
+            return
+        yield ""
+        header = ("parameters", "operation", "input", "T", "form", "Mmul-add", "kept MiB")
+        rows = [
+            (
+                layer.name,
+                layer.operation,
+                "x".join(map(str, layer.shape)),
+                str(layer.positions or "?"),
+                layer.form,
+                f"{layer.multiply_adds / 1e6:.1f}",
+                f"{layer.kept_bytes / 2**20:.2f}",
+            )
+            for layer in self.layers
+        ]
+        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+        for row in [header, *rows]:
+            yield "  ".join(
+                cell.ljust(w) if i in (0, 1, 2, 4) else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())

@@ -1,0 +1,1 @@
+"""The forward engine: scores as a derivative along the direction."""

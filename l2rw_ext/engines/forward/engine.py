@@ -1,0 +1,91 @@
+"""Scores as a derivative along the direction: one forward carries losses and tangents."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from types import ModuleType
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+from l2rw_ext.engines.base import Engine, Scored
+from l2rw_ext.engines.explanation import Explanation
+from l2rw_ext.engines.graph_scored import GraphScored, check_readable
+from l2rw_ext.errors import NotCapturableError, NotExactError
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+from l2rw_ext.task.clean_gradient import Direction, clean_direction
+from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.task import Task, require_grad
+
+from .dual import unpack
+from .mode import Tangents
+
+_LEVEL = threading.RLock()
+"""One level of forward mode is all that torch has: steps of several threads take turns."""
+
+
+class Forward(Engine):
+    """u = J v with J the Jacobian of the training losses with respect to the parameters.
+
+    Exact also where examples reach each other's losses (BatchNorm in train mode). The primal of the
+    one training forward keeps its graph, which serves the weighted backward.
+    """
+
+    name = "forward"
+
+    def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
+        """Clean forward and backward, then the training forward; see :class:`Engine`."""
+        scored, _ = _score(task, snapshot, direction)
+        return scored
+
+    def explain(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
+    ) -> Explanation:
+        """See :class:`Engine`."""
+        _, mode = _score(task, snapshot, direction)
+        reason = "the forward has a derivative along the direction; examples may share statistics"
+        clean = "a clean forward and backward, " if direction is None else ""
+        passes = f"{clean}a training forward with tangents"
+        if mode.attention:
+            passes += " (attention on the math kernel)"
+        return Explanation.of_graph(self.name, task, reason, passes, forwards=5)
+
+
+def _score(
+    task: Task, snapshot: Snapshot, direction: Direction | None
+) -> tuple[GraphScored, Tangents]:
+    if direction is None:
+        direction = clean_direction(task, snapshot)
+    try:
+        # Nothing is recomputed (see Tangents); were something, torch would count and find out.
+        with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):
+            mode = Tangents(task, direction)
+            with mode:
+                losses = task.forward_train()
+            require_grad(losses)
+            scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
+            losses, _ = unpack(losses)
+    except (NotCapturableError, NotExactError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise NotExactError(f"the forward cannot carry tangents: {line}") from error
+    check_readable(task, losses, scores)
+    return GraphScored(task, losses, scores, direction.clean_loss), mode
+
+
+@functools.cache
+def _loaded() -> ModuleType:
+    """Torch's forward mode, which loads its derivatives when the first dual tensor is made.
+
+    They are written in TorchScript, and torch warns that it is deprecated.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        zero = torch.zeros((), device="cpu")
+        with forward_ad.dual_level():
+            forward_ad.make_dual(zero, zero)
+    return forward_ad

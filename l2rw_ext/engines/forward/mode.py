@@ -1,0 +1,253 @@
+"""Carries tangents through a forward without letting autograd record them.
+
+Trainable parameters are replaced, where they are used, by dual tensors (θ, v); torch's forward-mode
+AD or a rule of our own carries the tangent on, next to a primal that autograd records as always.
+What torch computes of a tangent with operands that require grad is recorded too: that record is cut
+after every operation, so that the tangents of a forward live no longer than its activations would
+without autograd.
+
+Reverse mode is what the scores are defined by, so its notions hold: what is computed without grad
+is constant, and every tensor that requires grad has a tangent, unless no parameter with a direction
+reaches it. A tensor that breaks this rule went past the mode, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import make_dual
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from l2rw_ext.errors import NotExactError
+from l2rw_ext.layers.torch_functions import writes
+from l2rw_ext.task.checkpointing import kept, recomputed
+from l2rw_ext.task.clean_gradient import Direction
+from l2rw_ext.task.task import Task
+
+from .dual import Handler, tangent_of, unpack
+from .rules import REGISTRY
+
+
+def _getters(*names: str) -> set[Any]:
+    """What a function mode is given where an attribute of a tensor is read."""
+    return {getattr(torch.Tensor, name).__get__ for name in names}
+
+
+_VIEWS = _getters("T", "mT", "H", "mH", "real", "imag")
+"""The attributes that are views; no other attribute carries a tangent."""
+
+_HOOKS = {torch.Tensor.register_hook} | _getters("grad_fn")
+"""How a forward reaches the gradient that will pass (a module's backward hooks by the second)."""
+
+_GRADIENTS = {torch.autograd.grad} | _getters("grad")
+"""How a forward reaches what a backward of its own found."""
+
+
+class Tangents(TorchFunctionMode):
+    """Runs a forward at θ + ε v, to first order in ε.
+
+    Must be entered within ``torch.autograd.forward_ad.dual_level``.
+
+    Args:
+        task: whose model runs under the mode.
+        direction: v.
+    """
+
+    def __init__(self, task: Task, direction: Direction) -> None:
+        super().__init__()
+        self._names = {id(p): name for name, p in task.members.parameters}
+        self._duals: dict[int, Tensor] = {}
+        self._entrances: set[Any] = set()
+        self._states: list[tuple[Tensor, int, int]] = []
+        self._still: Any = WeakTensorKeyDictionary()
+        self.attention = False
+        """Whether attention was called, which the fused kernels cannot differentiate forward."""
+        for p in task.parameters:
+            v = direction.values.get(id(p))
+            if v is None:
+                continue
+            if p.is_complex():
+                raise NotExactError(f"parameter {self._names[id(p)]!r} is complex")
+            v = (v.to_dense() if v.is_sparse else v).detach().to(p.dtype)
+            self._duals[id(p)] = moving = make_dual(p, v)
+            self._entrances.add(moving.grad_fn)
+            self._states.append((p, p._version, p.data_ptr()))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if func in _HOOKS and args[0].requires_grad:
+            raise NotExactError("a hook on a gradient may change it, and no forward derivative")
+        if func in _GRADIENTS:
+            return self._gradients(func, args, kwargs or {})
+        if name in ("__get__", "__set__") and func not in _VIEWS:
+            return func(*args, **(kwargs or {}))
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotExactError(f"{name} is called inside a torch.func transform")
+        tensors: list[Tensor] = []
+        if not torch.is_grad_enabled():
+            return self._constant(func, args, kwargs or {})
+        args = _map(self._moving, args, tensors)
+        kwargs = _map(self._moving, kwargs or {}, tensors)
+        still = True
+        for x in tensors:
+            if tangent_of(x) is not None:
+                still = False
+            elif x.requires_grad and not x.is_leaf and x not in self._still:
+                raise NotExactError(
+                    f"the input of {name}, of shape {tuple(x.shape)}, came from an operation that "
+                    "hides how it depends on the parameters (a custom autograd Function, a "
+                    "compiled or scripted region)"
+                )
+        handler = None if still else REGISTRY.get(func)
+        if recomputed():
+            # A recomputation in the weighted backward would have no tangents.
+            with kept():
+                out = self._run(handler, func, args, kwargs)
+        else:
+            out = self._run(handler, func, args, kwargs)
+        if not tensors:
+            return out
+        if writes(func, kwargs):
+            self._checked(name, kwargs.get("out", args[0]), still, tensors)
+        return self._checked(name, out, still, tensors)
+
+    def _run(
+        self,
+        handler: Handler | None,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        return func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
+
+    def _gradients(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a backward inside the forward found: constant, or refused.
+
+        The rules carry tangents past autograd, so that a backward would not see all of them.
+        """
+        out = func(*args, **kwargs)
+        found = out if isinstance(out, (tuple, list)) else (out,)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in found):
+            raise NotExactError("the forward runs a backward of its own with create_graph=True")
+        return _map(Tensor.detach, out, [])
+
+    def _moving(self, x: Tensor) -> Tensor:
+        return self._duals.get(id(x), x)
+
+    def _constant(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Without grad: on the primals alone; what is written keeps the tangent it has."""
+        originals: dict[int, Tensor] = {}
+
+        def primal(x: Tensor) -> Tensor:
+            if tangent_of(x) is None:
+                return x
+            alias = x.detach()
+            originals[id(alias)] = x
+            return alias
+
+        tensors: list[Tensor] = []
+        out = func(*_map(primal, args, tensors), **_map(primal, kwargs, tensors))
+        return originals.get(id(out), out)
+
+    def _checked(self, name: str, out: Any, still: bool, given: list[Tensor]) -> Any:
+        """Check that results that require grad have a tangent, and cut what autograd recorded."""
+        if not isinstance(out, Tensor):
+            if isinstance(out, (tuple, list)):
+                checked = [self._checked(name, x, still, given) for x in out]
+                if any(a is not b for a, b in zip(checked, out, strict=True)):
+                    return type(out)(checked)
+            return out
+        if not (out.is_floating_point() or out.is_complex()):
+            return out
+        primal, tangent = unpack(out)
+        if tangent is None:
+            if out.requires_grad and not out.is_leaf:
+                if not still:
+                    raise NotExactError(f"{name} has no forward-mode derivative")
+                self._still[out] = True
+        elif not out.requires_grad:
+            raise NotExactError(f"{name} has a forward-mode derivative, but none in reverse mode")
+        elif tangent.requires_grad:
+            if not tangent._is_view():
+                tangent.detach_()
+            elif all(out is not x for x in given):
+                return make_dual(primal, tangent.detach())
+        return out
+
+    def parameter_of(self, dual: Tensor) -> Tensor | None:
+        """The parameter that a dual tensor stands for; None for any other."""
+        return next((p for p, *_ in self._states if self._duals[id(p)] is dual), None)
+
+    def entered_by(self, out: Tensor) -> None:
+        """A rule gave a parameter itself to the operation that made ``out``."""
+        self._entrances.add(out.grad_fn)
+
+    def scores(self, losses: Tensor) -> Tensor:
+        """The derivative of the losses along v, shape (n,), once the forward is over.
+
+        Raises:
+            NotExactError: the losses depend on a parameter past the mode, or a parameter was
+                changed during the forward.
+        """
+        for p, version, address in self._states:
+            if p._version != version or p.data_ptr() != address:
+                raise NotExactError(
+                    f"parameter {self._names[id(p)]!r} was changed during the forward"
+                )
+        for variable, user in _leaves(losses):
+            if id(variable) in self._duals and user not in self._entrances:
+                raise NotExactError(
+                    f"parameter {self._names[id(variable)]!r} is used where no torch function "
+                    "shows it (a compiled or scripted region)"
+                )
+        tangent = tangent_of(losses)
+        if tangent is None:
+            if losses.requires_grad and not losses.is_leaf and losses not in self._still:
+                raise NotExactError("the losses come from an operation without forward derivative")
+            return torch.zeros_like(losses)
+        return tangent.detach()
+
+
+def _map(function: Callable[[Tensor], Tensor], tree: Any, seen: list[Tensor]) -> Any:
+    """The arguments of a call with the function applied to every tensor; ``seen`` collects them."""
+    if isinstance(tree, Tensor):
+        x = function(tree)
+        seen.append(x)
+        return x
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([_map(function, x, seen) for x in tree])
+    if kind is dict:
+        return {key: _map(function, x, seen) for key, x in tree.items()}
+    return tree
+
+
+def _leaves(out: Tensor) -> Iterator[tuple[Tensor, Any]]:
+    """Every leaf that autograd would reach from ``out``, with the node that leads to it."""
+    stack = [out.grad_fn]
+    seen = {out.grad_fn}
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        for following, _ in node.next_functions:
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                yield variable, node
+            elif following not in seen:
+                seen.add(following)
+                stack.append(following)

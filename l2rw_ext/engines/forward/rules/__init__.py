@@ -1,0 +1,15 @@
+"""Operations whose tangent has a rule of its own; importing this package fills the registry."""
+
+from l2rw_ext.engines.forward.dual import REGISTRY
+
+from . import activation, embedding, indexed_writes, multilinear, normalization, unfused
+
+__all__ = [
+    "REGISTRY",
+    "activation",
+    "embedding",
+    "indexed_writes",
+    "multilinear",
+    "normalization",
+    "unfused",
+]

@@ -1,0 +1,64 @@
+"""ReLU, the activation that stands between every two layers of most networks.
+
+Torch's own rule would keep the tangent of every activation alive until the forward is over, because
+autograd saves the activation together with its tangent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from l2rw_ext.engines.forward.dual import (
+    Function,
+    Mode,
+    dual,
+    handles,
+    operands,
+    tangent_of,
+    unpack,
+)
+
+
+@handles(F.relu, torch.relu, Tensor.relu)
+def _relu(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, in_place = operands(args, kwargs, "input", "inplace")
+    if in_place:
+        return _relu_in_place(x)
+    z, dz = unpack(x)
+    y = torch.relu(z)
+    with torch.no_grad():
+        dy = torch.ops.aten.threshold_backward(dz, y, 0)
+    return dual(y, dy)
+
+
+@handles(torch.relu_, Tensor.relu_)
+def _relu_(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _relu_in_place(*operands(args, kwargs, "input"))
+
+
+def _relu_in_place(x: Tensor) -> Tensor:
+    """On what x is a view of, where it is all of it: a dual tensor is a view of its primal.
+
+    For a write to a view autograd's backward copies the whole gradient three times.
+    """
+    base = x._base
+    if base is None or base.grad_fn is None or not _same_place(x, base):
+        return torch.relu_(x)
+    tangent = tangent_of(x)
+    torch.relu_(base)
+    with torch.no_grad():
+        torch.ops.aten.threshold_backward.grad_input(tangent, base, 0, grad_input=tangent)
+    return dual(base, tangent)
+
+
+def _same_place(x: Tensor, base: Tensor) -> bool:
+    return (
+        base.data_ptr() == x.data_ptr()
+        and base.shape == x.shape
+        and base.stride() == x.stride()
+        and tangent_of(base) is None
+    )

@@ -1,0 +1,84 @@
+"""Writes to indexed places, where a place that is named twice keeps only one of its values.
+
+Autograd's gradient of such a write goes to all values written to the place, the derivative of the
+forward to the last alone. The scores are defined by gradients, so that such a write is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from l2rw_ext.engines.forward.dual import Function, Mode, handles, operands, tangent_of
+from l2rw_ext.errors import NotExactError
+
+Count: TypeAlias = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor | None]
+"""(written tensor, further arguments) -> how often places are named; None where values add up."""
+
+
+def _scatter(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    dim, index = operands(args, kwargs, "dim", "index")
+    counts: Tensor = _zeros(x).scatter_add(dim, index, torch.ones_like(index))
+    return counts
+
+
+def _index(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    _, index = operands(args, kwargs, "dim", "index")
+    counts: Tensor = torch.unique(index, return_counts=True)[1]
+    return counts
+
+
+def _index_put(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    indices, _, accumulate = operands(args, kwargs, "indices", "values", "accumulate")
+    one = torch.ones((), dtype=torch.int64, device=x.device)
+    return None if accumulate else _zeros(x).index_put(tuple(indices), one, accumulate=True)
+
+
+def _put(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    index, _, accumulate = operands(args, kwargs, "index", "source", "accumulate")
+    return None if accumulate else _zeros(x).put(index, torch.ones_like(index), accumulate=True)
+
+
+def _set_item(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    index = args[0]
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(part is None or isinstance(part, (int, slice, type(...))) for part in parts):
+        return None
+    places = torch.arange(x.numel(), device=x.device).view(x.shape)[index]
+    counts: Tensor = torch.unique(places, return_counts=True)[1]
+    return counts
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+
+
+def _register(functions: list[Function], count: Count) -> None:
+    @handles(*functions)
+    def _write(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        further = dict(kwargs)
+        (x,) = operands(args, further, "input")
+        values = (*args[1:], *further.values())
+        if any(isinstance(value, Tensor) and tangent_of(value) is not None for value in values):
+            counts = count(x, args[1:], further)
+            if counts is not None and counts.numel() and int(counts.max()) > 1:
+                raise NotExactError(
+                    f"{func.__name__} writes to one place twice; its gradient goes to both values, "
+                    "its derivative to the last"
+                )
+        return func(*args, **kwargs)
+
+
+for _name, _count in {
+    "scatter": _scatter,
+    "index_copy": _index,
+    "index_fill": _index,
+    "index_put": _index_put,
+    "put": _put,
+}.items():
+    _names = (_name, f"{_name}_")
+    _register([getattr(o, n) for o in (torch, Tensor) for n in _names if hasattr(o, n)], _count)
+_register([Tensor.__setitem__], _set_item)

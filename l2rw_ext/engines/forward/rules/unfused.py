@@ -1,0 +1,74 @@
+"""Functions that run unfused, because their fused kernels have no forward derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from l2rw_ext.engines.forward.dual import Function, Mode, handles, operands
+from l2rw_ext.layers import corrections
+from l2rw_ext.layers.torch_functions import inside
+
+_BY_PARTS = {
+    func: inside(func)
+    for func in (F.batch_norm, F.embedding, F.embedding_bag, F.multi_head_attention_forward)
+}
+
+
+@handles(*_BY_PARTS)
+def _by_parts(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with mode:
+        return _BY_PARTS[func](*args, **kwargs)
+
+
+@handles(torch._weight_norm)
+def _weight_norm(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Its fused kernel has no forward derivative."""
+    v, g, dim = operands(args, kwargs, "v", "g", "dim")
+    return v * (g / torch.norm_except_dim(v, 2, dim or 0))
+
+
+_CORRECTED: dict[Function, Function] = {
+    F.prelu: corrections.prelu,
+    Tensor.prelu: corrections.prelu,
+    torch.fmax: corrections.fmax,
+    Tensor.fmax: corrections.fmax,
+    torch.fmin: corrections.fmin,
+    Tensor.fmin: corrections.fmin,
+}
+
+
+@handles(*_CORRECTED)
+def _corrected(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What torch's forward mode has wrong."""
+    return _CORRECTED[func](*args, **kwargs)
+
+
+@handles(F.scaled_dot_product_attention)
+def _attention(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    mode.attention = True
+    with sdpa_kernel(SDPBackend.MATH):
+        return func(*args, **kwargs)
+
+
+@handles(torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu)
+def _recurrence(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with _without_onednn():
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Its fused recurrent layer has no forward derivative; torch's own composition has."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)

@@ -1,0 +1,1 @@
+"""The layer-wise engine: Eq. 12 from one first-order backward."""

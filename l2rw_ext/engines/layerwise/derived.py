@@ -1,0 +1,94 @@
+"""Between parameters and what is derived from them: a transposed, chunked or normalised weight.
+
+With w̃ = h(θ), the direction of θ is Jᵀ of the direction of w̃ (summed over all uses), and the
+direction in which w̃ moves is J of that of θ. Both are small: no batch is involved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from l2rw_ext.errors import NotExactError
+
+
+class Leaves:
+    """The trainable parameters, and the maps from and to tensors derived from them."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._ids = {id(p) for p in parameters}
+
+    def __contains__(self, root: Tensor) -> bool:
+        return id(root) in self._ids
+
+    def pull_back(self, totals: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+        """Jᵀ: sums (root, gradient) pairs of equal shapes into parameters' gradients, by id."""
+        leaves: dict[int, Tensor] = {}
+        derived: list[tuple[Tensor, Tensor]] = []
+        for root, gradient in totals:
+            if root in self:
+                _add(leaves, id(root), gradient)
+            else:
+                derived.append((root, gradient.to(root.dtype)))
+        if derived:
+            pulled = torch.autograd.grad(
+                [root for root, _ in derived],
+                self.parameters,
+                [gradient for _, gradient in derived],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for p, gradient in zip(self.parameters, pulled, strict=True):
+                if gradient is not None:
+                    _add(leaves, id(p), gradient)
+        return leaves
+
+    def push_forward(self, root: Tensor, directions: dict[int, Tensor]) -> Tensor | None:
+        """J: the direction of a root, given those of the parameters; None where it is zero.
+
+        For a derived root by a backward through the backward of h, which works wherever that
+        backward is differentiable.
+
+        Raises:
+            NotExactError: it is not.
+        """
+        if root in self:
+            return directions.get(id(root))
+        cotangent = torch.zeros_like(root, requires_grad=True)
+        pulled = torch.autograd.grad(
+            root,
+            self.parameters,
+            cotangent,
+            create_graph=True,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        pairs = []
+        for p, gradient in zip(self.parameters, pulled, strict=True):
+            direction = directions.get(id(p))
+            if gradient is None or direction is None:
+                continue
+            if not gradient.requires_grad:
+                raise NotExactError(
+                    f"a tensor of shape {tuple(root.shape)} is derived from parameters by an "
+                    "operation whose backward cannot be differentiated"
+                )
+            pairs.append((gradient, direction.to(gradient.dtype)))
+        if not pairs:
+            return None
+        (pushed,) = torch.autograd.grad(
+            [gradient for gradient, _ in pairs],
+            cotangent,
+            [direction for _, direction in pairs],
+            allow_unused=True,
+            retain_graph=True,
+        )
+        return pushed
+
+
+def _add(totals: dict[int, Tensor], key: int, value: Tensor) -> None:
+    held = totals.get(key)
+    totals[key] = value if held is None else held + value

@@ -1,0 +1,389 @@
+"""From reports of the backward to scores, and from weights to gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2rw_ext import devices, ops
+from l2rw_ext.engines.base import Scored
+from l2rw_ext.engines.plan import Plan, UsePlan
+from l2rw_ext.errors import NotExactError
+from l2rw_ext.layers.base import Factors, Roots, RowMap, Use
+from l2rw_ext.layers.costs import FEW_POSITIONS
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+from l2rw_ext.task.isolation import BelowAutograd
+from l2rw_ext.task.task import Task
+
+from .derived import Leaves
+from .probe import Probe
+
+Report = tuple[Use, Tensor, Tensor]
+
+
+class StalePlanError(Exception):
+    """The step does not look as its plan says, so the plan must be made again."""
+
+
+class OverflowedError(Exception):
+    """Gradients overflowed under the loss scale, before there was a plan."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        super().__init__()
+        self.scoring = scoring
+
+
+def in_groups(g: Tensor) -> bool:
+    """Whether layers in factored form wait for the others, to be scored in one call.
+
+    On CUDA that is one launch, which fills the device where a layer alone would not. What waits is
+    kept for the weighted gradient anyway.
+    """
+    return g.device.type != "cpu"
+
+
+def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
+    """A use's part of the direction, if all its rows are of the clean batch."""
+    rows = math.prod(g.shape[: use.rule.leading(use, g)])
+    z, g = use.rule.prepare(use, z, g, RowMap.of_all(rows))
+    return use.rule.direction(use, z, g)
+
+
+def add_roots(totals: dict[int, tuple[Tensor, Tensor]], use: Use, values: Roots) -> None:
+    """Add a use's (weight, bias) values to the totals of its roots, by id."""
+    for root, value in zip(use.roots, values, strict=True):
+        if root is not None and value is not None:
+            if value.shape != root.shape:
+                value = value.reshape(root.shape)
+            held = totals.get(id(root))
+            totals[id(root)] = (root, value if held is None else held[1] + value)
+
+
+@dataclass
+class _Kept:
+    """What stays of a use between the score pass and the weighted gradient.
+
+    z and g of the training examples, or the per-example gradients formed from them.
+    """
+
+    use: Use
+    z: Tensor | None = None
+    g: Tensor | None = None
+    examples: Roots | None = None
+
+
+@dataclass
+class _Weighing:
+    """The weighted gradient as a second backward forms it."""
+
+    ones: Tensor
+    """One for each example of positive weight, else zero, shape (n,)."""
+    active: Tensor | None
+    """Their indices; None where the host does not know them."""
+    totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Scoring(Scored):
+    """Scores of the training examples, summed use by use while the backward runs.
+
+    The sink of one forward. Nothing is kept before :meth:`arm`, nor of uses that the losses do not
+    reach: a backward that the model itself runs, in its forward or in a hook, produces constants.
+
+    Args:
+        task: the step.
+        leaves: the trainable parameters.
+        directions: v by id of the parameter, where a pass over the clean batch went before; None
+            where the rows of a use hold n training and then m clean examples.
+    """
+
+    def __init__(
+        self, task: Task, leaves: Leaves, directions: dict[int, Tensor] | None = None
+    ) -> None:
+        self.armed = False
+        self.probe: Probe | None = None
+        self.reports: dict[int, Report] = {}
+        self.reported: set[int] = set()
+        self.expected: set[int] = set()
+        self._task = task
+        self._n = task.n
+        self._leaves = leaves
+        self._directions = directions
+        self._pushed: dict[int, Tensor | None] = {}
+        self._kept: list[_Kept] = []
+        self._groups: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
+        self.reached: list[Use] = []
+        self._trained: list[Use] = []
+        self._planned: dict[int, UsePlan] | None = None
+        self._weighing: _Weighing | None = None
+        self.again: Callable[[Tensor], None] | None = None
+        """Runs the backward of the training losses once more, with the given seeds."""
+        self.scores = torch.empty(0)
+        self.losses = torch.empty(0)
+        self.clean_loss = torch.empty(0)
+
+    def start(
+        self, losses: Tensor, clean_loss: Tensor, reached: list[Use], trained: list[Use]
+    ) -> None:
+        """The losses are known, the uses that they reach, and those the training losses reach."""
+        self.losses = losses.detach()
+        self.clean_loss = clean_loss.detach()
+        self.scores = torch.zeros(
+            self._n, dtype=accumulation_dtype(losses.dtype), device=losses.device
+        )
+        self.reached = reached
+        self._trained = trained
+        if self._directions is not None:
+            self._push(reached, self._directions)
+        self.arm(reached)
+
+    def follow(self, plan: Plan) -> None:
+        """From now on reports are worked off as they come."""
+        self.plan = plan
+        self._planned = {
+            use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
+        }
+
+    def arm(self, reached: list[Use]) -> None:
+        """The step's own backward begins; it is to pass through the uses in ``reached``."""
+        self.expected = {use.index for use in reached}
+        self.armed = True
+
+    def backward_of(self, use: Use) -> AbstractContextManager[None]:
+        """See :class:`~l2rw_ext.layers.base.Sink`."""
+        if torch.is_grad_enabled():
+            raise NotExactError(
+                f"{use.operation} was differentiated with create_graph=True inside the step"
+            )
+        return BelowAutograd()
+
+    def report(self, use: Use, z: Tensor, g: Tensor) -> None:
+        """See :class:`~l2rw_ext.layers.base.Sink`."""
+        if not self.armed or use.index not in self.expected:
+            return
+        if self.probe is not None:
+            self.probe.report(use, g)
+            return
+        if use.index in self.reported:
+            raise NotExactError(
+                f"{use.operation} on {use.shape} was differentiated more than once in the backward"
+            )
+        self.reported.add(use.index)
+        self.receive(use, z, g)
+
+    def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
+        """Score at once, or keep what the plan does not know or what must wait for the others."""
+        planned = None if self._planned is None else self._planned[use.index]
+        if self._weighing is not None:
+            assert planned is not None
+            self._weigh(self._weighing, use, planned, z, g)
+        elif planned is None or (planned.joint and self._directions is None):
+            self.reports[use.index] = (use, z, g)
+        else:
+            self._score(use, planned, z, g)
+
+    def finish(self) -> None:
+        """The backward is over: score what was kept, all directions now being complete."""
+        assert self._planned is not None
+        reports, self.reports = self.reports, {}
+        postponed = []
+        with BelowAutograd():
+            for use, z, g in reports.values():
+                planned = self._planned[use.index]
+                if planned.joint and self._directions is None:
+                    postponed.append((use, planned, z, g))
+                else:
+                    self._score(use, planned, z, g)
+            reports.clear()
+            while self._groups:
+                _, layers = self._groups.popitem()
+                self.scores += ops.factored_correlations(*zip(*layers, strict=True))
+        if postponed:
+            self._score_jointly(postponed)
+        self.scores = self._task.unscaled(self.scores)
+        if self._directions is None:
+            self.scores = self._task.unscaled(self.scores)
+
+    def overflow(self) -> None:
+        """There are no scores: the loss scale was too large for the gradients."""
+        self.scores = torch.full_like(self.scores, float("nan"))
+
+    def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
+        for use in uses:
+            for root in use.roots:
+                if root is not None and id(root) not in self._pushed:
+                    self._pushed[id(root)] = self._leaves.push_forward(root, directions)
+
+    def _direction_of(self, use: Use) -> Roots:
+        weight, bias = use.roots
+        return (
+            None if weight is None else self._pushed[id(weight)],
+            None if bias is None else self._pushed[id(bias)],
+        )
+
+    def _rows(
+        self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Both with examples first; None where g is zero, as it was when the plan was made."""
+        if planned.rows is None:
+            # Where values cannot be read, the plan was made from this step's own gradients.
+            if devices.readable(g) and bool(g.any()):
+                raise StalePlanError
+            return None
+        return use.rule.prepare(use, z, g, planned.rows)
+
+    def _score(self, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
+        """A use whose direction is its own, or known beforehand."""
+        rows = self._rows(use, planned, z, g)
+        if rows is None:
+            return
+        z, g = rows
+        if self._directions is not None:
+            self._correlate(use, planned.form, z, g, self._direction_of(use))
+            return
+        parts = (self._n, z.shape[0] - self._n)
+        z, z_clean = torch.unsafe_split_with_sizes(z, parts)
+        g, g_clean = torch.unsafe_split_with_sizes(g, parts)
+        if planned.form == "factored":
+            factors = use.rule.factors(use, z, g, z_clean, g_clean)
+            if in_groups(g) and not self._task.low_memory:  # else nothing else would keep them
+                self._groups.setdefault((g.dtype, g.device), []).append(factors)
+            else:
+                self.scores += ops.factored_correlation(*factors)
+            self._keep(_Kept(use, z, g))
+        else:
+            direction = use.rule.direction(use, z_clean, g_clean)
+            self._correlate(use, planned.form, z, g, direction)
+
+    def _correlate(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots) -> None:
+        reaches = any(part is not None for part in direction)
+        if form == "per example" and not use.rule.reduces:
+            examples, u = use.rule.example_gradients(use, z, g, direction if reaches else None)
+            self._keep(_Kept(use, examples=examples))
+        else:
+            self._keep(_Kept(use, z, g))
+            if reaches:
+                u = use.rule.correlation(use, z, g, direction)
+        if reaches:
+            self.scores += u.to(self.scores.dtype)
+
+    def _keep(self, kept: _Kept) -> None:
+        if not self._task.low_memory:
+            self._kept.append(kept)
+
+    def _score_jointly(self, postponed: list[tuple[Use, UsePlan, Tensor, Tensor]]) -> None:
+        """Uses that share parameters: the direction is the sum over all of them first."""
+        n = self._n
+        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        reports: list[tuple[Use, str, Tensor, Tensor]] = []
+        training: list[tuple[Use, str, Tensor, Tensor]] = []
+        with BelowAutograd():
+            for use, planned, z, g in postponed:
+                if use.part == "clean":
+                    add_roots(totals, use, whole_direction(use, z, g))
+                    continue
+                rows = self._rows(use, planned, z, g)
+                if rows is not None:
+                    reports.append((use, planned.form, *rows))
+            for use, form, z, g in self._side_by_side(reports):
+                training.append((use, form, z[:n], g[:n]))
+                if use.part == "merged":
+                    add_roots(totals, use, use.rule.direction(use, z[n:], g[n:]))
+        directions = self._leaves.pull_back(totals.values())
+        self._push([use for use, *_ in training], directions)
+        with BelowAutograd():
+            for use, form, z, g in training:
+                self._correlate(use, form, z, g, self._direction_of(use))
+
+    def _side_by_side(
+        self, reports: list[tuple[Use, str, Tensor, Tensor]]
+    ) -> Iterator[tuple[Use, str, Tensor, Tensor]]:
+        """Uses of the same operands with few rows each, as a cell's in a loop, as one use."""
+        trained = {use.index for use in self._trained}
+        groups: dict[Any, list[tuple[Use, str, Tensor, Tensor]]] = {}
+        for report in reports:
+            use, form, z, g = report
+            key: Any = use.index
+            if use.rule.rows_add_up and g.shape[1] <= FEW_POSITIONS:
+                roots = tuple(map(id, use.roots))
+                features = (z.shape[2:], g.shape[2:], g.dtype)
+                key = (use.rule, use.part, roots, use.options, form, use.index in trained, features)
+            groups.setdefault(key, []).append(report)
+        for group in groups.values():
+            use, form, z, g = group[0]
+            if len(group) > 1:
+                z, g = torch.cat([r[2] for r in group], 1), torch.cat([r[3] for r in group], 1)
+            yield use, form, z, g
+
+    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+        """See :class:`~l2rw_ext.engines.base.Scored`; frees what was kept as it goes."""
+        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        if weights is not None and self._task.low_memory:
+            totals = self._second_backward(weights)
+        elif weights is not None:
+            active = _active(weights)
+            trained = {use.index for use in self._trained}
+            with BelowAutograd():
+                while self._kept:
+                    item = self._kept.pop()
+                    if item.use.index in trained:
+                        add_roots(totals, item.use, _weighted(item, weights, active))
+        self._kept.clear()
+        self.again = None
+        roots = {id(root): root for use in self._trained for root in use.roots if root is not None}
+        for key, root in roots.items():
+            if key not in totals:
+                totals[key] = (root, torch.zeros_like(root))
+        gradients = self._leaves.pull_back(totals.values())
+        return [
+            (p, gradients[id(p)].to(p.dtype)) for p in self._leaves.parameters if id(p) in gradients
+        ]
+
+    def _second_backward(self, weights: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Σ w_i ∇f_i where nothing was kept: the gradients of a backward of Σ w_i f_i."""
+        assert self.again is not None
+        weighing = self._weighing = _Weighing((weights != 0).to(weights.dtype), _active(weights))
+        self.arm(self._trained)
+        self.reported.clear()
+        self.again(self._task.scaled(weights.to(self.losses.dtype)))
+        self._weighing = None
+        return weighing.totals
+
+    def _weigh(self, weighing: _Weighing, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
+        """A report of the second backward, whose gradients carry the weights already."""
+        rows = self._rows(use, planned, z, g)
+        if rows is None:
+            return
+        z, g = (x[: self._n] for x in rows)
+        ones = _for(g, weighing.ones)
+        add_roots(
+            weighing.totals, use, use.rule.weighted_gradient(use, z, g, ones, weighing.active)
+        )
+
+
+def _active(weights: Tensor) -> Tensor | None:
+    """The examples with weight; None where the host cannot read how many there are."""
+    return weights.nonzero().flatten() if devices.readable(weights) else None
+
+
+def _weighted(kept: _Kept, weights: Tensor, active: Tensor | None) -> Roots:
+    if kept.examples is not None:
+        weight, bias = kept.examples
+        return (
+            None if weight is None else ops.weighted_sum(weight, _for(weight, weights)),
+            None if bias is None else ops.weighted_sum(bias, _for(bias, weights)),
+        )
+    assert kept.z is not None
+    assert kept.g is not None
+    weights = _for(kept.g, weights)
+    return kept.use.rule.weighted_gradient(kept.use, kept.z, kept.g, weights, active)
+
+
+def _for(kept: Tensor, weights: Tensor) -> Tensor:
+    """The weights in the dtype that sums of ``kept`` are formed in; losses may have another."""
+    return weights.to(accumulation_dtype(kept.dtype))

@@ -1,0 +1,15 @@
+"""Errors that say why no exact or no repeatable number can be given."""
+
+from __future__ import annotations
+
+
+class NotExactError(RuntimeError):
+    """An engine would give wrong numbers for this model; the message names what decided it."""
+
+
+class NotCapturableError(RuntimeError):
+    """A step cannot be captured; the message says why and what to do."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"cuda_graph=True: {reason}; {remedy}leave cuda_graph off")
+        self.why = (reason, remedy)

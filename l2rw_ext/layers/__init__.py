@@ -1,0 +1,39 @@
+"""How each torch operation enters Eq. 12; importing this package fills the registry.
+
+One file per family of operations, over ``base`` (what a rule is), ``registry`` (which handler takes
+which torch function) and ``costs`` (what the forms of a layer cost).
+"""
+
+from . import (
+    activation,
+    attention,
+    batched,
+    broadcast,
+    convolution,
+    embedding,
+    embedding_bag,
+    linear,
+    normalization,
+    products,
+    recurrence,
+    selection,
+    transposed_convolution,
+)
+from .registry import REGISTRY
+
+__all__ = [
+    "REGISTRY",
+    "activation",
+    "attention",
+    "batched",
+    "broadcast",
+    "convolution",
+    "embedding",
+    "embedding_bag",
+    "linear",
+    "normalization",
+    "products",
+    "recurrence",
+    "selection",
+    "transposed_convolution",
+]

@@ -1,0 +1,89 @@
+"""Linear layers side by side: one matrix for each head, or for each expert."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+
+from .base import Mode, Roots, RowMap, Rule, Use, UseFunction
+from .costs import Cost, Size, rates_of
+from .rows import active_rows
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(rows..., h, d) -> (h, rows, d)."""
+    return x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
+
+
+class BatchedLinear(Rule):
+    """y_h = W_h z_h on rows z of shape (h, d), W (h, k, d); form: dense."""
+
+    name = "batched linear"
+    rows_add_up = True
+
+    def call(self, use: Use, x: Tensor) -> Tensor:
+        """W_h z_h, head by head."""
+        assert use.weight is not None
+        out = _heads_first(x) @ use.weight.mT
+        return out.transpose(0, 1).reshape(*x.shape[:-1], use.weight.shape[1])
+
+    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+        """W_hᵀ g_h."""
+        assert weight is not None
+        return (_heads_first(g) @ weight).transpose(0, 1).reshape(x.shape)
+
+    def leading(self, use: Use, g: Tensor) -> int:
+        """All dimensions but head and feature."""
+        return g.dim() - 2
+
+    def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
+        """(N, T, h, d) and (N, T, h, k)."""
+        leading = self.leading(use, g)
+        return rows.arrange(z, leading), rows.arrange(g, leading)
+
+    def costs(self, use: Use, size: Size) -> dict[str, Cost]:
+        """That of a dense linear layer for each head."""
+        assert use.weight is not None
+        speed = rates_of(use.weight)
+        heads, d_out, d_in = use.weight.shape
+        item = use.weight.element_size()
+        n_rows, m_rows = size.n * size.positions, size.m * size.clean_positions
+        score = (n_rows + m_rows) * use.weight.numel()
+        weighted = 0.5 * n_rows * use.weight.numel()
+        kept = n_rows * heads * (d_in + d_out) * item
+        return {"dense": Cost(score, weighted, kept, (score + weighted) / speed.matmul)}
+
+    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
+        """V_h = Σ g'_h z'_hᵀ."""
+        dtype = accumulation_dtype(g.dtype)
+        return _heads_first(g.to(dtype)).mT @ _heads_first(z.to(dtype)), None
+
+    def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
+        """u_i = Σ_t Σ_h g_h·V_h z_h."""
+        weight, _ = direction
+        assert weight is not None
+        moved = (_heads_first(z.to(weight.dtype)) @ weight.mT).transpose(0, 1).reshape(g.shape)
+        return moved.mul_(g).sum((1, 2, 3))
+
+    def weighted_gradient(
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
+    ) -> Roots:
+        """Σ w g_h z_hᵀ over the rows of active examples."""
+        assert use.roots[0] is not None
+        dtype = use.roots[0].dtype
+        z, scaled = active_rows(z, g.flatten(2), weights, active)
+        scaled = scaled.unflatten(2, g.shape[2:])
+        return _heads_first(scaled.to(dtype)).mT @ _heads_first(z.to(dtype)), None
+
+
+BATCHED_LINEAR = BatchedLinear()
+
+
+def use_batched_linear(mode: Mode, operation: str, x: Tensor, weight: Tensor) -> Tensor | None:
+    """The products as one use; None where autograd should just run them."""
+    use = mode.use(BATCHED_LINEAR, operation, weight, None, None, x)
+    if use is None:
+        return None
+    out: Tensor = UseFunction.apply(x, mode.token, use)
+    return out

@@ -1,0 +1,315 @@
+"""Products of data with a trainable matrix: ``@`` on either side, ``einsum`` and its relatives.
+
+All are one contraction. Indices that data and weight share and the result lacks are summed over,
+as input features. Those of the weight alone are output features, those of the data alone rows, and
+those of all three heads, each with a matrix of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Mode
+from .batched import use_batched_linear
+from .broadcast import root_meets_data
+from .linear import INPUTS_FIRST, LINEAR, use_linear
+from .registry import handles
+
+
+def contract(
+    mode: Mode,
+    operation: str,
+    x: Tensor,
+    x_letters: str,
+    weight: Tensor,
+    weight_letters: str,
+    out_letters: str,
+) -> Tensor | None:
+    """``einsum`` of data with a root as a use; None where autograd should just run it.
+
+    No letter occurs twice in one operand, and every letter has one size.
+    """
+    kept = "".join(c for c in x_letters if c in weight_letters + out_letters)
+    x = _summed(x, x_letters, kept)
+    with mode:
+        weight = _summed(
+            weight,
+            weight_letters,
+            own := "".join(c for c in weight_letters if c in kept + out_letters),
+        )
+    sizes = dict(zip(kept, x.shape, strict=True)) | dict(zip(own, weight.shape, strict=True))
+    rows = "".join(c for c in kept if c not in own)
+    heads = "".join(c for c in kept if c in own and c in out_letters)
+    inner = "".join(c for c in own if c in kept and c not in out_letters)
+    outer = "".join(c for c in own if c not in kept)
+    blocks = [heads] if heads else []
+    inputs_first = own == inner + outer
+    with mode:
+        matrix = [inner, outer] if inputs_first else [*blocks, outer, inner]
+        weight = _arranged(weight, own, matrix, sizes)
+    x = _arranged(x, kept, [*rows, *blocks, inner], sizes)
+    if heads:
+        out = use_batched_linear(mode, operation, x, weight)
+    else:
+        rule = INPUTS_FIRST if inputs_first else LINEAR
+        out = use_linear(mode, operation, x, weight, None, rule)
+    if out is None:
+        return None
+    out = out.reshape([sizes[c] for c in rows + heads + outer])
+    return _permuted(out, rows + heads + outer, out_letters)
+
+
+def _summed(x: Tensor, letters: str, kept: str) -> Tensor:
+    gone = [i for i, c in enumerate(letters) if c not in kept]
+    return x.sum(gone) if gone else x
+
+
+def _permuted(x: Tensor, letters: str, wanted: str) -> Tensor:
+    return x if letters == wanted else x.permute([letters.index(c) for c in wanted])
+
+
+def _arranged(x: Tensor, letters: str, groups: Sequence[str], sizes: dict[str, int]) -> Tensor:
+    """One dimension for each group of letters; the same tensor where it has them already."""
+    x = _permuted(x, letters, "".join(groups))
+    if all(len(group) == 1 for group in groups):
+        return x
+    return x.reshape([math.prod(sizes[c] for c in group) for group in groups])
+
+
+def _product(mode: Mode, operation: str, a: Any, b: Any) -> Tensor | None:
+    """``a @ b``, where one is data and the other a root; None where it is not covered."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) == 0:
+        return None
+    if mode.is_use(a, b, None):
+        if b.dim() == 2:
+            return use_linear(mode, operation, a, b, None, INPUTS_FIRST)
+    elif not mode.is_use(b, a, None):
+        return None
+    ranks = a.dim(), b.dim()
+    a, b, batch_a, batch_b, batch = _aligned(mode, a, b)
+    a_letters = batch_a + ("ik" if ranks[0] > 1 else "k")
+    b_letters = batch_b + ("kj" if ranks[1] > 1 else "k")
+    out_letters = batch + "i" * (ranks[0] > 1) + "j" * (ranks[1] > 1)
+    if _sizes([a, b], [a_letters, b_letters]) is None:
+        return None
+    if mode.is_root(b):
+        return contract(mode, operation, a, a_letters, b, b_letters, out_letters)
+    return contract(mode, operation, b, b_letters, a, a_letters, out_letters)
+
+
+def _aligned(mode: Mode, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, str, str, str]:
+    """Both without batch dimensions that broadcast, and letters of those that stay and of all."""
+    batch = string.ascii_uppercase[: max(a.dim(), b.dim(), 2) - 2]
+
+    def squeezed(x: Tensor, other: Tensor) -> tuple[Tensor, str]:
+        letters = batch[len(batch) - max(x.dim() - 2, 0) :]
+        gone = [
+            i
+            for i in range(len(letters))
+            if x.shape[i] == 1 and (j := i + other.dim() - x.dim()) >= 0 and other.shape[j] != 1
+        ]
+        with mode:
+            for i in reversed(gone):
+                x = x.squeeze(i)
+        return x, "".join(c for i, c in enumerate(letters) if i not in gone)
+
+    (a_squeezed, a_letters), (b_squeezed, b_letters) = squeezed(a, b), squeezed(b, a)
+    return a_squeezed, b_squeezed, a_letters, b_letters, batch
+
+
+def _sizes(operands: Sequence[Tensor], letters: Sequence[str]) -> dict[str, int] | None:
+    """The size of every letter; None where an operand repeats a letter or two differ in size."""
+    sizes: dict[str, int] = {}
+    for x, own in zip(operands, letters, strict=True):
+        if len(set(own)) < len(own) or len(own) != x.dim():
+            return None
+        for c, size in zip(own, x.shape, strict=True):
+            if sizes.setdefault(c, size) != size:
+                return None
+    return sizes
+
+
+@handles(
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.mv,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.bmm,
+    Tensor.mv,
+    Tensor.__matmul__,
+)
+def _matmul(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if len(args) == 2 and not kwargs:
+        out = _product(mode, func.__name__.strip("_"), *args)
+        if out is not None:
+            return out
+    return mode.other(func, args, kwargs)
+
+
+@handles(
+    torch.addmm,
+    Tensor.addmm,
+    torch.addmv,
+    Tensor.addmv,
+    torch.baddbmm,
+    Tensor.baddbmm,
+)
+def _product_plus(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """β input + α (a @ b)."""
+    if len(args) != 3 or not kwargs.keys() <= {"alpha", "beta"}:
+        return mode.other(func, args, kwargs)
+    start, a, b = args
+    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    if mode.is_use(a, b, start) and b.dim() == 2 and start.shape == b.shape[1:] and not kwargs:
+        out = use_linear(mode, func.__name__, a, b, start, INPUTS_FIRST)
+        return mode.other(func, args, kwargs) if out is None else out
+    if not root_meets_data(mode, args) or not torch.is_grad_enabled():
+        return mode.other(func, args, kwargs)
+    with mode:
+        product = torch.matmul(a, b)
+        product = product if alpha == 1 else product * alpha
+        if beta == 0:
+            return product
+        return (start if beta == 1 else start * beta) + product
+
+
+@handles(torch.einsum)
+def _einsum(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    equation, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = list(operands[0])
+    if isinstance(equation, str) and root_meets_data(mode, operands) and torch.is_grad_enabled():
+        out = _sum_of_products(mode, equation, operands)
+        if out is not None:
+            return out
+    return mode.other(func, args, kwargs)
+
+
+def _sum_of_products(mode: Mode, equation: str, operands: Sequence[Tensor]) -> Tensor | None:
+    parsed = _parse(equation, operands)
+    sizes = None if parsed is None else _sizes(operands, parsed[0])
+    if parsed is None or sizes is None:
+        return None
+    letters, out = parsed
+    if len(set(out)) < len(out) or not set(out) <= sizes.keys():
+        return None
+    roots = [i for i, a in enumerate(operands) if mode.is_root(a)]
+    others = [i for i in range(len(operands)) if i not in roots]
+    weight_letters = _group(letters, roots, out, others)
+    x_letters = _group(letters, others, out, roots)
+    with mode:
+        weight = _joined(operands, letters, roots, weight_letters)
+    x = _joined(operands, letters, others, x_letters)
+    return contract(mode, "einsum", x, x_letters, weight, weight_letters, out)
+
+
+def _group(letters: Sequence[str], own: Sequence[int], out: str, rest: Sequence[int]) -> str:
+    """The letters of a group of operands that the result or the rest asks for."""
+    if len(own) == 1:
+        return letters[own[0]]
+    wanted = set(out).union(*(letters[i] for i in rest))
+    return "".join(dict.fromkeys(c for i in own for c in letters[i] if c in wanted))
+
+
+def _joined(
+    operands: Sequence[Tensor], letters: Sequence[str], own: Sequence[int], out: str
+) -> Tensor:
+    if len(own) == 1:
+        return operands[own[0]]
+    equation = ",".join(letters[i] for i in own) + "->" + out
+    return torch.einsum(equation, *[operands[i] for i in own])
+
+
+def _parse(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str] | None:
+    """The letters of every operand and of the result, an ellipsis spelled out."""
+    given, arrow, out = equation.replace(" ", "").partition("->")
+    letters = given.split(",")
+    if len(letters) != len(operands):
+        return None
+    if not arrow:
+        once = sorted(c for c in set(given) if c.isalpha() and given.count(c) == 1)
+        out = ("..." if "..." in given else "") + "".join(once)
+    free = "".join(c for c in string.ascii_letters if c not in equation)
+    hidden = [
+        max(x.dim() - len(own) + 3, 0) if "..." in own else 0
+        for x, own in zip(operands, letters, strict=True)
+    ]
+    spelled = free[: max(hidden)]
+    letters = [
+        own.replace("...", spelled[len(spelled) - count :])
+        for own, count in zip(letters, hidden, strict=True)
+    ]
+    return letters, out.replace("...", spelled)
+
+
+def _tensordot_arguments(
+    a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Any, bool]:
+    return a, b, dims, out is None and not isinstance(dims, Tensor)
+
+
+@handles(torch.tensordot)
+def _tensordot(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    a, b, dims, plain = _tensordot_arguments(*args, **kwargs)
+    if not plain or not root_meets_data(mode, [a, b]):
+        return mode.other(func, args, kwargs)
+    if isinstance(dims, int):
+        dims = list(range(a.dim() - dims, a.dim())), list(range(dims))
+    a_letters = list(string.ascii_lowercase[: a.dim()])
+    b_letters = list(string.ascii_uppercase[: b.dim()])
+    for i, j in zip(*dims, strict=True):
+        b_letters[j] = a_letters[i]
+    out = [c for c in a_letters if c not in b_letters] + [c for c in b_letters if c.isupper()]
+    with mode:
+        return torch.einsum(f"{''.join(a_letters)},{''.join(b_letters)}->{''.join(out)}", a, b)
+
+
+@handles(torch.inner, Tensor.inner)
+def _inner(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if (
+        len(args) != 2
+        or kwargs
+        or not root_meets_data(mode, args)
+        or not all(a.dim() for a in args)
+    ):
+        return mode.other(func, args, kwargs)
+    with mode:
+        return torch.tensordot(*args, dims=([-1], [-1]))
+
+
+def _bilinear_arguments(
+    input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return input1, input2, weight, bias
+
+
+@handles(F.bilinear)
+def _bilinear(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A linear layer on the products of all pairs of features."""
+    first, second, weight, bias = _bilinear_arguments(*args, **kwargs)
+    if not root_meets_data(mode, [first, second, weight, bias]) or not torch.is_grad_enabled():
+        return mode.other(func, args, kwargs)
+    with mode:
+        pairs = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+        return F.linear(pairs, weight.flatten(1), bias)

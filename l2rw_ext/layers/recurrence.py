@@ -1,0 +1,232 @@
+"""LSTM, GRU and RNN layers and cells.
+
+The input projection of a layer over the whole sequence is one linear use. So are W h + b of the
+recurrence: once the walk back in time has the gradients of all gates, z are the states before and g
+the gradients of the gates, and no step needs a use of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Mode, Use
+from .broadcast import meet
+from .cells import GRU, LSTM, Cell, Elman, after, before
+from .linear import LINEAR, handle_linear
+from .registry import handles
+
+
+class _Recurrence(torch.autograd.Function):
+    """All steps of one layer in one direction; gradients flow to projected inputs and states."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre: Tensor,
+        token: Tensor,
+        cell: Cell,
+        weight: Tensor,
+        bias: Tensor | None,
+        use: Use | None,
+        reverse: bool,
+        *states: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.cell, ctx.use, ctx.reverse = cell, use, reverse
+        hidden, memory, saved = cell.run(pre, states, weight, bias, reverse=reverse)
+        ctx.save_for_backward(hidden, weight, *saved)
+        # A copy, so that the model may write to what it gets.
+        return after(hidden, reverse=reverse).clone(), memory
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, g_memory: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, *saved = ctx.saved_tensors
+        use: Use | None = ctx.use
+        if use is None:
+            d_pre, _, d_states = ctx.cell.walk_back(
+                hidden, saved, weight, g, g_memory, reverse=ctx.reverse
+            )
+        else:
+            assert use.sink is not None
+            with use.sink.backward_of(use):
+                d_pre, d_product, d_states = ctx.cell.walk_back(
+                    hidden, saved, weight, g, g_memory, reverse=ctx.reverse
+                )
+                use.sink.report(use, before(hidden, reverse=ctx.reverse), d_product)
+        return d_pre, None, None, None, None, None, None, *d_states
+
+
+def _layer(
+    mode: Mode,
+    operation: str,
+    cell: Cell,
+    x: Tensor,  # (T, N, d)
+    states: Sequence[Tensor],  # (N, H)
+    parameters: Sequence[Tensor | None],  # W_ih (kH, d), W_hh (kH, H), b_ih (kH,), b_hh (kH,)
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(all hidden states (T, N, H), final memory) of one layer in one direction."""
+    w_input, weight, b_input, bias = (*parameters, None, None)[:4]
+    assert weight is not None
+    pre = handle_linear(mode, F.linear, (x, w_input, b_input), {})
+    use = None
+    if mode.is_root(weight) or mode.is_root(bias):
+        use = mode.use(LINEAR, operation, weight, bias, None, x)
+    if use is not None:
+        use.shape = (*x.shape[:-1], weight.shape[1])
+        assert use.weight is not None
+        weight, bias = use.weight, use.bias
+    weight = weight.detach().to(pre.dtype)
+    bias = None if bias is None else bias.detach().to(pre.dtype)
+    out: tuple[Tensor, Tensor | None] = _Recurrence.apply(
+        pre, mode.token, cell, weight, bias, use, reverse, *states
+    )
+    return out
+
+
+def _covers(
+    mode: Mode, cell: Cell, x: Tensor, states: Sequence[Any], parameters: Sequence[Any]
+) -> bool:
+    """Whether data meets trained weights, in the shapes that a cell without projection has."""
+    trained = any(mode.is_root(p) for p in parameters)
+    if not trained or not mode.is_data(x) or x.numel() == 0:
+        return False
+    if any(mode.is_data(p) for p in parameters):
+        return False
+    size = states[0].shape[-1]
+    return all(p is None or p.shape[0] == cell.gates * size for p in parameters) and all(
+        state.shape == states[0].shape for state in states
+    )
+
+
+def _data_states(
+    mode: Mode, func: Callable[..., Any], states: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """Initial states as data: a trained one is a use in the shape in which it enters."""
+    met = [meet(mode, func, s, s.shape) if mode.is_root(s) else s for s in states]
+    return None if any(s is None for s in met) else [s for s in met if s is not None]
+
+
+_LAYERS: dict[Any, Cell] = {
+    torch.lstm: LSTM(),
+    torch.gru: GRU(),
+    torch.rnn_tanh: Elman("tanh"),
+    torch.rnn_relu: Elman("relu"),
+}
+
+
+def _arguments(
+    input: Tensor,
+    hx: Any,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Any, Sequence[Tensor], bool, int, float, bool, bool]:
+    return input, hx, params, has_biases, num_layers, dropout * train, bidirectional, batch_first
+
+
+@handles(*_LAYERS)
+def _recurrent_layers(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    packed = len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point()
+    if packed:
+        return _packed(mode, func, args, kwargs)
+    x, hx, parameters, has_biases, layers, dropout, bidirectional, batch_first = _arguments(
+        *args, **kwargs
+    )
+    cell = _LAYERS[func]
+    initial: Sequence[Tensor] = hx if isinstance(hx, (tuple, list)) else (hx,)
+    directions = 2 if bidirectional else 1
+    each = 4 if has_biases else 2
+    if not _covers(mode, cell, x, initial, parameters) or len(parameters) != (
+        layers * directions * each
+    ):
+        return mode.other(func, args, kwargs)
+    states = _data_states(mode, func, initial)
+    if states is None:
+        return mode.other(func, args, kwargs)
+    if batch_first:
+        x = x.transpose(0, 1)
+    final: list[tuple[Tensor, ...]] = []
+    for layer in range(layers):
+        if layer and dropout:
+            x = F.dropout(x, dropout)
+        outputs = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            reverse = direction == 1
+            hidden, memory = _layer(
+                mode,
+                func.__name__,
+                cell,
+                x,
+                [state[index] for state in states],
+                parameters[index * each : (index + 1) * each],
+                reverse=reverse,
+            )
+            outputs.append(hidden)
+            last = hidden[0 if reverse else -1]
+            final.append((last,) if memory is None else (last, memory))
+        x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+    if batch_first:
+        x = x.transpose(0, 1)
+    return x, *(torch.stack(states) for states in zip(*final, strict=True))
+
+
+def _packed(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Its rows are sorted by the lengths of the examples, which no row map describes."""
+    for p in (p for a in args if isinstance(a, (tuple, list)) for p in a):
+        if mode.is_root(p):
+            mode.unruled.setdefault(id(p), f"{func.__name__} of a packed sequence")
+    return mode.other(func, args, kwargs)
+
+
+_CELLS: dict[Any, Cell] = {
+    torch.lstm_cell: _LAYERS[torch.lstm],
+    torch.gru_cell: _LAYERS[torch.gru],
+    torch.rnn_tanh_cell: _LAYERS[torch.rnn_tanh],
+    torch.rnn_relu_cell: _LAYERS[torch.rnn_relu],
+}
+
+
+def _cell_arguments(
+    input: Tensor,
+    hx: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Any, list[Tensor | None]]:
+    return input, hx, [w_ih, w_hh, b_ih, b_hh]
+
+
+@handles(*_CELLS)
+def _recurrent_cell(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    x, hx, parameters = _cell_arguments(*args, **kwargs)
+    cell = _CELLS[func]
+    initial: Sequence[Tensor] = hx if isinstance(hx, (tuple, list)) else (hx,)
+    states = (
+        _data_states(mode, func, initial)
+        if _covers(mode, cell, x, initial, parameters) and x.dim() == 2
+        else None
+    )
+    if states is None:
+        return mode.other(func, args, kwargs)
+    hidden, memory = _layer(
+        mode, func.__name__, cell, x.unsqueeze(0), states, parameters, reverse=False
+    )
+    return hidden[0] if memory is None else (hidden[0], memory)

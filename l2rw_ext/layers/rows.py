@@ -1,0 +1,34 @@
+"""Taking the rows of active examples, and products over rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from l2rw_ext import ops
+from l2rw_ext.ops import arithmetic
+from l2rw_ext.ops.compositions.weights import without_weight
+
+
+def active_rows(
+    z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The z and w·g of ``active`` examples; rows of the others are never read (0·NaN is NaN).
+
+    Where the host does not know which are active, all rows, those of the others being zero; an
+    index among z stays what it is.
+    """
+    if active is None:
+        scaled = (g * weights.view(-1, *[1] * (g.dim() - 1))).to(g.dtype)
+        if z.is_floating_point():
+            z = z.masked_fill(without_weight(weights, z.dim()), 0)
+        return z, scaled.masked_fill(without_weight(weights, g.dim()), 0)
+    scaled = ops.scale_rows(g, weights, active)
+    if active.numel() < z.shape[0]:
+        z = z.index_select(0, active)
+    return z, scaled
+
+
+def product(g: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over rows of g zᵀ in ``dtype``: (rows, d_out) and (rows, d_in) to (d_out, d_in)."""
+    return arithmetic.product(g.t(), z, dtype)

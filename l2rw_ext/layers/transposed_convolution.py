@@ -1,0 +1,143 @@
+"""Transposed convolutions in one, two and three dimensions.
+
+y = Wᵀ * z spreads z where a convolution of y with W would gather: G_i of W is the weight gradient
+of that convolution, whose input is g and whose output gradient is z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from l2rw_ext import ops
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+
+from .base import Mode, Roots, RowMap, Use, UseFunction
+from .convolution import Convolution, Geometry, correlate, examples_of, gathered, numbers
+from .registry import handles
+
+
+class TransposedConvolution(Convolution):
+    """y = Wᵀ * z + b; forms: dense, per example.
+
+    z and g are (N, frames, C, *s) and (N, frames, O, *p), with frames as the rows of dimension 0
+    that one example owns. z has as many positions as the convolution of g that it stands for.
+    """
+
+    name = "transposed convolution"
+
+    def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
+        """Both with frames; zeros behind z where output padding leaves room for more positions."""
+        geometry: Geometry = use.options
+        missing: list[int] = []
+        assert geometry.output_padding is not None
+        for extra, stride in zip(geometry.output_padding, geometry.stride, strict=True):
+            missing = [0, extra // stride, *missing]
+        if any(missing):
+            z = F.pad(z, missing)
+        return rows.arrange(z, 1), rows.arrange(g, 1)
+
+    def _pixels(self, use: Use) -> int:
+        """Those of the convolution of g."""
+        return math.prod(use.shape[2:])
+
+    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
+        """V = Σ_i G'_i, V_b = Σ g'."""
+        weight = None if use.roots[0] is None else gathered(use, *_swapped(z, g), None)[0]
+        return weight, None if use.roots[1] is None else _bias_gradients(g).sum(0)
+
+    def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
+        """u_i = Σ z·(V * g) + Σ g·V_b."""
+        weight, bias = direction
+        parts = []
+        if weight is not None:
+            u = correlate(use.options, *_swapped(z, g), weight, None)
+            parts.append(_by_example(u, g))
+        if bias is not None:
+            parts.append(_bias_gradients(g) @ bias)
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def example_gradients(
+        self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
+    ) -> tuple[Roots, Tensor]:
+        """G_i, for each example its own weight gradient, and Σ_p g."""
+        weight, bias = direction if direction is not None else (None, None)
+        gradients, _, u = examples_of(use, *_swapped(z, g), weight, None)
+        gradients, u = _by_example(gradients, g), _by_example(u, g)
+        if use.roots[1] is None:
+            return (gradients, None), u
+        bias_gradients = _bias_gradients(g)
+        if bias is not None:
+            u = u + bias_gradients @ bias
+        return (gradients, bias_gradients), u
+
+    def weighted_gradient(
+        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
+    ) -> Roots:
+        """Σ w_i G_i; examples with w = 0 are never read."""
+        weight = bias = None
+        if use.roots[0] is not None:
+            by_row = weights.repeat_interleave(g.shape[1])
+            weight, _ = gathered(use, *_swapped(z, g), by_row)
+        if use.roots[1] is not None:
+            bias = ops.weighted_sum(_bias_gradients(g), weights)
+        return weight, bias
+
+
+def _swapped(z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output gradient of the convolution, all frames as rows."""
+    return g.flatten(0, 1), z.flatten(0, 1)
+
+
+def _by_example(rows: Tensor, g: Tensor) -> Tensor:
+    frames = g.shape[1]
+    return rows if frames == 1 else rows.unflatten(0, (-1, frames)).sum(1)
+
+
+def _bias_gradients(g: Tensor) -> Tensor:
+    """Σ over frames and pixels, (N, O)."""
+    return g.flatten(3).sum((1, 3), dtype=accumulation_dtype(g.dtype))
+
+
+TRANSPOSED_CONVOLUTION = TransposedConvolution()
+
+
+def _arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int, Any]:
+    return input, weight, bias, stride, padding, output_padding, groups, dilation
+
+
+@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def _transposed_convolution(
+    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    x, weight, bias, stride, padding, output_padding, groups, dilation = _arguments(*args, **kwargs)
+    if not mode.is_use(x, weight, bias) or x.dim() != weight.dim():
+        return mode.other(func, args, kwargs)
+    spatial = weight.dim() - 2
+    geometry = Geometry(
+        numbers(stride, spatial),
+        numbers(padding, spatial),
+        numbers(dilation, spatial),
+        groups,
+        numbers(output_padding, spatial),
+    )
+    operation = f"conv_transpose{spatial}d"
+    use = mode.use(TRANSPOSED_CONVOLUTION, operation, weight, bias, geometry, x)
+    if use is None:
+        return mode.other(func, args, kwargs)
+    out = UseFunction.apply(x, mode.token, use)
+    use.output_shape = tuple(out.shape)
+    return out

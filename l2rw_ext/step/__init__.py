@@ -1,0 +1,1 @@
+"""From scores to weights, and from weights to ``p.grad``."""

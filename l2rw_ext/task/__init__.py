@@ -1,0 +1,1 @@
+"""One step's work, and what it must leave as it was."""

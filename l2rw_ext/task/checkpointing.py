@@ -1,0 +1,94 @@
+"""Reentrant checkpoints run as non-reentrant ones during a step.
+
+``torch.utils.checkpoint`` with ``use_reentrant=True`` hides what it runs from autograd and forbids
+``autograd.grad``. The other kind computes the same numbers, and every engine sees through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
+
+from .shared import Shared
+
+
+class _NonReentrant:
+    """Stands in for ``CheckpointFunction``, by which ``checkpoint`` runs the reentrant kind."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        """The outputs of the function.
+
+        Raises:
+            ValueError: the reentrant kind would have trained nothing, without a word but a warning.
+        """
+        if not torch.is_grad_enabled():
+            return function(*args)
+        out = checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+        if not any(_requires_grad(a) for a in args) and any(
+            _requires_grad(x) for x in pytree.tree_leaves(out)
+        ):
+            raise ValueError(
+                "a checkpoint with use_reentrant=True none of whose inputs requires grad does not "
+                "train the parameters inside it; use use_reentrant=False"
+            )
+        return out
+
+
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+SERVES_ONCE = (
+    "a checkpoint whose context_fn serves one recomputation (a selective one, or contexts made of "
+    "generators) cannot be differentiated several times; use engine='forward'"
+)
+
+
+def serves_once(error: BaseException) -> bool:
+    """Whether an error of a backward says so in torch's way, or in that of contextlib."""
+    text = str(error)
+    if isinstance(error, AttributeError):
+        return "_GeneratorContextManager" in text
+    return isinstance(error, RuntimeError) and "selective activation checkpoint" in text
+
+
+def recomputed() -> bool:
+    """Whether what autograd saves now is dropped by a checkpoint, to be computed again."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top is not None and top[0].__module__ == checkpoint.__name__
+
+
+def kept() -> AbstractContextManager[None]:
+    """Autograd saves as it does outside of a checkpoint."""
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+class _Replaced(Shared):
+    """Of the whole process: another thread that checkpoints meanwhile gets the other kind too."""
+
+    def change(self) -> None:
+        """See :class:`~l2rw_ext.task.shared.Shared`."""
+        # Types know one class of this name, and another in its place is the point.
+        self._original = checkpoint.CheckpointFunction
+        checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc,assignment]
+
+    def put_back(self) -> None:
+        """See :class:`~l2rw_ext.task.shared.Shared`."""
+        checkpoint.CheckpointFunction = self._original  # type: ignore[misc]
+
+
+without_reentrance = _Replaced()
+"""A context: checkpoints entered in it are non-reentrant."""

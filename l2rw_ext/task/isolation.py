@@ -1,0 +1,193 @@
+"""What a step must leave as it found it: buffers and random number generators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2rw_ext.devices import without_autocast
+from l2rw_ext.tracing.members import Members
+
+from .checkpointing import SERVES_ONCE, serves_once, without_reentrance
+from .uncompiled import eagerly
+
+
+class Buffers:
+    """A copy of buffers that can be put back.
+
+    Both forwards of a step start from the same buffers, and afterwards the buffers are those of one
+    plain training forward; after an error they are those before the step. A forward may write to a
+    buffer or assign another tensor to its name: both are undone.
+    """
+
+    def __init__(self, slots: Sequence[tuple[nn.Module, str, Tensor | None]]) -> None:
+        self._slots = [
+            (module, name, live, None if live is None else live.detach().clone())
+            for module, name, live in slots
+        ]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Buffers:
+        """A copy of all buffers of the model."""
+        return cls(Members.of(model).buffers)
+
+    def changed(self) -> bool:
+        """Whether some buffer is another tensor than it was, or has other values.
+
+        Values, not version counters: batch norm's kernels write running statistics without
+        counting a version.
+        """
+        return any(
+            module._buffers.get(name) is not live
+            or (live is not None and saved is not None and not torch.equal(live, saved))
+            for module, name, live, saved in self._slots
+        )
+
+    def assigned(self) -> str | None:
+        """The name of a buffer to which another tensor was assigned, if there is one."""
+        return next(
+            (
+                name
+                for module, name, live, _ in self._slots
+                if module._buffers.get(name) is not live
+            ),
+            None,
+        )
+
+    def rebind(self) -> None:
+        """Put the tensors back, with the values that they have."""
+        for module, name, live, _ in self._slots:
+            module._buffers[name] = live
+
+    def restore(self) -> None:
+        """Put the copy back.
+
+        Through ``.data``, so that a backward that saved a buffer does not take it for modified: the
+        values it saw are the ones that are put back, or the operation saved its own copy.
+        """
+        for _, _, live, saved in self._slots:
+            if live is not None and saved is not None:
+                live.data.copy_(saved)
+        self.rebind()
+
+
+class Generators:
+    """The state of torch's default generators, to be put back after an error or a dry run."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
+
+    def unchanged(self) -> bool:
+        """Whether nothing was drawn since."""
+        return torch.equal(torch.get_rng_state(), self._cpu) and all(
+            torch.equal(torch.cuda.get_rng_state(d), s) for d, s in self._cuda.items()
+        )
+
+    def restore(self) -> None:
+        """Put the states back."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+class Snapshot:
+    """Buffers and generators as they were before a step.
+
+    While a step is ``captured``, generators of devices are the recording's: they cannot be read.
+    """
+
+    def __init__(self, members: Members, *, captured: bool = False) -> None:
+        self._captured = captured
+        self.buffers = Buffers(members.buffers)
+        self.generators = self._generators(members)
+        self._begun = self.generators
+        self.trained: Buffers | None = None
+        """Buffers after the training forward, where a checkpoint may run parts of it again."""
+
+    def restore_trained(self) -> None:
+        """The backwards of a step are over: one training forward is all that buffers have seen."""
+        if self.trained is not None:
+            self.trained.restore()
+
+    def begin(self, members: Members) -> None:
+        """The clean batch was seen: an engine that tries again draws other masks than it did."""
+        self._begun = self._generators(members)
+
+    def _generators(self, members: Members) -> Generators:
+        return Generators(set() if self._captured else members.devices())
+
+    def restore(self) -> None:
+        """Put both back, for another try."""
+        self.trained = None
+        self.buffers.restore()
+        self._begun.restore()
+
+    def undo(self) -> None:
+        """Put both back to before the step."""
+        if self._captured:
+            self.buffers.rebind()  # a captured step has written no value
+        else:
+            self.restore()
+        self.generators.restore()
+
+
+class BelowAutograd:
+    """Runs operations as kernels only: not recorded by autograd, not seen by a function mode."""
+
+    def __enter__(self) -> None:
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+        self._autograd = torch._C._AutoDispatchBelowAutograd()
+        self._autograd.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._autograd.__exit__(*error)
+        self._functions.__exit__(*error)
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[None]:
+    """Hooks on the parameters rest: they are for the gradient that will be accumulated.
+
+    ``autograd.grad`` with respect to a parameter would run them too, on directions and on parts of
+    a gradient.
+    """
+    hooks = [(p, p._backward_hooks) for _, p in parameters if p._backward_hooks]
+    for p, _ in hooks:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, held in hooks:
+            p._backward_hooks = held
+
+
+@contextlib.contextmanager
+def preserved(members: Members, *, always: bool, captured: bool = False) -> Iterator[Snapshot]:
+    """Leave buffers and generators as they were if the body raises, or ``always``.
+
+    In the body hooks on the parameters do not run, compiled models and reentrant checkpoints take
+    the ways that engines see through, and autocast is off but for the forwards. ``captured``: see
+    :class:`Snapshot`.
+    """
+    snapshot = Snapshot(members, captured=captured)
+    try:
+        with (
+            without_hooks(members.parameters),
+            without_autocast(),
+            without_reentrance,
+            eagerly,
+        ):
+            yield snapshot
+    except BaseException as error:
+        snapshot.undo()
+        if serves_once(error):
+            raise RuntimeError(SERVES_ONCE) from error
+        raise
+    if always:
+        snapshot.undo()

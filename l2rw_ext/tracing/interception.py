@@ -1,0 +1,301 @@
+"""Finds the parameter uses of an unmodified model.
+
+A ``TorchFunctionMode`` over the forward sees every torch function: functional calls, tied weights
+and hand-written modules alike. Three kinds of tensors are told apart by identity. *Roots* are
+trainable parameters and what is computed from them and constants alone (a transposed weight, a
+weight-normalised one, a chunk). *Constants* are buffers, frozen parameters and what is made without
+data. Everything else is *data*. An operation of a root with data is a use; the registry of rules
+says how it enters Eq. 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from l2rw_ext import devices
+from l2rw_ext.errors import NotExactError
+from l2rw_ext.layers import REGISTRY
+from l2rw_ext.layers.base import Roots, Rule, Use
+from l2rw_ext.layers.torch_functions import writes
+
+from . import autocast
+from .members import Members
+
+
+class Interception(TorchFunctionMode):
+    """Runs the uses of a model through their rules and records them.
+
+    Args:
+        members: of the model whose forward runs under the mode.
+        sink: what the uses report to in backward.
+        examples: how many the batch has, if tensors with a row for each of them are to be taken for
+            data although they are made without: a first hidden state of zeros, token types, a
+            parameter that is expanded to the batch.
+    """
+
+    def __init__(self, members: Members, sink: Any, examples: int | None = None) -> None:
+        super().__init__()
+        self._examples = examples
+        # Of the CPU for any model: no gradient of it is ever formed, so that nothing is copied.
+        self.token = torch.zeros((), requires_grad=True, device="cpu")
+        self.uses: list[Use] = []
+        self.calls: list[str] = []
+        """All torch functions called, in order; see :meth:`_described`."""
+        self.part = ""
+        self.sink = sink
+        self.unruled: dict[int, str] = {}
+        self.without_grad: str | None = None
+        self.scalars: list[tuple[Tensor, int]] = []
+        """Zero-dimensional tensors that the host cannot read, and their versions when used."""
+        self.chooses: str | None = None
+        """The first operation through which values of the data may decide what is computed."""
+        self.saved_tensor_hooks = False
+        self.narrow = False
+        """Whether some of the forward ran in float16 under autocast, with its small range."""
+        self.below_autocast: tuple[str, torch.dtype | None] | None = None
+        """In a handler that runs with autocast off: the device, and the dtype to compute in."""
+        self._casts: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._listing = True
+        self._roots: dict[int, Tensor] = {}
+        self._constants: dict[int, Tensor] = {}
+        self._expanded: dict[int, tuple[Tensor, int]] = {}
+        self.names: dict[int, str] = {}
+        for name, p in members.parameters:
+            (self._roots if p.requires_grad else self._constants)[id(p)] = p
+            self.names[id(p)] = name
+        for _, _, buffer in members.buffers:
+            if buffer is not None:
+                self._constants[id(buffer)] = buffer
+
+    def is_root(self, x: Any) -> bool:
+        """Whether x is a trainable parameter or computed from such alone."""
+        if id(x) in self._roots:
+            return True
+        if id(x) in self._constants and x.requires_grad:
+            # A parameter was written into it, or a custom Function made it from one.
+            self._roots[id(x)] = self._constants.pop(id(x))
+            return True
+        return False
+
+    def is_data(self, x: Any) -> bool:
+        """Whether x is a tensor that may depend on the batch."""
+        return isinstance(x, Tensor) and id(x) not in self._roots and id(x) not in self._constants
+
+    def is_use(self, x: Any, weight: Any, bias: Any) -> bool:
+        """Whether data x meets trained operands, none of which depends on data."""
+        if not self.is_data(x) or self.is_data(weight) or self.is_data(bias):
+            return False
+        trained = self.is_root(weight)
+        return self.is_root(bias) or trained
+
+    def name_of(self, root: Tensor) -> str:
+        """The parameter's name, or a description of a derived tensor."""
+        name = self.names.get(id(root))
+        return (
+            name
+            if name is not None
+            else f"a tensor of shape {tuple(root.shape)} derived from parameters"
+        )
+
+    def expanded_from(self, x: Tensor) -> Tensor | None:
+        """The root that x repeats, unless x was written to since."""
+        base, version = self._expanded.get(id(x), (None, 0))
+        return base if x._version == version else None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if self._listing:
+            self.calls.append(self._described(func, args, kwargs or {}))
+        handler = REGISTRY.get(func)
+        if handler is not None:
+            if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+                return autocast.handle(self, handler, func, args, kwargs or {})
+            return handler(self, func, args, kwargs or {})
+        return self.other(func, args, kwargs or {})
+
+    def _described(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str:
+        """Its name, marked where a number among its arguments is zero.
+
+        What a zero multiplies is hidden from the checks of this step, but may show in the next.
+        """
+        name = getattr(func, "__name__", "")
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if type(a) is float or type(a) is int:
+                zero = not a
+            elif isinstance(a, Tensor) and a.dim() == 0:
+                if torch._C._functorch.peek_interpreter_stack() is not None:
+                    continue
+                if not devices.readable(a):
+                    self.scalars.append((a, a._version))
+                    continue
+                zero = not a.any()
+            else:
+                continue
+            if zero:
+                return f"{name} of zero"
+        return name
+
+    def zero_scalars(self) -> bool:
+        """Whether one of :attr:`scalars` is zero, or may have been; waits for the device."""
+        return any(a._version != version or not bool(a.any()) for a, version in self.scalars)
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation without a rule: run it, and follow roots and constants through it."""
+        root = None
+        data = False
+        roots, constants = self._roots, self._constants
+        for a in args:
+            if isinstance(a, Tensor):
+                if id(a) in roots:
+                    root = a
+                elif id(a) not in constants:
+                    data = True
+            elif isinstance(a, (tuple, list)):
+                for x in a:
+                    if isinstance(x, Tensor):
+                        if id(x) in roots:
+                            root = x
+                        elif id(x) not in constants:
+                            data = True
+        if kwargs:
+            for a in kwargs.values():
+                for x in a if isinstance(a, (tuple, list)) else (a,):
+                    if isinstance(x, Tensor):
+                        if id(x) in roots:
+                            root = x
+                        elif id(x) not in constants:
+                            data = True
+        if self.below_autocast is None:
+            out = func(*args, **kwargs)
+        else:
+            out = autocast.call(self, func, args, kwargs)
+        if not data:
+            self.follow(out)
+            return out
+        if root is not None and isinstance(out, (Tensor, tuple, list)):
+            self.unruled.setdefault(id(root), getattr(func, "__name__", str(func)))
+        target = kwargs.get("out", args[0] if args else None)
+        if isinstance(target, Tensor) and not self.is_data(target) and writes(func, kwargs):
+            self._becomes_data(target)
+        return out
+
+    def _becomes_data(self, written: Tensor) -> None:
+        """Data was written to a root or a constant: it is one no longer, nor are its views."""
+        storage = written.untyped_storage()._cdata
+        for known in (self._roots, self._constants):
+            stale = [key for key, x in known.items() if x.untyped_storage()._cdata == storage]
+            for key in stale:
+                del known[key]
+                self._expanded.pop(key, None)
+
+    def follow(self, out: Any) -> None:
+        """Remember what was computed from roots and constants alone."""
+        if isinstance(out, Tensor):
+            if not out.requires_grad and self.for_each_example(out):
+                return
+            (self._roots if out.requires_grad else self._constants)[id(out)] = out
+        elif isinstance(out, (tuple, list)):
+            for x in out:
+                if isinstance(x, Tensor):
+                    self.follow(x)
+
+    def for_each_example(self, out: Tensor) -> bool:
+        """Whether dimension 0 counts examples, where the mode was told how many there are."""
+        return self._examples is not None and out.dim() > 0 and out.shape[0] == self._examples
+
+    def follow_expansion(self, out: Tensor, root: Tensor) -> None:
+        """Remember that ``out`` repeats ``root`` along leading or broadcast dimensions."""
+        self._roots[id(out)] = out
+        base = self.expanded_from(root)
+        self._expanded[id(out)] = (root if base is None else base, out._version)
+
+    def use(
+        self,
+        rule: Rule,
+        operation: str,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        options: Any,
+        x: Tensor,
+    ) -> Use | None:
+        """A new use of the given operands on data x; None where autograd should just run.
+
+        That is so under ``no_grad`` (a target network, or the forward of a custom Function, which
+        the graph check after the forward tells apart).
+        """
+        roots: Roots = (
+            weight if weight is not None and self.is_root(weight) else None,
+            bias if bias is not None and self.is_root(bias) else None,
+        )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise NotExactError(f"{operation} is called inside a torch.func transform")
+        if any(root is not None and root.is_complex() for root in roots):
+            return None
+        if x.layout != torch.strided or x.is_nested:
+            return None
+        if not torch.is_grad_enabled():
+            trained = roots[0] if roots[0] is not None else roots[1]
+            if trained is not None and self.without_grad is None:
+                self.without_grad = self.name_of(trained)
+            return None
+        if self.below_autocast is not None and self.below_autocast[1] is not None:
+            dtype = self.below_autocast[1]
+            weight, bias = self._operand(weight, dtype), self._operand(bias, dtype)
+        elif torch.is_autocast_enabled(x.device.type):
+            raise NotExactError(f"no layer-wise rule covers {operation} under autocast")
+        use = Use(rule, operation, weight, bias, roots, options)
+        use.sink = self.sink
+        use.part = self.part
+        use.shape = tuple(x.shape)
+        if self._listing:
+            use.index = len(self.uses)
+            self.uses.append(use)
+            if not self.saved_tensor_hooks:
+                self.saved_tensor_hooks = _has_saved_tensor_hooks()
+        return use
+
+    def _operand(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """A parameter as the kernel takes it, without gradient; cast once for all its uses."""
+        if x is None or x.dtype == dtype:
+            return x
+        key = (id(x), x._version, dtype)
+        found = self._casts.get(key)
+        if found is None:
+            found = self._casts[key] = autocast.cast(x.detach(), dtype)
+        return found
+
+    def recompute(self) -> Recomputation:
+        """For the backward of a checkpointed forward: calls take the same way, unrecorded."""
+        return Recomputation(self)
+
+
+class Recomputation:
+    """Enters an interception again for the forward that a checkpoint repeats in backward."""
+
+    def __init__(self, interception: Interception) -> None:
+        self._interception = interception
+
+    def __enter__(self) -> None:
+        self._interception._listing = False
+        self._interception.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._interception.__exit__(*error)
+        self._interception._listing = True
+
+
+def _has_saved_tensor_hooks() -> bool:
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top is not None
