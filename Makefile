@@ -33,7 +33,7 @@ if [ ! -x "$(1)/bin/python" ]; then \
 	say "Making the virtual environment $(1)"; "$(PYTHON)" -m venv "$(1)"; \
 fi; \
 say "Installing $(TORCH_SPEC) and the build tools"; pip "$(TORCH_SPEC)" $(BUILD_REQUIREMENTS); \
-say "Compiling the C++ operators and installing l2rw_ext[$(2)]"; \
+say "Compiling the C++ operators (a minute on two cores) and installing l2rw_ext[$(2)]"; \
 pip --no-build-isolation --editable ".[$(2)]"; \
 touch "$(1)/.installed"; \
 say "Installed"
@@ -83,10 +83,11 @@ docs: $(VENV)/.installed ## the documentation, in docs/_build/html
 	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[docs]"
 	@"$(VENV)/bin/python" -m sphinx -W -b html docs docs/_build/html $(ARGS)
 
-lint: $(VENV)/.installed ## format, lint and type checks; formats what is not
+lint: $(VENV)/.installed ## format, lint, types, order of imports; formats what is not
 	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[dev]"
 	@"$(VENV)/bin/python" -m pre_commit run --all-files $(ARGS)
 	@"$(VENV)/bin/python" -m mypy
+	@"$(VENV)/bin/lint-imports" --no-cache
 
 clean: ## remove environments, builds and caches
 	rm -rf "$(VENV)" "$(DEMO_VENV)" build dist docs/_build demo_output
