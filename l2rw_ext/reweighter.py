@@ -23,7 +23,7 @@ from .engines.forward.engine import Forward
 from .engines.layerwise.engine import Layerwise
 from .engines.remembered import Remembered
 from .errors import NotCapturableError, NotExactError
-from .step.accumulate_grad import deliver
+from .step.accumulate_grad import accumulate_grad
 from .step.accumulation import Accumulation
 from .step.result import Step
 from .step.weighing import Degenerate, Gradients, Weighed, infinite_if, weigh, zero_if
@@ -213,7 +213,7 @@ class Reweighter:
             self._accumulation.add(weighed, gradients)
         else:
             self._direction_options.advance()
-            deliver(infinite_if(weighed.overflow, gradients))
+            accumulate_grad(infinite_if(weighed.overflow, gradients))
         if numbers is not None and computed.engine != Remembered.name:
             self.record.add(numbers, weighed.step.scores)
         return weighed.step
@@ -265,7 +265,7 @@ class Reweighter:
         if gradients:
             self._direction_options.advance()
             if self.on_degenerate != "skip" or not accumulation.empty:
-                deliver(gradients)
+                accumulate_grad(gradients)
 
     @property
     def needs_clean(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Deliver(torch.autograd.Function):
+class _AccumulateGrad(torch.autograd.Function):
     """A node whose backward hands finished gradients to the parameters' accumulators.
 
     Through autograd, so that tensor hooks and post-accumulate hooks fire; through a Function rather
@@ -29,7 +29,7 @@ class _Deliver(torch.autograd.Function):
         return (None, *gradients)
 
 
-def deliver(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+def accumulate_grad(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
     """Add each gradient to its parameter's ``grad``, firing the parameter's hooks.
 
     The list is emptied, so that a parameter without a ``grad`` takes the tensor over uncopied.
@@ -38,5 +38,5 @@ def deliver(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
     box = [g for _, g in gradients]
     gradients.clear()
     if parameters:
-        node = _Deliver.apply(box, *parameters)
+        node = _AccumulateGrad.apply(box, *parameters)
         torch.autograd.backward(node, torch.ones_like(node))
