@@ -73,7 +73,7 @@ class Reweighter:
         direction_decay: β of an exponential average of directions, v ← β v + (1-β) v_t: less noise
             from small clean batches, at the price of older parameters.
         layers: names of parameters or modules (or patterns such as ``"*.bias"``); scores are then
-            the inner products over these parameters alone. The weighted gradient has all.
+            the inner products over these parameters. The weighted gradient has all parameters.
         l2: the gradient of a penalty, l2 times θ, of all matrices and kernels is added to the clean
             gradient, as in the authors' published code, whose clean loss has their weight decay.
             The training losses have none.
