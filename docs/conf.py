@@ -6,12 +6,15 @@ import re
 from importlib import metadata
 from typing import Any
 
+from docutils import nodes
+from math_core import LatexToMathML
+
 project = "l2rw_ext"
 author = "the l2rw_ext authors"
 release = version = metadata.version("l2rw_ext")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-myst_enable_extensions = ["dollarmath"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
@@ -24,6 +27,10 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"l2rw_ext {release}"
+# Equations become MathML when the pages are built. Browsers render it themselves, so that no page
+# loads a script from another host; a command that is not known to the converter ends the build.
+html_math_renderer = "mathml"
+_LATEX = LatexToMathML(fancy_error=False)
 
 
 def _escape_starred_shapes(
@@ -33,6 +40,15 @@ def _escape_starred_shapes(
     lines[:] = [re.sub(r"(?<=, )\*(?=\w+[,)])", r"\*", line) for line in lines]
 
 
+def _equation(translator: Any, node: nodes.math | nodes.math_block) -> None:
+    """The visitor of both kinds of equations, within a line and displayed."""
+    displayed = isinstance(node, nodes.math_block)
+    mathml = _LATEX.convert_with_local_state(node.astext(), displaystyle=displayed)
+    translator.body.append(f'<div class="math">{mathml}</div>' if displayed else mathml)
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
-    """Connect what this file adds to autodoc."""
+    """Connect what this file adds to the HTML builder and to autodoc."""
+    app.add_html_math_renderer("mathml", (_equation, None), (_equation, None))
     app.connect("autodoc-process-docstring", _escape_starred_shapes)

@@ -1,7 +1,7 @@
-"""What a step asks of a device, and the settings of torch that it changes for a while.
+"""What a step needs to know of a device, and the settings of torch that it changes for a while.
 
-Whether reading a value would synchronise with the device, which devices run autocast, and how
-float32 products are rounded.
+The module answers three questions: whether reading a value would synchronise with the device, which
+devices run autocast, and how float32 products are rounded.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def readable(x: Tensor) -> bool:
 class Autocast:
     """The autocast of a step's caller, entered again around the forwards of the step.
 
-    The cache of cast weights is cleared on both sides: a weight that was cast before an optimiser
-    changed it, or in another forward, is never met.
+    The cache of cast parameters is cleared on both sides, so that no forward uses a parameter that
+    was cast before an optimiser changed it, or that was cast in another forward.
     """
 
     def __init__(self) -> None:
         self._devices = [d for d in _DEVICES if torch.is_autocast_enabled(d)]
         self.key = tuple((d, torch.get_autocast_dtype(d)) for d in self._devices)
-        """What a plan depends on."""
+        """The devices and dtypes of the autocast; a plan holds only for one of these keys."""
 
     def __enter__(self) -> None:
         for device in self._devices:
@@ -52,7 +52,7 @@ class Autocast:
 
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
-    """Autocast is off in the body, and afterwards as it was."""
+    """Switch autocast off in the body, and restore it afterwards."""
     devices = [d for d in _DEVICES if torch.is_autocast_enabled(d)]
     for device in devices:
         torch.set_autocast_enabled(device, False)
@@ -65,7 +65,7 @@ def without_autocast() -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """Whether products and convolutions of float32 may be rounded to TF32, inside."""
+    """Choose whether products and convolutions of float32 in the body may be rounded to TF32."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32

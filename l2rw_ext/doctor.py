@@ -1,9 +1,9 @@
-"""Says what this installation is made of and whether it computes the right numbers.
+"""Reports what this installation consists of and whether it computes the right numbers.
 
-``python -m l2rw_ext.doctor`` prints versions, the operator libraries with the reason why one is not
-loaded, CUDA architectures, instruction set and threads, and checks every operator and a small
-:class:`~l2rw_ext.Reweighter` step against plain float64 torch in about a second; on a GPU, products
-too that fill it. It exits with status 1 if something is wrong.
+``python -m l2rw_ext.doctor`` prints versions, the operator libraries (with the reason if one is not
+loaded), CUDA architectures, instruction set and threads. It checks every operator and a small
+:class:`~l2rw_ext.Reweighter` step against plain float64 torch in about a second; on a GPU it also
+checks products that fill the GPU. It exits with status 1 if something is wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TOLERANCES = {
     torch.bfloat16: 1e-2,
     torch.float16: 2e-3,
 }
-# Of sums of thousands of terms with either sign.
+# For sums of thousands of terms with either sign.
 _TOLERANCE_LARGE = 1e-4
 _TOLERANCE_TF32 = 5e-3
 
@@ -221,7 +221,7 @@ def _check_operator(name: str, case: Case) -> Iterator[Checked]:
     for device in _devices():
         for dtype in _TOLERANCES:
             converted = pytree.tree_map(functools.partial(_to, device, dtype), arguments)
-            # Of the numbers as this dtype has them.
+            # The plain function takes the numbers as this dtype rounds them.
             rounded = pytree.tree_map(functools.partial(_to, "cpu", torch.float64), converted)
             with float32_products(False):
                 results = getattr(torch.ops.l2rw_ext, name)(*converted)
@@ -232,7 +232,7 @@ def _check_operator(name: str, case: Case) -> Iterator[Checked]:
 
 
 def _check_large_products(device: str) -> Iterator[Checked]:
-    """Scores by kernels that small arguments do not reach: tiles on every processor of a GPU."""
+    """Check scores of large products, which run on every processor of a GPU."""
     n, m, i, o, pixels = 2100, 2500, 1100, 2600, 24
     generator = torch.Generator(device).manual_seed(0)
 
@@ -279,7 +279,7 @@ def _check_reweighter(engine: EngineName) -> Iterator[Checked]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1, bias=False),  # batch norm would leave it no gradient
+            nn.Conv2d(1, 4, 3, padding=1, bias=False),  # before batch norm a bias has no gradient
             nn.GroupNorm(2, 4) if engine == "layerwise" else nn.BatchNorm2d(4),
             nn.ReLU(),
             nn.Flatten(),
@@ -324,7 +324,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _self_check() -> tuple[int, list[str]]:
-    """The number of results checked, and what was wrong."""
+    """The number of results checked, and one line for each that was wrong."""
     checks: dict[str, Callable[[], Iterator[Checked]]] = {
         name: functools.partial(_check_operator, name, case)
         for name, case in _operator_cases().items()

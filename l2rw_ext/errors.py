@@ -1,4 +1,4 @@
-"""Errors that say why no exact or no repeatable number can be given."""
+"""Errors that say why a step cannot give an exact number, or cannot be captured."""
 
 from __future__ import annotations
 

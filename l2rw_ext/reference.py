@@ -1,8 +1,9 @@
 """The paper, equation by equation, in plain PyTorch: the oracle of all tests.
 
-Nothing here is fast. Two independent ways lead to the scores u: :func:`meta_scores` differentiates
-through the look-ahead step (Eq. 4-7, Algorithm 1), :func:`single_gradient_scores` forms the inner
-products <∇f_i, v> of Eq. 12 one example at a time, which needs first derivatives only.
+Nothing here is fast. There are two independent ways to the scores u. :func:`meta_scores`
+differentiates through the look-ahead step (Eq. 4-7, Algorithm 1). :func:`single_gradient_scores`
+forms the inner products <∇f_i, v> of Eq. 12 one example at a time, which needs only first
+derivatives.
 
 Scaling: f_i is the unreduced loss of training example i, and v is the gradient of the *mean* clean
 loss. Scores are u = -∂/∂ε (1/m) Σ_j f'_j with α = η = 1; both cancel in Eq. 9.
@@ -21,7 +22,7 @@ from .task.isolation import Buffers
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require grad, by name; a tied parameter once."""
+    """The parameters that require grad, by name; a tied parameter is listed once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -116,7 +117,7 @@ def meta_scores(
 
 
 def clean_direction(model: nn.Module, loss_fn: LossFn, clean: Batch) -> dict[str, Tensor]:
-    """The direction v = d/dθ (1/m) Σ_j f'_j(θ), by name; zero where the clean loss has none."""
+    """The direction v = d/dθ (1/m) Σ_j f'_j(θ), by name; zero where no gradient arrives."""
     inputs, targets = clean
     named = trainable(model)
     objective = loss_fn(forward(model, inputs), targets).mean()
@@ -169,7 +170,7 @@ def mlp_scores(
     *,
     bias: bool = True,
 ) -> Tensor:
-    """Eq. 12 as printed: u_i = Σ_l Σ_j (z̃'_jl·z̃_il + 1)(g'_jl·g_il), the 1 being the bias.
+    """Eq. 12 as printed: u_i = Σ_l Σ_j (z̃'_jl·z̃_il + 1)(g'_jl·g_il); the 1 is the bias.
 
     Args:
         layer_inputs: z̃ of each layer, shape (n, d_in).
@@ -213,7 +214,7 @@ def random_weights(n: int, *, generator: torch.Generator | None = None) -> Tenso
 def weighted_gradient(
     model: nn.Module, loss_fn: LossFn, batch: Batch, weights: Tensor
 ) -> dict[str, Tensor | None]:
-    """d/dθ Σ_i w_i f_i by name; examples with w_i = 0 are left out; None where nothing reaches."""
+    """d/dθ Σ_i w_i f_i by name, without the examples with w_i = 0; None if nothing reaches."""
     inputs, targets = batch
     losses = loss_fn(forward(model, inputs), targets)
     named = trainable(model)

@@ -1,4 +1,4 @@
-"""Reweighter: what users hold."""
+"""Reweighter, the class that users hold."""
 
 from __future__ import annotations
 
@@ -58,21 +58,22 @@ class Reweighter:
             ``"zero"`` accumulates zeros, ``"uniform"`` falls back to equal weights, ``"skip"``
             leaves ``p.grad`` untouched.
         check_finite: on CUDA, wait for the device and raise at once if the clean loss is not
-            finite, or an example that the engine cannot leave out; else such a step accumulates
-            zeros and raises when its result is read. Elsewhere the check is free and always made.
-        low_memory: keep nothing of a layer between scores and weighted gradient, and pay a second
-            backward instead, so that checkpointing keeps its worth. Numbers are the same up to
-            rounding; engines other than ``"layerwise"`` keep nothing anyway.
+            finite, or if a loss or gradient is not finite whose example the engine cannot leave
+            out. Without it such a step accumulates zeros and raises when its result is read. On the
+            CPU the check is free and always made.
+        low_memory: keep no tensors of a layer between scores and weighted gradient, and run a
+            second backward instead, so that checkpoints still save memory. Numbers are the same up
+            to rounding; engines other than ``"layerwise"`` keep no such tensors anyway.
         every: the clean batch is used only on every ``every``-th step; the steps in between use
             what it gave then (see ``reuse``), and ``clean`` may be left out of them.
-        reuse: what the steps between use. ``"direction"``: scores along the last direction, which
-            was the clean gradient at older parameters. ``"scores"``: the last score of each
+        reuse: what the steps in between use. ``"direction"``: scores along the last direction,
+            which was the clean gradient at older parameters. ``"scores"``: the last score of each
             example, by the ``index`` given to :meth:`backward`, at the price of a plain step; a
             batch with an example never scored is scored along the last direction.
         direction_decay: β of an exponential average of directions, v ← β v + (1-β) v_t: less noise
             from small clean batches, at the price of older parameters.
         layers: names of parameters or modules (or patterns such as ``"*.bias"``); scores are then
-            the inner products over these parameters alone. The weighted gradient has all.
+            the inner products over these parameters. The weighted gradient has all parameters.
         l2: the gradient of a penalty, l2 times θ, of all matrices and kernels is added to the clean
             gradient, as in the authors' published code, whose clean loss has their weight decay.
             The training losses have none.
@@ -82,11 +83,11 @@ class Reweighter:
             momentum the clean gradient is taken at the point where momentum leads.
         cuda_graph: capture the step in a CUDA graph once for each kind of batches (shapes, modes)
             and replay it from then on, so that Python costs next to nothing. The first steps of a
-            kind run without; results are copies, which later steps leave alone. The model and the
-            loss functions then run in Python at the capture alone: see "CUDA graphs" on the page
-            of options for what they may do. Not with ``every``, ``direction_decay``,
-            ``preconditioner``, ``check_finite``, an ``on_degenerate`` other than ``"zero"``, or
-            :meth:`accumulate`.
+            kind run without a graph; results are copies, which later steps do not change. In a
+            replay, the Python code of the model and the loss functions does not run: see "CUDA
+            graphs" on the page of options for what it may do. Not with ``every``,
+            ``direction_decay``, ``preconditioner``, ``check_finite``, an ``on_degenerate`` other
+            than ``"zero"``, or :meth:`accumulate`.
 
     With none of the options from ``every`` to ``preconditioner``, the weights are the paper's.
 
@@ -144,7 +145,7 @@ class Reweighter:
         self.low_memory = low_memory
         self.reuse = reuse
         self.record = ExampleRecord()
-        """What the steps with an ``index`` have learnt: see :class:`~l2rw_ext.ExampleRecord`."""
+        """Scores from the steps with an ``index``: see :class:`~l2rw_ext.ExampleRecord`."""
         self._direction_options = DirectionOptions(
             model,
             every=every,
@@ -220,16 +221,16 @@ class Reweighter:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
-        """One normalisation over the micro-batches of the :meth:`backward` calls inside.
+        """Normalise once over the micro-batches of the :meth:`backward` calls inside.
 
         The sum of the unnormalised weighted gradients is divided once by the sum of the rectified
-        scores and added to ``p.grad`` when the context ends: exactly the step on the union of the
-        micro-batches, for one more buffer of the size of the parameters. The clean batch of the
-        first call gives the direction for all; the others may leave it out. The weights in the
-        steps that ``backward`` returns are normalised over their own micro-batch; those over all
-        are ``accumulation.weights`` afterwards.
+        scores and added to ``p.grad`` when the context ends. This is exactly the step on the union
+        of the micro-batches, and it costs one more buffer of the size of the parameters. The clean
+        batch of the first call gives the direction for all; the others may leave it out. The
+        weights in the steps that ``backward`` returns are normalised over one micro-batch; the
+        weights over all micro-batches are ``accumulation.weights`` afterwards.
 
-        After an error inside nothing is accumulated.
+        After an error inside, nothing is accumulated.
 
         Raises:
             RuntimeError: the context is entered twice, or steps are captured (``cuda_graph``).
@@ -275,10 +276,10 @@ class Reweighter:
         return not self._direction_options.active or self._direction_options.due(self.model)
 
     def weights(self, batch: Any, clean: Any = None) -> Tensor:
-        """The weights alone, shape (n,): Eq. 9; gradients, buffers and generators stay untouched.
+        """Return only the weights of Eq. 9, shape (n,); no gradient, buffer or generator changes.
 
-        Arguments and errors as in :meth:`backward`. With ``on_degenerate="skip"`` the weights of a
-        degenerate step are zeros.
+        Arguments and errors are those of :meth:`backward`. With ``on_degenerate="skip"`` the
+        weights of a degenerate step are zeros.
         """
         task = self._task(batch, clean)
         with self._dry(), preserved(task.members, always=True) as snapshot:
@@ -286,10 +287,10 @@ class Reweighter:
             return self._weigh(task, engine, scored).step.weights
 
     def explain(self, batch: Any, clean: Any = None) -> Explanation:
-        """Which engine would run and why; layer by layer the form, its cost and its memory.
+        """Explain which engine would run and why, and the form, cost and memory of each layer.
 
-        Arguments and errors as in :meth:`backward`; nothing is changed. Print the result, or take
-        ``dict(result)``-like data from its ``as_dict()``.
+        Arguments and errors are those of :meth:`backward`; nothing is changed. Print the result, or
+        take it as plain data from its ``as_dict()``.
         """
         task = self._task(batch, clean)
         candidates = self._candidates()
@@ -310,7 +311,7 @@ class Reweighter:
             return explanation.because(refusals, lines)
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``every``, ``direction_decay`` and ``index`` remember, for a checkpoint."""
+        """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""
         return {
             "policy": self._direction_options.state_dict(Members.of(self.model)),
             "record": self.record.state_dict(),
@@ -370,7 +371,7 @@ class Reweighter:
         return [e for e in self._engines if (only or self.engine) in ("auto", e.name)]
 
     def _options(self) -> tuple[Any, ...]:
-        """What can be exchanged after construction and is not in the task."""
+        """The options that can be exchanged after construction and are not part of the task."""
         return (self.engine, self.on_degenerate, self.check_finite)
 
     def _compute(
@@ -392,7 +393,7 @@ class Reweighter:
 
     @contextlib.contextmanager
     def _dry(self) -> Iterator[None]:
-        """The body takes directions, but leaves those that are held."""
+        """Let the body compute directions without changing those that are held."""
         accumulation = self._accumulation
         direction = None if accumulation is None else accumulation.direction
         with self._direction_options.dry():
@@ -418,7 +419,7 @@ class Reweighter:
         return direction
 
     def _remembered(self, task: Task, index: Tensor | None) -> Remembered | None:
-        """The engine of a step between, where scores are remembered for the whole batch."""
+        """The engine that reuses scores, if it is allowed and knows the whole batch."""
         if index is None or self.reuse == "direction" or self._direction_options.due(task.model):
             return None
         if not self.record.knows(index):
@@ -467,7 +468,7 @@ class Reweighter:
 
 
 def _levels_inside() -> int:
-    """How many calls of this package lie between the user's and the one that asks."""
+    """The number of frames of this package between the user's call and this function."""
     frame: FrameType | None = sys._getframe(1)
     levels = 0
     while frame is not None and frame.f_globals.get("__name__", "").startswith("l2rw_ext."):
@@ -477,7 +478,7 @@ def _levels_inside() -> int:
 
 
 def _check_options_of_graph(**given: bool) -> None:
-    """Raise for options with which a step reads values, or is not the same each time."""
+    """Raise for options with which a step reads values, or differs from step to step."""
     names = [name for name, is_given in given.items() if is_given]
     if names:
         raise ValueError(

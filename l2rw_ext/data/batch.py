@@ -126,15 +126,15 @@ def _structure(tree: Any) -> str:
 
 
 def merge(train: Any, clean: Any, n: int, m: int, *, known_batched: bool = False) -> Any | None:
-    """Concatenate [train; clean] along dimension 0; None where that is not possible or not safe.
+    """Concatenate [train; clean] along dimension 0; None if that is not possible or not safe.
 
-    A tensor is batched if its ``size(0)`` is n in the training and m in the clean batch; every
+    A tensor is batched if its ``size(0)`` is n in the training and m in the clean batch. Every
     other leaf (a mask, a number) must be equal in both and is passed once. With n = m an equal
     tensor among several could be either, so it is not merged.
 
-    Where the host cannot read values, a tensor that is not batched must be the same object in both
-    batches. Whether batched tensors are equal is then asked of the device, unless they are
-    ``known_batched`` from an earlier step on batches of these shapes.
+    If the host cannot read values, a tensor that is not batched must be the same object in both
+    batches. Comparing batched tensors then synchronises with the device, so the comparison is left
+    out if an earlier step on batches of these shapes has shown that they are ``known_batched``.
     """
     if isinstance(train, Tensor) and isinstance(clean, Tensor):
         joined = _merge_leaf(train, clean, n, m, alone=True, known_batched=known_batched)
@@ -170,7 +170,7 @@ def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, known_batched: b
 
 
 def _equal(x: Tensor, y: Tensor, *, ask: bool) -> bool:
-    """Whether two tensors of one shape are equal; ``ask`` the device where it must be asked."""
+    """Whether two tensors of one shape are equal; ``ask`` allows reading values on a device."""
     if x is y:
         return True
     return (ask or devices.readable(x)) and torch.equal(x, y)
@@ -179,8 +179,8 @@ def _equal(x: Tensor, y: Tensor, *, ask: bool) -> bool:
 def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
     """Cut merged outputs into the rows of the training and of the clean batch.
 
-    None where some output tensor has no dimension 0 of size n + m, or some output is an object
-    that may hold tensors and is neither a dataclass nor a dict: it cannot be cut.
+    The result is None if the outputs cannot be cut: dimension 0 of some output tensor has not size
+    n + m, or some output is an object that may hold tensors and is neither a dataclass nor a dict.
     """
     if isinstance(outputs, Tensor):
         if outputs.dim() == 0 or outputs.size(0) != n + m:
@@ -211,7 +211,7 @@ def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
 def _split_object(x: Any, n: int, m: int) -> tuple[Any, Any] | None:
     """:func:`split` of a dataclass, or of a dict of another type whose attributes are its items.
 
-    None for an object that holds more than that.
+    The result is None for an object that holds more than that.
     """
     attributes = getattr(x, "__dict__", None)
     if attributes is None:
@@ -263,9 +263,9 @@ def batch_size(inputs: Any, targets: Any, name: str) -> int:
 
 
 def per_example_losses(loss_fn: LossFn, outputs: Any, targets: Any, size: int, name: str) -> Tensor:
-    """Call ``loss_fn`` and check that it returned one unreduced loss an example."""
+    """Call ``loss_fn`` and check that it returned one unreduced loss for each example."""
     losses = loss_fn(outputs, targets)
-    with torch._C.DisableTorchFunction():  # not the model's calls
+    with torch._C.DisableTorchFunction():  # a function mode is to see the model's calls only
         _check_losses(losses, size, name)
     return losses
 

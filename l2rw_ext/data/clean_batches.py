@@ -1,4 +1,4 @@
-"""Cycling a small clean set for ever."""
+"""A small clean set as batches without end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch.utils.data import Dataset, default_collate
 
 
 class CleanBatches:
-    """Clean batches without end, in an order that depends on the seed alone.
+    """Clean batches without end, in an order that depends only on the seed.
 
-    The set is drawn without replacement, reshuffled after each pass; a batch may span two passes,
-    so that all batches have the same size, and a set smaller than the batch is repeated in it.
+    The set is drawn without replacement and reshuffled after each pass. A batch may span two
+    passes, so that all batches have the same size, and a set smaller than the batch is repeated in
+    it.
 
     Args:
         data: a map-style dataset of (input, target) pairs, or a pair (inputs, targets) of tensors
@@ -63,11 +64,11 @@ class CleanBatches:
         return self._take([self._index(p) for p in positions])
 
     def state_dict(self) -> dict[str, int]:
-        """Where the cycle stands, for a checkpoint."""
+        """The position in the cycle, for a checkpoint."""
         return {"seed": self.seed, "drawn": self._drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where another cycle over the same set stood."""
+        """Continue at the position that another cycle over the same set had reached."""
         self.seed, self._drawn = state["seed"], state["drawn"]
 
     def _index(self, position: int) -> int:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class ExampleRecord:
-    """Scores and weights of examples over the steps that named them by ``index``.
+    """Scores of examples over the steps that named the examples by ``index``.
 
-    Tables grow with the largest index seen; index 0 to ``len(record) - 1``. Examples with wrong
-    labels collect low scores: ``record.mean_scores.argsort()`` lists the most suspicious first
-    (NaN, for examples never seen, sorts last).
+    The tables grow with the largest index seen; index runs from 0 to ``len(record) - 1``. Examples
+    with wrong labels collect low scores: ``record.mean_scores.argsort()`` lists the most suspicious
+    first (NaN, for examples never seen, sorts last).
 
     Example:
         >>> import torch
@@ -65,7 +65,7 @@ class ExampleRecord:
         return int(index.max()) < len(self) and bool((self._visits[index] > 0).all())
 
     def add(self, index: Tensor, scores: Tensor) -> None:
-        """Take in the scores of a step that are finite."""
+        """Add those scores of a step that are finite."""
         self._grow(int(index.max()) + 1, scores)
         on_cpu, index = index.cpu(), index.to(scores.device)
         finite = scores.isfinite()
@@ -105,7 +105,7 @@ class ExampleRecord:
 
 
 def check_index(index: Any, n: int) -> Tensor:
-    """The index as a tensor of n whole numbers from 0.
+    """The index as an int64 tensor of n numbers, none of which is negative.
 
     Raises:
         TypeError, ValueError: it is not.

@@ -1,7 +1,7 @@
-"""What an optimiser makes of a gradient: the look-ahead step of Eq. 5 under SGD, Adam and AdamW.
+"""The look-ahead step of Eq. 5 under SGD, Adam and AdamW instead of plain gradient descent.
 
 Algorithm 1 looks one step of plain gradient descent ahead. Under another optimiser the derivative
-of θ̂ in ε_i is -P ∇f_i, with P diagonal, and the clean gradient belongs to another point.
+of θ̂ in ε_i is -P ∇f_i, with P diagonal, and the clean gradient is taken at another point.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ class Preconditioner:
     """P and the look-ahead point of an optimiser, from its present state.
 
     SGD (momentum μ, dampening τ, Nesterov, weight decay): P is the rate of the parameter over that
-    of the first, and the clean gradient is taken at the point to which the optimiser would go with
-    a zero gradient. Adam, AdamW: P is that ratio over sqrt(v̂) + eps, where v̂ is the second moment
-    that a zero gradient would leave; the dependence of v̂ on ε, and the move along the first moment,
-    are neglected. Before the first step it is the ratio alone. Where all rates are zero, as when
-    they are warmed up from there, they count as equal. A rate is negative under ``maximize``,
-    so that only groups that differ in it change scores.
+    of the first parameter, and the clean gradient is taken at the point to which the optimiser
+    would go with a zero gradient.
+
+    Adam, AdamW: P is that ratio over sqrt(v̂) + eps, where v̂ is the second moment that a zero
+    gradient would leave. The dependence of v̂ on ε, and the move along the first moment, are
+    neglected. Before the first step P is only the ratio.
+
+    If all rates are zero, as at the start of a warm-up, they count as equal. A rate is negative
+    under ``maximize``, so that only groups that differ in it change scores.
 
     Raises:
         TypeError: another optimiser.
@@ -62,7 +65,7 @@ class Preconditioner:
         return factors
 
     def point(self, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-        """Where SGD would go with a zero gradient; empty where that is θ itself.
+        """The point to which SGD would go with a zero gradient; empty if that is θ itself.
 
         Raises:
             ValueError: the optimiser does not hold a parameter.

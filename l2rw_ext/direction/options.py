@@ -1,4 +1,4 @@
-"""Options that change the direction v: each is off by default, and none is the paper's."""
+"""Options that change the direction v: each is off by default, and none is part of the paper."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ from .look_ahead import Preconditioner
 
 @dataclass(frozen=True)
 class _Held:
-    """A direction between steps.
+    """A direction that is kept between steps.
 
-    By parameter, not by id: it goes with a copy of the model, and a parameter that takes another's
-    place has no part in it.
+    It is stored by parameter, not by id, so that it is copied with the model, and a parameter that
+    replaces another one has no part in it.
     """
 
     values: dict[nn.Parameter, Tensor | None]
-    """Of all parameters that it was formed for; None where zero."""
+    """The direction of each parameter that it was formed for; None if it is zero."""
     clean_loss: Tensor
 
     def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether it says something of each of these parameters."""
+        """Whether it has an entry, of the right shape, for each of these parameters."""
         return all(
             p in self.values and ((v := self.values[p]) is None or v.shape == p.shape)
             for p in parameters
         )
 
     def finite(self) -> bool:
-        """Whether all of it is, which the device is waited for."""
+        """Whether all numbers are finite; on CUDA this waits for the device."""
         return all(bool(v.isfinite().all()) for v in self.values.values() if v is not None)
 
 
 class DirectionOptions:
-    """From the clean batch's direction to the one that scores are taken along.
+    """From the clean batch's direction to the one along which scores are taken.
 
-    In this order: v at θ, or at the look-ahead point of an SGD ``preconditioner``; plus ``l2`` θ;
-    averaged with ``direction_decay``; held for ``every`` steps; times the preconditioner; zero
-    outside of ``layers``. The arguments are those of :class:`~l2rw_ext.Reweighter`.
+    The options act in this order: v at θ, or at the look-ahead point of an SGD ``preconditioner``;
+    plus ``l2`` θ; averaged with ``direction_decay``; held for ``every`` steps; times the
+    preconditioner; zero outside of ``layers``. The arguments are those of
+    :class:`~l2rw_ext.Reweighter`.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class DirectionOptions:
 
     @property
     def active(self) -> bool:
-        """Whether scores are taken along another direction than the clean batch's own."""
+        """Whether scores are taken along a direction other than the clean batch's gradient."""
         return bool(
             self.every > 1
             or self._decay
@@ -112,10 +113,10 @@ class DirectionOptions:
         return self._applied(task, self._next)
 
     def advance(self) -> None:
-        """A step was completed.
+        """Count a completed step, and hold its direction.
 
-        One whose direction overflowed under a loss scale does not count: held or averaged, it would
-        spoil the steps to come.
+        A step whose direction overflowed under a loss scale does not count: if it were held or
+        averaged, it would contaminate the steps to come.
         """
         found, self._next = self._next, None
         if found is not None and (self.every > 1 or self._decay):
@@ -126,7 +127,7 @@ class DirectionOptions:
 
     @contextlib.contextmanager
     def dry(self) -> Iterator[None]:
-        """A direction found in the body is not held."""
+        """Do not hold a direction that is found in the body."""
         before = self._next
         try:
             yield
@@ -204,7 +205,7 @@ class DirectionOptions:
         return Direction(values, direction.clean_loss)
 
     def _averaged(self, task: Task, new: Direction) -> _Held:
-        """In the accumulation dtype, for what a step adds is small beside what is there."""
+        """The exponential average, in the accumulation dtype: one step adds little to it."""
         values = {p: new.values.get(id(p)) for p in task.parameters}
         before = None if self._held is None or not self._decay else self._held.values
         if before is not None:
@@ -233,7 +234,7 @@ class DirectionOptions:
         return Direction(values, held.clean_loss)
 
     def _chosen(self, model: nn.Module) -> set[int]:
-        """A parameter that is shared may be chosen by any of its names."""
+        """The ids of the chosen parameters; any name of a shared parameter chooses it."""
         assert self._layers is not None
         named = list(model.named_parameters(remove_duplicate=False))
         chosen: set[int] = set()
@@ -259,7 +260,7 @@ def _names(layers: Sequence[str]) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _moved(point: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """The parameters have other values in the body."""
+    """Give the parameters other values in the body."""
     before = {p: p.data for p in point}
     try:
         for p, value in point.items():

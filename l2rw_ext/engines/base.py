@@ -16,12 +16,12 @@ from .plan import Plan
 
 
 class Scored(abc.ABC):
-    """What a score pass leaves behind: scores, losses, and all that the weighted gradient needs."""
+    """The result of a score pass: scores, losses, and all that the weighted gradient needs."""
 
     plan: Plan | None = None
-    """What the engine has learnt in earlier steps and goes by, where it has such."""
+    """The plan that the engine follows, if it is of a kind that makes plans."""
     couples_examples: ClassVar[bool] = False
-    """Whether one backward serves all examples at once, so that none can be left out of it."""
+    """Whether one backward serves all examples at once, so that it can leave out none of them."""
     scores: Tensor
     """u, shape (n,), accumulation dtype; not finite where an example is excluded."""
     losses: Tensor

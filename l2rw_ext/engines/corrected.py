@@ -1,4 +1,4 @@
-"""Second derivatives that are those of torch's first."""
+"""Second derivatives that agree with torch's first derivatives."""
 
 from __future__ import annotations
 

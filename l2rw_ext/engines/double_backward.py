@@ -21,10 +21,10 @@ from .graph_scored import GraphScored, check_readable
 class DoubleBackward(Engine):
     """Steps 4-13 of Algorithm 1; the look-ahead step has α = 1, which cancels in Eq. 9.
 
-    At ε = 0 the look-ahead θ̂ equals θ, so the clean gradient of step 9 is taken at the model's own
-    parameters: a loss function that holds one by reference is then differentiated too.
-    Attention runs on the math kernel, because the fused ones have no second derivative; functions
-    whose second derivative torch has wrong run as what they are made of.
+    At ε = 0 the look-ahead θ̂ equals θ, so the clean gradient of step 9 is taken at the model's
+    parameters themselves: a loss function that holds a parameter by reference is then
+    differentiated too. Attention runs on the math kernel, because the fused kernels have no second
+    derivative. Functions whose second derivative is wrong in torch run as corrections.
     """
 
     name = "double_backward"

@@ -41,7 +41,7 @@ class Explanation:
     """What is kept between scores and weighted gradient."""
     layers: tuple[LayerExplanation, ...] = ()
     options: tuple[str, ...] = ()
-    """What the options that change the weights do."""
+    """One sentence for each option that changes the weights."""
 
     @classmethod
     def layerwise(cls, task: Task, plan: Plan) -> Explanation:
@@ -84,15 +84,15 @@ class Explanation:
     ) -> Explanation:
         """The explanation of an engine that keeps autograd's graph of the training forward.
 
-        ``forwards`` is its cost for one training example, in forwards of one example; a plain step
-        has 3, and a clean example costs 3.
+        ``forwards`` is its cost for one training example, in forwards of one example. A plain step
+        costs 3 forwards, and so does a clean example.
         """
         n, m = task.n, task.m
         cost = (forwards * n + 3 * m) / (3 * (n + m))
         return cls(engine, reason, n, m, passes, cost, "the graph of the training forward")
 
     def because(self, refusals: Sequence[str], options: Sequence[str]) -> Explanation:
-        """The same, with why other engines were refused and what the options do."""
+        """The explanation with the refusals of other engines and the effects of options."""
         reason = "; ".join(refusals) or self.reason
         return replace(self, reason=reason, options=tuple(options))
 
@@ -102,7 +102,7 @@ class Explanation:
         return sum(layer.kept_bytes for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """The explanation as plain data."""
         return asdict(self) | {"kept_bytes": self.kept_bytes}
 
     def _lines(self) -> Iterator[str]:

@@ -65,14 +65,15 @@ def check_finite(values: Tensor, what: str) -> None:
 def check_scores(task: Task, scores: Tensor) -> None:
     """Raise if some scores are not finite though others are, as :func:`check_finite` does.
 
-    Where none is, the clean loss is to blame; under a loss scale an overflow is for the scaler.
+    If no score is finite, the clean loss is the reason. Under a loss scale an overflow is left to
+    the gradient scaler.
     """
     if task.loss_scale is None and scores.isfinite().any():
         check_finite(scores, "gradients")
 
 
 def check_readable(task: Task, losses: Tensor, scores: Tensor | None = None) -> None:
-    """Check what the host can read; the rest is left to the weighing (see ``is_contaminated``)."""
+    """Check values that the host can read; else the weighing calls ``is_contaminated``."""
     if devices.readable(losses):
         check_finite(losses.detach(), "losses")
         if scores is not None:

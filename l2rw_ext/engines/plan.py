@@ -11,15 +11,15 @@ from l2rw_ext.layers.costs import Cost, Size
 
 @dataclass
 class UsePlan:
-    """What the plan holds of one use."""
+    """The part of a plan that concerns one use."""
 
     name: str
     signature: tuple[Any, ...]
     rows: RowMap | None
-    """None while no gradient has shown which rows belong to which example."""
+    """Which rows belong to which example; None if a gradient of zero did not show it."""
     form: str
     joint: bool
-    """Its direction is a sum with other uses, so that scores wait for the end of the backward."""
+    """Whether its direction is a sum with other uses, so that it is scored after the backward."""
     costs: dict[str, Cost]
     operation: str
     shape: tuple[int, ...]
@@ -27,17 +27,19 @@ class UsePlan:
 
 @dataclass
 class Plan:
-    """What a first step has learnt about a model on batches of given shapes."""
+    """What a first step has found out about a model on batches of given shapes."""
 
     merged: bool
     certain: bool
-    """Whether the row map of every use with a gradient was the only one that fits, and will be at
-    each step, because no value of the data decides what is computed and no trained factor is zero.
+    """Whether the row maps hold at every later step.
+
+    That is so if each gradient fits one row map only, no value of the data decides what is
+    computed, and no trained factor is zero.
     """
     why_separate: str = ""
     uses: list[UsePlan] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
-    """Names of all torch functions that the forward called; others may mix examples."""
+    """Names of all torch functions that the forward called; one with others may mix examples."""
     chooses: str | None = None
     """The operation through which values of the data may decide what is computed."""
     steps: int = 0
@@ -48,19 +50,19 @@ class Plan:
         return self.certain or self.chooses is not None
 
     def due(self) -> bool:
-        """Whether the row maps are to be checked again."""
+        """Whether this step checks the row maps again."""
         return due(self.steps)
 
 
 def due(step: int) -> bool:
-    """Whether what an earlier step has found is checked at this one: at 16, 256, 4096, ..."""
+    """Whether a step checks again what an earlier step has found: at steps 16, 256, 4096, ..."""
     return step >= 16 and step & (step - 1) == 0 and (step.bit_length() - 1) % 4 == 0
 
 
 def choose_form(
     use: Use, size: Size, *, without: tuple[str, ...] = ()
 ) -> tuple[str, dict[str, Cost]]:
-    """The cheapest form whose kept tensors do not exceed those of keeping z and g."""
+    """The cheapest form that keeps no more memory than z and g take, and the costs of all forms."""
     costs = use.rule.costs(use, size)
     budget = costs["dense"].kept_bytes if "dense" in costs else float("inf")
     possible = {

@@ -1,4 +1,4 @@
-"""Scores that are remembered from earlier steps: a plain weighted step."""
+"""Scores that are remembered from earlier steps, followed by a plain weighted step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Remembered(Engine):
     """One forward and one weighted backward of the training batch.
 
     Args:
-        scores: what is remembered of the examples of the batch, shape (n,).
+        scores: the remembered scores of the examples of the batch, shape (n,).
         clean_loss: the mean clean loss when a clean batch was last seen.
     """
 

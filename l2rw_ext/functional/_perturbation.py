@@ -1,8 +1,8 @@
 """What the Functions of all layers share: they add ε_i times a term that is linear in V and V_b.
 
-A perturbed layer is torch's layer plus ε_i (V z_i + V_b). The first part, with the gradients of the
-parameters, is torch's own. A Function adds the second, keeps nothing but its inputs, and forms the
-gradient of ε in backward, in one pass over z and g.
+A perturbed layer is torch's layer plus ε_i (V z_i + V_b). Torch computes the first part and the
+gradients of the parameters. A Function adds the second part, keeps nothing but its inputs, and
+forms the gradient of ε in backward, in one pass over z and g.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _forward_mode() -> bool:
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    """Runs a Function; in forward mode its forward alone, which consists of torch operations.
+    """Runs a Function; in forward mode only its forward, which consists of torch operations.
 
     ``torch.compile`` takes no Function with a ``jvp``, and none is needed: torch differentiates the
     operations of the forward.

@@ -33,7 +33,7 @@ def _term(index: Tensor, V: Tensor, padding_idx: int, dtype: torch.dtype) -> Ten
 
 
 class _Embedding(torch.autograd.Function):
-    """y_i + ε_i V[index_i], not at indices ``padding_idx``, which is -1 where there is none."""
+    """y_i + ε_i V[index_i], except at indices ``padding_idx``, which is -1 if there is none."""
 
     generate_vmap_rule = True
 
@@ -117,7 +117,7 @@ def embedding(
         max_norm: as in torch: rows of ``weight`` are scaled in place, before V is added.
         norm_type: as in torch.
         scale_grad_by_freq: must be ``False`` with ``eps``: it divides by counts over the whole
-            batch, so that no example has a gradient of its own.
+            batch, so that the gradient of an example depends on the others.
         sparse: as in torch, for the gradient of ``weight``; that of V is dense.
         eps: (n,), any floating dtype; ``None`` is the plain layer.
         direction: ``Dense(V)``, or ``Factored(z_clean, g_clean)`` with the clean batch's indices

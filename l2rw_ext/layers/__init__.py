@@ -1,7 +1,7 @@
 """How each torch operation enters Eq. 12; importing this package fills the registry.
 
-One file per family of operations, over ``base`` (what a rule is), ``registry`` (which handler takes
-which torch function) and ``costs`` (what the forms of a layer cost).
+There is one file per family of operations. All build on ``base`` (what a rule is), ``registry``
+(which handler takes which torch function) and ``costs`` (what the forms of a layer cost).
 """
 
 from . import (

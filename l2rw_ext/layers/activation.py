@@ -23,7 +23,7 @@ def _arguments(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _prelu(
     mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """X where positive, else x times the slope of its channel."""
+    """PReLU: x where it is positive, and elsewhere x times the slope of its channel."""
     x, slope = _arguments(*args, **kwargs)
     if not root_meets_data(mode, [x, slope]) or x.dim() == 0 or not torch.is_grad_enabled():
         return mode.other(func, args, kwargs)

@@ -1,4 +1,4 @@
-"""``F.multi_head_attention_forward``: a composite whose projections are linear uses."""
+"""``F.multi_head_attention_forward``, whose projections are linear uses."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ from l2rw_ext.ops.arithmetic import accumulation_dtype as accumulation_dtype
 from .costs import Cost, Size
 
 Roots = tuple[Tensor | None, Tensor | None]
-"""The trainable operands of a use: (weight, bias); None where frozen or absent."""
+"""The trainable operands of a use: (weight, bias); None if frozen or absent."""
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor, bool]
 """The arguments of ``ops.factored_correlation``."""
 
 
 class Mode(Protocol):
-    """What a handler asks of the mode that intercepts a forward.
+    """The methods of the mode that intercepts a forward, as far as handlers call them.
 
     :class:`l2rw_ext.tracing.interception.Interception` documents the methods.
     """
@@ -32,22 +32,22 @@ class Mode(Protocol):
     token: Tensor
     """A scalar that requires grad: with it, autograd visits a use whose input needs no gradient."""
     below_autocast: tuple[str, torch.dtype | None] | None
-    """Where autocast is off for the time of a handler: the device, and the dtype to compute in."""
+    """In a handler that runs with autocast off: the device, and the dtype to compute in."""
     unruled: dict[int, str]
-    """By id of a root: the operation without a rule that it goes into."""
+    """The operation without a rule that a root goes into, by id of the root."""
     chooses: str | None
     """The first operation through which values of the data may decide what is computed."""
     narrow: bool
     """Whether some of the forward ran in float16 under autocast, with its small range."""
 
     def __enter__(self) -> Any:
-        """Torch functions that are called inside reach their handlers."""
+        """Enter the mode again: torch functions that are called inside reach their handlers."""
 
     def __exit__(self, *error: Any) -> None:
-        """They reach the mode outside again."""
+        """Leave the mode."""
 
     def is_root(self, x: Any) -> bool:
-        """Whether x is a trainable parameter or computed from such alone."""
+        """Whether x is a trainable parameter, or computed only from roots and constants."""
 
     def is_data(self, x: Any) -> bool:
         """Whether x is a tensor that may depend on the batch."""
@@ -62,10 +62,10 @@ class Mode(Protocol):
         """The root that x repeats, unless x was written to since."""
 
     def for_each_example(self, out: Tensor) -> bool:
-        """Whether dimension 0 counts examples, where the mode was told how many there are."""
+        """Whether dimension 0 has the number of examples, if the mode was told that number."""
 
     def follow(self, out: Any) -> None:
-        """Remember what was computed from roots and constants alone."""
+        """Remember a result that was computed only from roots and constants."""
 
     def follow_expansion(self, out: Tensor, root: Tensor) -> None:
         """Remember that ``out`` repeats ``root`` along leading or broadcast dimensions."""
@@ -82,17 +82,17 @@ class Mode(Protocol):
         options: Any,
         x: Tensor,
     ) -> Use | None:
-        """Make a use of the given operands on data x; None where autograd should just run."""
+        """Make a use of the given operands on data x; None if autograd should run the operation."""
 
 
 class Sink(Protocol):
-    """Receives what the backward of a use saw."""
+    """Receives the reports that uses make in their backward."""
 
     def backward_of(self, use: Use) -> AbstractContextManager[None]:
-        """Around the backward of a use; refuses one that is itself differentiated."""
+        """A context around the backward of a use; it refuses one that is itself differentiated."""
 
     def report(self, use: Use, z: Tensor, g: Tensor) -> None:
-        """z: the layer's input; g: gradient of the summed losses wrt the layer's output."""
+        """Take z, the layer's input, and g, the gradient of the summed losses wrt its output."""
 
 
 class Use:
@@ -140,15 +140,15 @@ class Use:
 class RowMap:
     """Row r of a layer's flattened leading dimensions belongs to example (r // inner) % size.
 
-    Dimension 0 of a layer's input need not be the example: attention hands its projections
-    (T, N, E), then (T·N, E). ``outer * size * inner`` is the number of rows.
+    Dimension 0 of a layer's input need not be the example: attention gives its projections
+    (T, N, E), then (T·N, E). The number of rows is ``outer * size * inner``.
     """
 
     outer: int
     size: int
     inner: int
     whole: bool = False
-    """The batch taken for one example: all that a direction needs."""
+    """Whether the whole batch is taken for one example, which is enough for a direction."""
 
     @classmethod
     def of_all(cls, rows: int) -> RowMap:
@@ -161,7 +161,7 @@ class RowMap:
         return self.outer * self.inner
 
     def arrange(self, x: Tensor, leading: int) -> Tensor:
-        """(rows..., features...) -> (size, T, features...); copies only where both sides split."""
+        """(rows..., features...) -> (size, T, features...); copies only if outer, inner > 1."""
         features = x.shape[leading:]
         if self.outer == 1:
             return x.reshape(self.size, self.inner, *features)
@@ -185,18 +185,19 @@ class RowMap:
 class Rule(abc.ABC):
     """How one family of operations enters Eq. 12.
 
-    z and g are what :meth:`prepare` made of a report, with one row for each example. A direction
-    is a pair (V, V_b) in the accumulation dtype, None for an operand that is not trained.
+    z and g are a report as :meth:`prepare` returns it, with one row for each example. A direction
+    is a pair (V, V_b) in the accumulation dtype; an entry is None for an operand that is not
+    trained.
     """
 
     name: ClassVar[str]
     reduces: ClassVar[bool] = False
     """Whether :meth:`prepare` already returns the per-example gradients."""
     rows_add_up: ClassVar[bool] = False
-    """Whether z and g are (N, T, ...), so that uses of the same operands are one with all rows."""
+    """Whether z and g are (N, T, ...), so that uses of the same operands can be joined to one."""
 
     def call(self, use: Use, x: Tensor) -> Tensor:
-        """What the operation returns; only for rules whose uses run as :class:`UseFunction`."""
+        """The result of the operation; only for rules whose uses run as :class:`UseFunction`."""
         raise AssertionError(f"{self.name} runs as a Function of its own")
 
     def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class Rule(abc.ABC):
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """Bring a report into the rule's form, examples first.
 
-        A map of all rows takes the whole batch for one example: enough for a direction.
+        A map of all rows takes the whole batch for one example, which is enough for a direction.
         """
 
     @abc.abstractmethod
@@ -236,17 +237,18 @@ class Rule(abc.ABC):
     ) -> Roots:
         """Σ w_i ∇f_i over the ``active`` examples, those with w_i ≠ 0.
 
-        None where the host does not know which they are; no other example counts then either.
+        ``active`` is None if the host does not know which examples these are; the others contribute
+        nothing then either.
         """
 
     def factors(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Factors:
-        """What Eq. 12 multiplies, without a direction; only for rules that list the form."""
+        """The factors of Eq. 12; only for rules that list the form "factored"."""
         raise AssertionError(f"{self.name} has no factored form")
 
     def example_gradients(
         self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
     ) -> tuple[Roots, Tensor]:
-        """((G, G_b), u), u = <direction, G>; only for rules that list the form."""
+        """((G, G_b), u), u = <direction, G>; only for rules that list the form "per example"."""
         raise AssertionError(f"{self.name} has no per-example form")
 
 
@@ -255,14 +257,14 @@ class UseFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
-        """``token`` requires grad, so that a first layer is in the graph too."""
+        """Run the operation; ``token`` requires grad, so that a first layer is in the graph too."""
         ctx.use = use
         ctx.save_for_backward(x, use.weight)
         return use.rule.call(use, x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
-        """Report, and pass on what the layers below need."""
+        """Report z and g, and return the gradient of x if the layers below need it."""
         x, weight = ctx.saved_tensors
         use: Use = ctx.use
         assert use.sink is not None

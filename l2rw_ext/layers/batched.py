@@ -43,7 +43,7 @@ class BatchedLinear(Rule):
         return rows.arrange(z, leading), rows.arrange(g, leading)
 
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
-        """That of a dense linear layer for each head."""
+        """The cost of a dense linear layer for each head."""
         assert use.weight is not None
         speed = rates_of(use.weight)
         heads, d_out, d_in = use.weight.shape
@@ -81,7 +81,7 @@ BATCHED_LINEAR = BatchedLinear()
 
 
 def use_batched_linear(mode: Mode, operation: str, x: Tensor, weight: Tensor) -> Tensor | None:
-    """The products as one use; None where autograd should just run them."""
+    """The products as one use; None if autograd should run them."""
     use = mode.use(BATCHED_LINEAR, operation, weight, None, None, x)
     if use is None:
         return None

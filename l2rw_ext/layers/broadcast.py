@@ -1,8 +1,8 @@
 """A parameter that meets data by broadcasting: x + p, x * p, a class token put in front.
 
 The parameter is expanded to the shape in which it meets the data, and autograd differentiates the
-operation; what arrives at the expanded parameter, summed over all but the example, is the
-per-example gradient. One mechanism serves every elementwise operation.
+operation itself. The gradient that arrives at the expanded parameter, summed over all dimensions
+but the example's, is the per-example gradient. One mechanism serves every elementwise operation.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Broadcast(Rule):
         return g.dim()
 
     def maps(self, use: Use, g: Tensor, size: int) -> Iterator[RowMap]:
-        """Those whose example is a dimension that p was expanded along.
+        """The row maps whose example is a dimension that p was expanded along, or a part of one.
 
-        Or a part of one, where several rows (windows of an image) belong to each example.
+        It is a part of one if several rows (windows of an image) belong to each example.
         """
         along = [d for d, own in enumerate(_aligned(use, g)) if own == 1]
         exact = [d for d in along if g.shape[d] == size]
@@ -113,7 +113,7 @@ def _aligned(use: Use, g: Tensor) -> list[int]:
 
 
 def _split_axis(g: Tensor, aligned: list[int], rows: RowMap) -> tuple[Tensor, list[int], int]:
-    """G with a dimension for the example alone, p's shape beside it, and that dimension."""
+    """G with a separate dimension for the example, p's shape next to it, and that dimension."""
     after = 1
     for axis in reversed(range(g.dim())):
         size = g.shape[axis]
@@ -188,7 +188,7 @@ def _repeat(
 def _copy(
     mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What was expanded and is copied still repeats its root."""
+    """Remember that an expanded parameter that is copied still repeats its root."""
     out = mode.other(func, args, kwargs)
     root = args[0] if args else None
     if isinstance(root, Tensor) and mode.is_root(root) and mode.expanded_from(root) is not None:
@@ -197,7 +197,7 @@ def _copy(
 
 
 def _expanded(mode: Mode, func: Callable[..., Any], root: Tensor, out: Tensor) -> Tensor:
-    """A root repeated along leading or broadcast dimensions; data where it has a row an example."""
+    """A root repeated along leading or broadcast dimensions, or data with a row per example."""
     if mode.for_each_example(out) and (root.dim() < out.dim() or root.shape[0] == 1):
         met = meet(mode, func, root, out.shape)
         if met is not None:
@@ -237,7 +237,7 @@ def _join(
 def _promotes(mode: Mode, operands: tuple[Any, ...]) -> bool:
     """Whether a parameter without dimensions has another dtype than the data.
 
-    It would not take part in type promotion; its expanded form would.
+    Such a parameter takes no part in type promotion, but its expanded form would.
     """
     dtypes = {a.dtype for a in operands if mode.is_data(a) and a.is_floating_point()}
     return any(mode.is_root(a) and a.dim() == 0 and {a.dtype} != dtypes for a in operands)

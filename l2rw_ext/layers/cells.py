@@ -1,8 +1,9 @@
 """What an LSTM, a GRU and a plain RNN do after their input projection, forward and back in time.
 
-Gates of step t: a_t = pre_t + W h_{t-1} + b, with pre the projected inputs. The walk back is split:
-factors that need no gradient are formed for all steps at once, so that a step is left with one
-matrix product and few elementwise ones. Orders of gates are torch's: i, f, g, o and r, z, n.
+The gates of step t are a_t = pre_t + W h_{t-1} + b, with pre the projected inputs. The walk back is
+split: factors that need no gradient are formed for all steps at once, which leaves one matrix
+product and few elementwise operations for each step. The orders of gates are torch's: i, f, g, o
+and r, z, n.
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ def _plus_bias(pre: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _through_sigmoid(g: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """What reaches a from y = sigmoid(a), in one pass: g y (1 - y)."""
+    """The gradient of a, given that of y = sigmoid(a), in one pass: g y (1 - y)."""
     out = torch.empty_like(g) if out is None else out
     through: Tensor = torch.ops.aten.sigmoid_backward.grad_input(g, y, grad_input=out)
     return through
 
 
 def _through_tanh(g: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """What reaches a from y = tanh(a), in one pass: g (1 - y²)."""
+    """The gradient of a, given that of y = tanh(a), in one pass: g (1 - y²)."""
     out = torch.empty_like(g) if out is None else out
     through: Tensor = torch.ops.aten.tanh_backward.grad_input(g, y, grad_input=out)
     return through
@@ -151,7 +152,7 @@ class LSTM(Cell):
         size = weight.shape[1]
         steps, batch = gates.shape[:2]
         i, f, candidate, o = gates.split(size, 2)
-        # Of i, f and g: what the gradient of c_t is multiplied by. Of o: that of h_t.
+        # The factors of the gradient of c_t, for i, f and g, and of the gradient of h_t, for o.
         by_memory = gates.new_empty(steps, batch, 3, size)
         _through_sigmoid(candidate, i, out=by_memory[:, :, 0])
         _through_sigmoid(before(memory, reverse=reverse), f, out=by_memory[:, :, 1])
@@ -225,7 +226,7 @@ class GRU(Cell):
         size = weight.shape[1]
         steps, batch = gates.shape[:2]
         r, z, n = gates.split(size, 2)
-        # What the gradient of h_t is multiplied by, for the three parts of W h + b and for pre_n.
+        # The factors of the gradient of h_t, for the three parts of W h + b and for pre_n.
         by_hidden = gates.new_empty(steps, batch, 3, size)
         by_n = _through_tanh(1 - z, n)
         _through_sigmoid(by_n * candidates, r, out=by_hidden[:, :, 0])
@@ -262,7 +263,7 @@ class Elman(Cell):
         *,
         reverse: bool,
     ) -> tuple[Tensor, Tensor | None, Saved]:
-        """See :class:`Cell`; the hidden states are all that the walk back needs."""
+        """See :class:`Cell`; the walk back needs only the hidden states."""
         hidden = _hidden(pre, states[0], reverse=reverse)
         gates = _plus_bias(pre, bias)
         gate = gates.unbind(0)

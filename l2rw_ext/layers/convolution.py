@@ -27,10 +27,10 @@ class Geometry:
     dilation: list[int]
     groups: int
     output_padding: list[int] | None = None
-    """Of a transposed convolution; None for any other."""
+    """The output padding of a transposed convolution; None for any other convolution."""
 
     def arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
-        """As ``torch.convolution`` takes them."""
+        """The arguments of ``torch.convolution``."""
         transposed = self.output_padding is not None
         output_padding = self.output_padding or [0] * len(self.stride)
         return self.stride, self.padding, self.dilation, transposed, output_padding, self.groups
@@ -60,17 +60,17 @@ class Convolution(Rule):
         return gradient
 
     def leading(self, use: Use, g: Tensor) -> int:
-        """Dimension 0 alone."""
+        """Only dimension 0."""
         return 1
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
-        """(N, frames, C, *s) and (N, frames, O, *p), without frames where there is one."""
+        """(N, frames, C, *s) and (N, frames, O, *p), without frames if an example has one row."""
         if rows.positions == 1:
             return z, g
         return rows.arrange(z, 1), rows.arrange(g, 1)
 
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
-        """Per example needs fewer operations once ρT > 2."""
+        """The costs of both forms; per example needs fewer operations once ρT > 2."""
         if use.roots[0] is None:
             return {"dense": Cost(0, 0, 0, 0)}
         assert use.weight is not None
@@ -95,7 +95,7 @@ class Convolution(Rule):
         }
 
     def _pixels(self, use: Use) -> int:
-        """Positions that every element of the kernel meets."""
+        """The number of positions that every element of the kernel meets."""
         return math.prod(use.output_shape[2:])
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
@@ -118,7 +118,7 @@ class Convolution(Rule):
     def example_gradients(
         self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
     ) -> tuple[Roots, Tensor]:
-        """G_i, for each example its own weight gradient."""
+        """G_i, the weight gradient of each example."""
         weight, bias = direction if direction is not None else (None, None)
         z, g, frames = _frames_as_rows(use, z, g)
         gradients, bias_gradients, u = examples_of(use, z, g, weight, bias)
@@ -182,7 +182,7 @@ def examples_of(
 
 
 def gathered(use: Use, z: Tensor, g: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Σ w G and Σ w G_b over the rows; all w are one without ``weights``."""
+    """Σ w G and Σ w G_b over the rows; without ``weights`` all w are one."""
     assert use.weight is not None
     geometry: Geometry = use.options
     return ops.conv_weighted_gradient(
@@ -220,7 +220,7 @@ def _arguments(
 
 
 def numbers(value: int | Sequence[int], count: int) -> list[int]:
-    """An argument that is one number for all spatial dimensions, or one for each."""
+    """An argument as one number for each spatial dimension."""
     if isinstance(value, int):
         return [value] * count
     given = [int(v) for v in value]
@@ -254,7 +254,7 @@ def _convolution(
 def _named_padding(
     x: Tensor, weight: Tensor, padding: str, dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
-    """``same`` pads d(k-1) in all, the larger half behind; an uneven one is padded beforehand."""
+    """``same`` pads d(k-1) in all, the larger half behind; an odd total is padded beforehand."""
     none = [0] * len(dilation)
     if padding == "valid":
         return x, none

@@ -1,7 +1,7 @@
 """Torch functions whose own derivatives disagree, written out so that all of them agree.
 
 They were found by comparing, function by function, the gradient along a direction with second
-derivatives and with forward mode, at kinks and ties too (torch 2.13).
+derivatives and with forward mode, also at kinks and ties (torch 2.13).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """Torch's gradient counts x = 0 to the slope; its other derivatives, to the identity."""
+    """Torch's gradient treats x = 0 as negative; its other derivatives treat it as positive."""
     if weight.numel() > 1:
         weight = weight.reshape(-1, *[1] * (input.dim() - 2))
     return torch.where(input > 0, input, weight * input)
 
 
 def fmax(input: Tensor, other: Tensor) -> Tensor:
-    """Torch's gradient of a tie goes to the first operand, its tangent comes from the second."""
+    """The gradient of a tie goes to the first operand, but torch's tangent is the second's."""
     return torch.where((input >= other) | other.isnan(), input, other)
 
 
@@ -37,7 +37,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Torch loses the second derivative of a bias without a weight."""
+    """Torch loses the second derivative of a layer norm with a bias and no weight."""
     if weight is None and bias is not None:
         return F.layer_norm(input, normalized_shape, None, None, eps) + bias
     return F.layer_norm(input, normalized_shape, weight, bias, eps)

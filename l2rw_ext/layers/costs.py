@@ -1,8 +1,8 @@
 """What a form of a layer costs: multiply-adds, bytes, and rates that make them comparable times.
 
-Only ratios of rates matter: they decide between the forms of one layer. The rates are a table and
-not a timing at run time, so that the choice, and with it every bit of the result, is the same in
-every run.
+Only ratios of rates matter, because they decide between the forms of one layer. The rates are a
+table and not a timing at run time, so that the choice, and with it every bit of the result, is the
+same in every run.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ class Rates:
     """The dense score of a linear layer."""
 
     gram: float
-    """The two thin products of the factored form and their Hadamard sum, with ..."""
+    """The two thin products of the factored form and their Hadamard sum.
+
+    The number of clean rows is rounded up to a multiple of :attr:`gram_width`.
+    """
 
     gram_width: int
-    """... the clean rows rounded up to a multiple of this."""
+    """The multiple to which the factored form rounds up the number of clean rows."""
 
     examples: float
     """Everything that forms gradients of single examples, stored or not."""
@@ -59,16 +62,23 @@ CPU = Rates(matmul=45e9, dense=49e9, gram=50e9, gram_width=16, examples=46e9, by
 """Measured: one core of an AMD EPYC (Zen 4), float32; docs/kernels.md has the measurements."""
 
 CUDA = Rates(matmul=150e12, dense=150e12, gram=150e12, gram_width=64, examples=100e12, bytes=3e12)
-"""Not measured: about six tenths of what an H200's data sheet gives for TF32 and for memory, less
-where tiles are small. In the narrower dtypes both sides of every comparison double."""
+"""Not measured: about six tenths of what an H200's data sheet gives for TF32 and for memory.
+
+Rates are lower where tiles are small. In narrower dtypes both sides of every comparison double.
+"""
 
 BLOCKED_POSITIONS = 16
-"""From this many positions an example's gradient is a matrix product worth a block of its own, and
-a weighted gradient of a linear layer is faster example by example than gathered and multiplied."""
+"""The number of positions from which an example's gradient is worth a separate matrix product.
+
+A weighted gradient of a linear layer is then faster example by example than gathered and
+multiplied.
+"""
 
 FEW_POSITIONS = 8
-"""Up to this many positions a use costs more in calls than in arithmetic, and those of the same
-operands are put side by side."""
+"""The number of positions up to which a use costs more in calls than in arithmetic.
+
+Uses of the same operands with so few positions are put side by side.
+"""
 
 
 def rates_of(*operands: Tensor | None) -> Rates:

@@ -57,7 +57,7 @@ class Embedding(Rule):
         return rows.arrange(z, leading), rows.arrange(g, leading)
 
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
-        """Additions only."""
+        """The costs of the dense form, which only moves and adds rows."""
         assert use.weight is not None
         speed = rates_of(use.weight)
         width = use.weight.shape[1]

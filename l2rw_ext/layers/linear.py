@@ -47,7 +47,7 @@ class Linear(Rule):
         return g.dim() - 1
 
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
-        """Section 1 of the design: n T m T' (d_in + d_out) against (n T + m T') d_in d_out."""
+        """Costs; factored pays if n T m T' (d_in + d_out) < (n T + m T') d_in d_out."""
         if use.roots[0] is None:
             return {"dense": Cost(0, 0, 0, 0)}
         assert use.weight is not None
@@ -162,7 +162,7 @@ class InputsFirst(Linear):
         return product(z, g, dtype)
 
     def _by_example(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
-        """Turned, and laid out as the parameter is."""
+        """The transposed result, laid out as the parameter is."""
         weight, bias = _transposed(super()._by_example(use, z, g, weights))
         assert weight is not None
         return weight.contiguous(), bias
@@ -180,7 +180,7 @@ def use_linear(
     bias: Tensor | None,
     rule: Linear = LINEAR,
 ) -> Tensor | None:
-    """The product as a use; None where autograd should just run it."""
+    """The product as a use; None if autograd should run it."""
     use = mode.use(rule, operation, weight, bias, None, x)
     if use is None:
         return None
@@ -198,7 +198,7 @@ def _arguments(
 def handle_linear(
     mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """``F.linear`` as a use where data meets trained operands."""
+    """``F.linear`` as a use if data meets trained operands."""
     x, weight, bias = _arguments(*args, **kwargs)
     if mode.is_use(x, weight, bias) and weight.dim() == 2:
         out = use_linear(mode, "linear", x, weight, bias)

@@ -1,7 +1,7 @@
 """Scale and shift of the normalisation layers: y = γ x̂ + β.
 
-An example's gradient of γ and β is one pass over x and g and no larger than the parameter, so there
-is one form: the per-example gradients are formed at once and take the place of z and g.
+An example's gradient of γ and β takes one pass over x and g and is no larger than the parameter. So
+there is one form: the per-example gradients are formed at once and replace z and g.
 """
 
 from __future__ import annotations

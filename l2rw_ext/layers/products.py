@@ -1,8 +1,9 @@
 """Products of data with a trainable matrix: ``@`` on either side, ``einsum`` and its relatives.
 
-All are one contraction. Indices that data and weight share and the result lacks are summed over,
-as input features. Those of the weight alone are output features, those of the data alone rows, and
-those of all three heads, each with a matrix of its own.
+All are one contraction, which the indices describe. An index of data and weight that the result
+lacks is an input feature and is summed over. An index that only the weight shares with the result
+is an output feature. An index that only the data shares with the result counts rows. An index of
+all three counts heads, each with a separate matrix.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def contract(
     weight_letters: str,
     out_letters: str,
 ) -> Tensor | None:
-    """``einsum`` of data with a root as a use; None where autograd should just run it.
+    """``einsum`` of data with a root as a use; None if autograd should run it.
 
     No letter occurs twice in one operand, and every letter has one size.
     """
@@ -76,7 +77,7 @@ def _permuted(x: Tensor, letters: str, wanted: str) -> Tensor:
 
 
 def _arranged(x: Tensor, letters: str, groups: Sequence[str], sizes: dict[str, int]) -> Tensor:
-    """One dimension for each group of letters; the same tensor where it has them already."""
+    """The tensor with one dimension for each group of letters; the same tensor if it has them."""
     x = _permuted(x, letters, "".join(groups))
     if all(len(group) == 1 for group in groups):
         return x
@@ -84,7 +85,7 @@ def _arranged(x: Tensor, letters: str, groups: Sequence[str], sizes: dict[str, i
 
 
 def _product(mode: Mode, operation: str, a: Any, b: Any) -> Tensor | None:
-    """``a @ b``, where one is data and the other a root; None where it is not covered."""
+    """``a @ b`` as a use if one is data and the other a root; None if it is not covered."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) == 0:
         return None
     if mode.is_use(a, b, None):
@@ -125,7 +126,7 @@ def _aligned(mode: Mode, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, str, str
 
 
 def _sizes(operands: Sequence[Tensor], letters: Sequence[str]) -> dict[str, int] | None:
-    """The size of every letter; None where an operand repeats a letter or two differ in size."""
+    """The size of every letter; None if an operand repeats a letter or two sizes differ."""
     sizes: dict[str, int] = {}
     for x, own in zip(operands, letters, strict=True):
         if len(set(own)) < len(own) or len(own) != x.dim():
@@ -219,7 +220,7 @@ def _sum_of_products(mode: Mode, equation: str, operands: Sequence[Tensor]) -> T
 
 
 def _group(letters: Sequence[str], own: Sequence[int], out: str, rest: Sequence[int]) -> str:
-    """The letters of a group of operands that the result or the rest asks for."""
+    """The letters of a group of operands that occur in the result or in the other operands."""
     if len(own) == 1:
         return letters[own[0]]
     wanted = set(out).union(*(letters[i] for i in rest))

@@ -1,8 +1,9 @@
 """LSTM, GRU and RNN layers and cells.
 
-The input projection of a layer over the whole sequence is one linear use. So are W h + b of the
-recurrence: once the walk back in time has the gradients of all gates, z are the states before and g
-the gradients of the gates, and no step needs a use of its own.
+The input projection of a layer over the whole sequence is one linear use, and W h + b of the
+recurrence is another. Once the walk back in time has the gradients of all gates, the second use
+reports z, the states before each step, and g, the gradients of the gates. So no step needs a
+separate use.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def _covers(
 def _data_states(
     mode: Mode, func: Callable[..., Any], states: Sequence[Tensor]
 ) -> list[Tensor] | None:
-    """Initial states as data: a trained one is a use in the shape in which it enters."""
+    """Initial states as data: a trained state is a use, in the shape in which it enters."""
     met = [meet(mode, func, s, s.shape) if mode.is_root(s) else s for s in states]
     return None if any(s is None for s in met) else [s for s in met if s is not None]
 
@@ -186,7 +187,7 @@ def _recurrent_layers(
 def _packed(
     mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Its rows are sorted by the lengths of the examples, which no row map describes."""
+    """Refuse a packed sequence: its rows are sorted by length, which no row map describes."""
     for p in (p for a in args if isinstance(a, (tuple, list)) for p in a):
         if mode.is_root(p):
             mode.unruled.setdefault(id(p), f"{func.__name__} of a packed sequence")

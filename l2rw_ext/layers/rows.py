@@ -15,8 +15,8 @@ def active_rows(
 ) -> tuple[Tensor, Tensor]:
     """The z and w·g of ``active`` examples; rows of the others are never read (0·NaN is NaN).
 
-    Where the host does not know which are active, all rows, those of the others being zero; an
-    index among z stays what it is.
+    If the host does not know which examples are active, the result has all rows, and those of the
+    others are zero. An index in z stays unchanged.
     """
     if active is None:
         scaled = (g * weights.view(-1, *[1] * (g.dim() - 1))).to(g.dtype)

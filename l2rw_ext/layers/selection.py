@@ -1,7 +1,7 @@
 """Operations through which the values of the data decide what is computed.
 
-They run as they are. But a row map that held at one step (a batch that happened to be sorted) need
-not hold at the next, so that a plan of such a forward is checked at each step.
+They run unchanged. But a row map that held at one step (for a batch that happened to be sorted)
+need not hold at the next, so a plan of such a forward is checked at each step.
 """
 
 from __future__ import annotations

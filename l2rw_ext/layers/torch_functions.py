@@ -1,4 +1,4 @@
-"""Facts about torch functions: which write to an argument, and how one runs as its own body."""
+"""Facts about torch functions: which write to an argument, and how to run one as its body."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
 
 
 def inside(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A composite Python function whose body runs under the mode instead of being sent to it.
+    """A copy of a Python function of torch whose body runs under the mode.
 
-    A composite asks ``has_torch_function`` first and, under a mode, sends itself to the mode for
-    ever; this copy of it answers no, and the operations inside are seen one by one.
+    The original calls ``has_torch_function`` first and, under a mode, would send itself to the mode
+    without end. In the copy that check answers no, and the operations inside are seen one by one.
     """
     assert isinstance(func, types.FunctionType)
     scope = dict(func.__globals__)

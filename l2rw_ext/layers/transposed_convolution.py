@@ -1,7 +1,7 @@
 """Transposed convolutions in one, two and three dimensions.
 
-y = Wᵀ * z spreads z where a convolution of y with W would gather: G_i of W is the weight gradient
-of that convolution, whose input is g and whose output gradient is z.
+y = Wᵀ * z spreads z where a convolution of y with W would gather. So G_i of W is the weight
+gradient of that convolution, whose input is g and whose output gradient is z.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from .registry import handles
 class TransposedConvolution(Convolution):
     """y = Wᵀ * z + b; forms: dense, per example.
 
-    z and g are (N, frames, C, *s) and (N, frames, O, *p), with frames as the rows of dimension 0
-    that one example owns. z has as many positions as the convolution of g that it stands for.
+    z and g are (N, frames, C, *s) and (N, frames, O, *p), where frames counts the rows of dimension
+    0 that belong to one example. z has as many positions as the convolution of g that replaces the
+    call.
     """
 
     name = "transposed convolution"
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
-        """Both with frames; zeros behind z where output padding leaves room for more positions."""
+        """Arrange both with frames; pad z where output padding makes room for positions."""
         geometry: Geometry = use.options
         missing: list[int] = []
         assert geometry.output_padding is not None
@@ -42,7 +43,7 @@ class TransposedConvolution(Convolution):
         return rows.arrange(z, 1), rows.arrange(g, 1)
 
     def _pixels(self, use: Use) -> int:
-        """Those of the convolution of g."""
+        """The number of output pixels of the convolution of g."""
         return math.prod(use.shape[2:])
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:

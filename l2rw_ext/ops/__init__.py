@@ -105,7 +105,7 @@ def factored_correlations(
         >>> ops.factored_correlations(z, g, z, g, [True, False])
         tensor([15.])
     """
-    if not z:  # torch's dispatcher would not know which kernel to ask
+    if not z:  # without a tensor, torch's dispatcher cannot choose a kernel
         raise RuntimeError(
             "l2rw_ext::factored_correlations: z must hold at least one layer, got none"
         )

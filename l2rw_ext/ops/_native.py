@@ -1,4 +1,4 @@
-"""Loads the compiled operators and remembers what was loaded, or why not."""
+"""Loads the compiled operators, and remembers what was loaded and why a library was not."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Library:
 
     Attributes:
         name: file name, such as ``_ops.so``.
-        path: where it lies, or None where this build has none.
+        path: its file, or None if this build has none.
         loaded: whether its operators are registered.
-        reason: why it is not loaded; empty where it is.
+        reason: why it is not loaded; empty if it is.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Library:
 
 
 def _cause(error: OSError) -> BaseException:
-    """What the dynamic linker said: torch raises an error of its own around it."""
+    """The message of the dynamic linker, which torch wraps in another error."""
     return error.__cause__ or error
 
 

@@ -1,11 +1,11 @@
 """What the compiled operators need besides their kernels: fakes, derivatives, and compositions.
 
-On CUDA tensors an operator runs as the kernel of ``_ops_cuda.so``, if that is loaded and has one,
-else as its composition.
+On CUDA tensors an operator runs as the kernel of ``_ops_cuda.so`` if that library is loaded and has
+one, and otherwise as its composition.
 
 Every correlation is linear in each of its arguments, and its derivative is written with ordinary
 torch operations, so it can be differentiated again. All other operators refuse to be
-differentiated. Forward mode is refused everywhere: `torch.library.register_autograd` alone would
+differentiated. All operators refuse forward mode, because `torch.library.register_autograd` would
 return a tangent of zero without a word.
 """
 
@@ -332,7 +332,7 @@ _DERIVATIVES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 def _map_factored_layers(
     info: Any, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[Tensor, int]:
-    """vmap, which makes loops of operators by itself, but not of those with lists of tensors."""
+    """The vmap of operators with lists of tensors; torch loops over all others itself."""
 
     def select(k: int) -> Iterator[list[Any]]:
         for dims, tensors in zip(in_dims[:4], arguments[:4], strict=True):
@@ -359,7 +359,7 @@ def _refuse_backward(name: str) -> Callable[..., Any]:
 
 
 def _forward_mode_is_on() -> bool:
-    # Asking every argument costs as much as a small operator.
+    # Checking every argument costs as much as a small operator.
     return bool(getattr(forward_ad, "_current_level", 0) >= 0)
 
 

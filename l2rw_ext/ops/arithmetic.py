@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 WORKSPACE_BYTES = 2**24
-"""What an intermediate result may take where the work can be divided."""
+"""The size limit of an intermediate result, where the work can be divided."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +22,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return a @ b
     narrow = a.dtype == b.dtype and dtype == torch.float32 and a.dtype.itemsize == 2
     if narrow and a.is_cuda and a.numel() and b.numel():
-        # On tensor cores, and no operand is copied; torch has it for CUDA alone.
+        # This runs on tensor cores without copying an operand; torch offers it only on CUDA.
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         return multiply(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 class _AccumulateGrad(torch.autograd.Function):
-    """A node whose backward hands finished gradients to the parameters' accumulators.
+    """A node whose backward gives finished gradients to the parameters' accumulators.
 
-    Through autograd, so that tensor hooks and post-accumulate hooks fire; through a Function rather
-    than ``torch.autograd.backward(params, grads)``, because there the caller's references make
-    every accumulator copy the gradient it could have kept.
+    The gradients go through autograd, so that tensor hooks and post-accumulate hooks fire. They go
+    through a Function and not through ``torch.autograd.backward(params, grads)``, because there the
+    caller's references make every accumulator copy the gradient it could have kept.
     """
 
     @staticmethod

@@ -16,13 +16,13 @@ class Accumulation:
     """Sums Σ_i max(u_i, 0) ∇f_i over micro-batches, to be divided once by Σ_i max(u_i, 0).
 
     The sum is exact: a batch that is cut into micro-batches has the weights and the gradient of the
-    whole. Held beside it are one direction, of the first micro-batch's clean batch, and the sum of
-    the rectified scores.
+    whole. The object also holds one direction, that of the first micro-batch's clean batch, and the
+    sum of the rectified scores.
     """
 
     def __init__(self) -> None:
         self.direction: Direction | None = None
-        """v of the first micro-batch, for all."""
+        """The direction v of the first micro-batch, which all micro-batches use."""
         self._totals: dict[nn.Parameter, Tensor] = {}
         self._reached: dict[nn.Parameter, None] = {}
         self._rectified: list[Tensor] = []
@@ -34,7 +34,7 @@ class Accumulation:
 
     @property
     def weights(self) -> list[Tensor]:
-        """Final weights, one tensor a micro-batch; together they sum to one or are all zero.
+        """Final weights, one tensor for each micro-batch; together they sum to one or are all zero.
 
         Raises:
             RuntimeError: the context has not ended, or ended with an error.
@@ -50,7 +50,7 @@ class Accumulation:
         return not overflowed and not any(bool(w.any()) for w in self.weights)
 
     def add(self, weighed: Weighed, gradients: Gradients) -> None:
-        """Take in a micro-batch: its gradient, weighed with weights that sum to one, or to zero.
+        """Add the gradient of a micro-batch, whose weights sum to one or are all zero.
 
         A gradient of equal weights counts as long as no score of any micro-batch was positive.
         """
@@ -77,7 +77,7 @@ class Accumulation:
         gradients.clear()
 
     def finish(self) -> Gradients:
-        """The weighted gradient of all micro-batches; the weights become known."""
+        """The weighted gradient of all micro-batches; from now on the weights are known."""
         if self._sum is None:
             self._weights = []
             return []

@@ -1,4 +1,4 @@
-"""What one reweighted step tells its user."""
+"""The result of one reweighted step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From scores to weights: Eq. 8-9, and what to do where they have no answer."""
+"""From scores to weights: Eq. 8-9, and the steps for which they give no usable weights."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Weighed:
     for_gradient: Tensor | None
     """Weights of the gradient, shape (n,); None where all are zero."""
     uniform: bool
-    """No score was positive, and equal weights stand in."""
+    """Whether no score was positive and equal weights are used instead."""
     skip: bool
-    """No score was positive, and no gradient is wanted."""
+    """Whether no score was positive and no gradient is to be accumulated."""
     excluded: Tensor | None
     """Examples left out because their loss or score is not finite, shape (n,); None for none."""
     overflow: Tensor | None
-    """Whether gradients overflowed under a loss scale, shape (); None where that was not asked."""
+    """Whether gradients overflowed under a loss scale, shape (); None if that was not checked."""
     contaminated: Tensor | None
     """Whether values that are not finite reached every example through one backward, shape ()."""
 
@@ -63,7 +63,7 @@ def weigh(
     """Eq. 8-9 of the scores.
 
     On CUDA nothing here waits for the device, unless ``check_finite`` or an ``on_degenerate`` other
-    than "zero" asks for a decision.
+    than "zero" needs a decision.
 
     Raises:
         ValueError: the clean loss is not finite, or no score is although the losses are.
@@ -112,7 +112,7 @@ def weigh(
 
 
 def zero_if(contaminated: Tensor | None, gradients: Gradients) -> Gradients:
-    """The gradients, zero where examples that are not finite contaminated them."""
+    """The gradients, set to zero if examples that are not finite contaminated them."""
     if contaminated is None:
         return gradients
     return [
@@ -127,11 +127,11 @@ def zero_if(contaminated: Tensor | None, gradients: Gradients) -> Gradients:
 
 
 def infinite_if(overflow: Tensor | None, gradients: Gradients) -> Gradients:
-    """The gradients, infinite where some overflowed, so that a gradient scaler skips its step."""
+    """The gradients, infinite if some overflowed, so that a gradient scaler skips its step."""
     if overflow is None:
         return gradients
     return [
-        # ``masked_fill`` takes no sparse gradient; a zero by zero is not finite either.
+        # ``masked_fill`` takes no sparse gradient; dividing by zero also gives no finite number.
         (p, g / (~overflow).to(g.dtype))
         if g.is_sparse
         else (p, g.masked_fill(overflow, float("inf")))

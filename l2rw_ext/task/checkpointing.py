@@ -1,7 +1,8 @@
 """Reentrant checkpoints run as non-reentrant ones during a step.
 
-``torch.utils.checkpoint`` with ``use_reentrant=True`` hides what it runs from autograd and forbids
-``autograd.grad``. The other kind computes the same numbers, and every engine sees through it.
+``torch.utils.checkpoint`` with ``use_reentrant=True`` hides the operations inside it from autograd
+and forbids ``autograd.grad``. The non-reentrant kind computes the same numbers, and all engines can
+see the operations inside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .shared import Shared
 
 
 class _NonReentrant:
-    """Stands in for ``CheckpointFunction``, by which ``checkpoint`` runs the reentrant kind."""
+    """Replaces ``CheckpointFunction``, by which ``checkpoint`` runs the reentrant kind."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -54,7 +55,7 @@ SERVES_ONCE = (
 
 
 def serves_once(error: BaseException) -> bool:
-    """Whether an error of a backward says so in torch's way, or in that of contextlib."""
+    """Whether an error of a backward, raised by torch or by contextlib, has this reason."""
     text = str(error)
     if isinstance(error, AttributeError):
         return "_GeneratorContextManager" in text
@@ -62,13 +63,13 @@ def serves_once(error: BaseException) -> bool:
 
 
 def recomputed() -> bool:
-    """Whether what autograd saves now is dropped by a checkpoint, to be computed again."""
+    """Whether a checkpoint drops what autograd saves now, to compute it again in backward."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return top is not None and top[0].__module__ == checkpoint.__name__
 
 
 def kept() -> AbstractContextManager[None]:
-    """Autograd saves as it does outside of a checkpoint."""
+    """A context in which autograd saves tensors as it does outside of a checkpoint."""
     return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 
 
@@ -77,11 +78,11 @@ def _itself(x: Tensor) -> Tensor:
 
 
 class _Replaced(Shared):
-    """Of the whole process: another thread that checkpoints meanwhile gets the other kind too."""
+    """The exchange of the class, for all threads of the process, also outside of a step."""
 
     def change(self) -> None:
         """See :class:`~l2rw_ext.task.shared.Shared`."""
-        # Types know one class of this name, and another in its place is the point.
+        # To mypy this name is one class; here another class replaces it on purpose.
         self._original = checkpoint.CheckpointFunction
         checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc,assignment]
 

@@ -13,18 +13,18 @@ from .task import Task
 
 @dataclass(frozen=True)
 class Direction:
-    """v, the gradient of the mean clean loss, or what an option makes of it."""
+    """v, the gradient of the mean clean loss, possibly changed by an option."""
 
     values: dict[int, Tensor]
-    """By id of the parameter, in its shape; absent where zero. Without the loss scale."""
+    """v by id of the parameter, in its shape, without the loss scale; absent if it is zero."""
     clean_loss: Tensor
     """The mean clean loss, shape (), detached."""
 
 
 def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
-    """Get v of the clean batch from one forward and backward; buffers go back to the snapshot's.
+    """Compute v from one forward and backward of the clean batch, and restore the buffers.
 
-    A clean loss that no parameter reaches has the direction zero.
+    If no parameter reaches the clean loss, the direction is zero.
     """
     losses = task.forward_clean()
     values = {}

@@ -38,8 +38,8 @@ class Buffers:
     def changed(self) -> bool:
         """Whether some buffer is another tensor than it was, or has other values.
 
-        Values, not version counters: batch norm's kernels write running statistics without
-        counting a version.
+        Values are compared and not version counters, because batch norm's kernels write running
+        statistics without counting a version.
         """
         return any(
             module._buffers.get(name) is not live
@@ -66,8 +66,9 @@ class Buffers:
     def restore(self) -> None:
         """Put the copy back.
 
-        Through ``.data``, so that a backward that saved a buffer does not take it for modified: the
-        values it saw are the ones that are put back, or the operation saved its own copy.
+        The copy goes through ``.data``, so that a backward that saved a buffer does not consider it
+        modified: either the values it saw are the ones that are put back, or the operation saved a
+        copy.
         """
         for _, _, live, saved in self._slots:
             if live is not None and saved is not None:
@@ -83,7 +84,7 @@ class Generators:
         self._cuda = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
 
     def unchanged(self) -> bool:
-        """Whether nothing was drawn since."""
+        """Whether no random number was drawn since."""
         return torch.equal(torch.get_rng_state(), self._cpu) and all(
             torch.equal(torch.cuda.get_rng_state(d), s) for d, s in self._cuda.items()
         )
@@ -98,7 +99,8 @@ class Generators:
 class Snapshot:
     """Buffers and generators as they were before a step.
 
-    While a step is ``captured``, generators of devices are the recording's: they cannot be read.
+    While a step is ``captured``, the generators of devices belong to the recording and cannot be
+    read.
     """
 
     def __init__(self, members: Members, *, captured: bool = False) -> None:
@@ -110,12 +112,15 @@ class Snapshot:
         """Buffers after the training forward, where a checkpoint may run parts of it again."""
 
     def restore_trained(self) -> None:
-        """The backwards of a step are over: one training forward is all that buffers have seen."""
+        """Restore the buffers to those after the training forward; the backwards are over."""
         if self.trained is not None:
             self.trained.restore()
 
     def begin(self, members: Members) -> None:
-        """The clean batch was seen: an engine that tries again draws other masks than it did."""
+        """Make the present state of the generators the one that a further engine starts from.
+
+        It is called after the clean batch's forward, whose masks are not to be drawn again.
+        """
         self._begun = self._generators(members)
 
     def _generators(self, members: Members) -> Generators:
@@ -137,7 +142,7 @@ class Snapshot:
 
 
 class BelowAutograd:
-    """Runs operations as kernels only: not recorded by autograd, not seen by a function mode."""
+    """Runs operations as kernels only: neither autograd nor a function mode sees them."""
 
     def __enter__(self) -> None:
         self._functions = torch._C.DisableTorchFunction()
@@ -152,9 +157,9 @@ class BelowAutograd:
 
 @contextlib.contextmanager
 def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[None]:
-    """Hooks on the parameters rest: they are for the gradient that will be accumulated.
+    """Disable hooks on the parameters in the body: they are for the gradient that is accumulated.
 
-    ``autograd.grad`` with respect to a parameter would run them too, on directions and on parts of
+    ``autograd.grad`` with respect to a parameter would also run them on directions and on parts of
     a gradient.
     """
     hooks = [(p, p._backward_hooks) for _, p in parameters if p._backward_hooks]
@@ -169,11 +174,11 @@ def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[No
 
 @contextlib.contextmanager
 def preserved(members: Members, *, always: bool, captured: bool = False) -> Iterator[Snapshot]:
-    """Leave buffers and generators as they were if the body raises, or ``always``.
+    """Restore buffers and generators if the body raises, or ``always``.
 
-    In the body hooks on the parameters do not run, compiled models and reentrant checkpoints take
-    the ways that engines see through, and autocast is off but for the forwards. ``captured``: see
-    :class:`Snapshot`.
+    In the body hooks on the parameters do not run, compiled models run eagerly, reentrant
+    checkpoints run as non-reentrant ones, and autocast is on only during the forwards.
+    ``captured``: see :class:`Snapshot`.
     """
     snapshot = Snapshot(members, captured=captured)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Shared(abc.ABC):
-    """Changed by the first step that enters, put back by the last that leaves, in any thread."""
+    """A change that the first step to enter makes and the last to leave undoes, in any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -28,20 +28,20 @@ class Task:
     m: int
     parameters: list[nn.Parameter]
     loss_scale: Tensor | None = None
-    """What a gradient scaler multiplies losses by, shape (); gradients carry it, scores do not."""
+    """The factor of a gradient scaler, shape (); gradients carry it, scores do not."""
     low_memory: bool = False
-    """Keep nothing of a layer between scores and weighted gradient; run a second backward."""
+    """Whether to keep no z and g of a layer, and to run a second backward instead."""
     captured: bool = False
-    """The step is to be replayed, so that an engine may not look at its values."""
+    """Whether the step is to be replayed, so that an engine may not read its values."""
     autocast: Autocast = field(default_factory=Autocast)
-    """Of the caller; the model and the loss functions run under it."""
+    """The caller's autocast, under which the model and the loss functions run."""
 
     def scaled(self, seed: Tensor) -> Tensor:
         """The seed of a backward, times the loss scale."""
         return seed if self.loss_scale is None else seed * self.loss_scale.to(seed.dtype)
 
     def unscaled(self, value: Tensor) -> Tensor:
-        """What comes out of a backward with :meth:`scaled` seeds, without the loss scale."""
+        """The result of a backward with :meth:`scaled` seeds, without the loss scale."""
         return value if self.loss_scale is None else value / self.loss_scale.to(value.dtype)
 
     def losses(self, outputs: Any) -> Tensor:
@@ -62,11 +62,11 @@ class Task:
             return forward(self.model, inputs)
 
     def forward_train(self) -> Tensor:
-        """One forward of the training batch, to its losses."""
+        """The training losses from one forward of the training batch, shape (n,)."""
         return self.losses(self.forward(self.inputs))
 
     def forward_clean(self) -> Tensor:
-        """One forward of the clean batch, to its losses."""
+        """The clean losses from one forward of the clean batch, shape (m,)."""
         return self.clean_losses(self.forward(self.clean_inputs))
 
 

@@ -1,7 +1,7 @@
 """Compiled models run eagerly during a step.
 
 A compiled forward shows no torch function to the interception and no second derivative to double
-backward. ``torch.compiler.set_stance("force_eager")`` runs the same Python code uncompiled, the
+backward. ``torch.compiler.set_stance("force_eager")`` runs the same Python code uncompiled. The
 compiled code is kept, and calls outside of a step use it as before.
 """
 
@@ -14,13 +14,13 @@ from .shared import Shared
 
 
 class _Eager(Shared):
-    """Of the whole process: what another thread calls meanwhile runs eagerly too."""
+    """The stance, for all threads of the process, also outside of a step."""
 
     _stance: Any = None
 
     def change(self) -> None:
         """See :class:`~l2rw_ext.task.shared.Shared`."""
-        # Without it nothing is compiled, and importing it takes seconds.
+        # If dynamo was never imported, nothing is compiled; importing it takes seconds.
         if "torch._dynamo" in sys.modules:
             from torch.compiler import set_stance
 
@@ -40,4 +40,4 @@ class _Eager(Shared):
 
 
 eagerly = _Eager()
-"""A context: what ``torch.compile`` made runs as the Python code that it was made from."""
+"""A context in which compiled code runs as the Python code that it was made from."""

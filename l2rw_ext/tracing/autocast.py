@@ -1,10 +1,11 @@
 """Rules under autocast.
 
-Autocast casts between the function that a model calls and the kernel. A rule takes the function's
-place, so it casts as autocast would: data with autograd, which casts the gradient back, and the
-parameters of a use without, so that its roots stay the parameters themselves. What autocast would
-do is not looked up in a table, which differs between devices and releases, but tried: the function
-is called once for each combination of dtypes, and the dtype of its result tells.
+Autocast casts between the function that a model calls and the kernel. A rule replaces the function,
+so it casts as autocast would. Data is cast with autograd, which casts the gradient back; the
+parameters of a use are cast without autograd, so that its roots stay the parameters themselves.
+
+A table of what autocast does would differ between devices and releases. So the function is called
+once for each combination of dtypes, and the dtype of its result shows what autocast does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from l2rw_ext.layers.torch_functions import writes
 
 
 class _CastRule(NamedTuple):
-    """What autocast makes of a function's operands; None where it leaves a dtype alone."""
+    """The dtypes that autocast gives a function's operands and result; None for no change."""
 
     compute: torch.dtype | None
     output: torch.dtype | None
@@ -76,7 +77,7 @@ def handle(
 def call(
     mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run a function that a handler did not take after all, under autocast again."""
+    """Run a function that a handler did not take, under the caller's autocast."""
     assert mode.below_autocast is not None
     device, _ = mode.below_autocast
     torch.set_autocast_enabled(device, True)
@@ -126,7 +127,7 @@ def _output_dtype(
     kwargs: dict[str, Any],
     dtype: torch.dtype | None,
 ) -> torch.dtype | None:
-    """Of the function on copies of its operands, in ``dtype`` where one is given."""
+    """The dtype of the function's result on copies of its operands, cast to ``dtype`` if given."""
 
     def copied(x: Tensor) -> Tensor:
         x = x.detach().clone()
@@ -144,12 +145,12 @@ def _output_dtype(
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Autocast leaves float64 and whatever is not floating alone."""
+    """``x`` in ``dtype``, unless autocast would not cast it: float64 and non-floating tensors."""
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _each(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The tensors of arguments or of a result changed."""
+    """The same arguments or result, with ``change`` applied to every tensor."""
     if isinstance(tree, Tensor):
         return change(tree)
     if type(tree) in (tuple, list):

@@ -15,7 +15,7 @@ from .interception import Interception
 
 
 def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[set[int]]:
-    """The indices of the uses that the first of the losses reaches, the first two, and so on.
+    """The indices of the uses that the first loss reaches, then the first two losses, and so on.
 
     Raises:
         NotExactError: a gradient accumulator is reachable past the intercepted uses, or a custom
@@ -64,7 +64,7 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
 
 
 def _check_derivation(interception: Interception, root: Tensor) -> None:
-    """Raise if a derived root carries the output of a layer, whose use it would hide."""
+    """Raise if a derived root depends on the output of a layer, whose use it would hide."""
     if id(interception.token) in sources(root):
         raise NotExactError(
             f"{interception.name_of(root)} also depends on the output of a layer, so that the "
@@ -101,7 +101,7 @@ _ACCUMULATE = _accumulate_type()
 
 
 def sources(root: Tensor) -> frozenset[int]:
-    """The ids of the parameters that a root is computed from; its own for a parameter."""
+    """The ids of the parameters that a root is computed from; for a parameter, only its id."""
     if root.grad_fn is None:
         return frozenset((id(root),))
     found: set[int] = set()

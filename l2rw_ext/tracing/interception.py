@@ -1,11 +1,11 @@
 """Finds the parameter uses of an unmodified model.
 
 A ``TorchFunctionMode`` over the forward sees every torch function: functional calls, tied weights
-and hand-written modules alike. Three kinds of tensors are told apart by identity. *Roots* are
-trainable parameters and what is computed from them and constants alone (a transposed weight, a
-weight-normalised one, a chunk). *Constants* are buffers, frozen parameters and what is made without
-data. Everything else is *data*. An operation of a root with data is a use; the registry of rules
-says how it enters Eq. 12.
+and hand-written modules alike. It tells three kinds of tensors apart by identity. *Roots* are
+trainable parameters and tensors that are computed only from them and constants (a transposed
+weight, a weight-normalised one, a chunk). *Constants* are buffers, frozen parameters and tensors
+that are made without data. Everything else is *data*. An operation of a root with data is a use;
+the registry of rules says how it enters Eq. 12.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Interception(TorchFunctionMode):
     Args:
         members: of the model whose forward runs under the mode.
         sink: what the uses report to in backward.
-        examples: how many the batch has, if tensors with a row for each of them are to be taken for
-            data although they are made without: a first hidden state of zeros, token types, a
-            parameter that is expanded to the batch.
+        examples: the number of examples. If it is given, tensors with a row for each example count
+            as data although they are made without data: a first hidden state of zeros, token
+            types, a parameter that is expanded to the batch.
     """
 
     def __init__(self, members: Members, sink: Any, examples: int | None = None) -> None:
         super().__init__()
         self._examples = examples
-        # Of the CPU for any model: no gradient of it is ever formed, so that nothing is copied.
+        # On the CPU for any model: its gradient is never formed, so nothing is copied.
         self.token = torch.zeros((), requires_grad=True, device="cpu")
         self.uses: list[Use] = []
         self.calls: list[str] = []
@@ -73,7 +73,7 @@ class Interception(TorchFunctionMode):
                 self._constants[id(buffer)] = buffer
 
     def is_root(self, x: Any) -> bool:
-        """Whether x is a trainable parameter or computed from such alone."""
+        """Whether x is a trainable parameter, or computed only from roots and constants."""
         if id(x) in self._roots:
             return True
         if id(x) in self._constants and x.requires_grad:
@@ -126,9 +126,9 @@ class Interception(TorchFunctionMode):
     def _described(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> str:
-        """Its name, marked where a number among its arguments is zero.
+        """The function's name, with a mark if a number among its arguments is zero.
 
-        What a zero multiplies is hidden from the checks of this step, but may show in the next.
+        A zero hides what it multiplies from the checks of this step, but the next step may show it.
         """
         name = getattr(func, "__name__", "")
         for a in (*args, *kwargs.values()) if kwargs else args:
@@ -148,7 +148,7 @@ class Interception(TorchFunctionMode):
         return name
 
     def zero_scalars(self) -> bool:
-        """Whether one of :attr:`scalars` is zero, or may have been; waits for the device."""
+        """Whether one of :attr:`scalars` is zero, or may have been; this waits for the device."""
         return any(a._version != version or not bool(a.any()) for a, version in self.scalars)
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -192,7 +192,7 @@ class Interception(TorchFunctionMode):
         return out
 
     def _becomes_data(self, written: Tensor) -> None:
-        """Data was written to a root or a constant: it is one no longer, nor are its views."""
+        """Treat a root or constant, and all its views, as data: data was written to it."""
         storage = written.untyped_storage()._cdata
         for known in (self._roots, self._constants):
             stale = [key for key, x in known.items() if x.untyped_storage()._cdata == storage]
@@ -201,7 +201,7 @@ class Interception(TorchFunctionMode):
                 self._expanded.pop(key, None)
 
     def follow(self, out: Any) -> None:
-        """Remember what was computed from roots and constants alone."""
+        """Remember a result that was computed only from roots and constants."""
         if isinstance(out, Tensor):
             if not out.requires_grad and self.for_each_example(out):
                 return
@@ -212,7 +212,7 @@ class Interception(TorchFunctionMode):
                     self.follow(x)
 
     def for_each_example(self, out: Tensor) -> bool:
-        """Whether dimension 0 counts examples, where the mode was told how many there are."""
+        """Whether dimension 0 has the number of examples, if the mode was told that number."""
         return self._examples is not None and out.dim() > 0 and out.shape[0] == self._examples
 
     def follow_expansion(self, out: Tensor, root: Tensor) -> None:
@@ -230,10 +230,10 @@ class Interception(TorchFunctionMode):
         options: Any,
         x: Tensor,
     ) -> Use | None:
-        """A new use of the given operands on data x; None where autograd should just run.
+        """A new use of the given operands on data x; None if autograd should run the operation.
 
-        That is so under ``no_grad`` (a target network, or the forward of a custom Function, which
-        the graph check after the forward tells apart).
+        That is so under ``no_grad``: in a target network, or in the forward of a custom Function.
+        The graph check after the forward tells the two apart.
         """
         roots: Roots = (
             weight if weight is not None and self.is_root(weight) else None,
@@ -267,7 +267,7 @@ class Interception(TorchFunctionMode):
         return use
 
     def _operand(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """A parameter as the kernel takes it, without gradient; cast once for all its uses."""
+        """The parameter in ``dtype``, without gradient; it is cast once for all its uses."""
         if x is None or x.dtype == dtype:
             return x
         key = (id(x), x._version, dtype)
@@ -277,7 +277,7 @@ class Interception(TorchFunctionMode):
         return found
 
     def recompute(self) -> Recomputation:
-        """For the backward of a checkpointed forward: calls take the same way, unrecorded."""
+        """A context for the backward of checkpoints: rules run, and no use is recorded."""
         return Recomputation(self)
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 class Members:
     """What a step needs to know of a model besides its forward.
 
-    Every step walks the modules once, for any of them may have been exchanged, frozen or switched
-    to another mode since the last.
+    Every step walks the modules once, because any of them may have been exchanged, frozen or
+    switched to another mode since the last step.
     """
 
     parameters: list[tuple[str, nn.Parameter]]
-    """Name and parameter, a shared one under its first name."""
+    """Name and parameter; a shared parameter is listed under its first name."""
     buffers: list[tuple[nn.Module, str, Tensor | None]]
     """Module, name in it, and buffer."""
     training: tuple[bool, ...]

@@ -1,4 +1,4 @@
-"""Dual tensors, and the registry of operations whose tangent has a rule of its own."""
+"""Dual tensors, and the registry of operations whose tangent has a separate rule."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.autograd.forward_ad import make_dual
 
 
 class Mode(Protocol):
-    """What a rule asks of the mode that carries tangents, :class:`.mode.Tangents`."""
+    """The methods of the mode that a rule calls; :class:`.mode.Tangents` is that mode."""
 
     attention: bool
 
     def __enter__(self) -> Any:
-        """Functions that are called inside reach their rules."""
+        """Enter the mode again: functions that are called inside reach their rules."""
 
     def __exit__(self, *error: Any) -> None:
-        """They reach the mode outside again."""
+        """Leave the mode."""
 
     def parameter_of(self, dual: Tensor) -> Tensor | None:
         """Return the parameter that a dual tensor stands for; None for any other."""
 
     def entered_by(self, out: Tensor) -> None:
-        """A rule gave a parameter itself to the operation that made ``out``."""
+        """Note that a rule gave a parameter itself to the operation that made ``out``."""
 
 
 Function: TypeAlias = Callable[..., Any]
@@ -53,7 +53,7 @@ def operands(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list
 
 
 def unpack(x: Any) -> tuple[Any, Any]:
-    """The primal with its autograd graph, and the tangent; None for what is absent."""
+    """The primal with its autograd graph, and the tangent; each is None if it is absent."""
     if x is None:
         return None, None
     primal, tangent = torch._VF._unpack_dual(x, level=0)
@@ -67,7 +67,7 @@ def tangent_of(x: Tensor) -> Tensor | None:
 
 
 def dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
-    """The dual tensor, or the primal itself where there is no tangent."""
+    """The dual tensor, or the primal itself if there is no tangent."""
     if tangent is None:
         return primal
     joined: Tensor = make_dual(primal, tangent)

@@ -24,14 +24,14 @@ from .dual import unpack
 from .mode import Tangents
 
 _LEVEL = threading.RLock()
-"""One level of forward mode is all that torch has: steps of several threads take turns."""
+"""Torch has only one level of forward mode, so that steps of several threads take turns."""
 
 
 class Forward(Engine):
     """u = J v with J the Jacobian of the training losses with respect to the parameters.
 
-    Exact also where examples reach each other's losses (BatchNorm in train mode). The primal of the
-    one training forward keeps its graph, which serves the weighted backward.
+    It is exact also if examples reach each other's losses (BatchNorm in train mode). The primal of
+    the one training forward keeps its graph, which serves the weighted backward.
     """
 
     name = "forward"
@@ -81,7 +81,8 @@ def _score(
 def _loaded() -> ModuleType:
     """Torch's forward mode, which loads its derivatives when the first dual tensor is made.
 
-    They are written in TorchScript, and torch warns that it is deprecated.
+    The derivatives are written in TorchScript, and torch warns that it is deprecated; the warning
+    is ignored here.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)

@@ -1,14 +1,14 @@
 """Carries tangents through a forward without letting autograd record them.
 
-Trainable parameters are replaced, where they are used, by dual tensors (θ, v); torch's forward-mode
-AD or a rule of our own carries the tangent on, next to a primal that autograd records as always.
-What torch computes of a tangent with operands that require grad is recorded too: that record is cut
-after every operation, so that the tangents of a forward live no longer than its activations would
-without autograd.
+Where trainable parameters are used, dual tensors (θ, v) replace them. Torch's forward-mode AD or a
+rule of this package carries the tangent on, next to a primal that autograd records as usual.
+Autograd also records what torch computes of a tangent with operands that require grad. That record
+is cut after every operation, so that the tangents of a forward live no longer than its activations
+would without autograd.
 
-Reverse mode is what the scores are defined by, so its notions hold: what is computed without grad
-is constant, and every tensor that requires grad has a tangent, unless no parameter with a direction
-reaches it. A tensor that breaks this rule went past the mode, and is refused.
+Reverse mode defines the scores, so this mode follows it: what is computed without grad is constant,
+and every tensor that requires grad has a tangent, unless no parameter with a direction reaches it.
+A tensor that breaks this rule went past the mode, and is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .rules import REGISTRY
 
 
 def _getters(*names: str) -> set[Any]:
-    """What a function mode is given where an attribute of a tensor is read."""
+    """The functions that a function mode receives when an attribute of a tensor is read."""
     return {getattr(torch.Tensor, name).__get__ for name in names}
 
 
@@ -41,10 +41,10 @@ _VIEWS = _getters("T", "mT", "H", "mH", "real", "imag")
 """The attributes that are views; no other attribute carries a tangent."""
 
 _HOOKS = {torch.Tensor.register_hook} | _getters("grad_fn")
-"""How a forward reaches the gradient that will pass (a module's backward hooks by the second)."""
+"""How a forward can change a gradient: by a hook, or as module hooks do, by ``grad_fn``."""
 
 _GRADIENTS = {torch.autograd.grad} | _getters("grad")
-"""How a forward reaches what a backward of its own found."""
+"""How a forward can read the result of a backward that it runs."""
 
 
 class Tangents(TorchFunctionMode):
@@ -65,7 +65,7 @@ class Tangents(TorchFunctionMode):
         self._states: list[tuple[Tensor, int, int]] = []
         self._still: Any = WeakTensorKeyDictionary()
         self.attention = False
-        """Whether attention was called, which the fused kernels cannot differentiate forward."""
+        """Whether attention was called, whose fused kernels have no forward derivative."""
         for p in task.parameters:
             v = direction.values.get(id(p))
             if v is None:
@@ -133,9 +133,9 @@ class Tangents(TorchFunctionMode):
     def _gradients(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What a backward inside the forward found: constant, or refused.
+        """Make the result of a backward inside the forward constant, or refuse it.
 
-        The rules carry tangents past autograd, so that a backward would not see all of them.
+        The rules carry tangents past autograd, so that such a backward would not see all of them.
         """
         out = func(*args, **kwargs)
         found = out if isinstance(out, (tuple, list)) else (out,)
@@ -149,7 +149,7 @@ class Tangents(TorchFunctionMode):
     def _constant(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Without grad: on the primals alone; what is written keeps the tangent it has."""
+        """Run a function without grad on the primals; a written tensor keeps its tangent."""
         originals: dict[int, Tensor] = {}
 
         def primal(x: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class Tangents(TorchFunctionMode):
         return next((p for p, *_ in self._states if self._duals[id(p)] is dual), None)
 
     def entered_by(self, out: Tensor) -> None:
-        """A rule gave a parameter itself to the operation that made ``out``."""
+        """Note that a rule gave a parameter itself to the operation that made ``out``."""
         self._entrances.add(out.grad_fn)
 
     def scores(self, losses: Tensor) -> Tensor:

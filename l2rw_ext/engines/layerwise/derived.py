@@ -1,7 +1,7 @@
-"""Between parameters and what is derived from them: a transposed, chunked or normalised weight.
+"""Maps between parameters and tensors derived from them, such as a transposed or chunked weight.
 
 With w̃ = h(θ), the direction of θ is Jᵀ of the direction of w̃ (summed over all uses), and the
-direction in which w̃ moves is J of that of θ. Both are small: no batch is involved.
+direction in which w̃ moves is J of that of θ. Both maps are small, because no batch is involved.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Leaves:
         return leaves
 
     def push_forward(self, root: Tensor, directions: dict[int, Tensor]) -> Tensor | None:
-        """J: the direction of a root, given those of the parameters; None where it is zero.
+        """J: the direction of a root, given those of the parameters; None if it is zero.
 
-        For a derived root by a backward through the backward of h, which works wherever that
+        For a derived root this is a backward through the backward of h, which works wherever that
         backward is differentiable.
 
         Raises:

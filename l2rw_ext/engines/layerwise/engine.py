@@ -36,10 +36,11 @@ Key = tuple[Any, ...]
 
 
 class Layerwise(Engine):
-    """Sums per-layer products; exact where each loss depends on its own rows alone.
+    """Sums per-layer products; exact if each loss depends only on its own rows.
 
-    That is found out, not assumed: see ``interception.check_graph`` and ``probe``. What the first
-    step on batches of some shape learns is kept in a plan and checked again at steps 16, 256, ...
+    The engine checks this and does not assume it: see ``graph.check_graph`` and ``probe``. The
+    first step on batches of given shapes stores its findings in a plan, which is checked again at
+    steps 16, 256, ...
     """
 
     name = "layerwise"
@@ -62,7 +63,7 @@ class Layerwise(Engine):
     def explain(
         self, task: Task, snapshot: Snapshot, direction: Direction | None = None
     ) -> Explanation:
-        """The plan for this model and these batches, made anew."""
+        """A new plan for this model and these batches."""
         _, plan = self._planned(task, snapshot, direction, fresh=True)
         return Explanation.layerwise(task, plan)
 
@@ -96,7 +97,7 @@ class Layerwise(Engine):
             return self._two_passes(task, snapshot, direction, key, given, fresh)
         why = self._separate.get(key)
         if why is None:
-            permanent = not devices.readable(task.parameters[0])  # finding out again would wait
+            permanent = not devices.readable(task.parameters[0])  # another try waits
             known_batched = key in self._plans
             inputs = merge(
                 task.inputs, task.clean_inputs, task.n, task.m, known_batched=known_batched
@@ -147,8 +148,8 @@ class Layerwise(Engine):
         why: str,
         fresh: bool,
     ) -> tuple[Scoring, Plan]:
-        """The clean batch first, to its direction; then the training batch."""
-        # Whatever the clean batch is like: a loop of many lengths makes a plan for each, not pair.
+        """A pass of the clean batch, which gives the direction, and one of the training batch."""
+        # Without the clean batch in the key there is one plan for each length, not each pair.
         own = (_key(task, True) if direction is None else key, key in self._by_row)
         if direction is None:
             direction = clean_direction(task, snapshot)
@@ -186,7 +187,7 @@ class Layerwise(Engine):
         *,
         merged: bool,
     ) -> Plan:
-        """The backward under a plan; where there is none that fits, one that also makes it."""
+        """Run the backward under a plan; if no plan fits, make one first."""
         reached = scoring.reached
         signatures = [_signature(use, interception) for use in reached]
         if plan is None or not (
@@ -218,7 +219,7 @@ class Layerwise(Engine):
         *,
         merged: bool,
     ) -> Plan:
-        """A plan from two more backwards over the same graph."""
+        """Make a plan from two more backwards over the same graph."""
         _check_not_captured(task, interception)
         _check_wrappers(task.model)
         reached = scoring.reached
@@ -243,15 +244,15 @@ class Layerwise(Engine):
         for use in reached:
             plan.uses.append(_plan_use(use, probe, interception, leaves, counts, task))
         if not devices.readable(scoring.losses) and any(use.rows is None for use in plan.uses):
-            # Where a gradient was zero, only another look tells whether it still is.
+            # A gradient that was zero may change, and only another probe shows that.
             plan.certain = False
         return plan
 
 
 def _key(task: Task, given: bool) -> Key:
-    """What a plan depends on, apart from the operations it finds.
+    """What a plan depends on, apart from the operations that it records.
 
-    Where the direction is ``given``, the clean batch has no part in it.
+    If the direction is ``given``, the key does not contain the clean batch.
     """
     return (
         task.n,
@@ -269,7 +270,7 @@ def _key(task: Task, given: bool) -> Key:
 def _check_wrappers(model: nn.Module) -> None:
     """Raise for a wrapper that searches the graph of the outputs for parameters.
 
-    It finds none, since uses hide them, and takes all for unused.
+    It finds none, because uses hide them, and considers all of them unused.
     """
     for module in model.modules():
         finds = getattr(module, "find_unused_parameters", False)
@@ -281,7 +282,7 @@ def _check_wrappers(model: nn.Module) -> None:
 
 
 def _check_not_captured(task: Task, interception: Interception) -> None:
-    """Raise if a step that is to be replayed would have to be looked at.
+    """Raise if the engine would have to read values of a step that is captured.
 
     Raises:
         NotCapturableError: it would.
@@ -303,7 +304,7 @@ def _check_not_captured(task: Task, interception: Interception) -> None:
 def _multiplies_by_zero(use: Use) -> bool:
     """Whether a trained factor is zero, as that of a residual branch often is at first.
 
-    What it multiplies shows no gradient in this step, but may in the next.
+    The tensor that it multiplies has no gradient in this step, but may have one in the next.
     """
     root = use.roots[0]
     if root is None or (use.rule is BROADCAST and use.operation not in FACTORS):
@@ -386,7 +387,7 @@ def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]
 
 
 def _finite_seed(losses: Tensor) -> Tensor:
-    """One for each finite loss; zero for the others, whose examples are left out."""
+    """The seed of a backward: one for each finite loss, zero for the others, which are left out."""
     values = losses.detach()
     if devices.readable(values) and math.isfinite(values.sum().item()):
         return torch.ones_like(values)
@@ -426,7 +427,7 @@ def _check_reported(scoring: Scoring, reached: list[Use]) -> None:
 
 
 def _with_seeds(seeded: list[tuple[Tensor, Tensor]], probe: Probe) -> list[tuple[Tensor, Tensor]]:
-    """The seeds of the losses times one power of two for each example, which the probe is told."""
+    """The seeds of the losses times one power of two for each example; the probe stores those."""
     n = seeded[0][1].numel()
     count = sum(seed.numel() for _, seed in seeded)
     r = seeds(count, seeded[0][1].device, probe.exponents())

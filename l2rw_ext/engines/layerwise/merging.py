@@ -1,8 +1,8 @@
 """Whether training and clean batch may go through the model as one batch.
 
-The gradients of a merged forward show coupling between examples (see ``probe``), but a statistic of
-the batch that carries no gradient (``x - x.mean(0)`` on the inputs, a detached mean) would differ
-from that of two forwards, and show in values alone.
+The gradients of a merged forward show coupling between examples (see ``probe``). A statistic of the
+batch that carries no gradient (``x - x.mean(0)`` on the inputs, a detached mean) would differ from
+that of two forwards, and only values show that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from l2rw_ext.task.task import Task
 class NotMergeableError(Exception):
     """The two batches cannot go through one forward; the message says why.
 
-    ``permanent``: whether that is to be expected of the next batches too.
+    ``permanent``: whether the same is to be expected of the next batches.
     """
 
     def __init__(self, message: str, *, permanent: bool = True) -> None:
@@ -40,12 +40,13 @@ def check_mergeable(
     clean_losses: Tensor,
     precision: float,
 ) -> None:
-    """Whether neither batch sees the other, in values.
+    """Check, by values, that neither batch affects the other.
 
-    With other clean rows, the same masks and the same buffers the training losses must stay the
-    same, and the other way round; and two forwards must give the losses of the merged one, which
-    shows a dependence on the size of the batch. Parameters that are zero, as those of a last layer
-    often are at first, would hide what they multiply: other values stand in for them.
+    With other clean rows, the same masks and the same buffers, the training losses must stay the
+    same, and the clean losses with other training rows. Two separate forwards must give the losses
+    of the merged one, which shows a dependence on the size of the batch. Parameters that are zero,
+    as those of a last layer often are at first, would hide what they multiply, so other values
+    replace them.
 
     Args:
         task: the step.
@@ -145,7 +146,7 @@ class _Trial:
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Dropout does nothing, so that forwards of different sizes can be compared."""
+    """Makes dropout the identity, so that forwards of different sizes can be compared."""
 
     _IDENTITY = (
         F.dropout,
@@ -174,11 +175,11 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 class _BackwardInsideError(Exception):
-    """Something that was dropped is asked for."""
+    """A backward needs a tensor that :func:`_drop` did not keep."""
 
 
 def _drop(saved: Tensor) -> None:
-    """Keep nothing for a backward that does not come."""
+    """Keep no saved tensor, because no backward follows."""
 
 
 def _refuse(saved: None) -> Tensor:
@@ -212,7 +213,7 @@ def _shares_examples(inputs: Any, n: int, m: int) -> bool:
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two results of the same rows agree, relative to the largest."""
+    """Whether two results of the same rows agree, relative to the largest value."""
     finite = a.isfinite() & b.isfinite()
     error = (a - b).abs().masked_fill(~finite, 0).max()
     scale = a.abs().masked_fill(~finite, 0).max()

@@ -22,7 +22,7 @@ from l2rw_ext.ops.arithmetic import accumulation_dtype
 
 
 def seeds(count: int, device: torch.device, exponents: Iterable[int]) -> Tensor:
-    """One power of two for each example, different for any examples that are close in the batch."""
+    """One power of two for each example, different for examples close in the batch."""
     choices = list(exponents)
     draw = random.Random(count)
     drawn: list[int] = []
@@ -34,7 +34,7 @@ def seeds(count: int, device: torch.device, exponents: Iterable[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is kept of a gradient between the two backwards: enough of each row to know it by."""
+    """The part of a gradient that is kept between the two backwards to recognise each row by."""
 
     prints: Tensor
     """Sums of the row under random signs, (rows, 4); scaling by a power of two scales them."""
@@ -55,7 +55,8 @@ class _Rows:
 class Probe:
     """Compares the reports of a seeded backward with those of a plain one.
 
-    Between the two, :attr:`seeds` is set: r of the examples of each part.
+    Between the two backwards the engine sets :attr:`seeds`, the seeds r of the examples of each
+    part.
     """
 
     def __init__(self, *, narrow: bool = False) -> None:
@@ -64,21 +65,21 @@ class Probe:
         """Whether some gradient of the plain backward has the small range of float16."""
         self._largest = 0.0
         self.finite = True
-        """Whether all gradients of the plain backward are."""
+        """Whether all gradients of the plain backward are finite."""
         self.maps: dict[int, RowMap | None] = {}
-        """By index of the use; None where the gradient is zero and shows nothing."""
+        """The row map by index of the use; None if the gradient is zero and shows nothing."""
         self.certain = True
-        """False where more than one map fits, as with a gradient that is zero on most rows."""
+        """False if more than one map fits, as with a gradient that is zero on most rows."""
         self._plain: dict[int, _Rows] = {}
 
     def exponents(self) -> range:
-        """Of the seeds; few for float16, upwards unless a loss scale has used the range up."""
+        """Exponents of the seeds: few for float16, negative if a loss scale uses the range."""
         if not self.narrow:
             return range(-30, 31)
         return range(8) if self._largest < 1 else range(-7, 1)
 
     def report(self, use: Use, g: Tensor) -> None:
-        """The first report of a use is of the plain backward, the second of the seeded one.
+        """Take the first report of a use from the plain backward, the second as seeded.
 
         Raises:
             NotExactError: no map explains how the rows were scaled.

@@ -28,11 +28,11 @@ Report = tuple[Use, Tensor, Tensor]
 
 
 class StalePlanError(Exception):
-    """The step does not look as its plan says, so the plan must be made again."""
+    """The step does not fit its plan, so the plan must be made again."""
 
 
 class OverflowedError(Exception):
-    """Gradients overflowed under the loss scale, before there was a plan."""
+    """Gradients overflowed under the loss scale before a plan was made."""
 
     def __init__(self, scoring: Scoring) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class OverflowedError(Exception):
 def in_groups(g: Tensor) -> bool:
     """Whether layers in factored form wait for the others, to be scored in one call.
 
-    On CUDA that is one launch, which fills the device where a layer alone would not. What waits is
-    kept for the weighted gradient anyway.
+    On CUDA one launch for all fills the device, which a single layer would not. The tensors that
+    wait are kept for the weighted gradient anyway.
     """
     return g.device.type != "cpu"
 
 
 def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
-    """A use's part of the direction, if all its rows are of the clean batch."""
+    """A use's part of the direction, if all its rows belong to the clean batch."""
     rows = math.prod(g.shape[: use.rule.leading(use, g)])
     z, g = use.rule.prepare(use, z, g, RowMap.of_all(rows))
     return use.rule.direction(use, z, g)
@@ -67,9 +67,9 @@ def add_roots(totals: dict[int, tuple[Tensor, Tensor]], use: Use, values: Roots)
 
 @dataclass
 class _Kept:
-    """What stays of a use between the score pass and the weighted gradient.
+    """The tensors of a use that are kept between the score pass and the weighted gradient.
 
-    z and g of the training examples, or the per-example gradients formed from them.
+    These are z and g of the training examples, or the per-example gradients formed from them.
     """
 
     use: Use
@@ -80,26 +80,27 @@ class _Kept:
 
 @dataclass
 class _Weighing:
-    """The weighted gradient as a second backward forms it."""
+    """The weighted gradient while a second backward forms it."""
 
     ones: Tensor
     """One for each example of positive weight, else zero, shape (n,)."""
     active: Tensor | None
-    """Their indices; None where the host does not know them."""
+    """The indices of these examples; None if the host does not know them."""
     totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Scoring(Scored):
     """Scores of the training examples, summed use by use while the backward runs.
 
-    The sink of one forward. Nothing is kept before :meth:`arm`, nor of uses that the losses do not
-    reach: a backward that the model itself runs, in its forward or in a hook, produces constants.
+    It is the sink of one forward. It keeps nothing before :meth:`arm`, and nothing of uses that the
+    losses do not reach: a backward that the model itself runs, in its forward or in a hook,
+    produces constants.
 
     Args:
         task: the step.
         leaves: the trainable parameters.
-        directions: v by id of the parameter, where a pass over the clean batch went before; None
-            where the rows of a use hold n training and then m clean examples.
+        directions: v by id of the parameter, if a pass over the clean batch went before; None if
+            the rows of a use hold n training and then m clean examples.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Scoring(Scored):
     def start(
         self, losses: Tensor, clean_loss: Tensor, reached: list[Use], trained: list[Use]
     ) -> None:
-        """The losses are known, the uses that they reach, and those the training losses reach."""
+        """Take the losses, the uses that they reach, and those that training losses reach."""
         self.losses = losses.detach()
         self.clean_loss = clean_loss.detach()
         self.scores = torch.zeros(
@@ -143,14 +144,14 @@ class Scoring(Scored):
         self.arm(reached)
 
     def follow(self, plan: Plan) -> None:
-        """From now on reports are worked off as they come."""
+        """Follow a plan: from now on reports are processed as they come."""
         self.plan = plan
         self._planned = {
             use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
         }
 
     def arm(self, reached: list[Use]) -> None:
-        """The step's own backward begins; it is to pass through the uses in ``reached``."""
+        """Expect the step's backward, which is to pass through the uses in ``reached``."""
         self.expected = {use.index for use in reached}
         self.armed = True
 
@@ -177,7 +178,7 @@ class Scoring(Scored):
         self.receive(use, z, g)
 
     def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
-        """Score at once, or keep what the plan does not know or what must wait for the others."""
+        """Score a report, or keep it if there is no plan or its direction is incomplete."""
         planned = None if self._planned is None else self._planned[use.index]
         if self._weighing is not None:
             assert planned is not None
@@ -188,7 +189,7 @@ class Scoring(Scored):
             self._score(use, planned, z, g)
 
     def finish(self) -> None:
-        """The backward is over: score what was kept, all directions now being complete."""
+        """Score the kept reports after the backward, when all directions are complete."""
         assert self._planned is not None
         reports, self.reports = self.reports, {}
         postponed = []
@@ -210,7 +211,7 @@ class Scoring(Scored):
             self.scores = self._task.unscaled(self.scores)
 
     def overflow(self) -> None:
-        """There are no scores: the loss scale was too large for the gradients."""
+        """Set all scores to NaN: the loss scale was too large for the gradients."""
         self.scores = torch.full_like(self.scores, float("nan"))
 
     def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
@@ -229,16 +230,16 @@ class Scoring(Scored):
     def _rows(
         self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Both with examples first; None where g is zero, as it was when the plan was made."""
+        """The rule's z and g, examples first; None if g is zero as in the planning step."""
         if planned.rows is None:
-            # Where values cannot be read, the plan was made from this step's own gradients.
+            # If values cannot be read, the plan was made from the gradients of this same step.
             if devices.readable(g) and bool(g.any()):
                 raise StalePlanError
             return None
         return use.rule.prepare(use, z, g, planned.rows)
 
     def _score(self, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
-        """A use whose direction is its own, or known beforehand."""
+        """Score a use whose direction depends on no other use, or is known beforehand."""
         rows = self._rows(use, planned, z, g)
         if rows is None:
             return
@@ -251,7 +252,7 @@ class Scoring(Scored):
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
         if planned.form == "factored":
             factors = use.rule.factors(use, z, g, z_clean, g_clean)
-            if in_groups(g) and not self._task.low_memory:  # else nothing else would keep them
+            if in_groups(g) and not self._task.low_memory:  # which keeps no tensors
                 self._groups.setdefault((g.dtype, g.device), []).append(factors)
             else:
                 self.scores += ops.factored_correlation(*factors)
@@ -277,7 +278,7 @@ class Scoring(Scored):
             self._kept.append(kept)
 
     def _score_jointly(self, postponed: list[tuple[Use, UsePlan, Tensor, Tensor]]) -> None:
-        """Uses that share parameters: the direction is the sum over all of them first."""
+        """Score uses that share parameters, after summing their direction over all of them."""
         n = self._n
         totals: dict[int, tuple[Tensor, Tensor]] = {}
         reports: list[tuple[Use, str, Tensor, Tensor]] = []
@@ -303,7 +304,7 @@ class Scoring(Scored):
     def _side_by_side(
         self, reports: list[tuple[Use, str, Tensor, Tensor]]
     ) -> Iterator[tuple[Use, str, Tensor, Tensor]]:
-        """Uses of the same operands with few rows each, as a cell's in a loop, as one use."""
+        """Join uses of the same operands with few rows each, as of a cell in a loop."""
         trained = {use.index for use in self._trained}
         groups: dict[Any, list[tuple[Use, str, Tensor, Tensor]]] = {}
         for report in reports:
@@ -345,7 +346,7 @@ class Scoring(Scored):
         ]
 
     def _second_backward(self, weights: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """Σ w_i ∇f_i where nothing was kept: the gradients of a backward of Σ w_i f_i."""
+        """Σ w_i ∇f_i if nothing was kept, from a second backward of Σ w_i f_i."""
         assert self.again is not None
         weighing = self._weighing = _Weighing((weights != 0).to(weights.dtype), _active(weights))
         self.arm(self._trained)
@@ -355,7 +356,7 @@ class Scoring(Scored):
         return weighing.totals
 
     def _weigh(self, weighing: _Weighing, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
-        """A report of the second backward, whose gradients carry the weights already."""
+        """Take a report of the second backward, whose gradients contain the weights already."""
         rows = self._rows(use, planned, z, g)
         if rows is None:
             return
@@ -367,7 +368,7 @@ class Scoring(Scored):
 
 
 def _active(weights: Tensor) -> Tensor | None:
-    """The examples with weight; None where the host cannot read how many there are."""
+    """The examples with w_i ≠ 0; None if the host cannot read how many there are."""
     return weights.nonzero().flatten() if devices.readable(weights) else None
 
 
@@ -385,5 +386,5 @@ def _weighted(kept: _Kept, weights: Tensor, active: Tensor | None) -> Roots:
 
 
 def _for(kept: Tensor, weights: Tensor) -> Tensor:
-    """The weights in the dtype that sums of ``kept`` are formed in; losses may have another."""
+    """The weights in the dtype of sums of ``kept``; losses may have another dtype."""
     return weights.to(accumulation_dtype(kept.dtype))

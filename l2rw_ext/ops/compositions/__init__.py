@@ -1,12 +1,14 @@
-"""Every operator as a composition of torch's own operations.
+"""Every operator as a composition of torch's operations.
 
-What runs on CUDA tensors where no kernel of ours does, and what a kernel is measured against.
-Each function has the name, the arguments and the results of its operator in :mod:`l2rw_ext.ops`.
+A composition runs on CUDA tensors where no kernel of this package does, and a kernel is measured
+against it. Each function has the name, the arguments and the results of its operator in
+:mod:`l2rw_ext.ops`.
+
 None of them reads a value on the host, or makes a shape depend on one, so that none waits for the
 device and all can be captured in a CUDA graph. An index out of range is therefore found by the
-device. A caller's autocast, which no compiled kernel sees, has no say in them either. Matrix
-products and convolutions of float32 follow torch's precision settings, and sums are as reproducible
-as the operations of torch that form them.
+device. They ignore the caller's autocast, as the compiled kernels do. Matrix products and
+convolutions of float32 follow torch's precision settings, and sums are as reproducible as the
+operations of torch that form them.
 """
 
 from __future__ import annotations

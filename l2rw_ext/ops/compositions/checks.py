@@ -1,4 +1,4 @@
-"""Argument checks: what would broadcast or be converted without a word is an error.
+"""Argument checks: an argument that would be broadcast or converted silently is an error.
 
 Every message names operator, argument and value, as those of the compiled kernels do.
 """
@@ -60,7 +60,7 @@ class Checks:
         )
 
     def device(self, name: str, tensor: Tensor) -> None:
-        """The argument is where the reference is."""
+        """The argument is on the device of the reference."""
         self.require(
             tensor.device == self._tensor.device,
             f"{name} must be on the device of {self._reference} ({self._tensor.device}), got "

@@ -66,10 +66,10 @@ def conv_example_gradients(
     direction: Tensor | None = None,
     direction_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """G_i as a matrix product over pixels with what every element of the kernel meets.
+    """G_i as a matrix product over pixels of g with the input values that meet each kernel element.
 
     A grouped convolution backward with the batch as groups needs no such copy of z, but torch's
-    kernels for hundreds of groups are slow ones; here a few examples are copied at a time.
+    kernels for hundreds of groups are slow. Here a few examples are copied at a time.
     """
     check = Checks("conv_example_gradients", "z", z)
     _check_convolution(check, z, g, kernel_size, stride, padding, dilation, groups)
@@ -153,7 +153,7 @@ def _columns(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """What the elements of the kernel meet: (n groups, C / groups · kernel, pixels)."""
+    """The input values that each kernel element meets: (n groups, C / groups · kernel, pixels)."""
     n, rank = z.shape[0], len(kernel_size)
     if any(padding):
         z = F.pad(z, [amount for amount in reversed(padding) for _ in range(2)])

@@ -11,7 +11,7 @@ from l2rw_ext.ops.arithmetic import WORKSPACE_BYTES, accumulation_dtype, parts, 
 
 from .checks import Checks
 
-# Clean rows that are multiplied at a time, where there are more: wide enough for a matrix product.
+# The number of clean rows that are multiplied at a time: wide enough for a matrix product.
 _COLUMNS = 4096
 
 
@@ -39,7 +39,7 @@ def _factored(z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor, bias: bool
     z, g = z.reshape(rows, z.shape[2]), g.reshape(rows, g.shape[2])
     z_clean = z_clean.reshape(clean_rows, z.shape[1])
     g_clean = g_clean.reshape(clean_rows, g.shape[1])
-    # Each pair of rows takes a number of both products.
+    # Each pair of rows takes one number in each of the two products.
     pair = 2 * dtype.itemsize
     columns = max(_COLUMNS, WORKSPACE_BYTES // (pair * max(1, rows)))
     copied = 0 if z.dtype == dtype else dtype.itemsize * (z.shape[1] + g.shape[1])

@@ -1,4 +1,4 @@
-"""Operations whose tangent has a rule of its own; importing this package fills the registry."""
+"""Operations whose tangent has a separate rule; importing this package fills the registry."""
 
 from l2rw_ext.engines.forward.dual import REGISTRY
 

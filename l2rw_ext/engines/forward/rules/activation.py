@@ -41,9 +41,9 @@ def _relu_(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _relu_in_place(x: Tensor) -> Tensor:
-    """On what x is a view of, where it is all of it: a dual tensor is a view of its primal.
+    """Write to the primal of which x is a view, if x is all of it: a dual is a view of its primal.
 
-    For a write to a view autograd's backward copies the whole gradient three times.
+    For a write to a view, autograd's backward copies the whole gradient three times.
     """
     base = x._base
     if base is None or base.grad_fn is None or not _same_place(x, base):

@@ -1,7 +1,7 @@
 """Writes to indexed places, where a place that is named twice keeps only one of its values.
 
-Autograd's gradient of such a write goes to all values written to the place, the derivative of the
-forward to the last alone. The scores are defined by gradients, so that such a write is refused.
+Autograd's gradient of such a write goes to all values written to the place; the derivative of the
+forward goes only to the last. The scores are defined by gradients, so such a write is refused.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ _CORRECTED: dict[Function, Function] = {
 
 @handles(*_CORRECTED)
 def _corrected(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What torch's forward mode has wrong."""
+    """Functions whose forward derivative is wrong in torch run as corrections."""
     return _CORRECTED[func](*args, **kwargs)
 
 
@@ -65,7 +65,7 @@ def _recurrence(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    """Its fused recurrent layer has no forward derivative; torch's own composition has."""
+    """Torch's fused recurrent layer has no forward derivative; its unfused composition has one."""
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
