@@ -1,9 +1,7 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "correlation_checks.h"
+#include "operator_checks.h"
 #include "cuda/launch.cuh"
 #include "cuda/partial_sums.h"
 #include "cuda/reduce.cuh"

@@ -1,9 +1,7 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "convolution_checks.h"
+#include "operator_checks.h"
 #include "cuda/active_examples.cuh"
 #include "cuda/gradient_kernels.cuh"
 #include "cuda/partial_sums.h"

@@ -1,9 +1,7 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "correlation_checks.h"
+#include "operator_checks.h"
 #include "cuda/aligned_rows.h"
 #include "cuda/dense_product.cuh"
 #include "cuda/launch.cuh"

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "correlation.h"
 #include "cuda/engines.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/partial_sums.h"

@@ -1,11 +1,9 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
-#include "correlation_checks.h"
+#include "operator_checks.h"
 #include "cuda/aligned_rows.h"
 #include "cuda/engines.cuh"
 #include "cuda/launch.cuh"

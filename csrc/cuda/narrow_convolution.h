@@ -4,7 +4,6 @@
 // product, and bound by memory.
 
 #include "convolution_sizes.h"
-#include "correlation.h"
 #include "cuda/launch.cuh"
 
 namespace l2rw::cuda {

@@ -1,5 +1,3 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,11 +1,9 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
-#include "correlation_checks.h"
+#include "operator_checks.h"
 #include "cuda/active_examples.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/partial_sums.h"
