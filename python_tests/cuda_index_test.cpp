@@ -53,7 +53,7 @@ struct Numbers {
   int64_t small() { return below(7) - 3; }
 };
 
-// Vectors that a warp reads at once lie in different banks, eight lanes at a time.
+// The vectors that eight lanes read at once lie in different banks.
 void expect_no_conflict(const std::vector<int>& offsets) {
   EXPECT(offsets.size() == 8);
   std::map<int, int> banks;  // of 16 bytes
@@ -481,7 +481,7 @@ void test_convolution_sizes() {
   EXPECT(rows.z_source(rows.row_pixel(0, 2000 * width), rows.tap_vector(1)).bytes == 0);
 }
 
-// The distinct banks of four bytes that a warp's loads meet, and no two numbers of one bank.
+// The loads of a warp, of four bytes each, have no bank conflict.
 void expect_own_banks(const std::vector<int>& offsets) {
   std::map<int, int> banks;
   for (const int offset : offsets) {
@@ -512,7 +512,7 @@ Convolution draw_convolution(Numbers& numbers) {
   return conv;
 }
 
-// The definition: output pixel p meets input pixel p stride + tap dilation - padding.
+// The definition: output pixel p reads input pixel p stride + tap dilation - padding.
 int64_t pixel_met(const Convolution& conv, int64_t p, int64_t tap) {
   int64_t pixel = 0;
   int64_t size = 1;
@@ -568,7 +568,8 @@ void test_pixels_of_convolutions() {
 
 template <class Tile>
 void test_gradient_tile() {
-  // Each number of the tile belongs to one thread of each depth, a row's sum of g to its lanes.
+  // Each element of the tile belongs to one thread of each slice of the depth, a row's sum of g to
+  // the lanes of that row.
   std::set<std::tuple<int, int, int>> sums;
   for (int thread = 0; thread < Tile::kThreads; ++thread) {
     EXPECT(0 <= Tile::slice_k(thread) && Tile::slice_k(thread) < Tile::kSlicesK);
@@ -590,7 +591,7 @@ void test_gradient_tile() {
       (kStagedBytes<Tile, std::conditional_t<Tile::kElementBytes == 8, double, float>>) <=
       99 * 1024);
 
-  // No two lanes that read at once meet in a bank, and all read in their stage.
+  // Lanes that read at once have no bank conflict, and all read within their stage.
   for (int warp = 0; warp < Tile::kThreads; warp += 32) {
     for (int pixel = 0; pixel + (Tile::kSimt ? 0 : 15) < Tile::kDepth; ++pixel) {
       std::vector<int> offsets;

@@ -25,6 +25,7 @@
 #include "cuda/reduce/block.cuh"
 #include "cuda/util/launch.cuh"
 #include "cuda/util/ptx.cuh"
+#include "cuda/util/types.cuh"
 #include "cuda/util/views.h"
 
 namespace l2rw::cuda {
