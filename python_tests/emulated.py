@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: the sources of csrc/cuda, compiled with the headers of emulator/."""
+"""The CUDA kernels on the host: csrc/cuda, compiled with the headers of emulator/."""
 
 from __future__ import annotations
 
