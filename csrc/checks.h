@@ -1,8 +1,8 @@
 #pragma once
 
-// Argument checks. Every message names operator, argument and value. They run before the first
-// dispatcher call of an operator: at this ABI target an error raised inside such a call loses its
-// text.
+// The building blocks of argument checks, and the dtypes that they accept. Every message names
+// operator, argument and value. All checks of an operator run before its first dispatcher call,
+// because at this ABI target an error raised inside such a call loses its text.
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -23,6 +23,10 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;  // one for each layer
 
 // An operator's argument and the name the messages give it.
 struct Argument {

@@ -1,5 +1,7 @@
 #pragma once
 
+// The sizes of a convolution, as the kernels of both devices read them.
+
 #include <cstdint>
 
 namespace l2rw {

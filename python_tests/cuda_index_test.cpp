@@ -10,15 +10,18 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/convolution_rows.h"
-#include "cuda/divisor.h"
-#include "cuda/gradient_tile.h"
-#include "cuda/layers.h"
-#include "cuda/places.h"
-#include "cuda/sheets.h"
-#include "cuda/tile_index.h"
-#include "cuda/tile_plan.h"
-#include "cuda/warpgroup_index.h"
+#include "cuda/conv/geometry.h"
+#include "cuda/conv/implicit_gemm.h"
+#include "cuda/conv_grad/tile.h"
+#include "cuda/gemm/grouped.h"
+#include "cuda/gemm/heuristics.h"
+#include "cuda/gemm/loaders.h"
+#include "cuda/gemm/scheduler.h"
+#include "cuda/gemm/tile.h"
+#include "cuda/reduce/segments.h"
+#include "cuda/util/integers.h"
+#include "cuda/util/strides.h"
+#include "cuda/util/views.h"
 
 namespace {
 
@@ -33,12 +36,12 @@ using l2rw::Convolution;
     }                                                                               \
   } while (0)
 
-using LargeTile = MatrixTile<128, 128, 64, 32>;
-using WarpgroupTile = MatrixTile<128, 192, 16, 192>;
-using SmallTile = MatrixTile<64, 64, 32, 32>;
-using NarrowTile = MatrixTile<128, 32, 32, 32>;
-using FlatTile = PlainTile<64, 128>;
-using FlatNarrowTile = PlainTile<128, 32>;
+using LargeTile = TensorCoreTile<128, 128, 64, 32>;
+using WarpgroupTile = TensorCoreTile<128, 192, 16, 192>;
+using SmallTile = TensorCoreTile<64, 64, 32, 32>;
+using NarrowTile = TensorCoreTile<128, 32, 32, 32>;
+using LargeSimtTile = SimtTile<64, 128>;
+using NarrowSimtTile = SimtTile<128, 32>;
 
 // Small numbers, the same in every run, whose sums are exact in every type used here.
 struct Numbers {
@@ -50,13 +53,13 @@ struct Numbers {
   int64_t small() { return below(7) - 3; }
 };
 
-// Vectors that a warp reads at once lie in different banks, eight lanes at a time.
+// The vectors that eight lanes read at once lie in different banks.
 void expect_no_conflict(const std::vector<int>& offsets) {
   EXPECT(offsets.size() == 8);
-  std::map<int, int> banks;  // of 16 bytes, of the line they are in
+  std::map<int, int> banks;  // of 16 bytes
   for (const int offset : offsets) {
-    const auto [place, is_new] = banks.insert({offset / kVectorBytes % 8, offset});
-    EXPECT(is_new || place->second == offset);  // the same address is read once for all
+    const auto [found, is_new] = banks.insert({offset / kVectorBytes % 8, offset});
+    EXPECT(is_new || found->second == offset);  // lanes may read the same address
   }
 }
 
@@ -64,14 +67,14 @@ template <class Tile>
 void test_tile() {
   std::set<std::pair<int, int>> sums;
   std::set<int> copied;
-  const Operand left{nullptr, 0, Tile::kRows, kLineBytes};
-  const Operand right{nullptr, 0, Tile::kColumns, kLineBytes};
+  const MatrixView left{nullptr, 0, Tile::kRows, kDepthBytes};
+  const MatrixView right{nullptr, 0, Tile::kColumns, kDepthBytes};
   for (int thread = 0; thread < Tile::kThreads; ++thread) {
     for (int r = 0; r < Tile::kThreadRows; ++r) {
       const int row = Tile::row(thread, r);
       EXPECT(0 <= row && row < Tile::kRows);
       // The lanes that add up a row are neighbours, and the first of them writes it.
-      EXPECT(row == Tile::row(thread / Tile::kLanesAcross * Tile::kLanesAcross, r));
+      EXPECT(row == Tile::row(thread / Tile::kLanesN * Tile::kLanesN, r));
       for (int c = 0; c < Tile::kThreadColumns; ++c) {
         const int column = Tile::column(thread, c);
         EXPECT(0 <= column && column < Tile::kColumns);
@@ -81,8 +84,8 @@ void test_tile() {
             Tile::column(thread, c / Tile::kAdjacent * Tile::kAdjacent) + c % Tile::kAdjacent);
       }
     }
-    EXPECT(Tile::warp_across(thread) < Tile::kWarpsAcross);
-    for_each_vector<Tile>(thread, left, 0, right, 0, 0, [&](int offset, const char*, int bytes) {
+    EXPECT(Tile::warp_n(thread) < Tile::kWarpsN);
+    load_operands<Tile>(thread, left, 0, right, 0, 0, [&](int offset, const char*, int bytes) {
       EXPECT(offset % kVectorBytes == 0 && 0 <= offset && offset < Tile::kStageBytes);
       EXPECT(bytes == kVectorBytes);
       EXPECT(copied.insert(offset).second);
@@ -93,21 +96,21 @@ void test_tile() {
 }
 
 template <class Tile>
-void test_matrix_loads() {
+void test_ldmatrix_loads() {
   for (int thread = 0; thread < Tile::kThreads; thread += 8) {
-    for (int step = 0; step < kLineVectors; step += 2) {
-      for (int b = 0; b < Tile::kLeftBlocks; ++b) {
+    for (int step = 0; step < kDepthVectors; step += 2) {
+      for (int b = 0; b < Tile::kFragmentsA; ++b) {
         std::vector<int> offsets;
         for (int lane = thread; lane < thread + 8; ++lane) {
-          offsets.push_back(shared_offset(Tile::left_row(lane, b), step + Tile::left_vector(lane)));
+          offsets.push_back(swizzled_offset(Tile::a_row(lane, b), step + Tile::a_vector(lane)));
         }
         expect_no_conflict(offsets);
       }
-      for (int b = 0; b < Tile::kRightBlocks; ++b) {
+      for (int b = 0; b < Tile::kFragmentsB; ++b) {
         std::vector<int> offsets;
         for (int lane = thread; lane < thread + 8; ++lane) {
-          offsets.push_back(shared_offset(
-              Tile::kRows + Tile::right_row(lane, b), step + Tile::right_vector(lane)));
+          offsets.push_back(
+              swizzled_offset(Tile::kRows + Tile::b_row(lane, b), step + Tile::b_vector(lane)));
         }
         expect_no_conflict(offsets);
       }
@@ -116,14 +119,14 @@ void test_matrix_loads() {
 }
 
 template <class Tile>
-void test_plain_loads() {
+void test_simt_loads() {
   for (int thread = 0; thread < Tile::kThreads; thread += 8) {
-    for (int vector = 0; vector < kLineVectors; ++vector) {
+    for (int vector = 0; vector < kDepthVectors; ++vector) {
       std::vector<int> rows;
       std::vector<int> columns;
       for (int lane = thread; lane < thread + 8; ++lane) {
-        rows.push_back(shared_offset(Tile::row(lane, 1), vector));
-        columns.push_back(shared_offset(Tile::kRows + Tile::column(lane, 1), vector));
+        rows.push_back(swizzled_offset(Tile::row(lane, 1), vector));
+        columns.push_back(swizzled_offset(Tile::kRows + Tile::column(lane, 1), vector));
       }
       expect_no_conflict(rows);
       expect_no_conflict(columns);
@@ -134,9 +137,9 @@ void test_plain_loads() {
 // The bits of a matrix descriptor, as the PTX manual numbers them.
 void test_descriptors() {
   for (const uint32_t base : {0u, 1024u, 163840u}) {
-    for (int row = 0; row < 320; row += kPatternRows) {
-      for (int vector = 0; vector < kLineVectors; vector += 2) {
-        const uint64_t descriptor = describe_rows(base, row, vector);
+    for (int row = 0; row < 320; row += kSwizzleRows) {
+      for (int vector = 0; vector < kDepthVectors; vector += 2) {
+        const uint64_t descriptor = matrix_descriptor(base, row, vector);
         EXPECT((descriptor & 0x3fff) * 16 == base + row * 128 + vector * 16);
         EXPECT((descriptor >> 14 & 3) == 0 && (descriptor >> 30 & 3) == 0);
         EXPECT((descriptor >> 32 & 0x3fff) * 16 == 1024);
@@ -147,12 +150,12 @@ void test_descriptors() {
   EXPECT(warpgroup_row(127) == 0 && warpgroup_row(128) == 64);
 }
 
-void test_operand() {
-  const Operand operand{nullptr, 48, 3, 40};
-  EXPECT(RowSources(operand, 1, 0)(1).bytes == 16);
-  EXPECT(RowSources(operand, 1, 32)(1).bytes == 8);
-  EXPECT(RowSources(operand, 1, 48)(1).bytes == 0);
-  EXPECT(RowSources(operand, 1, 0)(2).bytes == 0);
+void test_matrix_view() {
+  const MatrixView operand{nullptr, 48, 3, 40};
+  EXPECT(RowSource(operand, 1, 0)(1).bytes == 16);
+  EXPECT(RowSource(operand, 1, 32)(1).bytes == 8);
+  EXPECT(RowSource(operand, 1, 48)(1).bytes == 0);
+  EXPECT(RowSource(operand, 1, 0)(2).bytes == 0);
 }
 
 void test_divisors() {
@@ -197,106 +200,108 @@ void test_ranges() {
   }
 }
 
-void test_places_of_blocks() {
+void test_tiles_of_blocks() {
   for (int64_t rows = 1; rows < 40; rows += 3) {
     for (int64_t columns = 1; columns < 30; columns += 2) {
-      std::set<std::pair<int64_t, int64_t>> places;
+      std::set<std::pair<int64_t, int64_t>> tiles;
       for (int64_t block = 0; block < rows * columns; ++block) {
-        const TilePlace place = place_of_block(block, rows, columns);
-        EXPECT(0 <= place.row && place.row < rows && 0 <= place.column && place.column < columns);
-        EXPECT(places.insert({place.row, place.column}).second);
+        const TileCoord tile = tile_of_block(block, rows, columns);
+        EXPECT(0 <= tile.row && tile.row < rows && 0 <= tile.column && tile.column < columns);
+        EXPECT(tiles.insert({tile.row, tile.column}).second);
       }
     }
   }
 }
 
-void test_walk() {
+void test_k_tile_iterator() {
   for (int64_t columns = 1; columns < 9; ++columns) {
-    for (int64_t chunks = 1; chunks < 12; ++chunks) {
-      for (int64_t splits = 1; splits <= chunks; ++splits) {
-        for (int64_t groups = 1; groups <= columns * splits; ++groups) {
+    for (int64_t k_tiles = 1; k_tiles < 12; ++k_tiles) {
+      for (int64_t splits = 1; splits <= k_tiles; ++splits) {
+        for (int64_t blocks = 1; blocks <= columns * splits; ++blocks) {
           std::set<std::pair<int64_t, int64_t>> steps;
-          for (int64_t group = 0; group < groups; ++group) {
-            Walk walk(split_range(columns * splits, groups, group), splits, chunks);
-            EXPECT(!walk.done());
-            for (; !walk.done(); walk.next()) {
-              EXPECT(steps.insert({walk.column_tile(), walk.chunk}).second);
+          for (int64_t block = 0; block < blocks; ++block) {
+            KTileIterator step(split_range(columns * splits, blocks, block), splits, k_tiles);
+            EXPECT(!step.done());
+            for (; !step.done(); step.next()) {
+              EXPECT(steps.insert({step.column_tile(), step.k_tile}).second);
             }
           }
-          EXPECT(static_cast<int64_t>(steps.size()) == columns * chunks);
+          EXPECT(static_cast<int64_t>(steps.size()) == columns * k_tiles);
         }
       }
     }
   }
 }
 
-void test_dense_plans() {
+void test_dense_heuristics() {
   Numbers numbers;
   for (int trial = 0; trial < 20000; ++trial) {
     const int64_t rows = 1 + numbers.below(1 << numbers.below(24));
     const int64_t columns = 1 + numbers.below(1 << numbers.below(16));
-    const int64_t chunks = 1 + numbers.below(1 << numbers.below(9));
+    const int64_t k_tiles = 1 + numbers.below(1 << numbers.below(9));
     const int64_t processors = 1 + numbers.below(150);
     const int64_t bytes = numbers.below(2) == 0 ? 4 : 8;
-    const TileSize large = trial % 2 == 0 ? size_of<LargeTile>() : size_of<WarpgroupTile>();
-    const TileSize small = size_of<SmallTile>();
-    const TileSize narrow = size_of<NarrowTile>();
+    const TileShape large = trial % 2 == 0 ? tile_shape<LargeTile>() : tile_shape<WarpgroupTile>();
+    const TileShape small = tile_shape<SmallTile>();
+    const TileShape narrow = tile_shape<NarrowTile>();
     const int64_t products = 1 + numbers.below(1 << numbers.below(7));
-    const ProductPlan plan =
-        plan_dense(products, rows, columns, chunks, large, small, narrow, processors, bytes);
-    const TileSize tile = plan.narrow ? narrow : plan.large ? large : small;
+    const GemmPlan plan =
+        plan_dense(products, rows, columns, k_tiles, large, small, narrow, processors, bytes);
+    const TileShape tile = plan.narrow ? narrow : plan.large ? large : small;
     EXPECT(!plan.narrow || columns <= narrow.columns);
     EXPECT(!plan.large || large_fit(rows, columns, large, small));
     EXPECT(plan.row_tiles == ceil_div(rows, tile.rows));
     EXPECT(plan.column_tiles == ceil_div(columns, tile.columns));
-    EXPECT(1 <= plan.groups && plan.groups <= plan.column_tiles * plan.splits);
-    EXPECT(plan.groups == 1 || plan.groups * products * rows * bytes <= kWorkspaceBytes);
-    EXPECT(1 <= plan.splits && plan.splits <= chunks);
+    EXPECT(1 <= plan.column_blocks && plan.column_blocks <= plan.column_tiles * plan.splits);
+    EXPECT(
+        plan.column_blocks == 1 || plan.column_blocks * products * rows * bytes <= kWorkspaceBytes);
+    EXPECT(1 <= plan.splits && plan.splits <= k_tiles);
   }
 }
 
-void test_factored_plans() {
+void test_factored_heuristics() {
   Numbers numbers;
   for (int trial = 0; trial < 20000; ++trial) {
     const int64_t processors = 1 + numbers.below(150);
     const int64_t bytes = numbers.below(2) == 0 ? 4 : 8;
-    const TileSize matrices = trial % 2 == 0 ? size_of<LargeTile>() : size_of<WarpgroupTile>();
-    const TileSize large = bytes == 4 ? matrices : size_of<FlatTile>();
-    const TileSize small = bytes == 4 ? size_of<SmallTile>() : size_of<FlatTile>();
-    std::vector<FactoredSize> layers(static_cast<size_t>(1 + numbers.below(kMostLayers)));
-    for (FactoredSize& layer : layers) {
+    const TileShape ldmatrix =
+        trial % 2 == 0 ? tile_shape<LargeTile>() : tile_shape<WarpgroupTile>();
+    const TileShape large = bytes == 4 ? ldmatrix : tile_shape<LargeSimtTile>();
+    const TileShape small = bytes == 4 ? tile_shape<SmallTile>() : tile_shape<LargeSimtTile>();
+    std::vector<FactoredProblem> layers(static_cast<size_t>(1 + numbers.below(kMaxLayers)));
+    for (FactoredProblem& layer : layers) {
       layer = {
           1 + numbers.below(1 << numbers.below(24)),
           1 + numbers.below(1 << numbers.below(16)),
           1 + numbers.below(1 << numbers.below(9)),
           1 + numbers.below(1 << numbers.below(9))};
     }
-    const std::vector<ProductPlan> plans = plan_factored(layers, large, small, processors, bytes);
+    const std::vector<GemmPlan> plans = plan_factored(layers, large, small, processors, bytes);
     const FactoredWorkspace workspace(layers, plans, small);
     EXPECT(plans.size() == layers.size());
     int64_t most = 0;  // bytes
     int64_t end = 0;
     int64_t large_tiles = 0;
     for (size_t l = 0; l < plans.size(); ++l) {
-      const ProductPlan& plan = plans[l];
-      const TileSize tile = plan.large ? large : small;
+      const GemmPlan& plan = plans[l];
+      const TileShape tile = plan.large ? large : small;
       EXPECT(plan.row_tiles == ceil_div(layers[l].rows, tile.rows));
       EXPECT(plan.column_tiles == ceil_div(layers[l].columns, tile.columns));
-      EXPECT(1 <= plan.groups && plan.groups <= plan.column_tiles);
+      EXPECT(1 <= plan.column_blocks && plan.column_blocks <= plan.column_tiles);
       const int64_t tiles = plan.row_tiles * plan.column_tiles;
       EXPECT(workspace.partial[l] == end);
       if (plan.z_splits > 0) {
-        EXPECT(!plan.large && plan.groups == 1 && tiles < processors);
+        EXPECT(!plan.large && plan.column_blocks == 1 && tiles < processors);
         const int64_t g_splits = plan.splits - plan.z_splits;
-        EXPECT(plan.z_splits <= layers[l].z_chunks);
-        EXPECT(1 <= g_splits && g_splits <= layers[l].g_chunks);
+        EXPECT(plan.z_splits <= layers[l].z_k_tiles);
+        EXPECT(1 <= g_splits && g_splits <= layers[l].g_k_tiles);
         EXPECT(plan.blocks() == tiles * plan.splits && plan.tiles_of_block() == 1);
         end += plan.splits * tiles * tile.rows * tile.columns;
         most += plan.splits * tiles * tile.rows * tile.columns * bytes;
       } else {
-        EXPECT(plan.splits == 1 && plan.blocks() == plan.row_tiles * plan.groups);
-        EXPECT(plan.tiles_of_block() * plan.groups >= plan.column_tiles);
-        most += plan.groups > 1 ? plan.groups * layers[l].rows * bytes : 0;
+        EXPECT(plan.splits == 1 && plan.blocks() == plan.row_tiles * plan.column_blocks);
+        EXPECT(plan.tiles_of_block() * plan.column_blocks >= plan.column_tiles);
+        most += plan.column_blocks > 1 ? plan.column_blocks * layers[l].rows * bytes : 0;
       }
       large_tiles += plan.large ? tiles : 0;
     }
@@ -305,7 +310,7 @@ void test_factored_plans() {
     EXPECT(workspace.parts == end);
     for (size_t l = 0; l < plans.size(); ++l) {
       EXPECT(workspace.row_sums[l] == end);
-      end += plans[l].groups * layers[l].rows;
+      end += plans[l].column_blocks * layers[l].rows;
     }
     EXPECT(workspace.size == end);
   }
@@ -313,22 +318,22 @@ void test_factored_plans() {
 
 // All layers together fill the processors: none waits for a block that is much longer than its
 // share.
-void test_shares_of_a_group() {
-  const TileSize large = size_of<LargeTile>();
-  const TileSize small = size_of<SmallTile>();
-  const FactoredSize layer{256, 64, 16, 16};
+void test_work_of_a_grouped_launch() {
+  const TileShape large = tile_shape<LargeTile>();
+  const TileShape small = tile_shape<SmallTile>();
+  const FactoredProblem layer{256, 64, 16, 16};
   for (const size_t count : {1, 3, 12, 20}) {
-    const std::vector<FactoredSize> layers(count, layer);
+    const std::vector<FactoredProblem> layers(count, layer);
     int64_t blocks = 0;
-    for (const ProductPlan& plan : plan_factored(layers, large, small, 132, 4)) {
+    for (const GemmPlan& plan : plan_factored(layers, large, small, 132, 4)) {
       EXPECT(plan.z_splits > 0);
       blocks += plan.blocks();
     }
     // Two stages are the least that a block is started for.
     EXPECT(blocks == (count == 1 ? 64 : count == 3 ? 192 : count == 12 ? 288 : 320));
   }
-  // A deep layer is split beside one that fills the processors, a layer like that one is not.
-  const std::vector<ProductPlan> plans =
+  // A slice_k layer is split beside one that fills the processors, a layer like that one is not.
+  const std::vector<GemmPlan> plans =
       plan_factored({{16384, 1024, 4, 4}, {64, 64, 64, 64}}, large, small, 132, 4);
   EXPECT(plans[0].large && plans[0].z_splits == 0 && plans[1].z_splits > 0);
   // Tiles that would be half empty are small ones.
@@ -337,17 +342,17 @@ void test_shares_of_a_group() {
 }
 
 void test_longest_blocks_first() {
-  const std::vector<FactoredSize> layers{
+  const std::vector<FactoredProblem> layers{
       {64, 64, 1, 1}, {64, 64, 9, 9}, {64, 64, 3, 3}, {64, 64, 9, 9}};
-  const std::vector<ProductPlan> plans(4, ProductPlan{false, 1, 1, 1, 1});
+  const std::vector<GemmPlan> plans(4, GemmPlan{false, 1, 1, 1, 1});
   EXPECT((longest_blocks_first(layers, plans) == std::vector<size_t>{1, 3, 2, 0}));
 }
 
 template <int Capacity>
-void test_layer_table(int layers) {
+void test_grouped_layers(int layers) {
   Numbers numbers;
   for (int trial = 0; trial < 50; ++trial) {
-    LayerTable<int, Capacity> table;
+    GroupedLayers<int, Capacity> table;
     std::vector<int> expected;
     for (int layer = 0; layer < layers; ++layer) {
       const int64_t count = numbers.below(4) == 0 ? 0 : 1 + numbers.below(200);
@@ -365,17 +370,17 @@ void test_layer_table(int layers) {
   }
 }
 
-void test_sheets() {
+void test_segments() {
   for (const int64_t vectors : {1, 2, 3, 17, 64, 200, 256, 257, 5000}) {
-    const SheetThreads threads = sheet_threads(vectors);
-    EXPECT(threads.across * threads.down == kSheetThreads);
-    EXPECT(threads.across >= vectors || threads.across == kSheetThreads);
+    const BlockShape block = block_shape(vectors);
+    EXPECT(block.x * block.y == kBlockThreads);
+    EXPECT(block.x >= vectors || block.x == kBlockThreads);
     for (const int64_t outer : {1, 2, 300, 100000}) {
-      for (const int64_t sheets : {1, 100, 100000}) {
-        const SheetParts parts = parts_of_sheet(sheets, outer, threads, 132);
+      for (const int64_t examples : {1, 100, 100000}) {
+        const Segments segments = segments_of(examples, outer, block, 132);
         int64_t next = 0;
-        for (unsigned part = 0; part < parts.count; ++part) {
-          const Range range = parts.range(part, outer);
+        for (unsigned segment = 0; segment < segments.count; ++segment) {
+          const Range range = segments.range(segment, outer);
           EXPECT(range.begin == next && range.begin < range.end);
           next = range.end;
         }
@@ -391,7 +396,7 @@ void test_sheets() {
   EXPECT(!fits_vectors(64, 4, {8, 4, 2}, 8, 4));
 }
 
-void test_places() {
+void test_strided_layout() {
   Numbers numbers;
   for (int trial = 0; trial < 2000; ++trial) {
     const int64_t dims = numbers.below(5);
@@ -407,16 +412,16 @@ void test_places() {
       strides[d] = whole ? run : numbers.below(20);
       run *= sizes[d];
     }
-    const auto places = Places::of(sizes, strides);
-    EXPECT(places.has_value());
-    EXPECT(!whole || places->dims == 1);
+    const auto layout = StridedLayout::of(sizes, strides);
+    EXPECT(layout.has_value());
+    EXPECT(!whole || layout->dims == 1);
     std::vector<int64_t> at(sizes.size(), 0);
     for (int64_t k = 0; k < run; ++k) {
       int64_t offset = 0;
       for (size_t d = 0; d < sizes.size(); ++d) {
         offset += at[d] * strides[d];
       }
-      EXPECT(places->offset(k) == offset);
+      EXPECT(layout->offset(k) == offset);
       for (size_t d = sizes.size(); d-- > 0;) {
         if (++at[d] < sizes[d]) {
           break;
@@ -430,7 +435,7 @@ void test_places() {
   for (int64_t d = 0; d < 9; ++d) {
     apart.push_back(int64_t{1} << (2 * d));
   }
-  EXPECT(!Places::of(nine, apart).has_value());
+  EXPECT(!StridedLayout::of(nine, apart).has_value());
 }
 
 l2rw::Convolution convolution(
@@ -461,27 +466,27 @@ void test_convolution_sizes() {
     return convolution(
         examples, 1, 4, 8, {1, 1, width}, {1, 1, 3}, {1, 1, 1}, {0, 0, 1}, {1, 1, 1});
   };
-  const auto pixels = [](int64_t width) { return Pixels{nullptr, width * 16, 0, 16, 16}; };
+  const auto pixels = [](int64_t width) { return ImageView{nullptr, width * 16, 0, 16, 16}; };
   const int64_t width = int64_t{1} << 20;
-  EXPECT(ConvolutionRows::fits(conv(2000, width), pixels(width), 16));
-  EXPECT(!ConvolutionRows::fits(conv(2048, width), pixels(width), 16));
-  EXPECT(!ConvolutionRows::fits(conv(1, width), pixels(width), int64_t{1} << 33));
+  EXPECT(ImplicitGemmOperands::fits(conv(2000, width), pixels(width), 16));
+  EXPECT(!ImplicitGemmOperands::fits(conv(2048, width), pixels(width), 16));
+  EXPECT(!ImplicitGemmOperands::fits(conv(1, width), pixels(width), int64_t{1} << 33));
   // The last pixel, from the start of z.
-  const ConvolutionRows rows(conv(2000, width), pixels(width), nullptr, 16);
-  const PixelRow last = rows.row(0, 2000 * width - 1);
+  const ImplicitGemmOperands rows(conv(2000, width), pixels(width), nullptr, 16);
+  const RowPixel last = rows.row_pixel(0, 2000 * width - 1);
   EXPECT(last.z == 2000 * width - 2 && last.at[2] == width - 2);
-  EXPECT(rows.pixel(last, rows.tap_vector(1)).bytes == 16);
-  EXPECT(rows.pixel(last, rows.tap_vector(1)).from - rows.z.data == (2000 * width - 1) * 16);
-  EXPECT(rows.pixel(last, rows.tap_vector(2)).bytes == 0);
-  EXPECT(rows.pixel(rows.row(0, 2000 * width), rows.tap_vector(1)).bytes == 0);
+  EXPECT(rows.z_source(last, rows.tap_vector(1)).bytes == 16);
+  EXPECT(rows.z_source(last, rows.tap_vector(1)).from - rows.z.data == (2000 * width - 1) * 16);
+  EXPECT(rows.z_source(last, rows.tap_vector(2)).bytes == 0);
+  EXPECT(rows.z_source(rows.row_pixel(0, 2000 * width), rows.tap_vector(1)).bytes == 0);
 }
 
-// The distinct banks of four bytes that a warp's loads meet, and no two numbers of one bank.
+// The loads of a warp, of four bytes each, have no bank conflict.
 void expect_own_banks(const std::vector<int>& offsets) {
   std::map<int, int> banks;
   for (const int offset : offsets) {
-    const auto [place, is_new] = banks.insert({offset / 4 % 32, offset});
-    EXPECT(is_new || place->second == offset);
+    const auto [found, is_new] = banks.insert({offset / 4 % 32, offset});
+    EXPECT(is_new || found->second == offset);
   }
 }
 
@@ -507,7 +512,7 @@ Convolution draw_convolution(Numbers& numbers) {
   return conv;
 }
 
-// The definition: output pixel p meets input pixel p stride + tap dilation - padding.
+// The definition: output pixel p reads input pixel p stride + tap dilation - padding.
 int64_t pixel_met(const Convolution& conv, int64_t p, int64_t tap) {
   int64_t pixel = 0;
   int64_t size = 1;
@@ -529,65 +534,66 @@ void test_pixels_of_convolutions() {
   Numbers numbers;
   for (int trial = 0; trial < 3000; ++trial) {
     const Convolution conv = draw_convolution(numbers);
-    EXPECT(ConvolutionIndex::fits(conv));
-    const ConvolutionIndex index = ConvolutionIndex::of(conv);
+    EXPECT(ConvolutionGeometry::fits(conv));
+    const ConvolutionGeometry geometry = ConvolutionGeometry::of(conv);
     const int step = 1 + static_cast<int>(numbers.below(70));
-    OutputPlace place = index.place(0);
+    PixelCoord coord = geometry.coord(0);
     for (int p = 0; p < conv.pixels() + 2 * step; p += step) {
       for (int tap = 0; tap < conv.taps(); ++tap) {
         const int64_t met = pixel_met(conv, p, tap);
-        EXPECT(index.input_pixel(place, index.tap(tap)) == met);
-        EXPECT(index.input_pixel(index.place(p), index.tap(tap)) == met);
+        EXPECT(geometry.input_pixel(coord, geometry.tap(tap)) == met);
+        EXPECT(geometry.input_pixel(geometry.coord(p), geometry.tap(tap)) == met);
       }
-      place = index.after(place, index.place(step));
+      coord = geometry.advance(coord, geometry.coord(step));
     }
   }
   const Convolution small = draw_convolution(numbers);
   for (int64_t Convolution::* const none : {&Convolution::examples, &Convolution::groups}) {
     Convolution large = small;
     large.*none = int64_t{1} << 60;
-    EXPECT(ConvolutionIndex::fits(large));
+    EXPECT(ConvolutionGeometry::fits(large));
   }
   for (auto sizes : {&Convolution::in, &Convolution::out, &Convolution::kernel}) {
     Convolution large = small;
     (large.*sizes)[0] = (large.*sizes)[1] = int64_t{1} << 20;
     (large.*sizes)[2] = 1;
-    EXPECT(!ConvolutionIndex::fits(large));
+    EXPECT(!ConvolutionGeometry::fits(large));
     (large.*sizes)[0] = int64_t{1} << 62;
-    EXPECT(!ConvolutionIndex::fits(large));
+    EXPECT(!ConvolutionGeometry::fits(large));
   }
   Convolution large = small;
   large.padding[1] = int64_t{1} << 40;
-  EXPECT(!ConvolutionIndex::fits(large));
+  EXPECT(!ConvolutionGeometry::fits(large));
 }
 
 template <class Tile>
 void test_gradient_tile() {
-  // Each number of the tile belongs to one thread of each depth, a row's sum of g to its lanes.
+  // Each element of the tile belongs to one thread of each slice of the depth, a row's sum of g to
+  // the lanes of that row.
   std::set<std::tuple<int, int, int>> sums;
   for (int thread = 0; thread < Tile::kThreads; ++thread) {
-    EXPECT(0 <= Tile::deep(thread) && Tile::deep(thread) < Tile::kDeep);
+    EXPECT(0 <= Tile::slice_k(thread) && Tile::slice_k(thread) < Tile::kSlicesK);
     for (int r = 0; r < Tile::kThreadRows; ++r) {
       const int row = Tile::row(thread, r);
       EXPECT(0 <= row && row < Tile::kRows);
-      EXPECT(row == Tile::row(thread / Tile::kLanesAcross * Tile::kLanesAcross, r));
+      EXPECT(row == Tile::row(thread / Tile::kLanesN * Tile::kLanesN, r));
       for (int c = 0; c < Tile::kProductColumns; ++c) {
         const int column = Tile::column(thread, c);
         EXPECT(0 <= column && column < Tile::kColumns);
-        EXPECT(sums.insert({Tile::deep(thread), row, column}).second);
+        EXPECT(sums.insert({Tile::slice_k(thread), row, column}).second);
       }
     }
   }
-  EXPECT(sums.size() == size_t{Tile::kDeep} * Tile::kRows * Tile::kColumns);
+  EXPECT(sums.size() == size_t{Tile::kSlicesK} * Tile::kRows * Tile::kColumns);
   // What every architecture from sm_80 on has for one block.
   EXPECT(kStages * Tile::kStageBytes <= 99 * 1024);
   EXPECT(
       (kStagedBytes<Tile, std::conditional_t<Tile::kElementBytes == 8, double, float>>) <=
       99 * 1024);
 
-  // No two lanes that read at once meet in a bank, and all read in their stage.
+  // Lanes that read at once have no bank conflict, and all read within their stage.
   for (int warp = 0; warp < Tile::kThreads; warp += 32) {
-    for (int pixel = 0; pixel + (Tile::kPlain ? 0 : 15) < Tile::kDepth; ++pixel) {
+    for (int pixel = 0; pixel + (Tile::kSimt ? 0 : 15) < Tile::kDepth; ++pixel) {
       std::vector<int> offsets;
       const auto read = [&](int first, int count, auto offset, int bytes) {
         offsets.clear();
@@ -596,19 +602,19 @@ void test_gradient_tile() {
           EXPECT(0 <= offsets.back() && offsets.back() + bytes <= Tile::kStageBytes);
         }
       };
-      if constexpr (Tile::kAccess == Access::matrices) {
+      if constexpr (Tile::kAccess == Access::ldmatrix) {
         for (int first = 0; first < 32; first += 8) {
-          read(first, 8, [&](int t) { return Tile::row_matrix(t, pixel, 0); }, 16);
+          read(first, 8, [&](int t) { return Tile::row_ldmatrix(t, pixel, 0); }, 16);
           expect_no_conflict(offsets);
-          read(first, 8, [&](int t) { return Tile::column_matrix(t, pixel, 2); }, 16);
+          read(first, 8, [&](int t) { return Tile::column_ldmatrix(t, pixel, 2); }, 16);
           expect_no_conflict(offsets);
         }
-      } else if constexpr (Tile::kAccess == Access::numbers) {
+      } else if constexpr (Tile::kAccess == Access::scalars) {
         for (int k = 0; k < 4; ++k) {
-          read(0, 32, [&](int t) { return Tile::row_number(t, pixel, 0, k); }, 4);
+          read(0, 32, [&](int t) { return Tile::row_scalar(t, pixel, 0, k); }, 4);
           expect_own_banks(offsets);
         }
-        read(0, 32, [&](int t) { return Tile::column_number(t, pixel, 1, 1); }, 4);
+        read(0, 32, [&](int t) { return Tile::column_scalar(t, pixel, 1, 1); }, 4);
         expect_own_banks(offsets);
       }
     }
@@ -629,87 +635,85 @@ void test_gradient_coverage() {
     const int64_t z_size = conv.in[0] * conv.in[1] * conv.in[2] * z_pixel;
     const int64_t g_size = conv.pixels() * g_pixel;
     const char* const z_data = nullptr;
-    const Pixels z{z_data, z_size, z_group, z_pixel, conv.inputs * kBytes};
-    const Pixels g{z_data, g_size, g_group, g_pixel, conv.outputs * kBytes};
-    const GradientLayer layer = lay_out_gradient<Tile>(conv, z, g);
+    const ImageView z{z_data, z_size, z_group, z_pixel, conv.inputs * kBytes};
+    const ImageView g{z_data, g_size, g_group, g_pixel, conv.outputs * kBytes};
+    const GradientProblem problem = make_gradient_problem<Tile>(conv, z, g);
     std::set<int64_t> stored;
-    for (int tile = 0; tile < layer.tile_count(); ++tile) {
-      const GradientPlace place = gradient_place<Tile>(layer, tile);
-      const Rectangle& rectangle = place.rectangle;
-      EXPECT(rectangle.vectors * rectangle.taps <= Tile::kVectors);
-      std::set<int> places;
+    for (int t = 0; t < problem.tile_count(); ++t) {
+      const GradientTileCoord tile = tile_coord<Tile>(problem, t);
+      const TileColumns& columns = tile.columns;
+      EXPECT(columns.vectors * columns.taps <= Tile::kVectors);
+      std::set<int> offsets;
       for (int column = 0; column < Tile::kVectors; ++column) {
-        for (int k = 0; rectangle.has(column) && k < Tile::kNumbers; ++k) {
-          EXPECT(places.insert(rectangle.place(column, k, Tile::kNumbers)).second);
+        for (int k = 0; columns.has(column) && k < Tile::kElements; ++k) {
+          EXPECT(offsets.insert(columns.offset(column, k, Tile::kElements)).second);
         }
       }
-      EXPECT(places.empty() || *places.rbegin() + 1 == static_cast<int>(places.size()));
+      EXPECT(offsets.empty() || *offsets.rbegin() + 1 == static_cast<int>(offsets.size()));
       const int64_t example = numbers.below(conv.examples);
       std::vector<GradientLoader<Tile>> loaders;
       for (int thread = 0; thread < Tile::kThreads; ++thread) {
-        loaders.emplace_back(layer, place, thread);
+        loaders.emplace_back(problem, tile, thread);
       }
-      for (int chunk = numbers.below(2) == 0 ? 0 : layer.chunks / 2; chunk < layer.chunks;
-           ++chunk) {
+      for (int k_tile = numbers.below(2) == 0 ? 0 : problem.k_tiles / 2; k_tile < problem.k_tiles;
+           ++k_tile) {
         std::map<int, std::pair<int64_t, int>> copied;
         for (auto& loader : loaders) {
-          loader.load(example, chunk, [&](int offset, const char* from, int bytes, bool) {
+          loader.load(example, k_tile, [&](int offset, const char* from, int bytes, bool) {
             EXPECT(copied.insert({offset, {from - z_data, bytes}}).second);
           });
         }
         EXPECT(copied.size() == size_t{Tile::kDepth} * (Tile::kRowVectors + Tile::kVectors));
         for (int pixel = 0; pixel < Tile::kDepth; ++pixel) {
-          const int64_t p = int64_t{chunk} * Tile::kDepth + pixel;
+          const int64_t p = int64_t{k_tile} * Tile::kDepth + pixel;
           for (int v = 0; v < Tile::kRowVectors; ++v) {
             const auto [from, bytes] = copied.at(Tile::row_offset(pixel, v));
-            const int64_t byte = place.first_output * kBytes + v * 16;
+            const int64_t byte = tile.first_output * kBytes + v * 16;
             const int64_t left = std::clamp<int64_t>(conv.outputs * kBytes - byte, 0, 16);
             EXPECT(bytes == (p < conv.pixels() ? left : 0));
             EXPECT(
-                bytes == 0 ||
-                from == example * g_size + p * g_pixel + place.group * g_group + byte);
+                bytes == 0 || from == example * g_size + p * g_pixel + tile.group * g_group + byte);
           }
           for (int v = 0; v < Tile::kVectors; ++v) {
             const auto [from, bytes] = copied.at(Tile::column_offset(pixel, v));
-            const int64_t met =
-                rectangle.has(v) ? pixel_met(conv, p, rectangle.tap(v)) : int64_t{-1};
-            const int64_t byte = rectangle.has(v) ? rectangle.vector(v) * 16 : 0;
+            const int64_t met = columns.has(v) ? pixel_met(conv, p, columns.tap(v)) : int64_t{-1};
+            const int64_t byte = columns.has(v) ? columns.vector(v) * 16 : 0;
             const int64_t left = std::clamp<int64_t>(conv.inputs * kBytes - byte, 0, 16);
             EXPECT(bytes == (met >= 0 ? left : 0));
             EXPECT(
                 bytes == 0 ||
-                from == example * z_size + met * z_pixel + place.group * z_group + byte);
+                from == example * z_size + met * z_pixel + tile.group * z_group + byte);
           }
         }
       }
       for (int thread = 0; thread < Tile::kThreads; ++thread) {
-        for_each_number<Tile>(layer, place, thread, [&](int row, int x, int64_t at) {
+        for_each_element<Tile>(problem, tile, thread, [&](int row, int x, int64_t offset) {
           const int64_t row_size = conv.inputs * conv.taps();
-          EXPECT(places.count(x) == 1 && at < row_size);
-          // Place x is that of this channel and tap.
-          const int64_t channel = at / conv.taps() - rectangle.first_vector * Tile::kNumbers;
-          const int64_t tap = at % conv.taps() - rectangle.first_tap;
-          EXPECT(x == channel * rectangle.taps + tap);
-          EXPECT(stored.insert(place.output(layer, row) * row_size + at).second);
+          EXPECT(offsets.count(x) == 1 && offset < row_size);
+          // x is the offset of this channel and tap.
+          const int64_t channel = offset / conv.taps() - columns.first_vector * Tile::kElements;
+          const int64_t tap = offset % conv.taps() - columns.first_tap;
+          EXPECT(x == channel * columns.taps + tap);
+          EXPECT(stored.insert(tile.output(problem, row) * row_size + offset).second);
         });
       }
     }
-    EXPECT(static_cast<int64_t>(stored.size()) == layer.size());
-    EXPECT(layer.size() == 0 || *stored.rbegin() + 1 == layer.size());
+    EXPECT(static_cast<int64_t>(stored.size()) == problem.size());
+    EXPECT(problem.size() == 0 || *stored.rbegin() + 1 == problem.size());
   }
 }
 
-void test_shares() {
+void test_split_examples() {
   Numbers numbers;
   for (int trial = 0; trial < 5000; ++trial) {
     const int64_t tiles = 1 + numbers.below(1 << numbers.below(12));
     const int64_t examples = 1 + numbers.below(400);
-    const int64_t chunks = 1 + numbers.below(1 << numbers.below(10));
+    const int64_t k_tiles = 1 + numbers.below(1 << numbers.below(10));
     const int64_t bytes = 4 + numbers.below(1 << numbers.below(25));
-    const SharePlan plan = plan_shares(tiles, examples, chunks, bytes, 132);
-    EXPECT(1 <= plan.splits && plan.splits <= chunks);
-    EXPECT(1 <= plan.shares && plan.shares <= examples * plan.splits);
-    EXPECT(plan.shares == 1 || plan.shares * bytes <= kWorkspaceBytes);
+    const SplitExamples split = split_examples(tiles, examples, k_tiles, bytes, 132);
+    EXPECT(1 <= split.splits && split.splits <= k_tiles);
+    EXPECT(1 <= split.blocks && split.blocks <= examples * split.splits);
+    EXPECT(split.blocks == 1 || split.blocks * bytes <= kWorkspaceBytes);
   }
 }
 
@@ -732,35 +736,35 @@ int main() {
   test_tile<LargeTile>();
   test_tile<WarpgroupTile>();
   test_tile<SmallTile>();
-  test_tile<FlatTile>();
+  test_tile<LargeSimtTile>();
   test_tile<NarrowTile>();
-  test_tile<FlatNarrowTile>();
-  test_matrix_loads<LargeTile>();
-  test_matrix_loads<SmallTile>();
-  test_matrix_loads<NarrowTile>();
-  test_plain_loads<FlatTile>();
-  test_plain_loads<FlatNarrowTile>();
+  test_tile<NarrowSimtTile>();
+  test_ldmatrix_loads<LargeTile>();
+  test_ldmatrix_loads<SmallTile>();
+  test_ldmatrix_loads<NarrowTile>();
+  test_simt_loads<LargeSimtTile>();
+  test_simt_loads<NarrowSimtTile>();
   test_descriptors();
-  test_operand();
+  test_matrix_view();
   test_divisors();
   test_ranges();
-  test_places_of_blocks();
-  test_walk();
-  test_dense_plans();
-  test_factored_plans();
-  test_shares_of_a_group();
+  test_tiles_of_blocks();
+  test_k_tile_iterator();
+  test_dense_heuristics();
+  test_factored_heuristics();
+  test_work_of_a_grouped_launch();
   test_longest_blocks_first();
-  test_layer_table<1>(1);
-  test_layer_table<kMostLayers>(2);
-  test_layer_table<kMostLayers>(kMostLayers);
-  test_sheets();
-  test_places();
+  test_grouped_layers<1>(1);
+  test_grouped_layers<kMaxLayers>(2);
+  test_grouped_layers<kMaxLayers>(kMaxLayers);
+  test_segments();
+  test_strided_layout();
   test_convolution_sizes();
   test_pixels_of_convolutions();
-  test_gradient_tiles<2, Access::matrices>();
-  test_gradient_tiles<4, Access::numbers>();
-  test_gradient_tiles<4, Access::pixels>();
-  test_gradient_tiles<8, Access::pixels>();
-  test_shares();
+  test_gradient_tiles<2, Access::ldmatrix>();
+  test_gradient_tiles<4, Access::scalars>();
+  test_gradient_tiles<4, Access::simt>();
+  test_gradient_tiles<8, Access::simt>();
+  test_split_examples();
   std::puts("all passed");
 }

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: the sources of csrc/cuda, compiled with the words of emulator/."""
+"""The CUDA kernels on the host: csrc/cuda, compiled with the headers of emulator/."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _rules() -> Iterator[str]:
     yield f"rule link\n  command = {COMPILER} {FLAGS} -shared $in -o $out"
     yield f" -L{torch_root / 'lib'} -ltorch_cpu -ltorch -Wl,-rpath,{torch_root / 'lib'}\n"
     sources = [ROOT / "csrc" / "library.cpp", EMULATOR / "emulator.cpp", EMULATOR / "faults.cu"]
-    sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources += sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     for source in sources:
         yield f"build {source.stem}.o: compile {source}\n"
     yield f"build emulated.so: link {' '.join(source.stem + '.o' for source in sources)}\n"

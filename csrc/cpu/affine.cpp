@@ -1,13 +1,10 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <array>
 
-#include "checks.h"
-#include "correlation_checks.h"
+#include "operator_checks.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
@@ -75,8 +72,6 @@ void for_each_example(
         }
       });
 }
-
-}  // namespace
 
 Tensor affine_correlation(
     const Tensor& x,
@@ -154,6 +149,8 @@ std::tuple<Tensor, Tensor> affine_example_gradients(
   });
   return {gradients, bias_gradients};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("affine_correlation", TORCH_BOX(&affine_correlation));

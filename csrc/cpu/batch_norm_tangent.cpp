@@ -1,5 +1,3 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -181,8 +179,6 @@ void by_position(const BatchNormBlock<T>& all, const Channels<A>& channels, int6
   });
 }
 
-}  // namespace
-
 Tensor batch_norm_tangent(
     const Tensor& x,
     const OptionalTensor& x_tangent,
@@ -236,6 +232,8 @@ Tensor batch_norm_tangent(
   });
   return result;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("batch_norm_tangent", TORCH_BOX(&batch_norm_tangent));

@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <array>
 
-#include "checks.h"
-#include "convolution_checks.h"
-#include "correlation.h"
+#include "operator_checks.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/example_products.h"
 
@@ -90,8 +88,6 @@ void correlate_outputs(
   }
 }
 
-}  // namespace
-
 // u_i = <V, G_i> costs as many products as g_i . (V * z_i), and G_i is formed faster than torch
 // forms V * z_i: it is formed tile by tile and never stored.
 Tensor conv_correlation(
@@ -132,6 +128,8 @@ Tensor conv_correlation(
   });
   return scores;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("conv_correlation", TORCH_BOX(&conv_correlation));

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "checks.h"
-
 namespace l2rw {
 
 Element element_of(ScalarType dtype) {

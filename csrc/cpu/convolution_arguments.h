@@ -2,7 +2,7 @@
 
 // Arguments of the convolution operators as the kernels read them.
 
-#include "convolution_checks.h"
+#include "operator_checks.h"
 #include "cpu/convolution.h"
 
 namespace l2rw {

@@ -1,9 +1,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "checks.h"
-#include "correlation_checks.h"
-#include "correlation.h"
+#include "operator_checks.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/row_products.h"
 
@@ -98,8 +96,6 @@ void correlate(
   }
 }
 
-}  // namespace
-
 Tensor dense_correlation(
     const Tensor& z,
     const Tensor& g,
@@ -113,6 +109,8 @@ Tensor dense_correlation(
   });
   return scores;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("dense_correlation", TORCH_BOX(&dense_correlation));

@@ -1,12 +1,9 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
-#include "checks.h"
-#include "correlation_checks.h"
+#include "operator_checks.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
@@ -60,8 +57,6 @@ void check_range(const Tensor& index, int64_t rows) {
   }
 }
 
-}  // namespace
-
 Tensor embedding_correlation(const Tensor& index, const Tensor& g, const Tensor& direction) {
   check_embedding_correlation(index, g, direction);
   const ScalarType index_dtype = index.scalar_type();
@@ -85,6 +80,8 @@ Tensor embedding_correlation(const Tensor& index, const Tensor& g, const Tensor&
   });
   return u;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("embedding_correlation", TORCH_BOX(&embedding_correlation));

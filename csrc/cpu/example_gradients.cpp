@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
-#include "correlation.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/example_products.h"
 
@@ -48,8 +47,6 @@ std::tuple<Tensor, Tensor, Tensor> example_gradients(
   });
   return {gradients, bias_gradients, scores};
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> conv_example_gradients(
     const Tensor& z,
@@ -121,6 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
   return example_gradients(
       conv, z, image(z), image(g), {g.size(2), z.size(2)}, direction, direction_bias);
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("linear_example_gradients", TORCH_BOX(&linear_example_gradients));

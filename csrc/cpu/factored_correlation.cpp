@@ -1,9 +1,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "checks.h"
-#include "correlation_checks.h"
-#include "correlation.h"
+#include "operator_checks.h"
 #include "cpu/convolution_arguments.h"
 #include "cpu/row_products.h"
 
@@ -65,8 +63,6 @@ void add_scores(
   });
 }
 
-}  // namespace
-
 Tensor factored_correlation(
     const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean, bool bias) {
   check_factored_correlation(z, g, z_clean, g_clean);
@@ -88,6 +84,8 @@ Tensor factored_correlations(
   }
   return scores;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("factored_correlation", TORCH_BOX(&factored_correlation));

@@ -1,5 +1,3 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -50,8 +48,6 @@ void check_layer(
     check_size(kOperation, argument, 0, x.size(1), "channels of x");
   }
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_backward(
     const Tensor& g,
@@ -124,6 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_backward(
   });
   return {result, gradients, bias_gradients};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));

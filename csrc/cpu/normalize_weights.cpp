@@ -1,5 +1,3 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -49,8 +47,6 @@ void normalize(const T* u, int64_t stride, T* w, int64_t n) {
   }
 }
 
-}  // namespace
-
 Tensor normalize_weights(const Tensor& u) {
   check_dim(kOperation, {"u", u}, 1);
   check_floating(kOperation, {"u", u});
@@ -61,6 +57,8 @@ Tensor normalize_weights(const Tensor& u) {
   });
   return w;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) {
   m.impl("normalize_weights", TORCH_BOX(&normalize_weights));

@@ -1,12 +1,9 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
-#include "checks.h"
-#include "correlation_checks.h"
+#include "operator_checks.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
@@ -41,8 +38,6 @@ void scale_examples(
     }
   });
 }
-
-}  // namespace
 
 Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) {
   check_scale_rows(g, weights, active);
@@ -82,6 +77,8 @@ Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) 
   }
   return by_channel ? torch::stable::transpose(scaled, 1, 2) : scaled;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) { m.impl("scale_rows", TORCH_BOX(&scale_rows)); }
 

@@ -1,12 +1,9 @@
-#include "correlation.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
-#include "checks.h"
-#include "correlation_checks.h"
+#include "operator_checks.h"
 #include "cpu/row_kernels.h"
 
 namespace l2rw {
@@ -88,8 +85,6 @@ void sum_rows(
       });
 }
 
-}  // namespace
-
 Tensor weighted_sum(const Tensor& gradients, const Tensor& weights) {
   check_weighted_sum(gradients, weights);
 
@@ -121,6 +116,8 @@ Tensor weighted_sum(const Tensor& gradients, const Tensor& weights) {
   });
   return total;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CPU, m) { m.impl("weighted_sum", TORCH_BOX(&weighted_sum)); }
 

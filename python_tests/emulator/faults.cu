@@ -3,10 +3,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cuda/instructions.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/tile_index.h"
-#include "cuda/warpgroup_index.h"
+#include "cuda/gemm/tile.h"
+#include "cuda/util/launch.cuh"
+#include "cuda/util/ptx.cuh"
 
 namespace l2rw::cuda {
 namespace {
@@ -33,16 +32,16 @@ __global__ void reverse(const float* from, float* to, int64_t fault) {
   if (thread < kThreads / 4) {  // 16 bytes each
     const int odd = fault == kOddAddress ? 1 : 0;
     const uint32_t beyond = fault == kBeyondShared ? 16 : 0;
-    copy_vector(
+    cp_async(
         base + static_cast<uint32_t>(thread) * 16 + beyond,
         reinterpret_cast<const char*>(from + thread * 4 + odd),
         odd == 0 ? 16 : 12);
   }
   if (fault != kNotClosed) {
-    close_stage();
+    cp_async_commit();
   }
   if (fault != kNoWait) {
-    wait_for_stage<0>();
+    cp_async_wait<0>();
   }
   if (fault == kTwoBarriers && thread % 2 == 1) {
     __syncthreads();
@@ -87,32 +86,32 @@ __global__ void multiply_rows(const char* from, float* to, int64_t fault) {
   const auto thread = static_cast<int>(threadIdx.x);
   const uint32_t base = shared_address(shared);
   for (int row = thread; row < kRows; row += 128) {
-    for (int vector = 0; vector < kLineVectors; ++vector) {
-      const int at = row * kLineBytes + vector * kVectorBytes;
-      copy_vector(base + static_cast<uint32_t>(shared_offset(row, vector)), from + at, 16);
+    for (int vector = 0; vector < kDepthVectors; ++vector) {
+      const int at = row * kDepthBytes + vector * kVectorBytes;
+      cp_async(base + static_cast<uint32_t>(swizzled_offset(row, vector)), from + at, 16);
     }
   }
-  close_stage();
+  cp_async_commit();
   if (fault == kShownTooEarly) {
-    show_copies();
+    fence_async_proxy();
   }
-  wait_for_stage<0>();
+  cp_async_wait<0>();
   if (fault != kShownTooEarly && (fault != kNotShown || thread != 7)) {
-    show_copies();
+    fence_async_proxy();
   }
   __syncthreads();
   float sums[2][48] = {};
-  open_products();
-  for (int vector = 0; vector < kLineVectors; vector += 2) {
+  wgmma_fence();
+  for (int vector = 0; vector < kDepthVectors; vector += 2) {
     if (fault != kSomeWarps || thread % 32 != 3) {
-      multiply_warpgroup<__nv_bfloat16>(
-          sums, describe_rows(base, 0, vector), describe_rows(base, 64, vector));
+      wgmma<__nv_bfloat16>(
+          sums, matrix_descriptor(base, 0, vector), matrix_descriptor(base, 64, vector));
     }
   }
-  close_products();
+  wgmma_commit();
   if (fault == kOverwritten) {
     __syncthreads();
-    for (int byte = thread; byte < kRows * kLineBytes; byte += 128) {
+    for (int byte = thread; byte < kRows * kDepthBytes; byte += 128) {
       dynamic_shared_memory()[byte] = 0;
     }
     __syncthreads();
@@ -129,7 +128,7 @@ __global__ void multiply_rows(const char* from, float* to, int64_t fault) {
     store();
   }
   if (fault != kNotWaitedFor) {
-    wait_for_products<0>();
+    wgmma_wait<0>();
   }
   if (fault != kReadTooEarly) {
     store();
@@ -143,7 +142,7 @@ Tensor run_product(const Tensor& rows, int64_t fault) {
       &multiply_rows,
       1,
       128,
-      (64 + 192) * kLineBytes,
+      (64 + 192) * kDepthBytes,
       static_cast<const char*>(rows.data_ptr()),
       static_cast<float*>(to.data_ptr()),
       fault);

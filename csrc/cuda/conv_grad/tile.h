@@ -1,0 +1,363 @@
+#pragma once
+
+// The tile of the gradient of one example, G_i[o, tap, c] = sum over pixels p of
+// g_i[p, o] z_i[pixel(p) + offset(tap), c]: its layout in shared memory and in registers, which
+// part of the gradient it is, and what each thread copies of z and g.
+//
+// It is a matrix product whose depth are the pixels, with the channels of both operands contiguous.
+// A stage holds vectors of g for some pixels and, in an area behind them, vectors of z. A column of
+// vectors of z belongs to one tap and as many channels as a vector has.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "convolution_sizes.h"
+#include "cuda/conv/geometry.h"
+#include "cuda/util/host_device.h"
+#include "cuda/util/integers.h"
+#include "cuda/util/vectors.h"
+#include "cuda/util/views.h"
+
+namespace l2rw::cuda {
+
+// How a warp reads shared memory: with ldmatrix, eight pixels of one column of vectors at a time;
+// as scalars of four bytes, four pixels of eight adjacent ones, for the operands of TF32; or one
+// pixel at a time, for ordinary multiply-adds.
+enum class Access { ldmatrix, scalars, simt };
+
+// A pitch of pixels, in vectors, with which such a read has no bank conflicts.
+L2RW_HOST_DEVICE constexpr int conflict_free_pitch(Access access, int vectors) {
+  if (access == Access::ldmatrix) {
+    return vectors | 1;
+  }
+  if (access == Access::scalars) {
+    return (vectors + 1) / 4 * 4 + 2;
+  }
+  return vectors;
+}
+
+// A warp has RowFragments times 16 output channels and kWarpVectors columns of vectors. WarpsM x
+// WarpsN warps make a tile, and SlicesK such sets of warps share the pixels of a stage.
+template <
+    int ElementBytes,
+    Access Kind,
+    int RowFragments,
+    int WarpsM,
+    int WarpsN,
+    int SlicesK,
+    int Depth>
+struct GradientTile {
+  static constexpr Access kAccess = Kind;
+  static constexpr int kElementBytes = ElementBytes;
+  static constexpr int kElements = kVectorBytes / ElementBytes;  // of a vector
+  static constexpr int kRowFragments = RowFragments;
+  static constexpr int kRows = 16 * RowFragments * WarpsM;  // output channels
+  static constexpr int kWarpVectors = ElementBytes == 2 ? 9 : 18;
+  static constexpr int kWarpColumns = kWarpVectors * kElements;
+  static constexpr int kVectors = kWarpVectors * WarpsN;
+  static constexpr int kColumns = kVectors * kElements;
+  static constexpr int kSlicesK = SlicesK;
+  static constexpr int kThreads = 32 * WarpsM * WarpsN * SlicesK;
+  static constexpr int kDepth = Depth;  // pixels of a stage
+  static constexpr int kRowVectors = kRows / kElements;
+  static constexpr int kColumnPixels = kThreads / kVectors;  // pixels of z that are copied at once
+  static constexpr int kRowPitch = conflict_free_pitch(Kind, kRowVectors);
+  static constexpr int kColumnPitch = conflict_free_pitch(Kind, kVectors);
+  static constexpr int kStageBytes = kDepth * (kRowPitch + kColumnPitch) * kVectorBytes;
+
+  // The accumulators of a lane. With ordinary multiply-adds it has a vector of rows in each
+  // fragment and nine columns that are kLanesN apart.
+  static constexpr bool kSimt = Kind == Access::simt;
+  static constexpr int kLanesN = kSimt ? kWarpColumns / 9 : 4;
+  static constexpr int kThreadRows = kSimt ? RowFragments * kElements : RowFragments * 2;
+  static constexpr int kProductColumns = kSimt ? 9 : kWarpColumns / 4;
+  // The last accumulator of a row is the sum of g alone, the gradient of the bias. With tensor
+  // cores, each lane has a part of it.
+  static constexpr int kBias = kProductColumns;
+  static constexpr int kThreadColumns = kProductColumns + 1;
+  static_assert(!kSimt || 32 / kLanesN * kElements == 16);
+
+  L2RW_HOST_DEVICE static constexpr int warp_row(int thread) {
+    return thread / 32 % WarpsM * RowFragments * 16;
+  }
+  L2RW_HOST_DEVICE static constexpr int warp_vector(int thread) {
+    return thread / 32 / WarpsM % WarpsN * kWarpVectors;
+  }
+  L2RW_HOST_DEVICE static constexpr int slice_k(int thread) {
+    return thread / 32 / (WarpsM * WarpsN);
+  }
+
+  // The row and the column of accumulator [r][c] of a thread.
+  L2RW_HOST_DEVICE static constexpr int row(int thread, int r) {
+    const int lane = thread % 32;
+    return warp_row(thread) + (kSimt
+                                   ? r / kElements * 16 + lane / kLanesN * kElements + r % kElements
+                                   : r * 8 + lane / 4);
+  }
+  L2RW_HOST_DEVICE static constexpr int column(int thread, int c) {
+    const int lane = thread % 32;
+    return warp_vector(thread) * kElements +
+           (kSimt ? c * kLanesN + lane % kLanesN : c / 2 * 8 + lane % 4 * 2 + c % 2);
+  }
+
+  // The byte offsets of the vectors of a pixel in its stage: of g, and of z.
+  L2RW_HOST_DEVICE static constexpr int row_offset(int pixel, int vector) {
+    return (pixel * kRowPitch + vector) * kVectorBytes;
+  }
+  L2RW_HOST_DEVICE static constexpr int column_offset(int pixel, int vector) {
+    return (kDepth * kRowPitch + pixel * kColumnPitch + vector) * kVectorBytes;
+  }
+
+  // What a lane addresses for ldmatrix.x4.trans, for 16 pixels from `pixel` on: row fragment f, or
+  // columns of vectors v and, where there are two, v + 1. The transposed matrices are the operands
+  // of mma.m16n8k16.
+  L2RW_HOST_DEVICE static constexpr int row_ldmatrix(int thread, int pixel, int f) {
+    const int lane = thread % 32;
+    return row_offset(
+        pixel + lane / 16 * 8 + lane % 8, (warp_row(thread) + f * 16) / kElements + lane / 8 % 2);
+  }
+  L2RW_HOST_DEVICE static constexpr int column_ldmatrix(int thread, int pixel, int v) {
+    const int lane = thread % 32;
+    return column_offset(pixel + lane / 8 % 2 * 8 + lane % 8, warp_vector(thread) + v + lane / 16);
+  }
+  // The operands of mma.m16n8k8, of four bytes each, for eight pixels: number k of row fragment f,
+  // and of columns 8 j to 8 j + 7.
+  L2RW_HOST_DEVICE static constexpr int row_scalar(int thread, int pixel, int f, int k) {
+    const int lane = thread % 32;
+    return row_offset(pixel + k / 2 * 4 + lane % 4, 0) +
+           (warp_row(thread) + f * 16 + k % 2 * 8 + lane / 4) * ElementBytes;
+  }
+  L2RW_HOST_DEVICE static constexpr int column_scalar(int thread, int pixel, int j, int k) {
+    const int lane = thread % 32;
+    return column_offset(pixel + k * 4 + lane % 4, warp_vector(thread)) +
+           (j * 8 + lane / 4) * ElementBytes;
+  }
+};
+
+// The taps and channels of a tile. Its columns of vectors are numbered with the channels fastest,
+// so that neighbouring threads read contiguous memory.
+struct TileColumns {
+  int first_vector;  // of the channels of a group
+  int vectors;
+  int first_tap;
+  int taps;
+
+  L2RW_HOST_DEVICE bool has(int column) const { return column / vectors < taps; }
+  L2RW_HOST_DEVICE int vector(int column) const { return first_vector + column % vectors; }
+  L2RW_HOST_DEVICE int tap(int column) const { return first_tap + column / vectors; }
+  // Where element k of a column of vectors of `elements` lies in a row of the tile that is ordered
+  // as the gradient is, with the taps fastest.
+  L2RW_HOST_DEVICE int offset(int column, int k, int elements) const {
+    return (column % vectors * elements + k) * taps + column / vectors;
+  }
+};
+
+// How the gradient is divided into tiles. A tile has all taps of as many channels as it has room
+// for, or, where the taps alone are too many, an equal part of them.
+struct GradientTiling {
+  int row_tiles;  // of a group
+  int column_tiles;
+  int tap_tiles;
+  int vectors;  // of the channels of a group; one vector of zeros if there are no channels
+  int taps;
+  int tile_vectors;
+  int tile_taps;
+
+  L2RW_HOST_DEVICE TileColumns columns_of(int column_tile) const {
+    const int vector = column_tile / tap_tiles * tile_vectors;
+    const int tap = column_tile % tap_tiles * tile_taps;
+    return {
+        vector,
+        vectors - vector < tile_vectors ? vectors - vector : tile_vectors,
+        tap,
+        taps - tap < tile_taps ? taps - tap : tile_taps};
+  }
+};
+
+template <class Tile>
+GradientTiling tiling_of(const Convolution& convolution) {
+  const int64_t taps = convolution.taps();
+  const int64_t tap_tiles = ceil_div(taps, Tile::kVectors);
+  const int64_t vectors = std::max<int64_t>(1, ceil_div(convolution.inputs, Tile::kElements));
+  const int64_t tile_vectors = std::max<int64_t>(1, Tile::kVectors / taps);
+  return {
+      static_cast<int>(ceil_div(convolution.outputs, Tile::kRows)),
+      static_cast<int>(ceil_div(vectors, tile_vectors) * tap_tiles),
+      static_cast<int>(tap_tiles),
+      static_cast<int>(vectors),
+      static_cast<int>(taps),
+      static_cast<int>(tile_vectors),
+      static_cast<int>(ceil_div(taps, tap_tiles))};
+}
+
+// A layer whose gradients are formed tile by tile.
+struct GradientProblem {
+  ImageView z;
+  ImageView g;
+  ConvolutionGeometry geometry;
+  GradientTiling tiling;
+  PixelCoord stage_step;  // from one stage to the next
+  PixelCoord pixel_step;  // to the next pixel of the same thread
+  int groups;
+  int inputs;   // channels of a group
+  int outputs;  // channels of a group
+  int pixels;
+  int k_tiles;  // stages of all pixels
+
+  int64_t tile_count() const { return int64_t{groups} * tiling.row_tiles * tiling.column_tiles; }
+  // The sizes of an example's gradient, and of that of the bias.
+  L2RW_HOST_DEVICE int64_t size() const { return bias_size() * inputs * tiling.taps; }
+  L2RW_HOST_DEVICE int64_t bias_size() const { return int64_t{groups} * outputs; }
+};
+
+template <class Tile>
+GradientProblem make_gradient_problem(
+    const Convolution& convolution, const ImageView& z, const ImageView& g) {
+  const ConvolutionGeometry geometry = ConvolutionGeometry::of(convolution);
+  return {
+      z,
+      g,
+      geometry,
+      tiling_of<Tile>(convolution),
+      geometry.coord(Tile::kDepth),
+      geometry.coord(Tile::kColumnPixels),
+      static_cast<int>(convolution.groups),
+      static_cast<int>(convolution.inputs),
+      static_cast<int>(convolution.outputs),
+      static_cast<int>(convolution.pixels()),
+      static_cast<int>(ceil_div(convolution.pixels(), Tile::kDepth))};
+}
+
+// Which tile of the gradient this is, over groups, rows and columns.
+struct GradientTileCoord {
+  int group;
+  int first_output;  // in its group
+  int column_tile;
+  TileColumns columns;
+
+  // The output channel of a row, over all groups.
+  L2RW_HOST_DEVICE int64_t output(const GradientProblem& problem, int row) const {
+    return int64_t{group} * problem.outputs + first_output + row;
+  }
+};
+
+template <class Tile>
+L2RW_HOST_DEVICE GradientTileCoord tile_coord(const GradientProblem& problem, int tile) {
+  const int column = tile % problem.tiling.column_tiles;
+  const int row_tile = tile / problem.tiling.column_tiles;
+  return {
+      row_tile / problem.tiling.row_tiles,
+      row_tile % problem.tiling.row_tiles * Tile::kRows,
+      column,
+      problem.tiling.columns_of(column)};
+}
+
+// What a thread copies, stage by stage. Its columns of vectors are always the same, of other
+// pixels.
+template <class Tile>
+class GradientLoader {
+ public:
+  L2RW_HOST_DEVICE GradientLoader(
+      const GradientProblem& problem, const GradientTileCoord& tile, int thread)
+      : problem_(problem),
+        row_vector_(thread % Tile::kRowVectors),
+        row_pixel_(thread / Tile::kRowVectors),
+        column_(thread % Tile::kVectors),
+        column_pixel_(thread / Tile::kVectors) {
+    const int64_t row_byte =
+        int64_t{tile.first_output / Tile::kElements + row_vector_} * kVectorBytes;
+    g_bytes_ = problem.g.vector_bytes(row_byte);
+    g_ = problem.g.data + (g_bytes_ > 0 ? tile.group * problem.g.group + row_byte : 0);
+    const bool has = tile.columns.has(column_);
+    const int64_t column_byte = has ? int64_t{tile.columns.vector(column_)} * kVectorBytes : 0;
+    z_bytes_ = has ? problem.z.vector_bytes(column_byte) : 0;
+    z_ = problem.z.data + (z_bytes_ > 0 ? tile.group * problem.z.group + column_byte : 0);
+    tap_ = problem.geometry.tap(has ? tile.columns.tap(column_) : 0);
+  }
+
+  // Calls copy(offset in the stage, source, bytes that exist, whether other threads copy the same)
+  // for one stage of an example's pixels. Nothing is read where no byte exists, and no address
+  // outside of the memory is formed.
+  template <class Copy>
+  L2RW_HOST_DEVICE void load(int64_t example, int64_t k_tile, const Copy& copy) {
+    const int first = static_cast<int>(k_tile) * Tile::kDepth;
+    L2RW_UNROLL
+    for (int base = 0; base < Tile::kDepth; base += kRowPixels) {
+      const int pixel = base + row_pixel_;
+      if (Tile::kDepth % kRowPixels == 0 || pixel < Tile::kDepth) {
+        const int bytes = first + pixel < problem_.pixels ? g_bytes_ : 0;
+        const char* source = bytes > 0 ? g_ + example * problem_.g.example +
+                                             int64_t{first + pixel} * problem_.g.pixel
+                                       : g_;
+        copy(Tile::row_offset(pixel, row_vector_), source, bytes, false);
+      }
+    }
+    // As long as k-tiles follow each other, no division is needed.
+    coord_ = k_tile == next_k_tile_ && k_tile > 0
+                 ? problem_.geometry.advance(coord_, problem_.stage_step)
+                 : problem_.geometry.coord(first + column_pixel_);
+    next_k_tile_ = k_tile + 1;
+    PixelCoord coord = coord_;
+    L2RW_UNROLL
+    for (int base = 0; base < Tile::kDepth; base += kColumnPixels) {
+      const int pixel = base + column_pixel_;
+      if (column_pixel_ < kColumnPixels && pixel < Tile::kDepth) {
+        const int input = z_bytes_ > 0 ? problem_.geometry.input_pixel(coord, tap_) : -1;
+        const bool exists = input >= 0;
+        const char* source =
+            exists ? z_ + example * problem_.z.example + int64_t{input} * problem_.z.pixel : z_;
+        copy(Tile::column_offset(pixel, column_), source, exists ? z_bytes_ : 0, true);
+      }
+      coord = problem_.geometry.advance(coord, problem_.pixel_step);
+    }
+  }
+
+ private:
+  static constexpr int kRowPixels = Tile::kThreads / Tile::kRowVectors;
+  static constexpr int kColumnPixels = Tile::kColumnPixels;
+  static_assert(Tile::kThreads % Tile::kRowVectors == 0);
+
+  const GradientProblem& problem_;
+  int row_vector_;
+  int row_pixel_;
+  int column_;
+  int column_pixel_;
+  int g_bytes_;
+  int z_bytes_;
+  const char* g_;
+  const char* z_;
+  TapOffset tap_;
+  PixelCoord coord_{};
+  int64_t next_k_tile_ = -1;
+};
+
+// At the end the sums of a tile are staged in shared memory, in the order of the gradient:
+// [kRows][kStagedPitch], and behind them the sums of g, [kRows].
+template <class Tile>
+constexpr int kStagedPitch = Tile::kColumns + 1;
+
+template <class Tile, class A>
+constexpr int64_t kStagedBytes = int64_t{Tile::kRows} * (kStagedPitch<Tile> + 1) * sizeof(A);
+
+// Calls body(row, offset in the staged row, offset in the gradient of an output channel) for what a
+// thread writes of a tile. Neighbouring threads write contiguous memory.
+template <class Tile, class Body>
+L2RW_HOST_DEVICE void for_each_element(
+    const GradientProblem& problem, const GradientTileCoord& tile, int thread, const Body& body) {
+  const TileColumns& columns = tile.columns;
+  const int left = problem.outputs - tile.first_output;
+  const int rows = left < Tile::kRows ? left : Tile::kRows;
+  const int run = columns.vectors * Tile::kElements * columns.taps;
+  for (int x = thread % 32; x < run; x += 32) {
+    const int channel = columns.first_vector * Tile::kElements + x / columns.taps;
+    if (channel < problem.inputs) {
+      const int64_t at =
+          int64_t{channel} * problem.tiling.taps + columns.first_tap + x % columns.taps;
+      for (int row = thread / 32; row < rows; row += Tile::kThreads / 32) {
+        body(row, x, at);
+      }
+    }
+  }
+}
+
+}  // namespace l2rw::cuda

@@ -1,0 +1,195 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+
+#include "cuda/conv/aligned_image.cuh"
+#include "cuda/conv_grad/kernels.cuh"
+#include "cuda/gemm/scheduler.h"
+#include "cuda/reduce/block.cuh"
+#include "cuda/reduce/partial_sums.cuh"
+#include "cuda/util/launch.cuh"
+#include "cuda/util/views.h"
+#include "operator_checks.h"
+
+namespace l2rw {
+namespace cuda {
+namespace {
+
+// The output that stores G_i and Gb_i in the dtype of z, and adds up their product with the
+// direction before they are rounded. A part is one example.
+template <class T, class A>
+struct StoredGradients {
+  const A* direction;       // [O, C / groups, taps] or null
+  const A* direction_bias;  // [O] or null
+  T* gradients;             // [n, O, C / groups, taps]
+  T* bias_gradients;        // [n, O]
+  A* scores;                // [n, tiles] or null
+  int64_t size;             // elements of G_i
+  int64_t bias_size;        // O
+
+  L2RW_HOST_DEVICE KTileIterator steps(int64_t part, int64_t k_tiles) const {
+    return KTileIterator({part, part + 1}, 1, k_tiles);
+  }
+  L2RW_HOST_DEVICE int64_t example(int64_t k) const { return k; }
+  L2RW_HOST_DEVICE A weight(int64_t) const { return A(1); }
+  __device__ __forceinline__ void write(int64_t part, int64_t k, A value, A& score) const {
+    gradients[part * size + k] = static_cast<T>(value);
+    if (direction != nullptr) {
+      score += direction[k] * value;
+    }
+  }
+  __device__ __forceinline__ void write_bias(int64_t part, int64_t o, A value, A& score) const {
+    bias_gradients[part * bias_size + o] = static_cast<T>(value);
+    if (direction_bias != nullptr) {
+      score += direction_bias[o] * value;
+    }
+  }
+  template <int Threads>
+  __device__ __forceinline__ void finish(A score) const {
+    if (scores != nullptr) {
+      const A sum = block_sum<Threads>(score);
+      if (threadIdx.x == 0) {
+        scores[blockIdx.x] = sum;
+      }
+    }
+  }
+};
+
+struct Results {
+  Tensor gradients;
+  Tensor bias_gradients;
+  Tensor scores;
+};
+
+template <class Kernel>
+void store_gradients(
+    const Launch& launch,
+    const Convolution& convolution,
+    const ImageView& z,
+    const ImageView& g,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias,
+    const Results& results) {
+  using T = typename Kernel::Element;
+  using A = typename Kernel::Sum;
+  const auto problem = Kernel::make_problem(convolution, z, g);
+  const auto store = [&](A* scores) {
+    Kernel::run(
+        launch,
+        problem,
+        convolution.examples,
+        StoredGradients<T, A>{
+            direction ? data<A>(*direction) : nullptr,
+            direction_bias ? data<A>(*direction_bias) : nullptr,
+            data<T>(results.gradients),
+            data<T>(results.bias_gradients),
+            scores,
+            problem.size(),
+            problem.bias_size()});
+  };
+  if (!(direction || direction_bias)) {
+    store(nullptr);
+    return;
+  }
+  const int64_t tiles = problem.tile_count();
+  sum_parts_of_rows(
+      launch, 1, convolution.examples * tiles, tiles, results.scores, [&](const Tensor& partial) {
+        store(data<A>(partial));
+      });
+}
+
+std::tuple<Tensor, Tensor, Tensor> example_gradients(
+    const char* operation,
+    const Convolution& convolution,
+    const Tensor& z,              // [n, C, *s]
+    const Tensor& g,              // [n, O, *p]
+    const Sizes& gradient_shape,  // [O, C / groups, *k]
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  const ScalarType dtype = z.scalar_type();
+  const int64_t outputs = convolution.groups * convolution.outputs;
+  const Launch launch(operation, z);
+  Sizes shape = gradient_shape;
+  shape.insert(shape.begin(), convolution.examples);
+  Results results{
+      torch::stable::new_empty(z, shape),
+      torch::stable::new_empty(z, {convolution.examples, outputs}),
+      torch::stable::new_empty(z, {convolution.examples}, accumulation_dtype(dtype))};
+  if (!(direction || direction_bias) || convolution.pixels() * outputs == 0) {
+    torch::stable::zero_(results.scores);
+  }
+  if (convolution.pixels() * outputs == 0) {
+    torch::stable::zero_(results.gradients);
+    torch::stable::zero_(results.bias_gradients);
+  }
+  if (convolution.examples * convolution.pixels() * outputs > 0) {
+    check_countable(operation, convolution, z, g);
+    const auto wide = [](const OptionalTensor& part) {
+      return part ? OptionalTensor(in_accumulation_dtype(*part)) : OptionalTensor();
+    };
+    const OptionalTensor V = wide(direction);
+    const OptionalTensor V_b = wide(direction_bias);
+    with_gradient_kernels(launch, dtype, convolution, [&](auto kernels) {
+      using Kernels = decltype(kernels);
+      const int64_t groups = Kernels::kByGroup ? convolution.groups : 1;
+      const AlignedImage z_image = align_image(launch, z, groups, dtype);
+      const AlignedImage g_image = align_image(launch, g, groups, dtype);
+      const auto store = [&](auto kernel) {
+        store_gradients<decltype(kernel)>(
+            launch, convolution, z_image.view, g_image.view, V, V_b, results);
+      };
+      if (convolution.outputs <= kFewOutputs) {
+        store(typename Kernels::Narrow{});
+      } else {
+        store(typename Kernels::Small{});
+      }
+    });
+  }
+  return {results.gradients, results.bias_gradients, results.scores};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_example_gradients(
+    const Tensor& z,
+    const Tensor& g,
+    const Sizes& kernel_size,
+    const Sizes& stride,
+    const Sizes& padding,
+    const Sizes& dilation,
+    int64_t groups,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* kOperation = "conv_example_gradients";
+  const Convolution convolution =
+      check_convolution(kOperation, z, g, kernel_size, stride, padding, dilation, groups);
+  check_direction(kOperation, z, convolution, kernel_size, direction, direction_bias);
+  Sizes shape{g.size(1), convolution.inputs};
+  shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
+  return example_gradients(kOperation, convolution, z, g, shape, direction, direction_bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
+    const Tensor& z,
+    const Tensor& g,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  const Convolution convolution = check_linear_example_gradients(z, g, direction, direction_bias);
+  return example_gradients(
+      "linear_example_gradients",
+      convolution,
+      torch::stable::transpose(z, 1, 2),
+      torch::stable::transpose(g, 1, 2),
+      {g.size(2), z.size(2)},
+      direction,
+      direction_bias);
+}
+
+}  // namespace
+}  // namespace cuda
+
+STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
+  m.impl("linear_example_gradients", TORCH_BOX(&cuda::linear_example_gradients));
+  m.impl("conv_example_gradients", TORCH_BOX(&cuda::conv_example_gradients));
+}
+
+}  // namespace l2rw

@@ -1,0 +1,389 @@
+#pragma once
+
+// The argument checks of the operators that have a kernel on both devices, and the sizes of a
+// convolution in the form that its kernels read. No check looks at values, which may lie in device
+// memory.
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#include "checks.h"
+#include "convolution_sizes.h"
+
+namespace l2rw {
+
+// `which` follows the names of the arguments: which layer of several it is.
+inline void check_factored_layer(
+    const char* operation,
+    const std::string& which,
+    const Tensor& z,
+    const Tensor& g,
+    const Tensor& z_clean,
+    const Tensor& g_clean) {
+  const std::string names[] = {"z" + which, "g" + which, "z_clean" + which, "g_clean" + which};
+  const Argument arguments[] = {
+      {names[0].c_str(), z},
+      {names[1].c_str(), g},
+      {names[2].c_str(), z_clean},
+      {names[3].c_str(), g_clean}};
+  for (const Argument& argument : arguments) {
+    check_dim(operation, argument, 3);
+    check_floating(operation, argument);
+    check_same(operation, arguments[0], argument);
+  }
+  check_size(operation, arguments[1], 0, z.size(0), "examples of z");
+  check_size(operation, arguments[1], 1, z.size(1), "positions of z");
+  check_size(operation, arguments[3], 0, z_clean.size(0), "examples of z_clean");
+  check_size(operation, arguments[3], 1, z_clean.size(1), "positions of z_clean");
+  check_size(operation, arguments[2], 2, z.size(2), "width of z");
+  check_size(operation, arguments[3], 2, g.size(2), "width of g");
+}
+
+inline void check_factored_correlation(
+    const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean) {
+  check_factored_layer("factored_correlation", "", z, g, z_clean, g_clean);
+}
+
+inline void check_factored_correlations(
+    const Tensors& z,
+    const Tensors& g,
+    const Tensors& z_clean,
+    const Tensors& g_clean,
+    const std::vector<bool>& bias) {
+  constexpr const char* operation = "factored_correlations";
+  check(!z.empty(), operation, "z must hold at least one layer, got none");
+  for (const auto& [name, count] :
+       {std::pair{"g", g.size()},
+        std::pair{"z_clean", z_clean.size()},
+        std::pair{"g_clean", g_clean.size()},
+        std::pair{"bias", bias.size()}}) {
+    check(
+        count == z.size(), operation, name, " must hold ", z.size(), " (layers of z), got ", count);
+  }
+  for (size_t l = 0; l < z.size(); ++l) {
+    std::string which(1, '[');
+    which.append(std::to_string(l)).append(1, ']');
+    check_factored_layer(operation, which, z[l], g[l], z_clean[l], g_clean[l]);
+    const std::string names[] = {"z" + which, "z_clean" + which};
+    check_same(operation, {"z[0]", z[0]}, {names[0].c_str(), z[l]});
+    check_size(operation, {names[0].c_str(), z[l]}, 0, z[0].size(0), "examples of z[0]");
+    check_size(
+        operation, {names[1].c_str(), z_clean[l]}, 0, z_clean[0].size(0), "examples of z_clean[0]");
+  }
+}
+
+inline void check_dense_correlation(
+    const Tensor& z,
+    const Tensor& g,
+    const Tensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* operation = "dense_correlation";
+  check_dim(operation, {"z", z}, 3);
+  check_dim(operation, {"g", g}, 3);
+  check_dim(operation, {"direction", direction}, 2);
+  check_floating(operation, {"z", z});
+  check_same(operation, {"z", z}, {"g", g});
+  check_same_or_accumulation(operation, {"z", z}, {"direction", direction});
+  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
+  check_size(operation, {"g", g}, 1, z.size(1), "positions of z");
+  check_size(operation, {"direction", direction}, 0, g.size(2), "width of g");
+  check_size(operation, {"direction", direction}, 1, z.size(2), "width of z");
+  if (direction_bias) {
+    const Argument argument{"direction_bias", *direction_bias};
+    check_same_or_accumulation(operation, {"z", z}, argument);
+    check_dim(operation, argument, 1);
+    check_size(operation, argument, 0, g.size(2), "width of g");
+  }
+}
+
+inline void check_affine_statistic(
+    const char* operation, Argument x, const char* name, const OptionalTensor& statistic) {
+  if (!statistic.has_value()) {
+    return;
+  }
+  const Argument argument{name, *statistic};
+  check_dim(operation, argument, 3);
+  check_same_or_accumulation(operation, x, argument);
+  for (int64_t d = 0; d < 3; ++d) {
+    check(
+        statistic->size(d) == 1 || statistic->size(d) == x.tensor.size(d),
+        operation,
+        name,
+        " must broadcast to the shape of x ",
+        shape_of(x.tensor),
+        ", got shape ",
+        shape_of(*statistic));
+  }
+}
+
+inline void check_affine_layer(
+    const char* operation,
+    const Tensor& x,
+    const Tensor& g,
+    const OptionalTensor& mean,
+    const OptionalTensor& rstd) {
+  check_dim(operation, {"x", x}, 3);
+  check_dim(operation, {"g", g}, 3);
+  check_floating(operation, {"x", x});
+  check_same(operation, {"x", x}, {"g", g});
+  check_size(operation, {"g", g}, 0, x.size(0), "examples of x");
+  check_size(operation, {"g", g}, 1, x.size(1), "positions of x");
+  check_size(operation, {"g", g}, 2, x.size(2), "channels of x");
+  check_affine_statistic(operation, {"x", x}, "mean", mean);
+  check_affine_statistic(operation, {"x", x}, "rstd", rstd);
+}
+
+inline void check_affine_correlation(
+    const Tensor& x,
+    const Tensor& g,
+    const OptionalTensor& mean,
+    const OptionalTensor& rstd,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* operation = "affine_correlation";
+  check_affine_layer(operation, x, g, mean, rstd);
+  for (const auto& [name, part] :
+       {std::pair{"direction", &direction}, std::pair{"direction_bias", &direction_bias}}) {
+    if (part->has_value()) {
+      const Argument argument{name, **part};
+      check_dim(operation, argument, 1);
+      check_size(operation, argument, 0, x.size(2), "channels of x");
+      check_same_or_accumulation(operation, {"x", x}, argument);
+    }
+  }
+}
+
+inline void check_embedding_correlation(
+    const Tensor& index, const Tensor& g, const Tensor& direction) {
+  constexpr const char* operation = "embedding_correlation";
+  check_dim(operation, {"index", index}, 2);
+  check_dim(operation, {"g", g}, 3);
+  check_dim(operation, {"direction", direction}, 2);
+  check_floating(operation, {"g", g});
+  check_same_or_accumulation(operation, {"g", g}, {"direction", direction});
+  check_device(operation, {"g", g}, {"index", index});
+  check_size(operation, {"index", index}, 0, g.size(0), "examples of g");
+  check_size(operation, {"index", index}, 1, g.size(1), "positions of g");
+  check_size(operation, {"direction", direction}, 1, g.size(2), "width of g");
+  const ScalarType index_dtype = index.scalar_type();
+  check(
+      index_dtype == ScalarType::Long || index_dtype == ScalarType::Int,
+      operation,
+      "index must be int64 or int32, got ",
+      dtype_name(index_dtype));
+}
+
+inline void check_weighted_sum(const Tensor& gradients, const Tensor& weights) {
+  constexpr const char* operation = "weighted_sum";
+  check(
+      gradients.dim() >= 1,
+      operation,
+      "gradients must have at least 1 dimension, got shape ",
+      shape_of(gradients));
+  check_dim(operation, {"weights", weights}, 1);
+  check_floating(operation, {"gradients", gradients});
+  check_same_or_accumulation(operation, {"gradients", gradients}, {"weights", weights});
+  check_size(operation, {"weights", weights}, 0, gradients.size(0), "examples of gradients");
+}
+
+inline void check_scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) {
+  constexpr const char* operation = "scale_rows";
+  check_dim(operation, {"g", g}, 3);
+  check_dim(operation, {"weights", weights}, 1);
+  check_dim(operation, {"active", active}, 1);
+  check_floating(operation, {"g", g});
+  check_same_or_accumulation(operation, {"g", g}, {"weights", weights});
+  check_device(operation, {"g", g}, {"active", active});
+  check_size(operation, {"weights", weights}, 0, g.size(0), "examples of g");
+  check(
+      active.scalar_type() == ScalarType::Long,
+      operation,
+      "active must be int64, got ",
+      dtype_name(active.scalar_type()));
+}
+
+inline std::string text_of(const Sizes& sizes) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    text << (d == 0 ? "" : ", ") << sizes[d];
+  }
+  text << "]";
+  return text.str();
+}
+
+inline void check_sizes(
+    const char* operation, const char* name, const Sizes& sizes, int64_t dims, int64_t least) {
+  check(
+      static_cast<int64_t>(sizes.size()) == dims,
+      operation,
+      name,
+      " must have ",
+      dims,
+      dims == 1 ? " number" : " numbers",
+      ", one for each spatial dimension of z, got ",
+      text_of(sizes));
+  for (const int64_t size : sizes) {
+    check(size >= least, operation, name, " must be at least ", least, ", got ", text_of(sizes));
+  }
+}
+
+// Checks z [n, C, *s], g [n, O, *p] and the geometry, and fills in one convolution of three spatial
+// dimensions (missing ones have size 1). `kernel_size`: *k.
+inline Convolution check_convolution(
+    const char* operation,
+    const Tensor& z,
+    const Tensor& g,
+    const Sizes& kernel_size,
+    const Sizes& stride,
+    const Sizes& padding,
+    const Sizes& dilation,
+    int64_t groups) {
+  check(
+      z.dim() >= 3 && z.dim() <= 5,
+      operation,
+      "z must have 3 to 5 dimensions (examples, channels, 1 to 3 of space), got shape ",
+      shape_of(z));
+  check_dim(operation, {"g", g}, z.dim());
+  check_floating(operation, {"z", z});
+  check_same(operation, {"z", z}, {"g", g});
+  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
+  const int64_t dims = z.dim() - 2;
+  check_sizes(operation, "kernel_size", kernel_size, dims, 1);
+  check_sizes(operation, "stride", stride, dims, 1);
+  check_sizes(operation, "padding", padding, dims, 0);
+  check_sizes(operation, "dilation", dilation, dims, 1);
+  check(
+      groups >= 1 && z.size(1) % groups == 0 && g.size(1) % groups == 0,
+      operation,
+      "groups must divide the channels of z (",
+      z.size(1),
+      ") and of g (",
+      g.size(1),
+      "), got ",
+      groups);
+  Convolution conv{
+      z.size(0),
+      groups,
+      z.size(1) / groups,
+      g.size(1) / groups,
+      {1, 1, 1},
+      {1, 1, 1},
+      {1, 1, 1},
+      {1, 1, 1},
+      {0, 0, 0},
+      {1, 1, 1}};
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t to = 3 - dims + d;
+    conv.in[to] = z.size(2 + d);
+    conv.kernel[to] = kernel_size[d];
+    conv.stride[to] = stride[d];
+    conv.padding[to] = padding[d];
+    conv.dilation[to] = dilation[d];
+    const int64_t free = z.size(2 + d) + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1;
+    conv.out[to] = free < 0 ? 0 : free / stride[d] + 1;
+    check_size(operation, {"g", g}, 2 + d, conv.out[to], "what the convolution of z gives");
+  }
+  return conv;
+}
+
+// Checks a direction [O, C / groups, *k] and its bias [O] against z.
+inline void check_direction(
+    const char* operation,
+    const Tensor& z,
+    const Convolution& conv,
+    const Sizes& kernel_size,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  const int64_t outputs = conv.groups * conv.outputs;
+  if (direction) {
+    const Argument argument{"direction", *direction};
+    check_same_or_accumulation(operation, {"z", z}, argument);
+    check_dim(operation, argument, z.dim());
+    check_size(operation, argument, 0, outputs, "channels of g");
+    check_size(operation, argument, 1, conv.inputs, "channels of z in a group");
+    for (size_t d = 0; d < kernel_size.size(); ++d) {
+      check_size(operation, argument, 2 + d, kernel_size[d], "kernel_size");
+    }
+  }
+  if (direction_bias) {
+    const Argument argument{"direction_bias", *direction_bias};
+    check_same_or_accumulation(operation, {"z", z}, argument);
+    check_dim(operation, argument, 1);
+    check_size(operation, argument, 0, outputs, "channels of g");
+  }
+}
+
+inline Convolution check_conv_correlation(
+    const Tensor& z,
+    const Tensor& g,
+    const Tensor& direction,
+    const OptionalTensor& direction_bias,
+    const Sizes& stride,
+    const Sizes& padding,
+    const Sizes& dilation,
+    int64_t groups) {
+  constexpr const char* operation = "conv_correlation";
+  check_dim(operation, {"direction", direction}, z.dim());
+  Sizes kernel_size;
+  for (int64_t d = 2; d < direction.dim(); ++d) {
+    kernel_size.push_back(direction.size(d));
+  }
+  const Convolution conv =
+      check_convolution(operation, z, g, kernel_size, stride, padding, dilation, groups);
+  check_direction(operation, z, conv, kernel_size, direction, direction_bias);
+  return conv;
+}
+
+// Checks the weights [n] of a weighted sum over examples of z.
+inline void check_example_weights(
+    const char* operation, const Tensor& z, const OptionalTensor& weights) {
+  if (weights) {
+    check_same_or_accumulation(operation, {"z", z}, {"weights", *weights});
+    check_dim(operation, {"weights", *weights}, 1);
+    check_size(operation, {"weights", *weights}, 0, z.size(0), "examples of z");
+  }
+}
+
+// Checks a linear layer z [n, T, i], g [n, T, o] and its direction, and gives it as a convolution
+// of width T with a kernel of one.
+inline Convolution check_linear_example_gradients(
+    const Tensor& z,
+    const Tensor& g,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias) {
+  constexpr const char* operation = "linear_example_gradients";
+  check_dim(operation, {"z", z}, 3);
+  check_dim(operation, {"g", g}, 3);
+  check_floating(operation, {"z", z});
+  check_same(operation, {"z", z}, {"g", g});
+  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
+  check_size(operation, {"g", g}, 1, z.size(1), "positions of z");
+  if (direction) {
+    check_same_or_accumulation(operation, {"z", z}, {"direction", *direction});
+    check_dim(operation, {"direction", *direction}, 2);
+    check_size(operation, {"direction", *direction}, 0, g.size(2), "width of g");
+    check_size(operation, {"direction", *direction}, 1, z.size(2), "width of z");
+  }
+  if (direction_bias) {
+    check_same_or_accumulation(operation, {"z", z}, {"direction_bias", *direction_bias});
+    check_dim(operation, {"direction_bias", *direction_bias}, 1);
+    check_size(operation, {"direction_bias", *direction_bias}, 0, g.size(2), "width of g");
+  }
+  const int64_t positions = z.size(1);
+  return {
+      z.size(0),
+      1,
+      z.size(2),
+      g.size(2),
+      {1, 1, positions},
+      {1, 1, positions},
+      {1, 1, 1},
+      {1, 1, 1},
+      {0, 0, 0},
+      {1, 1, 1}};
+}
+
+}  // namespace l2rw
