@@ -95,8 +95,8 @@ inline void mma_sync(
   const Registers mine{a[0], a[1], a[2], a[3], b0, b1};
   const char* const shown = emulator::exchange(&mine, sizeof(mine), place);
   const int lane = emulator::lane();
-  const auto number = [&](int of_lane, int place, int k) {
-    uint32_t bits = emulator::shown_by<Registers>(shown, of_lane)[place];
+  const auto number = [&](int of_lane, int reg, int k) {
+    uint32_t bits = emulator::shown_by<Registers>(shown, of_lane)[reg];
     if constexpr (sizeof(T) == 4) {
       bits &= 0xffffe000u;  // the other digits are truncated
     }
