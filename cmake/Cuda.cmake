@@ -1,5 +1,6 @@
 # L2RW_CUDA=AUTO|ON|OFF decides whether _ops_cuda.so is built: AUTO builds it where nvcc is found and
-# the torch in use has CUDA. Whether this machine has a GPU plays no part. L2RW_PREBUILT_CUDA=path/to/_ops_cuda.so installs a
+# the torch in use has CUDA. Whether this machine has a GPU plays no part.
+# L2RW_PREBUILT_CUDA=path/to/_ops_cuda.so, which comes before all of these, installs a
 # library that was built before, in place of building one.
 
 if(NOT DEFINED L2RW_CUDA)

@@ -1,9 +1,10 @@
-"""The paper, equation by equation, in plain PyTorch: the oracle of all tests.
+"""The paper, equation by equation, in plain PyTorch: the oracle of the tests.
 
 Nothing here is fast. There are two independent ways to the scores u. :func:`meta_scores`
 differentiates through the look-ahead step (Eq. 4-7, Algorithm 1). :func:`single_gradient_scores`
 forms the inner products <∇f_i, v> of Eq. 12 one example at a time, which needs only first
-derivatives.
+derivatives. The engine ``double_backward`` shares :func:`look_ahead` with the first; the second
+shares nothing with any engine.
 
 Scaling: f_i is the unreduced loss of training example i, and v is the gradient of the *mean* clean
 loss. Scores are u = -∂/∂ε (1/m) Σ_j f'_j with α = η = 1; both cancel in Eq. 9.

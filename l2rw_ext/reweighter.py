@@ -89,7 +89,8 @@ class Reweighter:
             ``direction_decay``, ``preconditioner``, ``check_finite``, an ``on_degenerate`` other
             than ``"zero"``, or :meth:`accumulate`.
 
-    With none of the options from ``every`` to ``preconditioner``, the weights are the paper's.
+    With none of the options from ``every`` to ``preconditioner``, and without
+    ``on_degenerate="uniform"``, the weights are the paper's.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind above.
@@ -197,7 +198,8 @@ class Reweighter:
             NotExactError: a forced engine would give wrong numbers for this model.
             RuntimeError: with ``cuda_graph``, the step cannot be captured; the message says why.
 
-        After an error the model, its buffers, its gradients and torch's generators are as before.
+        After an error the model, its buffers, its gradients and torch's default generators are as
+        before, unless the error comes from a hook while gradients are accumulated.
         """
         task = self._task(batch, clean, grad_scaler)
         numbers = None if index is None else check_index(index, task.n)
@@ -289,8 +291,9 @@ class Reweighter:
     def explain(self, batch: Any, clean: Any = None) -> Explanation:
         """Explain which engine would run and why, and the form, cost and memory of each layer.
 
-        Arguments and errors are those of :meth:`backward`; nothing is changed. Print the result, or
-        take it as plain data from its ``as_dict()``.
+        Arguments and errors are those of :meth:`backward`. No parameter, gradient, buffer or generator
+        changes. With ``reuse="scores"`` the answer is for a step that uses the clean batch. Print the
+        result, or take it as plain data from its ``as_dict()``.
         """
         task = self._task(batch, clean)
         candidates = self._candidates()
@@ -438,7 +441,7 @@ class Reweighter:
             return remembered, remembered.score(task, snapshot)
         direction = self._direction(task, snapshot)
         if direction is not None:
-            snapshot.begin(task.members)
+            snapshot.mark_generators(task.members)
         candidates = self._candidates(only)
         refusals: list[str] = []
         for engine in candidates[:-1]:

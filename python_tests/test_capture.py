@@ -725,7 +725,7 @@ def test_a_recorded_step_leaves_generators_of_devices_alone(
 
     def fail() -> None:
         with preserved(members, always=False, captured=True) as snapshot:
-            snapshot.begin(members)
+            snapshot.mark_generators(members)
             model.seen = torch.ones(())
             raise KeyError
 

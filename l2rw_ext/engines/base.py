@@ -20,7 +20,7 @@ class Scored(abc.ABC):
 
     plan: Plan | None = None
     """The plan that the engine follows, if it is of a kind that makes plans."""
-    couples_examples: ClassVar[bool] = False
+    cannot_exclude: ClassVar[bool] = False
     """Whether one backward serves all examples at once, so that it can leave out none of them."""
     scores: Tensor
     """u, shape (n,), accumulation dtype; not finite where an example is excluded."""

@@ -21,7 +21,7 @@ class GraphScored(Scored):
         clean_loss: mean clean loss, shape (), detached.
     """
 
-    couples_examples = True
+    cannot_exclude = True
 
     def __init__(self, task: Task, losses: Tensor, scores: Tensor, clean_loss: Tensor) -> None:
         self._task = task

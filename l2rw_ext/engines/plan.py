@@ -19,7 +19,10 @@ class UsePlan:
     """Which rows belong to which example; None if a gradient of zero did not show it."""
     form: str
     joint: bool
-    """Whether its direction is a sum with other uses, so that it is scored after the backward."""
+    """Whether its direction must exist before it is scored, so that the factored form is ruled out.
+
+    That is so if its parameters are shared or derived, and in a step of two passes.
+    """
     costs: dict[str, Cost]
     operation: str
     shape: tuple[int, ...]
@@ -39,15 +42,15 @@ class Plan:
     why_separate: str = ""
     uses: list[UsePlan] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
-    """Names of all torch functions that the forward called; one with others may mix examples."""
-    chooses: str | None = None
+    """Names of the torch functions called, in order; another list of calls needs a new plan."""
+    data_dependent: str | None = None
     """The operation through which values of the data may decide what is computed."""
     steps: int = 0
 
     @property
     def final(self) -> bool:
         """True if later steps reuse this plan, or if none ever can."""
-        return self.certain or self.chooses is not None
+        return self.certain or self.data_dependent is not None
 
     def due(self) -> bool:
         """Whether this step checks the row maps again."""

@@ -10,13 +10,13 @@ from . import (
     batched,
     broadcast,
     convolution,
+    data_dependent,
     embedding,
     embedding_bag,
     linear,
     normalization,
     products,
     recurrence,
-    selection,
     transposed_convolution,
 )
 from .registry import REGISTRY
@@ -28,12 +28,12 @@ __all__ = [
     "batched",
     "broadcast",
     "convolution",
+    "data_dependent",
     "embedding",
     "embedding_bag",
     "linear",
     "normalization",
     "products",
     "recurrence",
-    "selection",
     "transposed_convolution",
 ]

@@ -35,7 +35,7 @@ class Mode(Protocol):
     """In a handler that runs with autocast off: the device, and the dtype to compute in."""
     unruled: dict[int, str]
     """The operation without a rule that a root goes into, by id of the root."""
-    chooses: str | None
+    data_dependent: str | None
     """The first operation through which values of the data may decide what is computed."""
     narrow: bool
     """Whether some of the forward ran in float16 under autocast, with its small range."""

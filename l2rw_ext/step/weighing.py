@@ -73,7 +73,7 @@ def weigh(
     deferred = not at_hand and not check_finite
     if not deferred and not math.isfinite(clean_loss.item()):
         raise clean_loss_error(clean_loss)
-    if scored.couples_examples and check_finite and not at_hand:
+    if scored.cannot_exclude and check_finite and not at_hand:
         refuse_nonfinite(losses, "losses")
         check_scores(task, scores)
     with BelowAutograd():
@@ -90,7 +90,7 @@ def weigh(
                     "no score is finite, although the losses are: the gradient of the clean "
                     "loss overflowed. No gradient was accumulated"
                 )
-            if scored.couples_examples and deferred:
+            if scored.cannot_exclude and deferred:
                 contaminated = is_contaminated(task, losses, scores)
                 excluded = excluded | contaminated
             weights = ops.normalize_weights(scores.masked_fill(excluded, 0))

@@ -116,7 +116,7 @@ class Snapshot:
         if self.trained is not None:
             self.trained.restore()
 
-    def begin(self, members: Members) -> None:
+    def mark_generators(self, members: Members) -> None:
         """Make the present state of the generators the one that a further engine starts from.
 
         It is called after the clean batch's forward, whose masks are not to be drawn again.

@@ -52,7 +52,7 @@ class Interception(TorchFunctionMode):
         self.without_grad: str | None = None
         self.scalars: list[tuple[Tensor, int]] = []
         """Zero-dimensional tensors that the host cannot read, and their versions when used."""
-        self.chooses: str | None = None
+        self.data_dependent: str | None = None
         """The first operation through which values of the data may decide what is computed."""
         self.saved_tensor_hooks = False
         self.narrow = False

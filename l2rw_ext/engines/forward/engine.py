@@ -60,7 +60,8 @@ def _score(
     if direction is None:
         direction = clean_direction(task, snapshot)
     try:
-        # Nothing is recomputed (see Tangents); were something, torch would count and find out.
+        # Tangents keeps what a checkpoint would drop. If something is recomputed after all, torch
+        # counts what it saves and raises.
         with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):
             mode = Tangents(task, direction)
             with mode:

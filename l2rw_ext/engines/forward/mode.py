@@ -28,7 +28,8 @@ from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.clean_gradient import Direction
 from l2rw_ext.task.task import Task
 
-from .dual import Handler, tangent_of, unpack
+from .dual import tangent_of, unpack
+from .registry import Handler
 from .rules import REGISTRY
 
 
@@ -86,7 +87,9 @@ class Tangents(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         if func in _HOOKS and args[0].requires_grad:
-            raise NotExactError("a hook on a gradient may change it, and no forward derivative")
+            raise NotExactError(
+                "a hook on a gradient may change it, and the forward derivative cannot follow"
+            )
         if func in _GRADIENTS:
             return self._gradients(func, args, kwargs or {})
         if name in ("__get__", "__set__") and func not in _VIEWS:

@@ -38,9 +38,9 @@ Key = tuple[Any, ...]
 class Layerwise(Engine):
     """Sums per-layer products; exact if each loss depends only on its own rows.
 
-    The engine checks this and does not assume it: see ``graph.check_graph`` and ``probe``. The
-    first step on batches of given shapes stores its findings in a plan, which is checked again at
-    steps 16, 256, ...
+    The engine checks this and does not assume it: see ``tracing.graph.check_graph`` and ``probe``.
+    The first step on batches of given shapes stores its findings in a plan, which is checked again
+    at steps 16, 256, ...
     """
 
     name = "layerwise"
@@ -192,7 +192,7 @@ class Layerwise(Engine):
         signatures = [_signature(use, interception) for use in reached]
         if plan is None or not (
             plan.certain
-            and interception.chooses is None
+            and interception.data_dependent is None
             and not plan.due()
             and plan.calls == interception.calls
             and [use.signature for use in plan.uses] == signatures
@@ -230,12 +230,12 @@ class Layerwise(Engine):
             raise OverflowedError(scoring)
         _run_backward(interception, _with_seeds(seeded, probe), retain=True)
         scoring.probe = None
-        certain = probe.certain and interception.chooses is None
+        certain = probe.certain and interception.data_dependent is None
         certain = certain and not any(_multiplies_by_zero(use) for use in reached)
         certain = certain and not interception.zero_scalars()
         plan = Plan(merged, certain=certain, steps=0 if before is None else before.steps)
         plan.calls = interception.calls
-        plan.chooses = interception.chooses
+        plan.data_dependent = interception.data_dependent
         counts: dict[int, int] = {}
         for use in reached:
             for root in use.roots:
@@ -289,14 +289,14 @@ def _check_not_captured(task: Task, interception: Interception) -> None:
     """
     if not task.captured:
         return
-    if interception.chooses is None:
+    if interception.data_dependent is None:
         raise NotCapturableError(
             "the engine must look at this step, for the model calls other functions than before",
             "let the model do the same in each step, or ",
         )
     raise NotCapturableError(
-        f"values of the data decide what the model computes ({interception.chooses}), and the "
-        "engine must look at each step",
+        "values of the data decide what the model computes "
+        f"({interception.data_dependent}), and the engine must look at each step",
         "replace the operation, or ",
     )
 
@@ -353,8 +353,8 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
     try:
         with interception:
             outputs = task.forward(inputs)
-        if interception.chooses is not None:
-            raise NotMergeableError(f"values of the data decide ({interception.chooses})")
+        if interception.data_dependent is not None:
+            raise NotMergeableError(f"values of the data decide ({interception.data_dependent})")
         parts = split(outputs, task.n, task.m)
         if parts is None:
             raise NotMergeableError("an output has no dimension 0 that counts examples")
@@ -379,7 +379,7 @@ def _precision(interception: Interception, losses: Tensor) -> float:
 
 
 def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]]:
-    """The uses that the first loss reaches, that the first two reach, and so on, in order."""
+    """For each k, the uses that the first k losses reach, in the order of their calls."""
     return [
         [use for use in interception.uses if use.index in indices]
         for indices in check_graph(interception, losses)

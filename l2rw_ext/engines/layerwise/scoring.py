@@ -79,7 +79,7 @@ class _Kept:
 
 
 @dataclass
-class _Weighing:
+class _SecondBackward:
     """The weighted gradient while a second backward forms it."""
 
     ones: Tensor
@@ -121,7 +121,7 @@ class Scoring(Scored):
         self.reached: list[Use] = []
         self._trained: list[Use] = []
         self._planned: dict[int, UsePlan] | None = None
-        self._weighing: _Weighing | None = None
+        self._second: _SecondBackward | None = None
         self.again: Callable[[Tensor], None] | None = None
         """Runs the backward of the training losses once more, with the given seeds."""
         self.scores = torch.empty(0)
@@ -131,7 +131,7 @@ class Scoring(Scored):
     def start(
         self, losses: Tensor, clean_loss: Tensor, reached: list[Use], trained: list[Use]
     ) -> None:
-        """Take the losses, the uses that they reach, and those that training losses reach."""
+        """Take the losses, the uses that any loss reaches, and those that training losses reach."""
         self.losses = losses.detach()
         self.clean_loss = clean_loss.detach()
         self.scores = torch.zeros(
@@ -180,9 +180,9 @@ class Scoring(Scored):
     def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
         """Score a report, or keep it if there is no plan or its direction is incomplete."""
         planned = None if self._planned is None else self._planned[use.index]
-        if self._weighing is not None:
+        if self._second is not None:
             assert planned is not None
-            self._weigh(self._weighing, use, planned, z, g)
+            self._add_weighted(self._second, use, planned, z, g)
         elif planned is None or (planned.joint and self._directions is None):
             self.reports[use.index] = (use, z, g)
         else:
@@ -348,23 +348,23 @@ class Scoring(Scored):
     def _second_backward(self, weights: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """Σ w_i ∇f_i if nothing was kept, from a second backward of Σ w_i f_i."""
         assert self.again is not None
-        weighing = self._weighing = _Weighing((weights != 0).to(weights.dtype), _active(weights))
+        second = self._second = _SecondBackward((weights != 0).to(weights.dtype), _active(weights))
         self.arm(self._trained)
         self.reported.clear()
         self.again(self._task.scaled(weights.to(self.losses.dtype)))
-        self._weighing = None
-        return weighing.totals
+        self._second = None
+        return second.totals
 
-    def _weigh(self, weighing: _Weighing, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
+    def _add_weighted(
+        self, second: _SecondBackward, use: Use, planned: UsePlan, z: Tensor, g: Tensor
+    ) -> None:
         """Take a report of the second backward, whose gradients contain the weights already."""
         rows = self._rows(use, planned, z, g)
         if rows is None:
             return
         z, g = (x[: self._n] for x in rows)
-        ones = _for(g, weighing.ones)
-        add_roots(
-            weighing.totals, use, use.rule.weighted_gradient(use, z, g, ones, weighing.active)
-        )
+        ones = _for(g, second.ones)
+        add_roots(second.totals, use, use.rule.weighted_gradient(use, z, g, ones, second.active))
 
 
 def _active(weights: Tensor) -> Tensor | None:

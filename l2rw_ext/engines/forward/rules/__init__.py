@@ -1,6 +1,6 @@
 """Operations whose tangent has a separate rule; importing this package fills the registry."""
 
-from l2rw_ext.engines.forward.dual import REGISTRY
+from l2rw_ext.engines.forward.registry import REGISTRY
 
 from . import activation, embedding, indexed_writes, multilinear, normalization, unfused
 

@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rw_ext.engines.forward.dual import (
-    Function,
-    Mode,
-    dual,
-    handles,
-    operands,
-    tangent_of,
-    unpack,
-)
+from l2rw_ext.engines.forward.dual import dual, tangent_of, unpack
+from l2rw_ext.engines.forward.registry import Function, Mode, handles, operands
 
 
 @handles(F.relu, torch.relu, Tensor.relu)

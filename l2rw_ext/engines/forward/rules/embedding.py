@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2rw_ext.engines.forward.dual import Function, Mode, dual, handles, operands, unpack
+from l2rw_ext.engines.forward.dual import dual, unpack
+from l2rw_ext.engines.forward.registry import Function, Mode, handles, operands
 from l2rw_ext.errors import NotExactError
 
 _SUM, _MEAN = 0, 1
@@ -81,4 +82,6 @@ def _with_sparse_gradient(mode: Mode, weight: Tensor, primal: Tensor, sparse: An
 
 def _refuse_scaling(by_frequency: bool | None) -> None:
     if by_frequency:
-        raise NotExactError("scale_grad_by_freq scales gradients, and no forward derivative")
+        raise NotExactError(
+            "scale_grad_by_freq scales gradients, and the forward derivative cannot follow"
+        )

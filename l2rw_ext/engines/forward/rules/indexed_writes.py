@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from l2rw_ext.engines.forward.dual import Function, Mode, handles, operands, tangent_of
+from l2rw_ext.engines.forward.dual import tangent_of
+from l2rw_ext.engines.forward.registry import Function, Mode, handles, operands
 from l2rw_ext.errors import NotExactError
 
 Count: TypeAlias = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor | None]

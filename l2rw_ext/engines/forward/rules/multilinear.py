@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from l2rw_ext.engines.forward.dual import Function, Mode, dual, handles, operands, unpack
+from l2rw_ext.engines.forward.dual import dual, unpack
+from l2rw_ext.engines.forward.registry import Function, Mode, handles, operands
 
 
 @handles(

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext import ops
-from l2rw_ext.engines.forward.dual import Function, Mode, dual, handles, unpack
+from l2rw_ext.engines.forward.dual import dual, unpack
+from l2rw_ext.engines.forward.registry import Function, Mode, handles
 from l2rw_ext.layers.normalization import format_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -1,4 +1,7 @@
-"""Functions that run unfused, because their fused kernels have no forward derivative."""
+"""Functions that run unfused, so that what they are made of has a forward derivative.
+
+Either the fused kernel has none, or the function is a Python body around one that has a rule.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l2rw_ext.engines.forward.dual import Function, Mode, handles, operands
+from l2rw_ext.engines.forward.registry import Function, Mode, handles, operands
 from l2rw_ext.layers import corrections
 from l2rw_ext.layers.torch_functions import inside
 
@@ -23,6 +26,7 @@ _BY_PARTS = {
 
 @handles(*_BY_PARTS)
 def _by_parts(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the Python body under the mode, which then sees ``torch.batch_norm`` and its like."""
     with mode:
         return _BY_PARTS[func](*args, **kwargs)
 

@@ -32,7 +32,7 @@ def _read(
     mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if any(mode.is_data(a) for a in args):
-        mode.chooses = mode.chooses or func.__name__
+        mode.data_dependent = mode.data_dependent or func.__name__
     return mode.other(func, args, kwargs)
 
 
@@ -43,7 +43,7 @@ def _index(
     _, index = args
     first = index[0] if isinstance(index, tuple) and index else index
     if isinstance(first, Tensor) and mode.is_data(first):
-        mode.chooses = mode.chooses or "indexing"
+        mode.data_dependent = mode.data_dependent or "indexing"
     return mode.other(func, args, kwargs)
 
 
@@ -78,7 +78,7 @@ def _along(
     x = args[0] if args else kwargs.get("input")
     within = dims and isinstance(x, Tensor) and all(d % max(x.dim(), 1) for d in dims)
     if not within and any(mode.is_data(a) for a in (*args, *kwargs.values())):
-        mode.chooses = mode.chooses or func.__name__
+        mode.data_dependent = mode.data_dependent or func.__name__
     return mode.other(func, args, kwargs)
 
 
@@ -101,5 +101,5 @@ def _anywhere(
     mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if any(mode.is_data(a) for a in (*args, *kwargs.values())):
-        mode.chooses = mode.chooses or func.__name__
+        mode.data_dependent = mode.data_dependent or func.__name__
     return mode.other(func, args, kwargs)
