@@ -64,7 +64,7 @@ test: $(VENV)/.installed ## all tests
 sanitize: $(VENV)/.installed ## the CUDA kernels on the host, with every address that they touch checked
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 L2RW_EMULATOR_FLAGS=-fsanitize=address \
-		"$(VENV)/bin/python" -m pytest -s -m emulated python_tests/test_cuda_ops.py $(ARGS)
+		"$(VENV)/bin/python" -m pytest -s -m emulated python_tests/cuda/test_cuda_ops.py $(ARGS)
 
 bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/results/cpu
 	@"$(VENV)/bin/python" -m benchmarks step --json benchmarks/results/cpu/step.json $(ARGS)
