@@ -6,6 +6,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Processes that share the cores have one thread each, and so has what they start. This must be said
+# before torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import time
@@ -48,21 +49,36 @@ def test_all_phases_run_and_are_recorded(
 
 
 def test_a_phase_out_of_time_is_stopped_with_its_children(tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    inner = f"import time, pathlib; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
+    """The child holds a lock until it ends; only a lock that was held shows that it was stopped."""
+    held = tmp_path / "held"
+    inner = (
+        f"import fcntl, time; lock = open({str(held) + '.lock'!r}, 'w'); "
+        f"fcntl.flock(lock, fcntl.LOCK_EX); open({str(held)!r}, 'w').close(); time.sleep(300)"
+    )
     outer = (
         "import subprocess, sys, time; "
-        f"subprocess.Popen([sys.executable, '-c', {inner!r}]); time.sleep(60)"
+        f"subprocess.Popen([sys.executable, '-c', {inner!r}]); time.sleep(300)"
     )
-    start = time.monotonic()
-    slow, after = run_phases(
-        [python("slow", outer, 1.5), python("after", "print('still')")], tmp_path, FACTS
-    )
-    assert slow.status == "out of time"
-    assert after.status == "passed"
-    assert time.monotonic() - start < 30
-    time.sleep(max(0.0, start + 6 - time.monotonic()))
-    assert not mark.exists()
+    seconds = 0.5
+    while not held.exists():
+        assert seconds < 100, "the child never started"
+        seconds *= 2
+        start = time.monotonic()
+        slow, after = run_phases(
+            [python("slow", outer, seconds), python("after", "print('still')")], tmp_path, FACTS
+        )
+        assert slow.status == "out of time"
+        assert after.status == "passed"
+        assert time.monotonic() - start < seconds + 30
+    with (tmp_path / "held.lock").open("w") as lock:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the child outlived its phase"
+                time.sleep(0.02)
 
 
 def test_a_phase_inherits_the_time_that_is_left(tmp_path: Path) -> None:

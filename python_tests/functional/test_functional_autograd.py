@@ -185,10 +185,16 @@ def test_compile_without_breaks_or_recompiles(factored: bool) -> None:
 
 
 def test_compile_trains_all_inputs() -> None:
-    """Gradients of every input of a layer whose direction is made inside the compiled graph."""
+    """Gradients of every input of a layer whose direction is made inside the compiled graph.
+
+    The backend is the compiler's own up to code generation, which takes most of its time and sees
+    nothing but operations of torch: its tracing, decompositions and partition of the backward.
+    """
     _, function, inputs = variables("linear-tokens")
     torch._dynamo.reset()
-    compiled = torch.compile(nonlinear(function), fullgraph=True)
+    compiled = torch.compile(
+        nonlinear(function), fullgraph=True, backend="aot_eager_decomp_partition"
+    )
     expected = torch.autograd.grad(nonlinear(function)(*inputs), inputs)
     with torch._dynamo.config.patch(error_on_recompile=True):
         actual = torch.autograd.grad(compiled(*inputs), inputs)

@@ -1,7 +1,12 @@
-"""The CUDA kernels on the host: the sources of csrc/cuda, compiled with the words of emulator/."""
+"""The CUDA kernels on the host: the sources of csrc/cuda with the headers of emulator/.
+
+The objects are kept in build/, so that only what has changed is compiled again.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -41,17 +46,30 @@ def _rules() -> Iterator[str]:
     yield f"build emulated.so: link {' '.join(source.stem + '.o' for source in sources)}\n"
 
 
+def _folder() -> Path:
+    """Where the objects are kept: one folder for each compiler, its options and torch."""
+    how = "\0".join((COMPILER, FLAGS, torch.__version__, str(Path(torch.__file__).parent)))
+    return ROOT / "build" / f"emulator-{hashlib.sha256(how.encode()).hexdigest()[:12]}"
+
+
+def _build(folder: Path) -> Path:
+    """Compile what has changed. One process at a time does so; the others find it done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("".join(_rules()))
+        command = [sys.executable, "-m", "ninja", "-C", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "emulated.so"
+
+
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulator() -> Any:
     """``torch.ops.l2rw_emulated``: the operators on tensors of the host, by the CUDA kernels."""
     if not (ROOT / "csrc").is_dir():
         pytest.skip("not a checkout")
     if shutil.which(COMPILER) is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("emulated")
-    (folder / "build.ninja").write_text("".join(_rules()))
-    command = [sys.executable, "-m", "ninja", "-C", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    torch.ops.load_library(folder / "emulated.so")
+    torch.ops.load_library(_build(_folder()))
     return torch.ops.l2rw_emulated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
@@ -167,6 +168,17 @@ def configure(
     return result.returncode, " ".join(result.stderr.split())
 
 
+def python_with_torch(folder: pathlib.Path, version: str, cuda: str | None) -> pathlib.Path:
+    """A Python whose torch is nothing but its version."""
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "torch").mkdir()
+    (packages / "torch" / "__init__.py").touch()
+    lines = f"__version__ = {version!r}\ncuda = {cuda!r}\n"
+    (packages / "torch" / "version.py").write_text(lines)
+    return folder / "bin" / "python"
+
+
 def test_build_without_torch_says_what_to_type(tmp_path: pathlib.Path) -> None:
     venv.create(tmp_path / "python", with_pip=False)
     status, message = configure(tmp_path / "build", tmp_path / "python" / "bin" / "python")
@@ -180,12 +192,8 @@ def test_build_without_torch_says_what_to_type(tmp_path: pathlib.Path) -> None:
 
 
 def test_build_with_an_old_torch_says_what_to_type(tmp_path: pathlib.Path) -> None:
-    venv.create(tmp_path / "python", with_pip=False)
-    (packages,) = (tmp_path / "python").glob("lib/python*/site-packages")
-    (packages / "torch").mkdir()
-    (packages / "torch" / "__init__.py").touch()
-    (packages / "torch" / "version.py").write_text("__version__ = '2.9.1+cpu'\ncuda = None\n")
-    status, message = configure(tmp_path / "build", tmp_path / "python" / "bin" / "python")
+    python = python_with_torch(tmp_path / "python", "2.9.1+cpu", None)
+    status, message = configure(tmp_path / "build", python)
     assert status != 0
     assert (
         "l2rw_ext needs torch 2.11 or newer, and this Python has 2.9.1: type "
@@ -199,6 +207,28 @@ def test_cuda_on_without_a_compiler_is_an_error(tmp_path: pathlib.Path) -> None:
     )
     assert status != 0
     assert "L2RW_CUDA=ON needs nvcc, and none was found" in message
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_auto_builds_cuda_for_a_torch_that_has_it(tmp_path: pathlib.Path, cuda: str | None) -> None:
+    """A compiler alone is no reason to build a library that this torch could not load."""
+    pybind11 = pytest.importorskip("pybind11", reason="CMake looks for it")
+    if cuda is not None and shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    build = tmp_path / "build"
+    status, message = configure(
+        build,
+        python_with_torch(tmp_path / "python", "2.13.0", cuda),
+        "-DSKBUILD_PROJECT_VERSION=0",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        L2RW_CUDA="AUTO",
+        L2RW_PREBUILT_CUDA="",
+    )
+    assert status == 0, message
+    commands = json.loads((build / "compile_commands.json").read_text())
+    sources = [pathlib.Path(command["file"]) for command in commands]
+    assert any(source.name == "library.cpp" for source in sources)
+    assert any(source.suffix == ".cu" for source in sources) == (cuda is not None)
 
 
 @needs_cuda_library
@@ -255,3 +285,31 @@ def test_unknown_cuda_choice_is_an_error(tmp_path: pathlib.Path) -> None:
     status, message = configure(tmp_path, sys.executable, "-DL2RW_CUDA=YES")
     assert status != 0
     assert "L2RW_CUDA is 'YES'; it must be AUTO, ON or OFF" in message
+
+
+# The Makefile
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_another_torch_is_installed_where_it_is_asked_for(tmp_path: pathlib.Path) -> None:
+    """An environment is installed once, and once more for each change of TORCH_SPEC."""
+    folder, log = tmp_path / "venv", tmp_path / "log"
+    (folder / "bin").mkdir(parents=True)
+    python = folder / "bin" / "python"  # writes down what it is asked to do
+    python.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\n')
+    python.chmod(0o755)
+    # These tests may themselves run under make, whose variables would reach this one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+
+    def installed(spec: str) -> list[str]:
+        """The installations of torch by ``make``."""
+        log.write_text("")
+        variables = (f"VENV={folder}", f"PYTHON={sys.executable}", f"TORCH_SPEC={spec}")
+        command = ["make", "-C", str(ROOT), *variables, f"{folder}/.installed"]
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return re.findall(r"pip install .*(torch==\S+)", log.read_text())
+
+    assert installed("torch==2.12.0") == ["torch==2.12.0"]
+    assert installed("torch==2.12.0") == []
+    assert installed("torch==2.13.0") == ["torch==2.13.0"]
+    assert installed("torch==2.13.0") == []
