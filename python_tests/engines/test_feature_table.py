@@ -12,7 +12,7 @@ from torch import nn
 from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.data.batch import forward
 from support.feature_table import COMMAND, ENGINES, FEATURES, Batch, Feature, filled
-from support.oracle import EXACT, assert_exact, relative_error, unchanged
+from support.oracle import EXACT, assert_exact_steps, relative_error, unchanged
 from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "coverage.md"
@@ -28,16 +28,21 @@ def _check_exact(feature: Feature, engine: str, made: tuple[nn.Module, Batch, Ba
     model, batch, clean = made
     reweighter = Reweighter(model, feature.loss, engine=engine)
     plain = copy.deepcopy(model) if feature.copied and not feature.mutates else None
-    for _ in range(2 if feature.copied_again else 1):
-        assert_exact(
-            model, feature.loss, batch, clean, reweighter=reweighter, copied=feature.copied
-        )
+
+    def check_buffers() -> None:
         if plain is not None:
             forward(plain, batch[0])
             for name, buffer in plain.named_buffers():
                 found = model.get_buffer(name)
                 assert found.dtype == buffer.dtype
                 assert relative_error(found, buffer) <= EXACT, name
+
+    assert_exact_steps(
+        *(model, feature.loss, batch, clean, reweighter),
+        count=2 if feature.copied_again else 1,
+        copied=feature.copied,
+        after=check_buffers,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -6,13 +6,11 @@ import collections
 import copy
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -22,43 +20,22 @@ from l2rw_ext import Reweighter, reference
 from l2rw_ext.engines.layerwise import engine as layerwise
 from support.models import (
     CLASSES,
-    Drawn,
     Tokens,
     cross_entropy,
     mlp,
     model_of,
-    networks_on_images,
-    networks_on_tokens,
-    networks_on_vectors,
     token_loss,
     vectors,
 )
-from support.oracle import assert_exact, assert_matches, flat, gradients_of, relative_error, truth
-
-
-def _check_drawn(drawn: Drawn) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
-        assert_exact(drawn.model, drawn.loss_fn, drawn.batch, drawn.clean, engine="layerwise")
-
-
-@settings(max_examples=100)
-@given(networks_on_vectors())
-def test_drawn_networks_on_vectors(drawn: Drawn) -> None:
-    _check_drawn(drawn)
-
-
-@settings(max_examples=60)
-@given(networks_on_images())
-def test_drawn_networks_on_images(drawn: Drawn) -> None:
-    _check_drawn(drawn)
-
-
-@settings(max_examples=30)
-@given(networks_on_tokens())
-def test_drawn_networks_on_tokens(drawn: Drawn) -> None:
-    _check_drawn(drawn)
+from support.oracle import (
+    assert_exact,
+    assert_float32_errs_little,
+    assert_matches,
+    flat,
+    gradients_of,
+    relative_error,
+    truth,
+)
 
 
 def _sequence(batch: int, length: int = 4, width: int = 8) -> Tensor:
@@ -358,18 +335,6 @@ def test_clean_loss_that_no_parameter_reaches_scores_zero() -> None:
     assert not step.scores.any()
 
 
-def test_parameters_in_the_loss_function() -> None:
-    model = model_of(
-        lambda s, x: s.head(x), head=nn.Linear(5, CLASSES), temperature=torch.rand(CLASSES)
-    )
-
-    def loss(out: Tensor, y: Tensor) -> Tensor:
-        penalty = sum(p.pow(2).sum() for p in model.parameters())
-        return cross_entropy(out * model.temperature, y) + 0.1 * penalty
-
-    assert_exact(model, loss, vectors(6), vectors(4), engine="layerwise", copied=False)
-
-
 def test_inputs_and_outputs_in_dicts_and_tuples() -> None:
     model = model_of(
         lambda s, a, b, scale: {"x": (s.a(a), s.b(b) * scale)},
@@ -586,20 +551,7 @@ def _network(kind: str) -> tuple[nn.Module, Callable[[int], Any]]:
 @pytest.mark.parametrize(("n", "m"), [(24, 6), (8, 16)])
 def test_float32_errs_at_most_twice_as_much_as_double_backward(kind: str, n: int, m: int) -> None:
     model, batch_of = _network(kind)
-    batch, clean = batch_of(n), batch_of(m)
-    expected = truth(model, cross_entropy, batch, clean)
-    errors = {}
-    for engine in ("layerwise", "double_backward"):
-        model.zero_grad()
-        step = Reweighter(model, cross_entropy, engine=engine).backward(batch, clean)
-        assert step.scores.dtype == step.weights.dtype == torch.float32
-        errors[engine] = [
-            relative_error(step.scores, expected.scores),
-            relative_error(step.weights, expected.weights),
-            relative_error(flat(gradients_of(model).values()), flat(expected.gradients.values())),
-        ]
-    for found, allowed in zip(errors["layerwise"], errors["double_backward"], strict=True):
-        assert found <= 2 * allowed + 1e-6
+    assert_float32_errs_little(model, batch_of(n), batch_of(m), "layerwise")
 
 
 @pytest.mark.parametrize("kind", ["mlp", "convolutional", "transformer"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,24 +15,18 @@ from l2rw_ext import Reweighter
 from l2rw_ext.engines.layerwise.scoring import Scoring
 from support.models import (
     CLASSES,
-    Drawn,
+    DRAWN_NETWORKS,
     cross_entropy,
     model_of,
-    networks_on_images,
-    networks_on_vectors,
     vectors,
 )
 from support.oracle import EXACT, assert_drawn_exact, assert_matches, truth
 
 
-@given(networks_on_vectors())
-def test_networks_on_vectors(drawn: Drawn) -> None:
-    assert_drawn_exact(drawn, low_memory=True)
-
-
-@given(networks_on_images())
-def test_networks_on_images(drawn: Drawn) -> None:
-    assert_drawn_exact(drawn, low_memory=True)
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+@given(data=st.data())
+def test_drawn_networks(kind: str, data: st.DataObject) -> None:
+    assert_drawn_exact(data.draw(DRAWN_NETWORKS[kind]), low_memory=True)
 
 
 def test_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,11 @@ from l2rw_ext.engines.layerwise import scoring
 from l2rw_ext.engines.layerwise.scoring import Scoring
 from support.models import (
     CLASSES,
+    DRAWN_NETWORKS,
     Drawn,
     cross_entropy,
     mlp,
     model_of,
-    networks_on_images,
-    networks_on_tokens,
-    networks_on_vectors,
     vectors,
 )
 from support.oracle import assert_drawn_exact, assert_exact, relative_error, truth
@@ -56,22 +54,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.dtype]]:
     return found
 
 
-@given(networks_on_vectors())
-@settings(max_examples=40)
-def test_networks_on_vectors(drawn: Drawn) -> None:
-    assert_drawn_exact(drawn)
+@pytest.mark.parametrize(("kind", "count"), [("vectors", 40), ("images", 20), ("tokens", 20)])
+def test_drawn_networks(kind: str, count: int) -> None:
+    @settings(max_examples=count)
+    @given(DRAWN_NETWORKS[kind])
+    def check(drawn: Drawn) -> None:
+        assert_drawn_exact(drawn)
 
-
-@given(networks_on_images())
-@settings(max_examples=20)
-def test_networks_on_images(drawn: Drawn) -> None:
-    assert_drawn_exact(drawn)
-
-
-@given(networks_on_tokens())
-@settings(max_examples=20)
-def test_networks_on_tokens(drawn: Drawn) -> None:
-    assert_drawn_exact(drawn)
+    check()
 
 
 def test_one_call_for_all_layers(calls: list[list[torch.dtype]]) -> None:

@@ -19,7 +19,14 @@ from l2rw_ext.layers.base import Use
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
 from support.models import CLASSES, Function, cross_entropy, model_of
-from support.oracle import EXACT, assert_exact, assert_matches, relative_error, truth
+from support.oracle import (
+    EXACT,
+    assert_exact,
+    assert_float32_errs_little,
+    assert_matches,
+    relative_error,
+    truth,
+)
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -699,12 +706,7 @@ def test_float32_errs_at_most_twice_as_much_as_double_backward(name: str, clean_
     make, batch_of = _MODELS[name]
     model = make().float()
     batch, clean = (_as(batch_of(n), torch.float32) for n in (6, clean_size))
-    expected = truth(model, cross_entropy, batch, clean)
-    errors = {}
-    for engine in ("layerwise", "double_backward"):
-        step = Reweighter(model, cross_entropy, engine=engine).weights(batch, clean)
-        errors[engine] = relative_error(step, expected.weights)
-    assert errors["layerwise"] <= 2 * errors["double_backward"] + 1e-6
+    assert_float32_errs_little(model, batch, clean, "layerwise")
 
 
 @pytest.mark.parametrize("name", _MODELS)

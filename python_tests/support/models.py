@@ -296,3 +296,11 @@ def networks_on_tokens(draw: st.DrawFn) -> Drawn:
         return torch.randint(7, (size, length)), torch.randint(CLASSES, (size,))
 
     return Drawn(_frozen(draw, model), batch(n, length), batch(m, clean_length))
+
+
+DRAWN_NETWORKS = {
+    "vectors": networks_on_vectors(),
+    "images": networks_on_images(),
+    "tokens": networks_on_tokens(),
+}
+"""Every kind of drawn network, by what it reads."""

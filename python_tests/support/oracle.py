@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, Step, reference
-from support.models import Drawn
+from support.models import Drawn, cross_entropy
 
 EXACT = 1e-12
 """Relative L2 error of float64 scores, weights and gradients."""
@@ -130,18 +130,63 @@ def assert_exact(
     return step
 
 
+def assert_exact_steps(
+    model: nn.Module,
+    loss_fn: Any,
+    batch: Any,
+    clean: Any,
+    reweighter: Reweighter,
+    *,
+    count: int = 2,
+    engine: str | None = None,
+    copied: bool = True,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Steps on the same batches are the oracle's: the first makes a plan, the next ones have it.
+
+    The oracle is asked again only where a step has changed a buffer. ``after`` follows each step.
+    """
+    expected: Truth | None = None
+    for _ in range(count):
+        before = [b.clone() for b in model.buffers()]
+        if expected is None or not copied:
+            expected = truth(model, loss_fn, batch, clean, copied=copied)
+        model.zero_grad()
+        step = reweighter.backward(batch, clean)
+        if engine is not None:
+            assert step.engine == engine
+        assert_matches(step, model, expected)
+        after()
+        if not all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True)):
+            expected = None
+
+
 def assert_drawn_exact(drawn: Drawn, **options: Any) -> None:
-    """Two layer-wise steps on a drawn model: one that makes a plan and one that has it."""
+    """Two layer-wise steps on a drawn model."""
     reweighter = Reweighter(drawn.model, drawn.loss_fn, **options)
-    for _ in range(2):
-        assert_exact(
-            drawn.model,
-            drawn.loss_fn,
-            drawn.batch,
-            drawn.clean,
-            engine="layerwise",
-            reweighter=reweighter,
+    assert_exact_steps(
+        drawn.model, drawn.loss_fn, drawn.batch, drawn.clean, reweighter, engine="layerwise"
+    )
+
+
+def assert_float32_errs_little(model: nn.Module, batch: Any, clean: Any, engine: Any) -> None:
+    """A float32 step errs at most twice as much as double backward does, plus 1e-6."""
+    expected = truth(model, cross_entropy, batch, clean)
+    exact = flat(expected.gradients.values())
+    errors = []
+    for name in (engine, "double_backward"):
+        own = copy.deepcopy(model)
+        step = Reweighter(own, cross_entropy, engine=name).backward(batch, clean)
+        assert step.scores.dtype == step.weights.dtype == torch.float32
+        errors.append(
+            (
+                relative_error(step.scores, expected.scores),
+                relative_error(step.weights, expected.weights),
+                relative_error(flat(gradients_of(own).values()), exact),
+            )
         )
+    for found, allowed in zip(*errors, strict=True):
+        assert found <= 2 * allowed + 1e-6
 
 
 _HOOKS = [
