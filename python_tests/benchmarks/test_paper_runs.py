@@ -397,7 +397,7 @@ def child(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 def test_a_killed_command_ends_in_the_same_numbers(tmp_path: Path, data_root: Path) -> None:
     arguments = figure2(data_root, tmp_path / "killed", "--methods", "resample", "ours")
-    arguments += ["--scale", "0.01", "--seeds", "1", "--checkpoint-every", "3"]
+    arguments += ["--scale", "0.01", "--seeds", "1", "--ratios", "1", "--checkpoint-every", "3"]
     folder = tmp_path / "killed" / "figure2" / "runs"
     for method in ("resample", "ours"):
         process = child(arguments)
@@ -421,7 +421,7 @@ def test_killed_processes_side_by_side_end_in_the_same_numbers(
     tmp_path: Path, data_root: Path
 ) -> None:
     arguments = figure2(data_root, tmp_path / "killed", "--methods", "baseline", "random")
-    arguments += ["--scale", "0.02", "--seeds", "1", "--ratios", "1", "--checkpoint-every", "3"]
+    arguments += ["--scale", "0.01", "--seeds", "1", "--ratios", "1", "--checkpoint-every", "3"]
     process = child([*arguments, "--jobs", "2"])
     folder = tmp_path / "killed" / "figure2" / "runs"
     deadline = time.monotonic() + 240

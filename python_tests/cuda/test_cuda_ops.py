@@ -6,7 +6,7 @@ The kernels run on a GPU where there is one, and everywhere else on the host (su
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,27 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 every_small_dtype = pytest.mark.parametrize("dtype", DTYPES[2:], ids=lambda dtype: str(dtype)[6:])
+
+
+def every_path(
+    argument: str, cases: Mapping[str, Any] | Sequence[Any], dtypes: Sequence[torch.dtype] = DTYPES
+) -> pytest.MarkDecorator:
+    """Each case in the wide dtypes, and by turns in bfloat16 and float16.
+
+    Both of these take the same path, with another conversion and another instruction; that all
+    kernels have both is tested with drawn arguments, and paths with both in every group of cases.
+    The names of a mapping are given to the test, and the items of a sequence.
+    """
+    wide = [dtype for dtype in dtypes if dtype.itemsize > 2]
+    narrow = [dtype for dtype in dtypes if dtype.itemsize == 2]
+    return pytest.mark.parametrize(
+        (argument, "dtype"),
+        [
+            pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}")
+            for k, case in enumerate(cases)
+            for dtype in (*wide, narrow[k % 2])
+        ],
+    )
 
 
 class Gpu:
@@ -164,15 +185,18 @@ def compare(
 
 @every_dtype
 @every_kernel
-@given(data=st.data())
-@settings(max_examples=60)
-def test_matches_the_cpu(
-    machine: Machine, name: str, dtype: torch.dtype, data: st.DataObject
-) -> None:
-    seed = data.draw(st.integers(0, 2**16))
-    processors = data.draw(st.sampled_from((1, 4, 132)))
-    draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
-    check(machine, name, OPERATORS[name].arguments(draw), processors)
+def test_matches_the_cpu(machine: Machine, name: str, dtype: torch.dtype) -> None:
+    """The two narrow dtypes, whose paths are the same, share the number of draws of the others."""
+
+    @settings(max_examples=30 if dtype.itemsize == 2 else 60)
+    @given(data=st.data())
+    def matches(data: st.DataObject) -> None:
+        seed = data.draw(st.integers(0, 2**16))
+        processors = data.draw(st.sampled_from((1, 4, 132)))
+        draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
+        check(machine, name, OPERATORS[name].arguments(draw), processors)
+
+    matches()
 
 
 # n, T, m, S, i, o, and processors that share the work: few tiles with a split depth,
@@ -189,8 +213,7 @@ PRODUCTS = (
 )
 
 
-@every_dtype
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+@every_path("shape", PRODUCTS)
 def test_factored_paths(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     n, t, m, s, i, o, processors = shape
     tensors = [torch.randn(size) for size in ((n, t, i), (n, t, o), (m, s, i), (m, s, o))]
@@ -223,8 +246,7 @@ def layers_of(n: int, m: int, layers: tuple[tuple[int, ...], ...], dtype: torch.
     return *map(list, zip(*tensors, strict=True)), [k % 2 == 0 for k in range(len(layers))]
 
 
-@every_dtype
-@pytest.mark.parametrize("group", GROUPS)
+@every_path("group", GROUPS)
 def test_groups_of_layers(machine: Machine, group: str, dtype: torch.dtype) -> None:
     n, m, layers, processors = GROUPS[group]
     check(machine, "factored_correlations", layers_of(n, m, layers, dtype), processors)
@@ -246,20 +268,16 @@ def test_a_group_of_one_is_the_layer(machine: Machine, dtype: torch.dtype) -> No
     assert torch.equal(group, single)
 
 
-@every_dtype
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
-def test_dense_paths(
-    machine: Machine, shape: tuple[int, ...], wide: bool, dtype: torch.dtype
-) -> None:
+@every_path("shape", PRODUCTS)
+def test_dense_paths(machine: Machine, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A direction may have the dtype of the rows, or that of their sums, as may its bias."""
     n, t, _, _, i, o, processors = shape
     z, g, V, V_b = (torch.randn(size) for size in ((n, t, i), (n, t, o), (o, i), (o,)))
-    direction = torch.promote_types(dtype, torch.float32) if wide else dtype
-    arguments = (z.to(dtype), g.to(dtype), V.to(direction), V_b.to(direction))
-    name = "dense_correlation"
-    check(machine, name, arguments, processors)
-    mixed = (*arguments[:3], V_b.to(dtype))
-    check(machine, name, mixed, processors)
+    wide = torch.promote_types(dtype, torch.float32)
+    # All the same where a dtype sums in itself.
+    for of_matrix, of_bias in {(dtype, dtype), (wide, wide), (wide, dtype)}:
+        arguments = (z.to(dtype), g.to(dtype), V.to(of_matrix), V_b.to(of_bias))
+        check(machine, "dense_correlation", arguments, processors)
 
 
 # n, C, O, space, kernel, stride, padding, dilation, groups, and processors that share the work.
@@ -307,8 +325,7 @@ def channels_side_by_side(arguments: Arguments) -> Arguments:
     )
 
 
-@every_dtype
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@every_path("name", CONVOLUTIONS)
 def test_convolution_paths(machine: Machine, name: str, dtype: torch.dtype) -> None:
     processors = CONVOLUTIONS[name][-1]
     arguments = convolution(name, dtype, dtype)
@@ -361,8 +378,7 @@ LARGE = {
 
 
 @pytest.mark.emulated
-@every_small_dtype
-@pytest.mark.parametrize("case", LARGE)
+@every_path("case", LARGE, DTYPES[2:])
 def test_products_of_warpgroups(emulator: Any, case: str, dtype: torch.dtype) -> None:
     n, t, m, s, i, o, processors, workspace, columns = LARGE[case]
     z, g, z_clean, g_clean, V, V_b = (
@@ -375,8 +391,7 @@ def test_products_of_warpgroups(emulator: Any, case: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.emulated
-@every_small_dtype
-@pytest.mark.parametrize("name", ["large tiles", "groups on large tiles"])
+@every_path("name", ["large tiles", "groups on large tiles"], DTYPES[2:])
 def test_convolutions_by_warpgroups(emulator: Any, name: str, dtype: torch.dtype) -> None:
     arguments = convolution(name, dtype, dtype)
     check_warpgroups(emulator, "conv_correlation", arguments, CONVOLUTIONS[name][-1], 128)
@@ -480,8 +495,7 @@ def test_gradients_in_tf32(machine: Machine, path: str) -> None:
 
 
 # n, T, i, o: narrow and other tiles of output channels, several hand-overs of a sum.
-@every_dtype
-@pytest.mark.parametrize("shape", [(3, 1, 100, 16), (2, 65, 150, 130), (1, 1100, 7, 20)], ids=str)
+@every_path("shape", [(3, 1, 100, 16), (2, 65, 150, 130), (1, 1100, 7, 20)])
 def test_linear_gradient_paths(
     machine: Machine, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -529,21 +543,20 @@ def convolution_gradients(
     return (z, g, *geometry, V.to(dtype), V_b.to(wide)), (z, g, w, *geometry)
 
 
-@every_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", GRADIENTS.values(), ids=GRADIENTS.keys())
+@every_path("path", GRADIENTS)
 def test_convolution_gradient_paths(
-    machine: Machine, shape: tuple[Any, ...], layout: str, dtype: torch.dtype
+    machine: Machine, path: str, layout: str, dtype: torch.dtype
 ) -> None:
+    shape = GRADIENTS[path]
     examples, weighted = convolution_gradients(shape, dtype, layout)
     check(machine, "conv_example_gradients", examples, shape[-1])
     check(machine, "conv_weighted_gradient", weighted, shape[-1])
 
 
 # Sizes that take the vector loads, several parts of an example, and both orders of memory.
-@every_dtype
 @pytest.mark.parametrize("by_position", [False, True])
-@pytest.mark.parametrize("shape", [(3, 1025, 64), (100, 1, 768), (2, 100, 8), (1, 1250, 3)])
+@every_path("shape", [(3, 1025, 64), (100, 1, 768), (2, 100, 8), (1, 1250, 3)])
 def test_affine_paths(
     machine: Machine, shape: tuple[int, ...], by_position: bool, dtype: torch.dtype
 ) -> None:

@@ -1,4 +1,6 @@
-"""Cases that reach every path of the CPU kernels; run as a script, they check one instruction set.
+"""Arguments that reach every path of the CPU kernels.
+
+Run as a script with the name of an instruction set, this module checks the kernels of that one.
 
 The kernels choose among three ways to multiply (input channels, output channels or pixels along a
 vector) and cut each into tiles and blocks: the sizes here leave a remainder in each of them.
@@ -6,6 +8,7 @@ vector) and cut each into tiles and blocks: the sizes here leave a remainder in 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -13,7 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext import ops
+from l2rw_ext.ops import _native
 from support.tolerances import TOLERANCES
+
+OTHER_INSTRUCTION_SET = 77
+"""The exit status of the script where the processor lacks the instruction set."""
 
 CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {"1": F.conv1d, "2": F.conv2d, "3": F.conv3d}
 
@@ -148,6 +155,9 @@ def check_rows(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
+    if _native.instruction_set() != sys.argv[1]:
+        print(_native.instruction_set())
+        sys.exit(OTHER_INSTRUCTION_SET)
     torch.manual_seed(0)
     for case in CASES:
         for kind in (torch.float64, torch.float32):
