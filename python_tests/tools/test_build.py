@@ -18,6 +18,8 @@ from l2rw_ext import _C
 from l2rw_ext.ops import _native, _registration
 from support.paths import ROOT
 
+# The CMake and Ninja that the build took come before those of the system.
+TOOLS = pathlib.Path(sys.executable).parent
 CPU, CUDA = _native.LIBRARIES
 FOLDER = pathlib.Path(_C.__file__).parent
 
@@ -162,7 +164,7 @@ def configure(
         [*command, *options],
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}", **environment},
         check=False,
     )
     return result.returncode, " ".join(result.stderr.split())
