@@ -57,9 +57,10 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.spec
 demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in under three minutes
 	@"$(DEMO_VENV)/bin/python" -m benchmarks demo $(ARGS)
 
-# A process for each core, with one thread; no more than eight, for each of them loads torch.
+# A process for each core, with one thread; no more than eight, for each of them loads torch. Each
+# begins with a part of the files and takes over from another when it has finished.
 test: $(VENV)/.installed ## all tests
-	@"$(VENV)/bin/python" -m pytest -n logical --maxprocesses 8 $(ARGS)
+	@"$(VENV)/bin/python" -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 # Preloaded, so that torch's allocations are watched too; libstdc++ because exceptions pass through.
 sanitize: $(VENV)/.installed ## the CUDA kernels on the host, with every address that they touch checked

@@ -1,4 +1,4 @@
-"""The oracle against itself: three ways to the scores, and the equations as printed."""
+"""The oracle agrees with itself: three ways lead to the scores, and equations are as printed."""
 
 from __future__ import annotations
 

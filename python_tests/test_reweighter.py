@@ -1,4 +1,4 @@
-"""``Reweighter`` as a training loop uses it."""
+"""``Reweighter`` does what a training loop expects of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``benchmarks kernels``: a case for every operator, right counts, no time for wrong results."""
+"""``benchmarks kernels`` has cases for every operator, counts right, and times no wrong result."""
 
 from __future__ import annotations
 
@@ -322,28 +322,6 @@ def test_kernels_command_records_and_reports(
     provenance.write(path, {**report, "complete": False})
     main(["report", "--results", str(tmp_path)])
     assert "INCOMPLETE" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--case", "no-such-case"],
-        ["--device", "toaster"],
-        ["--precision", "int8"],
-        ["--case", "small-dense", "--precision", "tf32"],
-        ["--cache", "cold"],
-    ],
-)
-def test_bad_arguments_exit_with_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    status: object
-    try:
-        status = main(["kernels", *arguments])
-    except SystemExit as error:
-        status = error.code
-    assert status == 2
-    assert capsys.readouterr().err.strip()
 
 
 @pytest.mark.cuda

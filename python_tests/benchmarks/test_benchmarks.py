@@ -1,4 +1,4 @@
-"""The benchmarks: fixed cases, the oracle check, recorded JSON, memory in a subprocess."""
+"""The benchmarks have fixed cases, check methods by the oracle, and record what they measure."""
 
 from __future__ import annotations
 
@@ -317,19 +317,31 @@ def test_profile_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["step", "--device", "toaster"],
         ["step", "--tf32"],
         ["memory", "--device", "toaster"],
+        ["kernels", "--case", "no-such-case"],
+        ["kernels", "--device", "toaster"],
+        ["kernels", "--precision", "int8"],
+        ["kernels", "--case", "small-dense", "--precision", "tf32"],
+        ["kernels", "--cache", "cold"],
+        ["demo", "--steps", "0"],
+        ["demo", "--imbalance", "x"],
+        ["demo", "--engine", "steam"],
+        ["demo", "--lr", "-1"],
         ["report", "--results", "no/such/folder"],
     ],
 )
 def test_bad_arguments_exit_with_2(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """So they do in every command; the demo names the option."""
     status: object
     try:
         status = main(arguments)
-    except SystemExit as error:
-        status = error.code
+    except SystemExit as exit_:
+        status = exit_.code
     assert status == 2
-    assert capsys.readouterr().err.strip()
+    error = capsys.readouterr().err
+    assert error.strip()
+    assert arguments[:1] != ["demo"] or arguments[1] in error
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The demo: data, a short run, and how it ends when it cannot go on."""
+"""The demo trains on real digits, and ends with one sentence where it cannot go on."""
 
 from __future__ import annotations
 
@@ -103,18 +103,6 @@ def test_damaged_data_is_one_sentence_and_status_2(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "train-images-idx3-ubyte.gz" in err
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--steps", "0"], ["--imbalance", "x"], ["--engine", "steam"], ["--lr", "-1"]]
-)
-def test_bad_arguments_exit_with_2(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as error:
-        main(["demo", *arguments])
-    assert error.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
 
 
 def test_an_imbalance_that_leaves_no_rare_image_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""``make gpu``: what runs, in which order, and what is left when a part of it fails."""
+"""``make gpu`` runs its phases in order; one that fails leaves the results of the others."""
 
 from __future__ import annotations
 

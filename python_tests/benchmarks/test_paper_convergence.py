@@ -1,4 +1,4 @@
-"""Lemma 1 and Theorem 2: constants that hold, a step that is the lemma's, what is written."""
+"""Experiments on Lemma 1 and Theorem 2 use constants that hold, and write what they found."""
 
 from __future__ import annotations
 

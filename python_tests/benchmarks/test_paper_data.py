@@ -1,4 +1,4 @@
-"""Data of the paper's experiments: files in every layout, broken ones, and seeded splits."""
+"""The data of the paper's experiments are read from every layout, checked, and split by seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's CIFAR experiments and Figure 3: runs that start from others, what is measured."""
+"""The paper's CIFAR experiments share runs and continue others; figures show their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's runs and Figure 2: methods, interruptions, bad input, what is written."""
+"""The paper's runs implement its methods, survive interruptions, and refuse bad input."""
 
 from __future__ import annotations
 

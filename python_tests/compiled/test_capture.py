@@ -1,4 +1,4 @@
-"""Captured steps: replays of a recorded step on the CPU, CUDA graphs where there is a device."""
+"""Captured steps give what eager steps give: replays on the CPU, CUDA graphs where a device is."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BEFORE = 1 + REHEARSALS
 
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
-    """The stand-ins that record on the CPU, as if on CUDA: values are not at hand."""
+    """The stand-ins that record on the CPU, as if on CUDA, where values are not readable."""
     made: list[Recorder] = []
 
     def recorder(device: torch.device) -> Recorder:
@@ -890,7 +890,7 @@ def test_replays_on_cuda_are_eager_steps(name: str) -> None:
 
 
 @pytest.mark.cuda
-def test_a_replayed_step_on_cuda_never_waits() -> None:
+def test_a_replayed_step_on_cuda_does_not_synchronise() -> None:
     pair = CudaPair(mlp().cuda())
     for _ in range(BEFORE + 1):
         pair.step(vectors(6), vectors(4))

@@ -71,7 +71,7 @@ def _assert_same(step: Step, expected: Step, model: nn.Module, other: nn.Module)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_with_a_plan_never_waits(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_step_with_a_plan_does_not_synchronise(name: str, request: pytest.FixtureRequest) -> None:
     case = CASES[name]
     model, batches = _drawn(case)
     near = copy.deepcopy(model)
@@ -178,7 +178,7 @@ def _on_cuda(tree: Any) -> Any:
 @pytest.mark.cuda
 @pytest.mark.parametrize("stream", ["default", "other"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_on_cuda_never_waits(name: str, stream: str) -> None:
+def test_a_step_on_cuda_does_not_synchronise(name: str, stream: str) -> None:
     case = CASES[name]
     model, batches = _drawn(case)
     expected = _run(case, near := copy.deepcopy(model), batches)[1][-1]

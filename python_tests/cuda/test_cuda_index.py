@@ -1,4 +1,4 @@
-"""The index logic of the CUDA kernels, compiled for the host: no GPU is needed."""
+"""The index arithmetic of the CUDA kernels is tested on the host, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole steps whose operators are the CUDA kernels, run on the host (support/emulation.py)."""
+"""Whole steps are exact with the CUDA kernels, run on the host, in place of the CPU's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input: an error that names argument and value, and a model exactly as it was."""
+"""Bad input is an error that names argument and value, and leaves the model as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``CleanBatches``."""
+"""``CleanBatches`` shows every example once in each pass, in an order that its seed decides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that change the direction, against scores along a direction that is formed by hand."""
+"""Options that change the direction give the scores along a direction that is formed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Algorithm 1 as printed: whatever couples the examples of a batch."""
+"""Double backward is Algorithm 1 as printed, whatever couples the examples of a batch."""
 
 from __future__ import annotations
 

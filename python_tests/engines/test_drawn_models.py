@@ -1,4 +1,4 @@
-"""Random models from the supported parts: every engine is exact or refuses, and auto never does."""
+"""On random models of the supported parts every engine is exact or refuses, and auto is exact."""
 
 from __future__ import annotations
 

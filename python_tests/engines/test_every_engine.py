@@ -1,4 +1,4 @@
-"""What all engines must do alike: each statement once, for every engine that it holds for."""
+"""What all engines must do alike is tested once, for every engine that it holds for."""
 
 from __future__ import annotations
 

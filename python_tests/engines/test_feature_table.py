@@ -1,4 +1,4 @@
-"""Every cell of the coverage table, and that the page shows the table."""
+"""Every cell of the feature table is true, and the page of the documentation shows the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward engine against the oracle, and what it refuses."""
+"""The forward engine gives the numbers of the oracle, and refuses by name what it cannot do."""
 
 from __future__ import annotations
 

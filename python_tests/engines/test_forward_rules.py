@@ -1,4 +1,4 @@
-"""Single operations under the forward engine: their derivative is what their gradient says."""
+"""Under the forward engine the derivative of every operation is the one that its gradient has."""
 
 from __future__ import annotations
 

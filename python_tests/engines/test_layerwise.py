@@ -1,4 +1,4 @@
-"""The layer-wise engine against the oracle."""
+"""The layer-wise engine gives the numbers of the oracle for every layer and form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``low_memory``: the same numbers from a second backward, with nothing kept of the layers."""
+"""``low_memory`` gives the same numbers by a second backward, and keeps nothing of the layers."""
 
 from __future__ import annotations
 

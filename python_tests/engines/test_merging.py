@@ -1,4 +1,4 @@
-"""Layers in factored form that wait for each other, as on CUDA, on the CPU."""
+"""Layers in factored form may be computed together, as on CUDA; here they are on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a first step learns must hold at the next, or be learnt again."""
+"""What a step relies on from the first one still holds at that step, or is learnt again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The perturbed layers against their definition and a loop of single gradients, in float64."""
+"""The perturbed layers are what their definition says, and score as single gradients do."""
 
 from __future__ import annotations
 

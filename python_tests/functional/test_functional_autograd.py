@@ -1,4 +1,4 @@
-"""Higher derivatives, forward mode, torch.func and compilation of the perturbed layers."""
+"""Perturbed layers have higher derivatives, and work in forward mode, torch.func and a compiler."""
 
 from __future__ import annotations
 

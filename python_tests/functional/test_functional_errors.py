@@ -1,4 +1,4 @@
-"""Arguments that do not fit: every message names the layer, the argument and the value."""
+"""Arguments that do not fit are errors that name the layer, the argument and the value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinks, ties and options at which torch's own derivatives disagree."""
+"""Where torch's own derivatives disagree (kinks, ties, some options), every engine is right."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_derivatives_are_those_of_the_gradient(name: str, engine: Any) -> None:
     assert_exact(model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter)
 
 
-def test_composites_compute_what_torch_does() -> None:
+def test_corrections_compute_what_torch_does() -> None:
     x = torch.randn(4, 6, 3).masked_fill(torch.rand(4, 6, 3) < 0.3, 0)
     y = x.flip(0).masked_fill(torch.rand(4, 6, 3) < 0.2, float("nan"))
     for slope in (torch.rand(1), torch.rand(6)):

@@ -1,4 +1,4 @@
-"""Each rule's operations against the oracle, and that they are the layer-wise engine's."""
+"""Each family of layers is exact in the layer-wise engine, with every option that it reads."""
 
 from __future__ import annotations
 

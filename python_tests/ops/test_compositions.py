@@ -1,4 +1,4 @@
-"""Every operator as a composition of torch's operations, on the CPU in place of a GPU."""
+"""Every operator is also a composition of torch's operations, tested on the CPU for the GPU."""
 
 from __future__ import annotations
 

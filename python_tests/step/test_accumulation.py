@@ -1,4 +1,4 @@
-"""``accumulate()``: micro-batches with one normalisation are the step on their union."""
+"""``accumulate()`` over micro-batches, normalised once, is the step on their union."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gradient scaler changes the scale of ``p.grad`` alone; an overflow skips the step."""
+"""A gradient scaler changes nothing but the scale of ``p.grad``; an overflow skips the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds what would make the host wait for the device, on tensors of the CPU."""
+"""What would make the host wait for the device is found on tensors of the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpointed models: both kinds, in every engine, give the numbers of plain ones."""
+"""Checkpointed models give the numbers of plain ones, with both kinds and in every engine."""
 
 from __future__ import annotations
 

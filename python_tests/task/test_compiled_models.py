@@ -1,4 +1,4 @@
-"""Compiled and scripted models: compiled ones run eagerly in a step, scripted ones go elsewhere."""
+"""Compiled models run eagerly in a step; scripted ones are left to double backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the build promises: libraries without Python, and a sentence for each missing thing."""
+"""The build makes libraries without Python, and says in a sentence what is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step inside an autocast context: its forwards compute as autocast does, all else in float32."""
+"""In an autocast context forwards compute as autocast does, and all else is in float32."""
 
 from __future__ import annotations
 

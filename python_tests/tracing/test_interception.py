@@ -1,4 +1,4 @@
-"""What the interception sees, and that what it does not see is noticed."""
+"""The interception sees the uses of parameters, and notices where it has not seen one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Padding: ``ignore_index`` in the loss, masks in attention, parts of two lengths."""
+"""Padding is exact: ``ignore_index`` in the loss, masks in attention, parts of two lengths."""
 
 from __future__ import annotations
 

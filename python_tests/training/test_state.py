@@ -1,4 +1,4 @@
-"""A model and a Reweighter that were used: saved, copied, pickled; and buffers after a step."""
+"""A model and a Reweighter can be saved, copied and pickled after use, and keep their buffers."""
 
 from __future__ import annotations
 

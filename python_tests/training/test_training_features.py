@@ -1,4 +1,4 @@
-"""Dropout, memory formats, repeatability, hooks and wrappers."""
+"""Dropout, memory formats, repeatability, hooks and wrappers work as in a plain training loop."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ DROPOUTS: dict[str, Callable[[], nn.Module]] = {
     "alpha dropout": nn.AlphaDropout,
     "feature alpha dropout": nn.FeatureAlphaDropout,
     "drop path from data": lambda: _DropPath(nn.Conv2d(6, 6, 3, padding=1), from_data=True),
-    "drop path of its own": lambda: _DropPath(nn.Conv2d(6, 6, 3, padding=1), from_data=False),
+    "drop path of the model": lambda: _DropPath(nn.Conv2d(6, 6, 3, padding=1), from_data=False),
 }
 
 
