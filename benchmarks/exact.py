@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from l2rw_ext.ops import compositions
 
+from .expected import relative_error
 from .kernel_cases import Arguments
-from .oracle import relative_error
 
 Results = tuple[Tensor, ...]
 

@@ -27,12 +27,12 @@ from typing import Any, TextIO
 
 import torch
 
-from . import record
+from . import provenance
 from .errors import UsageError
 
 ARCHITECTURE = "90a"
 CAPABILITY = (9, 0)
-RESULTS = record.ROOT / "benchmarks" / "results"
+RESULTS = provenance.ROOT / "benchmarks" / "results"
 LOG = "gpu.log"
 REPORT = "gpu.json"
 _TAIL = 15
@@ -102,7 +102,7 @@ def _build(prebuilt: Path | None) -> Phase:
 
 def sanitizer_phases(prebuilt: Path | None) -> list[Phase]:
     """The tests of the kernels under compute-sanitizer, one tool after the other."""
-    tests = (*_test_command(1, "cuda"), "python_tests/test_cuda_ops.py", "-k")
+    tests = (*_test_command(1, "cuda"), "python_tests/cuda/test_cuda_ops.py", "-k")
     # Every tensor in an allocation of its own, so that what lies beyond it belongs to none.
     environment = {"L2RW_REQUIRE_CUDA": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     todo = [_build(prebuilt)]
@@ -118,8 +118,8 @@ def sanitizer_phases(prebuilt: Path | None) -> list[Phase]:
 
 def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> list[Phase]:
     """What runs, in order; the shares add up to less than nine minutes."""
-    if folder.is_relative_to(record.ROOT):  # where every phase runs
-        folder = folder.relative_to(record.ROOT)
+    if folder.is_relative_to(provenance.ROOT):  # where every phase runs
+        folder = folder.relative_to(provenance.ROOT)
     tests = {
         "L2RW_REQUIRE_CUDA": "1",
         "OMP_NUM_THREADS": str(max(1, cores // workers)),
@@ -134,7 +134,7 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
         Phase("tests of CUDA", _test_command(workers, "cuda"), 60, tests),
         Phase(
             "tests of warpgroups",
-            (*_test_command(workers, "cuda"), "python_tests/test_cuda_ops.py"),
+            (*_test_command(workers, "cuda"), "python_tests/cuda/test_cuda_ops.py"),
             20,
             tests | _WARPGROUPS,
         ),
@@ -198,7 +198,7 @@ def run_phase(phase: Phase, limit: float, log: TextIO) -> Outcome:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            cwd=record.ROOT,
+            cwd=provenance.ROOT,
             env={**os.environ, **phase.environment},
             start_new_session=True,
         )
@@ -240,7 +240,7 @@ def run_phases(todo: Sequence[Phase], folder: Path, facts: dict[str, Any]) -> li
             if outcome.status != "passed":
                 lines = (folder / LOG).read_text(errors="replace")[began:].splitlines()
                 print("\n".join(f"  | {line}" for line in lines[-_TAIL:]), flush=True)
-            record.write(folder / REPORT, {**facts, "phases": [asdict(o) for o in outcomes]})
+            provenance.write(folder / REPORT, {**facts, "phases": [asdict(o) for o in outcomes]})
     return outcomes
 
 
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     cores = os.cpu_count() or 1
     what = f"takes {prebuilt}" if prebuilt else f"builds for sm_{ARCHITECTURE} alone"
     print(f"{name}, torch {torch.__version__}: {what}; results in {folder}", flush=True)
-    facts = record.header("gpu", "cuda", [])
+    facts = provenance.header("gpu", "cuda", [])
     facts["command"] = "make gpu"
     todo = phases(folder, prebuilt, test_workers(cores), cores)
     if args.sanitize:

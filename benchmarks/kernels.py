@@ -33,7 +33,7 @@ from l2rw_ext.compiled.recording import Recording
 from l2rw_ext.devices import float32_products
 from l2rw_ext.ops import _registration, compositions
 
-from . import record
+from . import provenance
 from .errors import UsageError
 from .exact import Errors, Results, as_results, errors, exact, limits, magnitudes
 from .kernel_cases import (
@@ -365,9 +365,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", nargs="+", choices=list(PRECISIONS), dest="precisions")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:K")
-    parser.add_argument("--repeats", type=record.positive, default=30)
-    parser.add_argument("--warmup", type=record.positive, default=5)
-    parser.add_argument("--threads", type=record.positive, help="default: torch's choice")
+    parser.add_argument("--repeats", type=provenance.positive, default=30)
+    parser.add_argument("--warmup", type=provenance.positive, default=5)
+    parser.add_argument("--threads", type=provenance.positive, help="default: torch's choice")
     parser.add_argument(
         "--cache",
         choices=CACHES,
@@ -379,7 +379,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status is 1 where an operator's result is wrong."""
-    record.check_device(args.device)
+    provenance.check_device(args.device)
     cuda = args.device.startswith("cuda")
     if args.cache and not cuda:
         raise UsageError("--cache: on the CPU caches are left as they are")
@@ -393,7 +393,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no case of these has one of these precisions")
     console = Console()
     ceilings = measure_ceilings(args.device, tuple(dict.fromkeys(p for _, p in runs)))
-    report = record.header("kernels", args.device, sys.argv[1:])
+    report = provenance.header("kernels", args.device, sys.argv[1:])
     report |= {
         "cache": cache,
         "repeats": args.repeats,
@@ -419,10 +419,10 @@ def run(args: argparse.Namespace) -> int:
         report["cases"].append(entry)
         add_row(out, entry)
         if args.json:
-            record.write(args.json, report)
+            provenance.write(args.json, report)
     console.print(out)
     report["complete"] = True
     if args.json:
-        record.write(args.json, report)
+        provenance.write(args.json, report)
         console.print(f"recorded in {args.json}")
     return 1 if any(wrong(entry) for entry in report["cases"]) else 0

@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import record
+from . import provenance
 from .cases import CASES, Case, CaseSpec, default_cases, draw_case_labels, make_case
 from .errors import UsageError
 from .methods import METHODS, YARDSTICK, Method, Step, chosen
@@ -136,7 +136,7 @@ def measure(
         capture_output=True,
         text=True,
         env={**os.environ, **ALLOCATOR},
-        cwd=record.ROOT,
+        cwd=provenance.ROOT,
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -198,16 +198,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", nargs="+", choices=list(CASES), metavar="NAME", dest="cases")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:K")
-    parser.add_argument("--threads", type=record.positive, default=0)
+    parser.add_argument("--threads", type=provenance.positive, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="record the results")
     parser.epilog = f"cases: {', '.join(CASES)}. methods: {', '.join(METHODS)}."
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status is 1 where this package's step failed."""
-    record.check_device(args.device)
+    provenance.check_device(args.device)
     methods = chosen(args.methods)
-    report = record.header("memory", args.device, sys.argv[1:])
+    report = provenance.header("memory", args.device, sys.argv[1:])
     report |= {"allocator": ALLOCATOR, "cases": [], "complete": False}
     console = Console()
     for name in args.cases or default_cases():
@@ -215,11 +215,11 @@ def run(args: argparse.Namespace) -> int:
             entry = run_case(CASES[name], methods, device=args.device, threads=args.threads)
         report["cases"].append(entry)
         if args.json:
-            record.write(args.json, report)
+            provenance.write(args.json, report)
         console.print(table(entry))
     report["complete"] = True
     if args.json:
-        record.write(args.json, report)
+        provenance.write(args.json, report)
         console.print(f"recorded in {args.json}")
     ours = [r for e in report["cases"] for r in e["methods"] if r["name"] == "l2rw_ext"]
     return 1 if any("failed" in r for r in ours) else 0

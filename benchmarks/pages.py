@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import provenance
 from .errors import UsageError
 
 PARTS = ("summary", "step", "step-pair", "memory", "memory-checkpointed")
@@ -145,7 +145,7 @@ def parts(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
     """The recorded reports of a folder, by file name without its ending."""
-    return {path.stem: record.read(path) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: provenance.read(path) for path in sorted(folder.glob("*.json"))}
 
 
 def filled(text: str, reports: dict[str, dict[str, Any]]) -> str:

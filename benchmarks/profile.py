@@ -23,7 +23,7 @@ from rich.table import Table
 
 import l2rw_ext
 
-from . import record
+from . import provenance
 from .cases import CASES, Case, make_case
 from .methods import METHODS, YARDSTICK
 from .step import Candidate, time_interleaved
@@ -125,9 +125,9 @@ def profile(case: Case, repeats: int) -> Profile:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``profile``."""
     parser.add_argument("--case", choices=list(CASES), default="lenet", metavar="NAME")
-    parser.add_argument("--repeats", type=record.positive, default=30)
-    parser.add_argument("--top", type=record.positive, default=20, help="functions to list")
-    parser.add_argument("--threads", type=record.positive, help="default: torch's choice")
+    parser.add_argument("--repeats", type=provenance.positive, default=30)
+    parser.add_argument("--top", type=provenance.positive, default=20, help="functions to list")
+    parser.add_argument("--threads", type=provenance.positive, help="default: torch's choice")
     parser.epilog = f"cases: {', '.join(CASES)}."
 
 

@@ -12,12 +12,12 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import provenance
 from .errors import UsageError
 from .pages import filled, machine_of, markdown, ratios, read_reports
 
-RESULTS = record.ROOT / "benchmarks" / "results"
-ASSETS = record.ROOT / "docs" / "assets"
+RESULTS = provenance.ROOT / "benchmarks" / "results"
+ASSETS = provenance.ROOT / "docs" / "assets"
 PAGES_DEVICE = "cpu"
 """The device whose results the README and the documentation show."""
 BARS = {
@@ -59,7 +59,7 @@ def chart(report: dict[str, Any], path: Path) -> None:
 
 def describe(path: Path, report: dict[str, Any]) -> str:
     """Where a report comes from, and whether the sources have changed since."""
-    age = "of the present sources" if record.is_current(report) else "OLDER than the sources"
+    age = "of the present sources" if provenance.is_current(report) else "OLDER than the sources"
     if not report.get("complete", True):
         age += ", INCOMPLETE: the run ended early"
     return (
@@ -108,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
     target = args.chart or chart_path(args.device)
     current = True
     for path in paths:
-        report = record.read(path)
-        current &= record.is_current(report)
+        report = provenance.read(path)
+        current &= provenance.is_current(report)
         print(describe(path, report))
         shown = markdown(report)
         if shown:

@@ -27,12 +27,12 @@ from rich.table import Table
 from l2rw_ext.compiled.recording import without_collection
 from l2rw_ext.devices import float32_products
 
-from . import record
+from . import provenance
 from .cases import CASES, Case, CaseSpec, default_cases, make_case
 from .errors import UsageError
+from .expected import Oracle, gradient_error, oracle, relative_error
 from .methods import METHODS, YARDSTICK, Method, Outcome, Step, chosen
 from .operations import operation_bound
-from .oracle import Oracle, gradient_error, oracle, relative_error
 from .timing import use_device
 
 # A float32 method may have twice the error of float32 double backward plus this.
@@ -221,9 +221,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", nargs="+", choices=list(CASES), metavar="NAME", dest="cases")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:K")
-    parser.add_argument("--repeats", type=record.positive, default=15)
-    parser.add_argument("--warmup", type=record.positive, default=2)
-    parser.add_argument("--threads", type=record.positive, help="default: torch's choice")
+    parser.add_argument("--repeats", type=provenance.positive, default=15)
+    parser.add_argument("--warmup", type=provenance.positive, default=2)
+    parser.add_argument("--threads", type=provenance.positive, help="default: torch's choice")
     parser.add_argument(
         "--tf32",
         action="store_true",
@@ -235,14 +235,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; the exit status is 1 where this package's own result is wrong."""
-    record.check_device(args.device)
+    provenance.check_device(args.device)
     if args.tf32 and not args.device.startswith("cuda"):
         raise UsageError("--tf32: there is no TF32 on the CPU")
     use_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     methods = chosen(args.methods)
-    report = record.header("step", args.device, sys.argv[1:])
+    report = provenance.header("step", args.device, sys.argv[1:])
     report |= {"tf32": args.tf32, "cases": [], "complete": False}
     console = Console()
     names = args.cases or default_cases()
@@ -264,12 +264,12 @@ def run(args: argparse.Namespace) -> int:
             )
             report["cases"].append(entry)
             if args.json:
-                record.write(args.json, report)
+                provenance.write(args.json, report)
             progress.console.print(table(entry))
             progress.advance(task)
     report["complete"] = True
     if args.json:
-        record.write(args.json, report)
+        provenance.write(args.json, report)
         console.print(f"recorded in {args.json}")
     ours = [r for e in report["cases"] for r in e["methods"] if r["name"].startswith("l2rw_ext")]
     return 1 if any(r["status"] != "ok" for r in ours) else 0

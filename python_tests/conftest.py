@@ -6,11 +6,19 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
-from emulated import emulator
-from hypothesis import HealthCheck, settings
 
-__all__ = ["emulator"]
+# Processes that share the cores have one thread each, and so has what they start. This must be said
+# before torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
+
+# The assertions of these modules say what they compared; the second one has a fixture.
+pytest.register_assert_rewrite("support")
+pytest_plugins = ["support.emulation"]
 
 settings.register_profile(
     "l2rw",
@@ -20,6 +28,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("l2rw")
+
+# Hypothesis also draws constants of the modules that a process has loaded. Without them the same is
+# drawn in every process and in every order of the tests.
+if hasattr(providers, "is_local_module_file"):
+    providers.is_local_module_file = lambda path: False
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -31,7 +31,8 @@ def run(
 
 @pytest.mark.parametrize("isa", _native.BUILD_INFO["instruction_sets"].split())
 def test_every_instruction_set_computes_the_same(isa: str) -> None:
-    result = run(L2RW_CPU_ISA=isa)
+    """No warning is shown: forward mode loads TorchScript, of which torch warns."""
+    result = run("-W", "always:`torch.jit", L2RW_CPU_ISA=isa)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
     line = next(line for line in result.stdout.splitlines() if line.startswith("instruction set"))
@@ -39,13 +40,6 @@ def test_every_instruction_set_computes_the_same(isa: str) -> None:
     # A processor without the instruction set runs the best one below it.
     assert line.split()[2].rstrip(",") in levels[: levels.index(isa) + 1]
     assert isa != "baseline" or "baseline," in line
-
-
-def test_no_warning_of_torch_is_shown() -> None:
-    """Forward mode loads TorchScript, of which torch warns."""
-    result = run("-W", "always:`torch.jit")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "deprecated" not in result.stderr
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:

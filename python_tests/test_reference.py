@@ -1,4 +1,4 @@
-"""The oracle against itself: three ways to the scores, and the equations as printed."""
+"""The oracle agrees with itself: three ways lead to the scores, and equations are as printed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import CLASSES, Drawn, cross_entropy, mlp, model_of, networks_on_vectors, vectors
-from oracle import as_double, cosine, relative_error, signed_bias
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp
 from torch.nn import functional as F
 
 from l2rw_ext import reference
+from support.models import (
+    CLASSES,
+    Drawn,
+    cross_entropy,
+    mlp,
+    model_of,
+    networks_on_vectors,
+    vectors,
+)
+from support.oracle import as_double, cosine, relative_error, signed_bias
 
 
 def _forward_mode_scores(model: nn.Module, loss_fn: Any, batch: Any, clean: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""``Reweighter`` as a training loop uses it."""
+"""``Reweighter`` does what a training loop expects of it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CLASSES, cross_entropy, mlp, model_of, vectors
-from oracle import (
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from l2rw_ext import Reweighter, Step, reference
+from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
+from support.oracle import (
     assert_exact,
     assert_matches,
     flat,
@@ -23,10 +27,6 @@ from oracle import (
     truth,
     unchanged,
 )
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from l2rw_ext import Reweighter, Step, reference
 
 ENGINES = ["auto", "layerwise", "forward", "double_backward"]
 

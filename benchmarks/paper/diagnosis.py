@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .methods import Statistics
 from .order import generator
 from .splits import Split
+from .training_methods import Statistics
 
 Weigh = Callable[[Tensor, int], Statistics]
 """From numbers of hyper-validation images and the number of the batch to its weights and scores."""

@@ -7,13 +7,13 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import record
+from .. import provenance
 from .grid import Results
-from .methods import METHODS
 from .options import add_methods, add_shared, head, run_grid, scaled
 from .output import Sheet, error_bars, finish, pyplot
 from .settings import Settings
 from .statistics import Mean, grouped, mean
+from .training_methods import METHODS
 
 NAME = "figure2"
 COMPARED = ["proportion", "resample", "hard mining", "random", "baseline", "ours"]
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ratios",
         nargs="+",
-        type=record.positive,
+        type=provenance.positive,
         metavar="R",
         help="9s for each 4 (default: 1 50 100 200; without --data-root 1 10 20)",
     )
     parser.add_argument(
         "--images",
-        type=record.positive,
+        type=provenance.positive,
         metavar="N",
         help="training images, clean ones included (default: 5000; without --data-root 400)",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .. import record
+from .. import provenance
 from .sweep import Sweep
 
 SWEEP = Sweep(
@@ -10,7 +10,7 @@ SWEEP = Sweep(
     title="40% flipped to label 3, by number of clean images",
     setting="clean",
     option="--sizes",
-    kind=record.positive,
+    kind=provenance.positive,
     values=(15, 50, 100, 500, 1000, 2000),
     label="clean images, all classes together",
     rows=("baseline +ft", "baseline +es +ft", "ours"),

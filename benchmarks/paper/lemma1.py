@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from .. import record
+from .. import provenance
 from .convergence import copies, descend, drawn, logistic
 from .files import check_writable
 from .options import add_descents
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.out / NAME)
     rows, curves = run_lemma1(args.seeds, args.steps, console)
     stem = args.out / NAME / NAME
-    header = record.header(f"paper {NAME}", "cpu", sys.argv[1:])
+    header = provenance.header(f"paper {NAME}", "cpu", sys.argv[1:])
     report = {**header, "rows": rows, "clean_losses_of_seed_0": curves}
     return finish(console, stem, table(rows), report, rows, picture(curves))
 

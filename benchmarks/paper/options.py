@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import record
+from .. import provenance
 from ..errors import UsageError
 from . import logs
 from .files import check_writable, locked
 from .grid import Results, run_all
-from .methods import METHODS
 from .runs import Place
 from .settings import Settings
+from .training_methods import METHODS
 
 OUT = Path("paper_output")
 PACKAGES = ("matplotlib", "scipy")
@@ -27,9 +27,15 @@ PACKAGES = ("matplotlib", "scipy")
 def add_descents(parser: argparse.ArgumentParser, *, steps: int) -> None:
     """The options of the experiments on problems whose constants are known."""
     parser.add_argument(
-        "--seeds", type=record.positive, default=10, metavar="N", help="seeds 0 to N-1 (default 10)"
+        "--seeds",
+        type=provenance.positive,
+        default=10,
+        metavar="N",
+        help="seeds 0 to N-1 (default 10)",
     )
-    parser.add_argument("--steps", type=record.positive, default=steps, help=f"default: {steps}")
+    parser.add_argument(
+        "--steps", type=provenance.positive, default=steps, help=f"default: {steps}"
+    )
     _add_out(parser)
 
 
@@ -54,14 +60,14 @@ def add_shared(parser: argparse.ArgumentParser, *, seeds: int) -> None:
     )
     parser.add_argument(
         "--seeds",
-        type=record.positive,
+        type=provenance.positive,
         default=seeds,
         metavar="N",
         help=f"seeds 0 to N-1 (default: {seeds})",
     )
     parser.add_argument(
         "--jobs",
-        type=record.positive,
+        type=provenance.positive,
         default=1,
         metavar="N",
         help="runs at a time, one thread each (default: 1)",
@@ -70,7 +76,7 @@ def add_shared(parser: argparse.ArgumentParser, *, seeds: int) -> None:
     _add_out(parser)
     parser.add_argument(
         "--checkpoint-every",
-        type=record.positive,
+        type=provenance.positive,
         default=500,
         metavar="STEPS",
         help="default: 500",
@@ -94,7 +100,7 @@ def add_methods(parser: argparse.ArgumentParser, default: list[str]) -> None:
 
 def fraction(text: str) -> float:
     """An argparse type: a number above 0 and at most 1."""
-    value = record.positive_number(text)
+    value = provenance.positive_number(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"expected a number of at most 1, got {text!r}")
     return value
@@ -133,7 +139,7 @@ def run_grid(
     Raises:
         UsageError: an option cannot be met, or files are of other settings or data.
     """
-    record.check_device(args.device)
+    provenance.check_device(args.device)
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"{package} is missing; pip install '.[paper]' has all that is needed")
@@ -143,7 +149,7 @@ def run_grid(
     folder = args.out / experiment / "runs"
     check_writable(folder)
     check_writable(args.out / kind)
-    origin = record.header(f"paper {experiment}", args.device, [])
+    origin = provenance.header(f"paper {experiment}", args.device, [])
     origin["machine"]["threads"] = 1
     place = Place(
         folder,
@@ -162,7 +168,7 @@ def run_grid(
 
 def head(kind: str, results: Results, args: argparse.Namespace) -> dict[str, Any]:
     """The head of the report of an experiment: this command, and where its runs come from."""
-    header = record.header(f"paper {kind}", args.device, sys.argv[1:])
+    header = provenance.header(f"paper {kind}", args.device, sys.argv[1:])
     origins = [origin for result in results for origin in result["origins"]]
     seconds, of_data = (sum(r[k] for r in results) for k in ("seconds", "data_seconds"))
     return {
@@ -171,7 +177,7 @@ def head(kind: str, results: Results, args: argparse.Namespace) -> dict[str, Any
         "scale": args.scale,
         "seeds": args.seeds,
         "commits_of_runs": sorted({origin["commit"] for origin in origins}),
-        "machines_of_runs": sorted({record.machine_name(o["machine"]) for o in origins}),
+        "machines_of_runs": sorted({provenance.machine_name(o["machine"]) for o in origins}),
         "data_of_runs": sorted({result["source"] for result in results}),
         "hours_of_runs": seconds / 3600,
         "share_of_time_for_data": of_data / seconds,

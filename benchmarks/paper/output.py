@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .. import record
+from .. import provenance
 from .files import replacing, write_json
 from .statistics import Mean
 
@@ -66,9 +66,9 @@ class Sheet:
         return "\n\n".join(part for part in (f"{self.title}.", table, self.caption) if part)
 
 
-def provenance(report: dict[str, Any]) -> str:
+def origin(report: dict[str, Any]) -> str:
     """Command and date of a report, commits and machines of its runs."""
-    where = report.get("machines_of_runs", [record.machine_name(report["machine"])])
+    where = report.get("machines_of_runs", [provenance.machine_name(report["machine"])])
     commits = report.get("commits_of_runs", [report["commit"]])
     data = ""
     if "data_of_runs" in report:
@@ -95,7 +95,7 @@ def finish(
         console: to show it on.
         stem: of the names of the files.
         sheet: the table.
-        report: with the fields of ``record.header``.
+        report: with the fields of ``provenance.header``.
         rows: numbers of the table, all with the keys of the first.
         figure: of matplotlib, written as PNG and SVG, and closed.
 
@@ -108,7 +108,7 @@ def finish(
     write_json(paths["json"], report)
     write_csv(paths["csv"], rows)
     with replacing(paths["md"]) as temporary:
-        temporary.write_text(f"{sheet.markdown()}\n\n{provenance(report)}\n")
+        temporary.write_text(f"{sheet.markdown()}\n\n{origin(report)}\n")
     if figure is not None:
         for suffix, metadata in _METADATA.items():
             with replacing(paths[suffix]) as temporary:

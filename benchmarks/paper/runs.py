@@ -29,12 +29,12 @@ from .files import (
 )
 from .images import Images, floats
 from .logs import Log
-from .methods import Batch, CleanOnly, Context, Method, Statistics, make
-from .models import make_model
+from .networks import make_model
 from .order import Epochs, generator
 from .settings import Settings
 from .splits import sha256
 from .tasks import make_split
+from .training_methods import Batch, CleanOnly, Context, Method, Statistics, make
 
 EVALUATIONS = 40
 CLOSEST = 100

@@ -10,16 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from .. import record
+from .. import provenance
 from ..errors import UsageError
 from .grid import Results
-from .methods import METHODS
-from .models import SHAPES
+from .networks import SHAPES
 from .options import add_shared, head, run_grid, scaled, share
 from .output import Sheet, finish, without
 from .settings import Settings, TaskName
 from .splits import BACKGROUNDS
 from .statistics import Mean, grouped, mean
+from .training_methods import METHODS
 
 FINE_TUNING = 5000
 VALIDATION = 5000
@@ -244,7 +244,7 @@ def add_cifar(
     if clean:
         parser.add_argument(
             "--clean",
-            type=record.positive,
+            type=provenance.positive,
             metavar="N",
             help="clean images of all classes together (default: the paper's)",
         )

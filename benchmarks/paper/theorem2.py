@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from .. import record
+from .. import provenance
 from ..errors import UsageError
 from .convergence import descend, drawn, logistic, tail
 from .files import check_writable
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.out / NAME)
     rows, means = run_theorem2(args.seeds, args.steps, console)
     stem = args.out / NAME / NAME
-    header = record.header(f"paper {NAME}", "cpu", sys.argv[1:])
+    header = provenance.header(f"paper {NAME}", "cpu", sys.argv[1:])
     report = {**header, "seeds": args.seeds, "rows": rows}
     return finish(console, stem, table(rows, args.seeds), report, rows, picture(means))
 

@@ -1,0 +1,353 @@
+"""The benchmarks have fixed cases, check methods by the oracle, and record what they measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the benchmarks print with rich")
+
+from benchmarks import operations, provenance
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES, RHO_RANGE, Case, CaseSpec, make_case
+from benchmarks.expected import oracle
+from benchmarks.memory import run_case as memory_case
+from benchmarks.methods import METHODS, Method, Outcome, Step
+from benchmarks.step import run_case
+
+TINY = CASES["tiny"]
+
+
+def rows(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in entry["methods"]}
+
+
+@pytest.mark.parametrize("name", ["tiny", "lenet", "mlp-100-10"])
+def test_labels_are_drawn_for_half_positive_scores(name: str) -> None:
+    case = make_case(CASES[name])
+    assert RHO_RANGE[0] <= case.rho <= RHO_RANGE[1]
+    truth = oracle(case)
+    assert truth.rho == pytest.approx(case.rho, abs=0.02)
+
+
+@pytest.mark.parametrize("changes", [{"coupled": True}, {"n": 11, "m": 3}])
+def test_a_case_is_the_same_each_time(changes: dict[str, Any]) -> None:
+    spec = dataclasses.replace(TINY, **changes)
+    first, second = make_case(spec), make_case(spec)
+    assert torch.equal(first.train[0], second.train[0])
+    assert torch.equal(first.train[1], second.train[1])
+    assert torch.equal(first.clean[1], second.clean[1])
+    for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("mlp-256-64", 0.81), ("mlp-100-10", 0.80), ("lenet", 0.98)],
+)
+def test_operation_counts(name: str, expected: float) -> None:
+    spec = CASES[name]
+    labels = torch.zeros(spec.n).long(), torch.zeros(spec.m).long(), 0.5
+    assert operations.operation_bound(make_case(spec, labels)) == pytest.approx(expected, abs=0.01)
+
+
+def test_step_report_of_one_case() -> None:
+    names = ("plain", "l2rw_ext", "double_backward", "jvp", "finite_difference")
+    entry = run_case(TINY, [METHODS[name] for name in names], repeats=3, warmup=1)
+    assert {"name", "title", "n", "m", "rho", "operation_bound", "repeats"} <= entry.keys()
+    found = rows(entry)
+    assert set(found) == {*names, "plain_union"}
+    for name, row in found.items():
+        assert row["status"] == ("approximate" if name == "finite_difference" else "ok"), row
+        assert row["seconds"] > 0
+        assert row["ratio"] > 0
+        assert len(row["ratio_quartiles"]) == 2
+    assert found["plain_union"]["ratio"] == 1
+    assert found["l2rw_ext"]["engine"] == "layerwise"
+    for name in ("l2rw_ext", "double_backward", "jvp"):
+        assert max(found[name]["errors"].values()) < 2e-6
+
+
+def _with_error(scale: float) -> Method:
+    def prepare(case: Case) -> Step:
+        step = METHODS["double_backward"].prepare(case)
+
+        def off() -> Outcome:
+            outcome = step()
+            assert outcome.scores is not None
+            scores = outcome.scores.clone()
+            scores[0] += scale * scores.abs().max()
+            return Outcome(scores, outcome.weights)
+
+        return off
+
+    return Method("off", "off", "exact", prepare)
+
+
+def _with_wrong_gradient(case: Case) -> Step:
+    step = METHODS["double_backward"].prepare(case)
+
+    def off() -> Outcome:
+        outcome = step()
+        for p in case.model.parameters():
+            assert p.grad is not None
+            p.grad *= 1.001
+        return outcome
+
+    return off
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"),
+    [
+        (_with_error(1e-3), "scores"),
+        (_with_error(float("nan")), "scores"),
+        (Method("off", "off", "exact", _with_wrong_gradient), "gradient"),
+    ],
+)
+def test_a_wrong_method_is_named_and_not_timed(method: Method, wrong: str) -> None:
+    row = rows(run_case(TINY, [method], repeats=2, warmup=1))["off"]
+    assert row["status"] == "wrong"
+    assert wrong in row["reason"]
+    assert "seconds" not in row
+    assert "ratio" not in row
+
+
+def test_a_method_that_fails_does_not_stop_the_others() -> None:
+    def broken(case: Case) -> Step:
+        raise RuntimeError("no such layer\nsecond line")
+
+    entry = run_case(
+        TINY, [Method("broken", "broken", "exact", broken), METHODS["plain"]], repeats=2, warmup=1
+    )
+    assert rows(entry)["broken"]["reason"] == "RuntimeError: no such layer"
+    assert rows(entry)["plain"]["status"] == "ok"
+
+
+def test_a_method_that_is_not_installed_says_so() -> None:
+    method = Method("x", "x", "exact", METHODS["plain"].prepare, requires="no_such_module")
+    row = rows(run_case(TINY, [method], repeats=2, warmup=1))["x"]
+    assert row["status"] == "not installed"
+    assert "no_such_module" in row["reason"]
+
+
+def test_step_command_records_where_numbers_come_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "folder" / "step.json"
+    arguments = ["step", "--case", "tiny", "--methods", "l2rw_ext", "--repeats", "2"]
+    assert main([*arguments, "--json", str(path)]) == 0
+    assert "MLP 6-8-3" in capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert report["kind"] == "step"
+    assert report["device"] == "cpu"
+    for field in ("date", "command", "commit"):
+        assert report[field]
+    assert {"cpu", "cores", "threads"} <= report["machine"].keys()
+    assert {"python", "torch"} <= report["versions"].keys()
+    assert report["sources"] == provenance.source_hash("cpu")
+    assert provenance.is_current(report)
+
+
+def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    (folder / "a.cpp").write_text("one")
+    first = provenance.source_hash("cpu", tmp_path)
+    (folder / "notes.txt").write_text("not a source")
+    assert provenance.source_hash("cpu", tmp_path) == first
+    (folder / "a.cpp").write_text("two")
+    second = provenance.source_hash("cpu", tmp_path)
+    (folder / "a.cpp").rename(folder / "b.cpp")
+    assert len({first, second, provenance.source_hash("cpu", tmp_path)}) == 3
+
+
+def test_settings_in_the_environment_are_part_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in provenance.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    assert provenance.header("step", "cpu", ["step"])["command"] == "python -m benchmarks step"
+    monkeypatch.setenv("L2RW_CPU_ISA", "avx2")
+    command = provenance.header("step", "cpu", ["step"])["command"]
+    assert command == "L2RW_CPU_ISA=avx2 python -m benchmarks step"
+
+
+def test_cuda_sources_make_no_number_of_a_cpu_old(tmp_path: Path) -> None:
+    folder = tmp_path / "csrc" / "cuda"
+    folder.mkdir(parents=True)
+    before = [provenance.source_hash(device, tmp_path) for device in ("cpu", "cuda:0")]
+    (folder / "a.cu").write_text("kernel")
+    after = [provenance.source_hash(device, tmp_path) for device in ("cpu", "cuda:0")]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_is_measured_in_a_subprocess() -> None:
+    spec = CASES["mlp-100-10"]
+    entry = memory_case(spec, [METHODS["l2rw_ext"], METHODS["double_backward"]])
+    found = rows(entry)
+    parameters = 4 * 1_863_690
+    for name in ("plain_union", "l2rw_ext", "double_backward"):
+        assert "failed" not in found[name], found[name]
+        # A step makes at least the gradients, which are as large as the parameters.
+        assert parameters <= found[name]["later"] < 20 * parameters
+    assert found["double_backward"]["ratio"] > 1.3
+    assert found["l2rw_ext"]["ratio"] < found["double_backward"]["ratio"]
+
+
+def test_report_draws_a_chart_and_says_what_is_old(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "cpu"
+    report = provenance.header("step", "cpu", ["step"])
+    report["cases"] = [run_case(TINY, [METHODS["l2rw_ext"]], repeats=2, warmup=1)]
+    provenance.write(folder / "step.json", report)
+    chart = tmp_path / "step.svg"
+    arguments = ["report", "--results", str(tmp_path), "--chart", str(chart), "--check"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "of the present sources" in out
+    assert "| MLP 6-8-3, 20+4 | 0." in out
+    assert "<svg" in chart.read_text()
+    provenance.write(folder / "step.json", {**report, "sources": "other"})
+    assert main(arguments) == 1
+    assert "OLDER than the sources" in capsys.readouterr().out
+
+
+def test_report_of_another_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import report as reports
+
+    monkeypatch.setattr(reports, "ASSETS", tmp_path / "assets")
+    report = provenance.header("step", "cpu", ["step"])
+    report["machine"]["gpu"] = "NVIDIA Fake"
+    report["cases"] = [run_case(TINY, [METHODS["l2rw_ext"]], repeats=2, warmup=1)]
+    provenance.write(tmp_path / "fake" / "step.json", report)
+    arguments = ["report", "--results", str(tmp_path), "--device", "fake"]
+    assert main(arguments) == 0
+    assert "of the present sources" in capsys.readouterr().out
+    assert "NVIDIA Fake" in (tmp_path / "assets" / "step-fake.svg").read_text()
+    page = tmp_path / "page.md"
+    page.write_text("as it was")
+    assert main([*arguments, "--fill", str(page)]) == 2
+    assert "the pages show the results of cpu, not of fake" in capsys.readouterr().err
+    assert page.read_text() == "as it was"
+
+
+def test_an_unfinished_run_keeps_its_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import step
+
+    def stopped(spec: CaseSpec, *rest: Any, **options: Any) -> dict[str, Any]:
+        if spec.name != "tiny":
+            raise KeyboardInterrupt
+        return run_case(spec, *rest, **options)
+
+    monkeypatch.setattr(step, "run_case", stopped)
+    path = tmp_path / "step.json"
+    arguments = ["step", "--case", "tiny", "lenet", "--methods", "plain", "--repeats", "2"]
+    assert main([*arguments, "--json", str(path)]) == 130
+    report = provenance.read(path)
+    assert [entry["name"] for entry in report["cases"]] == ["tiny"]
+    assert not report["complete"]
+
+
+def test_a_cuda_graph_needs_cuda() -> None:
+    names = ("plain_union_captured", "l2rw_ext_captured")
+    found = rows(run_case(TINY, [METHODS[name] for name in names], repeats=2, warmup=1))
+    for name, reason in zip(names, ("needs a CUDA device", "move the model to"), strict=True):
+        assert found[name]["status"] == "failed"
+        assert reason in found[name]["reason"]
+    assert found["plain_union"]["ratio"] == 1
+
+
+def test_a_captured_method_is_compared_with_its_own_yardstick() -> None:
+    plain, ours = (
+        dataclasses.replace(METHODS[name], prepare=METHODS[eager].prepare)
+        for name, eager in (
+            ("plain_union_captured", "plain_union"),
+            ("l2rw_ext_captured", "l2rw_ext"),
+        )
+    )
+    found = rows(run_case(TINY, [plain, ours], repeats=2, warmup=1))
+    assert found["plain_union_captured"]["ratio"] == 1
+    assert found["l2rw_ext_captured"]["ratio"] == pytest.approx(
+        found["l2rw_ext_captured"]["seconds"] / found["plain_union_captured"]["seconds"]
+    )
+    alone = rows(run_case(TINY, [ours], repeats=2, warmup=1))["l2rw_ext_captured"]
+    assert alone["seconds"] > 0
+    assert "ratio" not in alone
+
+
+@pytest.mark.cuda
+def test_a_captured_step_is_right_or_refused() -> None:
+    methods = [METHODS[n] for n in ("plain_union_captured", "l2rw_ext_captured", "l2rw_ext")]
+    found = rows(run_case(TINY, methods, repeats=2, warmup=1, device="cuda"))
+    assert found["plain_union_captured"]["ratio"] == 1
+    assert found["l2rw_ext_captured"]["status"] in ("ok", "failed"), found["l2rw_ext_captured"]
+    assert found["l2rw_ext"]["status"] == "ok", found["l2rw_ext"]
+    assert found["l2rw_ext"]["seconds"] > 0
+
+
+def test_profile_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "--case", "tiny", "--repeats", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "intercepted calls" in out
+    assert "reweighter.py" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["step", "--case", "no-such-case"],
+        ["step", "--methods", "no-such-method"],
+        ["step", "--repeats", "0"],
+        ["step", "--device", "toaster"],
+        ["step", "--tf32"],
+        ["memory", "--device", "toaster"],
+        ["kernels", "--case", "no-such-case"],
+        ["kernels", "--device", "toaster"],
+        ["kernels", "--precision", "int8"],
+        ["kernels", "--case", "small-dense", "--precision", "tf32"],
+        ["kernels", "--cache", "cold"],
+        ["demo", "--steps", "0"],
+        ["demo", "--imbalance", "x"],
+        ["demo", "--engine", "steam"],
+        ["demo", "--lr", "-1"],
+        ["report", "--results", "no/such/folder"],
+    ],
+)
+def test_bad_arguments_exit_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So they do in every command; the demo names the option."""
+    status: object
+    try:
+        status = main(arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.strip()
+    assert arguments[:1] != ["demo"] or arguments[1] in error
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--help"])
+    assert error.value.code == 0
+    shown = capsys.readouterr().out
+    for command in ("step", "kernels", "memory", "profile", "report", "demo"):
+        assert command in shown

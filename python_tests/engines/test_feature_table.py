@@ -1,0 +1,81 @@
+"""Every cell of the feature table is true, and the page of the documentation shows the table."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from l2rw_ext import NotExactError, Reweighter
+from l2rw_ext.data.batch import forward
+from support.feature_table import COMMAND, ENGINES, FEATURES, Batch, Feature, filled
+from support.oracle import EXACT, assert_exact_steps, relative_error, unchanged
+from support.paths import ROOT
+
+PAGE = ROOT / "docs" / "coverage.md"
+ROWS = {f.name: f for f in FEATURES}
+
+
+def test_rows_have_names_of_their_own() -> None:
+    assert len(ROWS) == len(FEATURES)
+
+
+def _check_exact(feature: Feature, engine: str, made: tuple[nn.Module, Batch, Batch]) -> None:
+    """The oracle's numbers, and the buffers of one plain training forward, by two steps."""
+    model, batch, clean = made
+    reweighter = Reweighter(model, feature.loss, engine=engine)
+    plain = copy.deepcopy(model) if feature.copied and not feature.mutates else None
+
+    def check_buffers() -> None:
+        if plain is not None:
+            forward(plain, batch[0])
+            for name, buffer in plain.named_buffers():
+                found = model.get_buffer(name)
+                assert found.dtype == buffer.dtype
+                assert relative_error(found, buffer) <= EXACT, name
+
+    assert_exact_steps(
+        *(model, feature.loss, batch, clean, reweighter),
+        count=2 if feature.copied_again else 1,
+        copied=feature.copied,
+        after=check_buffers,
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ROWS)
+def test_cell(name: str, engine: str) -> None:
+    feature = ROWS[name]
+    made = feature.make()
+    refusal = feature.verdict(engine)
+    if refusal is None:
+        _check_exact(feature, engine, made)
+        return
+    model, batch, clean = made
+    error = refusal.error or NotExactError
+    reweighter = Reweighter(model, feature.loss, engine=engine)
+    if feature.mutates:
+        with pytest.raises(error, match=refusal.match):
+            reweighter.backward(batch, clean)
+        return
+    with pytest.raises(error, match=refusal.match), unchanged(model):
+        reweighter.backward(batch, clean)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_auto_takes_the_first_engine_that_is_exact(name: str) -> None:
+    feature = ROWS[name]
+    model, batch, clean = feature.make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        step = Reweighter(model, feature.loss).backward(batch, clean)
+    assert step.engine == feature.auto
+    assert bool(torch.isfinite(step.scores).all())
+
+
+def test_page_shows_the_table() -> None:
+    text = PAGE.read_text()
+    assert text == filled(text), f"run: {COMMAND}"

@@ -1,0 +1,1 @@
+"""What several test files share: models, the oracle, drawn arguments, tolerances, stand-ins."""

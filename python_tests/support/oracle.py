@@ -1,0 +1,258 @@
+"""Comparing steps with the oracle, and models with what they were.
+
+Errors are vector measures: an elementwise bound hides a bias that all elements share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2rw_ext import Reweighter, Step, reference
+from support.models import Drawn, cross_entropy
+
+EXACT = 1e-12
+"""Relative L2 error of float64 scores, weights and gradients."""
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """|found - exact| / |exact| in the L2 norm; 0 for two zeros, infinite for one."""
+    found, exact = found.double(), exact.double()
+    error, norm = float((found - exact).norm()), float(exact.norm())
+    if norm == 0:
+        return 0.0 if error == 0 else float("inf")
+    return error / norm
+
+
+def cosine(found: Tensor, exact: Tensor) -> float:
+    """The cosine of the angle between two vectors; 1 for two zeros."""
+    found, exact = found.double().flatten(), exact.double().flatten()
+    norms = float(found.norm() * exact.norm())
+    if norms == 0:
+        return 1.0 if float(found.norm()) == float(exact.norm()) else 0.0
+    return float(found @ exact) / norms
+
+
+def signed_bias(found: Tensor, exact: Tensor) -> float:
+    """Mean error relative to the mean size of the elements: what does not average out."""
+    size = float(exact.double().abs().mean())
+    error = float((found.double() - exact.double()).mean())
+    return error / size if size else error
+
+
+@dataclass
+class Truth:
+    """What the oracle says of a step, in float64."""
+
+    scores: Tensor
+    weights: Tensor
+    gradients: dict[str, Tensor | None]
+
+
+def as_double(tree: Any) -> Any:
+    """Floating tensors of a nest in float64."""
+    return torch.utils._pytree.tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, tree
+    )
+
+
+def truth(
+    model: nn.Module,
+    loss_fn: Any,
+    batch: Any,
+    clean: Any,
+    *,
+    clean_loss_fn: Any = None,
+    copied: bool = True,
+) -> Truth:
+    """Scores by the loop of single gradients, weights by Eq. 8-9, and the weighted gradient.
+
+    On float64 copies of the model, so that the model keeps its buffers; ``copied=False`` for a loss
+    function that holds the model's own parameters.
+    """
+    duplicate = (lambda m: copy.deepcopy(m).double()) if copied else (lambda m: m)
+    batch, clean = as_double(batch), as_double(clean)
+    scores = reference.single_gradient_scores(
+        duplicate(model), loss_fn, batch, clean, clean_loss_fn=clean_loss_fn
+    )
+    weights = reference.weights_from_scores(scores)
+    gradients = reference.weighted_gradient(duplicate(model), loss_fn, batch, weights)
+    return Truth(scores, weights, gradients)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
+    """The accumulated gradients of the trainable parameters, by name."""
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def flat(gradients: Iterable[Tensor | None]) -> Tensor:
+    """All gradients as one vector."""
+    present = [g.double().flatten() for g in gradients if g is not None]
+    return torch.cat(present) if present else torch.zeros(0, dtype=torch.float64)
+
+
+def assert_matches(step: Step, model: nn.Module, expected: Truth, tolerance: float = EXACT) -> None:
+    """Scores, weights and ``p.grad`` are the oracle's; unreached parameters have none."""
+    assert relative_error(step.scores, expected.scores) <= tolerance
+    assert relative_error(step.weights, expected.weights) <= tolerance
+    found = gradients_of(model)
+    reached = {name for name, g in expected.gradients.items() if g is not None}
+    assert {name for name, g in found.items() if g is not None} == reached
+    assert relative_error(flat(found.values()), flat(expected.gradients.values())) <= tolerance
+
+
+def assert_exact(
+    model: nn.Module,
+    loss_fn: Any,
+    batch: Any,
+    clean: Any,
+    *,
+    engine: str | None = None,
+    reweighter: Reweighter | None = None,
+    clean_loss_fn: Any = None,
+    tolerance: float = EXACT,
+    copied: bool = True,
+) -> Step:
+    """One step of the model (float64) is the oracle's, by the engine that is named."""
+    expected = truth(model, loss_fn, batch, clean, clean_loss_fn=clean_loss_fn, copied=copied)
+    model.zero_grad()
+    held = reweighter or Reweighter(model, loss_fn, clean_loss_fn=clean_loss_fn)
+    step = held.backward(batch, clean)
+    if engine is not None:
+        assert step.engine == engine
+    assert_matches(step, model, expected, tolerance)
+    return step
+
+
+def assert_exact_steps(
+    model: nn.Module,
+    loss_fn: Any,
+    batch: Any,
+    clean: Any,
+    reweighter: Reweighter,
+    *,
+    count: int = 2,
+    engine: str | None = None,
+    copied: bool = True,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Steps on the same batches are the oracle's: the first makes a plan, the next ones have it.
+
+    The oracle is asked again only where a step has changed a buffer. ``after`` follows each step.
+    """
+    expected: Truth | None = None
+    for _ in range(count):
+        before = [b.clone() for b in model.buffers()]
+        if expected is None or not copied:
+            expected = truth(model, loss_fn, batch, clean, copied=copied)
+        model.zero_grad()
+        step = reweighter.backward(batch, clean)
+        if engine is not None:
+            assert step.engine == engine
+        assert_matches(step, model, expected)
+        after()
+        if not all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True)):
+            expected = None
+
+
+def assert_drawn_exact(drawn: Drawn, **options: Any) -> None:
+    """Two layer-wise steps on a drawn model."""
+    reweighter = Reweighter(drawn.model, drawn.loss_fn, **options)
+    assert_exact_steps(
+        drawn.model, drawn.loss_fn, drawn.batch, drawn.clean, reweighter, engine="layerwise"
+    )
+
+
+def assert_float32_errs_little(model: nn.Module, batch: Any, clean: Any, engine: Any) -> None:
+    """A float32 step errs at most twice as much as double backward does, plus 1e-6."""
+    expected = truth(model, cross_entropy, batch, clean)
+    exact = flat(expected.gradients.values())
+    errors = []
+    for name in (engine, "double_backward"):
+        own = copy.deepcopy(model)
+        step = Reweighter(own, cross_entropy, engine=name).backward(batch, clean)
+        assert step.scores.dtype == step.weights.dtype == torch.float32
+        errors.append(
+            (
+                relative_error(step.scores, expected.scores),
+                relative_error(step.weights, expected.weights),
+                relative_error(flat(gradients_of(own).values()), exact),
+            )
+        )
+    for found, allowed in zip(*errors, strict=True):
+        assert found <= 2 * allowed + 1e-6
+
+
+_HOOKS = [
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+]
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """All that a failed step must leave alone, tensors as (the tensor, a copy)."""
+
+    def keep(x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return x, None if x is None else x.detach().clone()
+
+    return {
+        "buffers": {k: keep(b) for k, b in model.named_buffers()},
+        "parameters": {k: keep(p) for k, p in model.named_parameters()},
+        "grads": {k: keep(p.grad) for k, p in model.named_parameters()},
+        "requires_grad": {k: p.requires_grad for k, p in model.named_parameters()},
+        "training": [m.training for m in model.modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "hooks": [{h: list(getattr(m, h)) for h in _HOOKS} for m in model.modules()],
+        "parameter hooks": {k: list(p._backward_hooks or ()) for k, p in model.named_parameters()},
+        "rng": keep(torch.get_rng_state()),
+        "function modes": torch._C._len_torch_function_stack(),
+        "dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "function": torch._C._is_torch_function_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "attention": (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+        ),
+        "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+    }
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, tuple) and len(a) == 2 and isinstance(a[1], Tensor):
+        x, before = a
+        if x is None or b[0] is None or b[1] is None or before is None:
+            return False
+        rng = x.dtype == torch.uint8
+        same_values = before.shape == b[1].shape and before.dtype == b[1].dtype
+        same_bits = same_values and torch.equal(before.isnan(), b[1].isnan())
+        return (
+            (rng or x is b[0]) and same_bits and torch.equal(before.nan_to_num(), b[1].nan_to_num())
+        )
+    return bool(a == b)
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """The body changes no buffer, parameter, gradient, flag, hook, mode or generator state."""
+    before = _state(model)
+    try:
+        yield
+    finally:  # an error that the test expects passes through here
+        after = _state(model)
+        for what, value in before.items():
+            assert _same(value, after[what]), f"{what} changed"

@@ -1,0 +1,125 @@
+"""Every code block of the README and the documentation runs; every name and path in it exists."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import functools
+import importlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import l2rw_ext
+from support.paths import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+CHART = "docs/assets/step.svg"
+BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[str, str, int]]:
+    """Language, text and first line of each fenced block."""
+    text = page.read_text()
+    return [
+        (match["language"], match["code"], text.count("\n", 0, match.start()) + 2)
+        for match in BLOCK.finditer(text)
+    ]
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def with_language(*languages: str) -> list[Path]:
+    return [p for p in PAGES if any(language in languages for language, *_ in blocks(p))]
+
+
+@pytest.mark.parametrize("page", with_language("python"), ids=named)
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The blocks of a page in order; a ``text`` block after one is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    printed = ""
+    for language, code, line in blocks(page):
+        if language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+            printed = out.getvalue()
+        elif language == "text":
+            assert printed == code, f"{named(page)}:{line}"
+    if page.name == "README.md":
+        assert float(namespace["accuracy"]) > 0.85
+
+
+@pytest.mark.parametrize("page", with_language("sh"), ids=named)
+def test_commands_exist(page: Path) -> None:
+    text = page.read_text()
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"\bmake ([a-z]+)(?=[`\s]|$)", "\n".join(code(text))):
+        assert target in targets, target
+    from benchmarks.__main__ import COMMANDS
+
+    for command in re.findall(r"-m benchmarks ([a-z]+)", text):
+        assert command in COMMANDS, command
+
+
+def code(text: str) -> list[str]:
+    """What stands in ``sh`` blocks and between single backquotes."""
+    shell = [match["code"] for match in BLOCK.finditer(text) if match["language"] == "sh"]
+    return [*shell, *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
+
+
+def resolve(name: str) -> object:
+    parts = name.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for k, part in enumerate(parts[1:], start=2):
+        if not hasattr(found, part):
+            importlib.import_module(".".join(parts[:k]))
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_names_and_paths_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"`(l2rw_ext(?:\.\w+)+)`", text):
+        resolve(name)
+    folders = r"csrc|cmake|l2rw_ext|python_tests|benchmarks|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        recorded = link != CHART or (RESULTS / "step.json").exists()
+        assert (page.parent / link).exists() == recorded, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_recorded_parts_are_those_of_the_recorded_results(page: Path) -> None:
+    from benchmarks.pages import filled, read_reports
+
+    text = page.read_text()
+    assert filled(text, read_reports(RESULTS)) == text, (
+        "type python -m benchmarks report --fill README.md docs/benchmarks.md"
+    )
+
+
+def modules() -> list[str]:
+    package = Path(l2rw_ext.__file__).parent
+    paths = [path.relative_to(package.parent) for path in sorted(package.rglob("*.py"))]
+    return [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+    assert result.attempted > 0 or name != "l2rw_ext.ops"
