@@ -6,5 +6,5 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
-EMULATOR = TESTS / "emulator"
-INDEX_TEST = TESTS / "cuda_index_test.cpp"
+EMULATOR = TESTS / "cuda" / "emulator"
+INDEX_TEST = TESTS / "cuda" / "cuda_index_test.cpp"
