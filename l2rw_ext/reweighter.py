@@ -291,9 +291,9 @@ class Reweighter:
     def explain(self, batch: Any, clean: Any = None) -> Explanation:
         """Explain which engine would run and why, and the form, cost and memory of each layer.
 
-        Arguments and errors are those of :meth:`backward`. No parameter, gradient, buffer or generator
-        changes. With ``reuse="scores"`` the answer is for a step that uses the clean batch. Print the
-        result, or take it as plain data from its ``as_dict()``.
+        Arguments and errors are those of :meth:`backward`. No parameter, gradient, buffer or
+        generator changes. With ``reuse="scores"`` the answer is for a step that uses the clean
+        batch. Print the result, or take it as plain data from its ``as_dict()``.
         """
         task = self._task(batch, clean)
         candidates = self._candidates()
