@@ -15,6 +15,9 @@ constexpr int64_t kBlockBytes = 96 * 1024;
 constexpr int64_t kChannelVectors = 3;
 // What kBlockBytes is for channels, in numbers of one plane.
 constexpr int64_t kPlaneBlock = 1024;
+// Most pixels that one number of the matrix is summed over before the sum is added to others: the
+// rounding of equal terms has one sign, and grows with the length of a sum.
+constexpr int64_t kLongestSum = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -231,7 +234,7 @@ void GradientPlan<T>::lay_out_channels() {
   }
   const int64_t bytes =
       sizeof(T) * (output_pitch_ + conv_.stride[1] * conv_.stride[2] * input_pitch_);
-  block_pixels_ = std::max<int64_t>(kBlockBytes / bytes, 16);
+  block_pixels_ = std::clamp<int64_t>(kBlockBytes / bytes, 16, kLongestSum);
 }
 
 template <class T>
