@@ -20,15 +20,15 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -
 .DEFAULT_GOAL := help
 .PHONY: help demo test sanitize bench gpu docs lint clean FORCE
 
-# $(call install,VENV,EXTRAS): an environment with torch and this package; every stage says what it
-# does and when it began. Without --no-compile pip would also translate thousands of modules that
-# nothing imports.
+# $(call install,VENV,EXTRAS,OPTIONS): an environment with torch and this package; every stage says
+# what it does and when it began. OPTIONS are pip's: with --no-compile, Python translates a module
+# when it is first imported, which is faster unless many processes import it.
 define install
 @"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	"Python 3.10 or later is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
 @began=$$(date +%s); set -e; \
 say() { printf '[%3d s] %s\n' $$(($$(date +%s) - began)) "$$1"; }; \
-pip() { "$(1)/bin/python" -m pip install --quiet --no-compile $(INDEX) "$$@"; }; \
+pip() { "$(1)/bin/python" -m pip install --quiet $(3) $(INDEX) "$$@"; }; \
 if [ ! -x "$(1)/bin/python" ]; then \
 	say "Making the virtual environment $(1)"; "$(PYTHON)" -m venv "$(1)"; \
 fi; \
@@ -49,7 +49,7 @@ $(VENV)/.spec $(DEMO_VENV)/.spec: FORCE
 	@echo "$(TORCH_SPEC) $(TORCH_INDEX)" | cmp -s - "$@" || echo "$(TORCH_SPEC) $(TORCH_INDEX)" > "$@"
 
 $(DEMO_VENV)/.installed: $(SOURCES) $(DEMO_VENV)/.spec
-	$(call install,$(DEMO_VENV),demo)
+	$(call install,$(DEMO_VENV),demo,--no-compile)
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.spec
 	$(call install,$(VENV),$(strip test,paper))
@@ -92,5 +92,5 @@ lint: $(VENV)/.installed ## format, lint, types, order of imports; formats what 
 	@"$(VENV)/bin/lint-imports" --no-cache
 
 clean: ## remove environments, builds and caches
-	rm -rf "$(VENV)" "$(DEMO_VENV)" build dist docs/_build demo_output
+	rm -rf "$(VENV)" "$(DEMO_VENV)" build dist docs/_build demo_output paper_output
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis

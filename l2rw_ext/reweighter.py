@@ -316,7 +316,7 @@ class Reweighter:
     def state_dict(self) -> dict[str, Any]:
         """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""
         return {
-            "policy": self._direction_options.state_dict(Members.of(self.model)),
+            "direction": self._direction_options.state_dict(Members.of(self.model)),
             "record": self.record.state_dict(),
         }
 
@@ -326,8 +326,8 @@ class Reweighter:
         Raises:
             ValueError, KeyError: the state is not of this model or not of a reweighter.
         """
-        policy, record = state["policy"], state["record"]
-        self._direction_options.load_state_dict(policy, Members.of(self.model))
+        direction, record = state["direction"], state["record"]
+        self._direction_options.load_state_dict(direction, Members.of(self.model))
         self.record.load_state_dict(record)
 
     def _task(

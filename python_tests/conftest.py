@@ -50,12 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Where a GPU is required, a skipped CUDA test is a failure."""
+    """Where a GPU or the emulator is required, a skipped test of it is a failure."""
     report = yield
-    required = os.environ.get("L2RW_REQUIRE_CUDA") == "1"
-    if required and report.skipped and item.get_closest_marker("cuda"):
-        report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped, and L2RW_REQUIRE_CUDA=1"
+    for marker, variable in (("cuda", "L2RW_REQUIRE_CUDA"), ("emulated", "L2RW_REQUIRE_EMULATOR")):
+        required = os.environ.get(variable) == "1"
+        if required and report.skipped and item.get_closest_marker(marker):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} was skipped, and {variable}=1"
     return report
 
 

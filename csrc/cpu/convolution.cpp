@@ -15,8 +15,9 @@ constexpr int64_t kBlockBytes = 96 * 1024;
 constexpr int64_t kChannelVectors = 3;
 // What kBlockBytes is for channels, in numbers of one plane.
 constexpr int64_t kPlaneBlock = 1024;
-// Most pixels that one number of the matrix is summed over before the sum is added to others: the
-// rounding of equal terms has one sign, and grows with the length of a sum.
+// In the channel forms, the most pixels that one number of the matrix is summed over before the sum
+// is added to others: the rounding of equal terms has one sign, and grows with the length of a sum.
+// In the planar form the lanes of a vector divide kPlaneBlock numbers among them.
 constexpr int64_t kLongestSum = 256;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -69,11 +69,11 @@ def weigh(
         ValueError: the clean loss is not finite, or no score is although the losses are.
     """
     clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
-    at_hand = devices.readable(clean_loss)
-    deferred = not at_hand and not check_finite
+    readable = devices.readable(clean_loss)
+    deferred = not readable and not check_finite
     if not deferred and not math.isfinite(clean_loss.item()):
         raise clean_loss_error(clean_loss)
-    if scored.cannot_exclude and check_finite and not at_hand:
+    if scored.cannot_exclude and check_finite and not readable:
         refuse_nonfinite(losses, "losses")
         check_scores(task, scores)
     with BelowAutograd():
@@ -98,7 +98,7 @@ def weigh(
             weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
         for_gradient: Tensor | None = weights
         uniform = skip = False
-        waits = on_degenerate != "zero" or at_hand
+        waits = on_degenerate != "zero" or readable
         if waits and not weights.any():
             for_gradient = None
             skip = on_degenerate == "skip" and not (overflow is not None and bool(overflow))

@@ -447,7 +447,7 @@ def test_a_copy_starts_without_graphs(how: str, recorders: list[Recorder]) -> No
     for _ in range(BEFORE + 1):
         reweighter.backward(vectors(6), vectors(4))
     state = reweighter.state_dict()
-    assert set(state) == {"policy", "record"}
+    assert set(state) == {"direction", "record"}
     duplicate: Reweighter = (
         copy.deepcopy(reweighter) if how == "deepcopy" else pickle.loads(pickle.dumps(reweighter))
     )

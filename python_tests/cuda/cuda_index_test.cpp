@@ -13,7 +13,7 @@
 #include "cuda/conv/geometry.h"
 #include "cuda/conv/implicit_gemm.h"
 #include "cuda/conv_grad/tile.h"
-#include "cuda/gemm/grouped.h"
+#include "cuda/util/grouped.h"
 #include "cuda/gemm/heuristics.h"
 #include "cuda/gemm/loaders.h"
 #include "cuda/gemm/scheduler.h"
@@ -38,6 +38,7 @@ using l2rw::Convolution;
 
 using LargeTile = TensorCoreTile<128, 128, 64, 32>;
 using WarpgroupTile = TensorCoreTile<128, 192, 16, 192>;
+using NarrowWarpgroupTile = TensorCoreTile<128, 128, 16, 128>;
 using SmallTile = TensorCoreTile<64, 64, 32, 32>;
 using NarrowTile = TensorCoreTile<128, 32, 32, 32>;
 using LargeSimtTile = SimtTile<64, 128>;
@@ -735,6 +736,7 @@ void test_gradient_tiles() {
 int main() {
   test_tile<LargeTile>();
   test_tile<WarpgroupTile>();
+  test_tile<NarrowWarpgroupTile>();
   test_tile<SmallTile>();
   test_tile<LargeSimtTile>();
   test_tile<NarrowTile>();

@@ -23,7 +23,7 @@ from support.operator_cases import (
     Arguments,
     Draw,
     Results,
-    assert_exact,
+    assert_operator_exact,
     call,
     flat,
     lay_out,
@@ -122,8 +122,10 @@ class Emulator:
         workspace: int = 2**24,
     ) -> Iterator[None]:
         self._operators.configure(processors, tf32, warpgroups, workspace)
-        yield
-        self._operators.configure(132, False, False, 2**24)
+        try:
+            yield
+        finally:
+            self._operators.configure(132, False, False, 2**24)
 
 
 Machine = Gpu | Emulator
@@ -180,7 +182,9 @@ def compare(
     dtype = next(a.dtype for a in tensors if a.is_floating_point())
     if name in TENSOR_CORES:
         allowed = max(allowed, _PRODUCTS[dtype])
-    assert_exact(name, dtype, arguments, tuple(result.cpu() for result in results), allowed)
+    assert_operator_exact(
+        name, dtype, arguments, tuple(result.cpu() for result in results), allowed
+    )
 
 
 @every_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, TensorDataset
 
 from l2rw_ext import CleanBatches
+from support.models import vectors
 
 
 def _indices(batches: CleanBatches, count: int) -> list[list[int]]:
@@ -123,3 +125,19 @@ def test_default_device(device: str) -> None:
         assert _indices(batches, 3) == expected
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: CleanBatches((torch.zeros(0, 2), torch.zeros(0))), "clean set is empty"),
+        (lambda: CleanBatches(vectors(4), 0), "batch_size must be at least 1, got 0"),
+        (lambda: CleanBatches((torch.zeros(3), torch.zeros(4))), r"differ in length: \[3, 4\]"),
+        (lambda: CleanBatches((torch.zeros(3),) * 3), "got 3 parts"),
+        (lambda: CleanBatches(([1, 2], [3, 4])), "no tensor"),
+        (lambda: CleanBatches(iter([1])), "got list_iterator"),
+    ],
+)
+def test_clean_sets(make: Callable[[], Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()

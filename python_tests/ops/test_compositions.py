@@ -21,7 +21,7 @@ from support.operator_cases import (
     Arguments,
     Draw,
     Results,
-    assert_exact,
+    assert_operator_exact,
     call,
     flat,
     lay_out,
@@ -79,7 +79,7 @@ def check_composition(name: str, dtype: torch.dtype, workspace: int, data: st.Da
     with workspace_of(workspace), NoSynchronisation():
         results = compose(name, arguments)
 
-    assert_exact(name, dtype, arguments, results)
+    assert_operator_exact(name, dtype, arguments, results)
     for result, other in zip(results, call(name, arguments), strict=True):
         assert (result.shape, result.dtype) == (other.shape, other.dtype)
         if result.numel() > 1:

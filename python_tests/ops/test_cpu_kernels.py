@@ -11,8 +11,8 @@ import torch
 
 from l2rw_ext import ops
 from l2rw_ext.ops import _native
-from support import kernel_arguments
-from support.kernel_arguments import CASES, check_case, check_rows, draw, geometry
+from support import cpu_kernel_cases
+from support.cpu_kernel_cases import CASES, check_case, check_rows, draw, geometry
 from support.operator_cases import OPERATORS
 from support.paths import TESTS
 from support.tolerances import TOLERANCES
@@ -40,12 +40,12 @@ def test_every_other_instruction_set(isa: str) -> None:
         [str(TESTS), *filter(None, [os.getenv("PYTHONPATH")])]
     )
     done = subprocess.run(
-        [sys.executable, "-m", "support.kernel_arguments", isa],
+        [sys.executable, "-m", "support.cpu_kernel_cases", isa],
         env=environment,
         capture_output=True,
         text=True,
     )
-    if done.returncode == kernel_arguments.OTHER_INSTRUCTION_SET:
+    if done.returncode == cpu_kernel_cases.OTHER_INSTRUCTION_SET:
         pytest.skip(f"this processor has {done.stdout.strip()} only")
     assert done.returncode == 0, done.stderr
 

@@ -19,7 +19,7 @@ from l2rw_ext.ops import compositions
 from support.operator_cases import (
     OPERATORS,
     Draw,
-    assert_exact,
+    assert_operator_exact,
     call,
     convert,
     flat,
@@ -66,7 +66,7 @@ def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObjec
 
     results = call(name, arguments)
 
-    assert_exact(name, dtype, arguments, results)
+    assert_operator_exact(name, dtype, arguments, results)
     for argument, copy in zip(flat(arguments)[0], flat(before)[0], strict=True):
         if isinstance(argument, Tensor):
             assert torch.equal(argument, copy)
@@ -334,7 +334,7 @@ def test_matches_plain_float64_on_cuda(name: str, dtype: torch.dtype, data: st.D
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         results = call(name, here)
     assert all(result.is_cuda for result in results)
-    assert_exact(name, dtype, arguments, tuple(result.cpu() for result in results))
+    assert_operator_exact(name, dtype, arguments, tuple(result.cpu() for result in results))
     expected = call(name, arguments)
     assert [r.stride() for r in results if r.numel() > 1] == [
         r.stride() for r in expected if r.numel() > 1

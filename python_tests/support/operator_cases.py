@@ -544,7 +544,7 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def assert_exact(
+def assert_operator_exact(
     name: str,
     dtype: torch.dtype,
     arguments: Arguments,

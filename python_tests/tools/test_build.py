@@ -205,7 +205,11 @@ def test_build_with_an_old_torch_says_what_to_type(tmp_path: pathlib.Path) -> No
 
 def test_cuda_on_without_a_compiler_is_an_error(tmp_path: pathlib.Path) -> None:
     status, message = configure(
-        tmp_path, sys.executable, "-DCMAKE_CUDA_COMPILER=NOTFOUND", L2RW_CUDA="ON"
+        tmp_path,
+        sys.executable,
+        "-DCMAKE_CUDA_COMPILER=NOTFOUND",
+        L2RW_CUDA="ON",
+        L2RW_PREBUILT_CUDA="",
     )
     assert status != 0
     assert "L2RW_CUDA=ON needs nvcc, and none was found" in message

@@ -95,11 +95,25 @@ def test_names_and_paths_exist(page: Path) -> None:
     for name in re.findall(r"`(l2rw_ext(?:\.\w+)+)`", text):
         resolve(name)
     folders = r"csrc|cmake|l2rw_ext|python_tests|benchmarks|docs"
-    for path in re.findall(rf"`((?:{folders})/[\w/.]+)`", text):
+    found = re.findall(rf"`((?:{folders})/[\w/.]+)`", text)
+    for language, body, _ in blocks(page):
+        if language == "sh":
+            found += re.findall(r"\b(?:csrc|l2rw_ext|python_tests)/[\w/.]+", body)
+    for path in found:
         assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         recorded = link != CHART or (RESULTS / "step.json").exists()
         assert (page.parent / link).exists() == recorded, link
+
+
+def test_paths_in_comments_exist() -> None:
+    """Those of the sources and of the build; a path that a build makes is none of them."""
+    sources = [ROOT / "Makefile", ROOT / "CMakeLists.txt", ROOT / ".ci" / "run"]
+    sources += [p for p in ROOT.glob("cmake/*") if p.is_file()]
+    sources += [p for p in ROOT.rglob("csrc/**/*") if p.is_file()]
+    for source in sources:
+        for path in re.findall(r"python_tests/[\w/.]*\w", source.read_text()):
+            assert (ROOT / path).exists(), f"{named(source)}: {path}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from l2rw_ext import NotExactError, Reweighter, reference
@@ -22,8 +18,6 @@ from support.oracle import (
     assert_matches,
     flat,
     gradients_of,
-    relative_error,
-    truth,
     unchanged,
 )
 
@@ -376,82 +370,3 @@ def test_backward_hooks_that_change_the_gradient(clips: bool) -> None:
 
 
 # Wrappers
-
-
-@pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one."""
-    store: pathlib.Path = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    "options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}], ids=str
-)
-@pytest.mark.usefixtures("group")
-def test_distributed_data_parallel(engine: Any, options: dict[str, bool]) -> None:
-    inner = mlp()
-    model = nn.parallel.DistributedDataParallel(inner, **options)
-    reweighter = Reweighter(model, cross_entropy, engine=engine)
-    for k in range(3):
-        batch, clean = vectors(6), vectors(4)
-        expected = truth(inner, cross_entropy, batch, clean)
-        if k == 1:
-            assert relative_error(reweighter.weights(batch, clean), expected.weights) < 1e-12
-        model.zero_grad()
-        assert_matches(reweighter.backward(batch, clean), inner, expected)
-
-
-def _work(rank: int, store: str) -> None:
-    """A process that steps on a batch of its own and expects the mean of both gradients."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for engine in ENGINES:
-        torch.manual_seed(0)
-        inner = mlp()
-        batches = [(vectors(6), vectors(4)) for _ in range(2)]
-        expected = [truth(inner, cross_entropy, *b) for b in batches]
-        mean = sum(flat(e.gradients.values()) for e in expected) / 2
-        model = nn.parallel.DistributedDataParallel(inner)
-        step = Reweighter(model, cross_entropy, engine=engine).backward(*batches[rank])
-        assert relative_error(step.weights, expected[rank].weights) < 1e-12, engine
-        assert relative_error(flat(gradients_of(inner).values()), mean) < 1e-12, engine
-        dist.barrier()
-    pathlib.Path(f"{store}-{rank}").touch()
-    os._exit(0)  # gloo's threads abort one in ten processes that end the ordinary way
-
-
-def test_two_processes(tmp_path: pathlib.Path) -> None:
-    """One pair of processes for all engines, for a process takes seconds to load torch."""
-    store = tmp_path / "store"
-    torch.multiprocessing.spawn(_work, (str(store),), nprocs=2)
-    assert all(pathlib.Path(f"{store}-{rank}").exists() for rank in range(2))
-
-
-@pytest.mark.usefixtures("group")
-def test_distributed_data_parallel_that_searches_the_graph() -> None:
-    inner = mlp()
-    model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
-    batch, clean = vectors(6), vectors(4)
-    for _ in range(2):
-        with (
-            unchanged(model),
-            pytest.raises(NotExactError, match="leave find_unused_parameters off"),
-        ):
-            Reweighter(model, cross_entropy, engine="layerwise").backward(batch, clean)
-    expected = truth(inner, cross_entropy, batch, clean)
-    reweighter = Reweighter(model, cross_entropy)
-    for _ in range(2):
-        model.zero_grad()
-        assert_matches(reweighter.backward(batch, clean), inner, expected)
-
-
-def test_data_parallel_without_devices() -> None:
-    inner = mlp()
-    batch, clean = vectors(6), vectors(4)
-    expected = truth(copy.deepcopy(inner), cross_entropy, batch, clean)
-    step = Reweighter(nn.DataParallel(inner), cross_entropy).backward(batch, clean)
-    assert_matches(step, inner, expected)
-    assert step.engine == "layerwise"

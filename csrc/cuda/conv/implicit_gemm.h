@@ -80,7 +80,7 @@ struct ImplicitGemmOperands {
   // Whether 32 bits count the vectors of z, those that a kernel spans, and those of V.
   static bool fits(const Convolution& convolution, const ImageView& z, int64_t V_bytes) {
     constexpr double kMax = std::numeric_limits<int32_t>::max();
-    constexpr double kMaxColumns = 128;  // of a tile
+    constexpr double kMaxColumns = 128;  // of a tile; with_conv_config takes none that is wider
     double span = 0;                     // pixels
     double rows = static_cast<double>(convolution.groups) * convolution.outputs + kMaxColumns;
     for (int d = 0; d < 3; ++d) {

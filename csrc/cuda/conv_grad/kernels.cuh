@@ -167,7 +167,7 @@ struct TiledKernel {
 };
 
 // So many output channels of a group the narrow tile holds.
-constexpr int64_t kFewOutputs = 16;
+constexpr int64_t kNarrowTileOutputs = 16;
 // Up to so many pairs of channels in a group, of several, tensor cores would find little to do.
 constexpr int64_t kFewPairs = 16;
 

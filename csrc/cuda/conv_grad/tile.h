@@ -2,7 +2,8 @@
 
 // The tile of the gradient of one example, G_i[o, tap, c] = sum over pixels p of
 // g_i[p, o] z_i[pixel(p) + offset(tap), c]: its layout in shared memory and in registers, which
-// part of the gradient it is, and what each thread copies of z and g.
+// part of the gradient it is, what each thread copies of z and g, and how a sum over examples is
+// divided among blocks.
 //
 // It is a matrix product whose depth are the pixels, with the channels of both operands contiguous.
 // A stage holds vectors of g for some pixels and, in an area behind them, vectors of z. A column of
@@ -15,6 +16,7 @@
 #include "cuda/conv/geometry.h"
 #include "cuda/util/host_device.h"
 #include "cuda/util/integers.h"
+#include "cuda/util/limits.h"
 #include "cuda/util/vectors.h"
 #include "cuda/util/views.h"
 
@@ -358,6 +360,22 @@ L2RW_HOST_DEVICE void for_each_element(
       }
     }
   }
+}
+
+// How the sum over the examples of a gradient is divided.
+struct SplitExamples {
+  int64_t blocks;  // for each tile of the gradient
+  int64_t splits;  // parts of an example's pixels
+};
+
+// As many blocks for each tile as give every processor two, if the workspace holds a sum for each.
+// The pixels of an example are divided if there are fewer examples than blocks.
+inline SplitExamples split_examples(
+    int64_t tiles, int64_t examples, int64_t k_tiles, int64_t sum_bytes, int64_t processors) {
+  const int64_t wanted = std::clamp<int64_t>(
+      std::min(2 * processors / tiles, kWorkspaceBytes / sum_bytes), 1, examples * k_tiles);
+  const int64_t splits = std::min(k_tiles, ceil_div(wanted, examples));
+  return {std::min(wanted, examples * splits), splits};
 }
 
 }  // namespace l2rw::cuda

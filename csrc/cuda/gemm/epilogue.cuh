@@ -76,8 +76,8 @@ struct GramEpilogue {
 
 // g . (V z + V_b). `Gradient` gives G and V_b: `is_interior(column)` says whether all of the tile's
 // rows, and its columns from `column` on, exist and can be read in vectors; `opaque_copy()` is the
-// same object; `load<kInterior>(row, column, values)` reads Tile::kAdjacent numbers of G and
-// `bias<kInterior>(column)` one of V_b, both zero where none exist.
+// same object; `load<Interior>(row, column, values)` reads Tile::kAdjacent numbers of G and
+// `bias<Interior>(column)` one of V_b, both zero where none exist.
 template <class Tile, class A, class Gradient>
 struct DenseEpilogue {
   int thread;

@@ -228,20 +228,4 @@ L2RW_HOST_DEVICE constexpr int64_t partial_offset(
   return (split * rows + row) * columns + column;
 }
 
-// How the sum over the examples of a gradient is divided.
-struct SplitExamples {
-  int64_t blocks;  // for each tile of the gradient
-  int64_t splits;  // parts of an example's pixels
-};
-
-// As many blocks for each tile as give every processor two, if the workspace holds a sum for each.
-// The pixels of an example are divided if there are fewer examples than blocks.
-inline SplitExamples split_examples(
-    int64_t tiles, int64_t examples, int64_t k_tiles, int64_t sum_bytes, int64_t processors) {
-  const int64_t wanted = std::clamp<int64_t>(
-      std::min(2 * processors / tiles, kWorkspaceBytes / sum_bytes), 1, examples * k_tiles);
-  const int64_t splits = std::min(k_tiles, ceil_div(wanted, examples));
-  return {std::min(wanted, examples * splits), splits};
-}
-
 }  // namespace l2rw::cuda

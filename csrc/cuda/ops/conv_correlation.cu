@@ -19,7 +19,7 @@ namespace {
 constexpr const char* kOperation = "conv_correlation";
 // A group with fewer output channels, or with less than a vector of input channels, would fill
 // little of a tile.
-constexpr int64_t kFewOutputs = 8;
+constexpr int64_t kMinGroupOutputs = 8;
 // The kernel for narrow groups counts channels in 32 bits.
 constexpr int64_t kMaxNarrowChannels = int64_t{1} << 30;
 
@@ -42,7 +42,7 @@ Tensor conv_correlation(
   }
   // As in dense_correlation, a direction in float32 is not rounded to the dtype of z.
   const ScalarType dtype = direction.scalar_type();
-  if (groups > 1 && (conv.outputs < kFewOutputs || conv.inputs * bytes_of(dtype) < kVectorBytes)) {
+  if (groups > 1 && (conv.outputs < kMinGroupOutputs || conv.inputs * bytes_of(dtype) < kVectorBytes)) {
     check(
         g.size(1) <= kMaxNarrowChannels,
         kOperation,

@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
       sum_gradients<Kernel>(launch, problem, split, examples, gradient, bias_gradient);
       return true;
     };
-    if (convolution.outputs <= kFewOutputs) {
+    if (convolution.outputs <= kNarrowTileOutputs) {
       sum(typename Kernels::Narrow{}, true);
     } else if (convolution.outputs < kManyOutputs || !sum(typename Kernels::Large{}, false)) {
       sum(typename Kernels::Small{}, true);

@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> example_gradients(
         store_gradients<decltype(kernel)>(
             launch, convolution, z_image.view, g_image.view, V, V_b, results);
       };
-      if (convolution.outputs <= kFewOutputs) {
+      if (convolution.outputs <= kNarrowTileOutputs) {
         store(typename Kernels::Narrow{});
       } else {
         store(typename Kernels::Small{});

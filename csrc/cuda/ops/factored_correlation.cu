@@ -6,7 +6,7 @@
 
 #include "cuda/gemm/dispatch.cuh"
 #include "cuda/gemm/epilogue.cuh"
-#include "cuda/gemm/grouped.h"
+#include "cuda/util/grouped.h"
 #include "cuda/gemm/heuristics.h"
 #include "cuda/gemm/loaders.h"
 #include "cuda/gemm/mainloop.cuh"

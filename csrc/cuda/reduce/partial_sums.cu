@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "cuda/gemm/grouped.h"
+#include "cuda/util/grouped.h"
 #include "cuda/reduce/block.cuh"
 #include "cuda/util/integers.h"
 

@@ -2,7 +2,7 @@
 
 // What every launch needs: the device with its properties, torch's stream and settings, and the
 // checks before and after. The tests replace this file by one that launches on the host
-// (python_tests/emulator).
+// (python_tests/cuda/emulator).
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -1,8 +1,8 @@
 #pragma once
 
 // The only file with PTX: asynchronous copies, tensor cores, and what keeps the compiler from
-// moving code. Functions carry the names of their instructions. The tests replace this file by one
-// that runs on the host (python_tests/emulator).
+// moving code. Functions carry the names of their instructions, where there is one. The tests
+// replace this file by one that runs on the host (python_tests/cuda/emulator).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rw_ext import CleanBatches, NotExactError, Reweighter
+from l2rw_ext import NotExactError, Reweighter
 from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
 from support.oracle import unchanged
 
@@ -402,22 +401,6 @@ def test_forced_engine_where_it_would_be_wrong() -> None:
 def test_arguments(arguments: Any, options: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         Reweighter(*arguments, **options)
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: CleanBatches((torch.zeros(0, 2), torch.zeros(0))), "clean set is empty"),
-        (lambda: CleanBatches(vectors(4), 0), "batch_size must be at least 1, got 0"),
-        (lambda: CleanBatches((torch.zeros(3), torch.zeros(4))), r"differ in length: \[3, 4\]"),
-        (lambda: CleanBatches((torch.zeros(3),) * 3), "got 3 parts"),
-        (lambda: CleanBatches(([1, 2], [3, 4])), "no tensor"),
-        (lambda: CleanBatches(iter([1])), "got list_iterator"),
-    ],
-)
-def test_clean_sets(make: Callable[[], Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        make()
 
 
 def test_after_an_error_the_next_step_is_as_if_nothing_had_happened() -> None:
