@@ -42,7 +42,8 @@ Tensor conv_correlation(
   }
   // As in dense_correlation, a direction in float32 is not rounded to the dtype of z.
   const ScalarType dtype = direction.scalar_type();
-  if (groups > 1 && (conv.outputs < kMinGroupOutputs || conv.inputs * bytes_of(dtype) < kVectorBytes)) {
+  if (groups > 1 &&
+      (conv.outputs < kMinGroupOutputs || conv.inputs * bytes_of(dtype) < kVectorBytes)) {
     check(
         g.size(1) <= kMaxNarrowChannels,
         kOperation,
