@@ -172,7 +172,7 @@ def test_lbfgs_calls_the_step_as_its_closure(engine: Any) -> None:
         gradients = reference.weighted_gradient(expected, cross_entropy, batch, weights)
         for p, gradient in zip(expected.parameters(), gradients.values(), strict=True):
             p.grad = gradient
-        return float(weights @ cross_entropy(expected(batch[0]), batch[1]))
+        return float(weights @ cross_entropy(expected(batch[0]), batch[1]).detach())
 
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5)
     optimizer.step(closure)
