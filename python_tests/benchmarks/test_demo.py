@@ -94,7 +94,12 @@ def test_missing_data_is_one_sentence_and_status_2(
     assert str(root) in captured.err
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b""), gzip.compress(b"x" * 99)])
+# Named, because compressed bytes hold the time: processes that share the tests must agree on them.
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no gzip", gzip.compress(b""), gzip.compress(b"x" * 99)],
+    ids=["empty", "no gzip", "gzip of nothing", "gzip of no images"],
+)
 def test_damaged_data_is_one_sentence_and_status_2(
     content: bytes, data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
