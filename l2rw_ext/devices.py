@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DEVICES = ("cpu", "cuda")
+AUTOCAST_DEVICES = ("cpu", "cuda")
+"""The kinds of devices whose autocast a step follows."""
 
 
 def readable(x: Tensor) -> bool:
@@ -35,7 +36,7 @@ class Autocast:
     """
 
     def __init__(self) -> None:
-        self._devices = [d for d in _DEVICES if torch.is_autocast_enabled(d)]
+        self._devices = [d for d in AUTOCAST_DEVICES if torch.is_autocast_enabled(d)]
         self.key = tuple((d, torch.get_autocast_dtype(d)) for d in self._devices)
         """The devices and dtypes of the autocast; a plan holds only for one of these keys."""
 
@@ -53,7 +54,7 @@ class Autocast:
 @contextlib.contextmanager
 def without_autocast() -> Iterator[None]:
     """Switch autocast off in the body, and restore it afterwards."""
-    devices = [d for d in _DEVICES if torch.is_autocast_enabled(d)]
+    devices = [d for d in AUTOCAST_DEVICES if torch.is_autocast_enabled(d)]
     for device in devices:
         torch.set_autocast_enabled(device, False)
     try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import Reweighter, reference
-from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, ENGINE_OPTIONS, cross_entropy, mlp, model_of, vectors
 from support.oracle import (
     assert_exact,
     assert_matches,
@@ -25,10 +25,8 @@ from support.oracle import (
     unchanged,
 )
 
-ENGINES = ["auto", "layerwise", "forward", "double_backward"]
 
-
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 def test_gradients_accumulate(engine: Any) -> None:
     model = mlp()
     reweighter = Reweighter(model, cross_entropy, engine=engine)
@@ -150,7 +148,7 @@ def test_any_optimizer_follows(make: Callable[[Any], torch.optim.Optimizer]) -> 
     assert weights[wrong].mean() < weights[~wrong].mean() / 2
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 def test_lbfgs_calls_the_step_as_its_closure(engine: Any) -> None:
     """The parameters end where closures of the oracle's losses and gradients would take them."""
     model = mlp()
@@ -181,7 +179,7 @@ def test_lbfgs_calls_the_step_as_its_closure(engine: Any) -> None:
     assert relative_error(flat(model.parameters()), flat(expected.parameters())) < 1e-9
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 @pytest.mark.parametrize("method", ["weights", "explain"])
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.filterwarnings("ignore:l2rw_ext")
@@ -214,7 +212,7 @@ def test_weights_and_explain_leave_everything_untouched(
             torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 def test_a_step_changes_gradients_alone(engine: Any) -> None:
     model = mlp()
     batch, clean = vectors(6), vectors(4)
@@ -249,7 +247,7 @@ class _Counting(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 def test_inside_a_function_mode_of_the_user(engine: Any) -> None:
     model = mlp()
     batch, clean = vectors(6), vectors(4)
@@ -272,7 +270,7 @@ def test_model_that_enters_a_function_mode() -> None:
     assert_exact(model, cross_entropy, vectors(6), vectors(4), engine="layerwise")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("n", [6, 60])
 @pytest.mark.parametrize("option", ["zero", "uniform", "skip"])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from l2rw_ext.devices import AUTOCAST_DEVICES
 from l2rw_ext.layers.base import Mode
 from l2rw_ext.layers.registry import BY_PARTS, Handler
 from l2rw_ext.layers.torch_functions import writes
@@ -41,7 +42,7 @@ def handle(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run a rule's handler with autocast off, on operands as autocast would cast them."""
-    for device in ("cpu", "cuda"):
+    for device in AUTOCAST_DEVICES:
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             mode.narrow = True
     tensors = list(_tensors((*args, *kwargs.values())))

@@ -33,7 +33,7 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
                 continue
             seen.add(node)
             if isinstance(node, _ACCUMULATE):
-                variable: Tensor = node.variable  # type: ignore[attr-defined]
+                variable = _leaf_of(node)
                 if variable is not interception.token:
                     raise NotExactError(_uncovered(interception, variable))
                 continue
@@ -100,6 +100,12 @@ def _accumulate_type() -> type:
 _ACCUMULATE = _accumulate_type()
 
 
+def _leaf_of(accumulator: Any) -> Tensor:
+    """The leaf that a node of the type ``_ACCUMULATE`` belongs to."""
+    leaf: Tensor = accumulator.variable
+    return leaf
+
+
 def sources(root: Tensor) -> frozenset[int]:
     """The ids of the parameters that a root is computed from; for a parameter, only its id."""
     if root.grad_fn is None:
@@ -110,7 +116,7 @@ def sources(root: Tensor) -> frozenset[int]:
     while stack:
         node = stack.pop()
         if isinstance(node, _ACCUMULATE):
-            found.add(id(node.variable))  # type: ignore[attr-defined]
+            found.add(id(_leaf_of(node)))
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)

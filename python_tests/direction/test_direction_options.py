@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, reference
-from support.models import CLASSES, cross_entropy, mlp, vectors
+from support.models import CLASSES, ENGINES, cross_entropy, mlp, vectors
 from support.oracle import EXACT, assert_matches, relative_error, truth, unchanged
 
-ENGINES = ["layerwise", "forward", "double_backward"]
 Gradients = dict[str, Tensor]
 
 

@@ -18,10 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from l2rw_ext import NotExactError, Reweighter, reference
-from support.models import CLASSES, Affine, Residual, Transposed, Twice, cross_entropy
+from support.models import (
+    CLASSES,
+    ENGINE_OPTIONS,
+    Affine,
+    Residual,
+    Transposed,
+    Twice,
+    cross_entropy,
+)
 from support.oracle import EXACT, assert_matches, relative_error, truth
 
-ENGINES = ["auto", "layerwise", "forward", "double_backward"]
 WIDTH = 4
 Maker = Callable[[], nn.Module]
 
@@ -250,7 +257,7 @@ def test_random_models(drawn: _Drawn) -> None:
     tolerance = _tolerance(drawn)
     after = copy.deepcopy(drawn.model)
     after(drawn.batch[0])
-    for engine in ENGINES:
+    for engine in ENGINE_OPTIONS:
         model = copy.deepcopy(drawn.model)
         reweighter = Reweighter(
             model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +11,16 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter
-from l2rw_ext.reweighter import EngineName
 from support.models import (
     CLASSES,
     DRAWN_NETWORKS,
+    ENGINES,
     Drawn,
     cross_entropy,
     model_of,
     vectors,
 )
 from support.oracle import assert_exact, relative_error, truth
-
-ENGINES = [engine for engine in get_args(EngineName) if engine != "auto"]
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 

@@ -12,10 +12,8 @@ from torch.nn import functional as F
 
 from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.layers import corrections
-from support.models import CLASSES, cross_entropy, model_of, vectors
+from support.models import CLASSES, ENGINE_OPTIONS, cross_entropy, model_of, vectors
 from support.oracle import assert_exact, unchanged
-
-ENGINES = ["auto", "layerwise", "forward", "double_backward"]
 
 
 def _dead(x: Tensor) -> Tensor:
@@ -51,7 +49,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 def test_derivatives_are_those_of_the_gradient(name: str, engine: Any) -> None:
     model = MODELS[name]()
     reweighter = Reweighter(model, cross_entropy, engine=engine)
@@ -71,7 +69,7 @@ def test_corrections_compute_what_torch_does() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:l2rw_ext")
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 def test_gradients_divided_by_counts_are_refused(engine: Any) -> None:
     model = nn.Sequential(
         nn.Embedding(4, 5, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(15, CLASSES)

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, reference
-from support.models import CLASSES, cross_entropy, mlp, vectors
+from support.models import CLASSES, ENGINES, cross_entropy, mlp, vectors
 from support.oracle import EXACT, flat, gradients_of, relative_error, truth, unchanged
-
-ENGINES = ["layerwise", "forward", "double_backward"]
 
 
 def _parts(batch: Any, sizes: list[int]) -> list[Any]:

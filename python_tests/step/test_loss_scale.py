@@ -11,10 +11,8 @@ import torch
 from torch import nn
 
 from l2rw_ext import Reweighter
-from support.models import cross_entropy, mlp, vectors
+from support.models import ENGINES, cross_entropy, mlp, vectors
 from support.oracle import EXACT, flat, gradients_of, relative_error, truth, unchanged
-
-ENGINES = ["layerwise", "forward", "double_backward"]
 
 
 def _scaler(scale: float) -> torch.amp.GradScaler:

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, Step, reference
-from support.models import cross_entropy, mlp, vectors
-
-ENGINES = ["auto", "layerwise", "forward", "double_backward"]
+from support.models import ENGINE_OPTIONS, cross_entropy, mlp, vectors
 
 
 def _opposed(n: int) -> tuple[nn.Module, Any, Any]:
@@ -52,7 +50,7 @@ def test_effective_sample_size_of_equal_weights_is_n() -> None:
     assert step(torch.zeros(8)).degenerate
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 @pytest.mark.parametrize("option", ["zero", "uniform", "skip"])
 @pytest.mark.parametrize("grads", [False, True])
 def test_no_positive_score(engine: Any, option: Any, grads: bool) -> None:

@@ -21,15 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from support.models import CLASSES, cross_entropy, model_of, token_loss
+from support.models import CLASSES, ENGINES, cross_entropy, model_of, token_loss
 
 Batch = tuple[Any, Any]
 Made = tuple[nn.Module, Batch, Batch]
 
 COMMAND = "PYTHONPATH=python_tests python -m support.feature_table docs/coverage.md"
 """What writes the table of the documentation anew."""
-
-ENGINES = ("layerwise", "forward", "double_backward")
 
 
 @dataclass(frozen=True)

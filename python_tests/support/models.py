@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hypothesis import reject
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from l2rw_ext.reweighter import EngineName
+
 CLASSES = 3
+
+ENGINE_OPTIONS = get_args(EngineName)
+"""Every value of the option ``engine``."""
+ENGINES = tuple(engine for engine in ENGINE_OPTIONS if engine != "auto")
+"""The engines themselves, in the order in which "auto" tries them."""
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +19,9 @@ from torch.utils.checkpoint import (
 )
 
 from l2rw_ext import NotExactError, Reweighter
-from l2rw_ext.reweighter import EngineName
-from support.models import CLASSES, Tokens, cross_entropy, model_of, vectors
+from support.models import CLASSES, ENGINES, Tokens, cross_entropy, model_of, vectors
 from support.oracle import assert_matches, flat, gradients_of, relative_error, truth, unchanged
 
-ENGINES = [engine for engine in get_args(EngineName) if engine != "auto"]
 REENTRANT = [False, True]
 ORIGINAL = torch_checkpoint.CheckpointFunction
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +15,8 @@ from torch._dynamo import eval_frame
 from torch._dynamo.utils import counters
 
 from l2rw_ext import NotExactError, Reweighter
-from l2rw_ext.reweighter import EngineName
-from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, ENGINES, cross_entropy, mlp, model_of, vectors
 from support.oracle import assert_matches, truth, unchanged
-
-ENGINES = [engine for engine in get_args(EngineName) if engine != "auto"]
 
 
 @pytest.fixture(autouse=True)

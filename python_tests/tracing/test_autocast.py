@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from l2rw_ext import Reweighter
-from l2rw_ext.reweighter import EngineName
 from l2rw_ext.tracing import autocast
 from support.models import (
     CLASSES,
+    ENGINES,
     Affine,
     Drawn,
     Residual,
@@ -34,7 +34,6 @@ from support.models import (
 )
 from support.oracle import flat, gradients_of, relative_error, truth, unchanged
 
-ENGINES = [engine for engine in get_args(EngineName) if engine != "auto"]
 DTYPES = [torch.bfloat16, torch.float16]
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]

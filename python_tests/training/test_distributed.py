@@ -6,7 +6,7 @@ import copy
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from l2rw_ext import NotExactError, Reweighter
-from l2rw_ext.reweighter import EngineName
-from support.models import cross_entropy, mlp, vectors
+from support.models import ENGINES, cross_entropy, mlp, vectors
 from support.oracle import (
     assert_matches,
     flat,
@@ -24,8 +23,6 @@ from support.oracle import (
     truth,
     unchanged,
 )
-
-ENGINES = [engine for engine in get_args(EngineName) if engine != "auto"]
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import Reweighter
-from support.models import CLASSES
+from support.models import CLASSES, ENGINE_OPTIONS
 from support.oracle import assert_exact, assert_matches, truth
 
 PAD = -100
-ENGINES = ["auto", "layerwise", "forward", "double_backward"]
 
 
 class _Tagger(nn.Module):
@@ -66,7 +65,7 @@ def _padded(lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", ["attention", "encoder", "recurrent"])
 @pytest.mark.parametrize("loss_fn", [_summed, _mean])
 @pytest.mark.parametrize("clean_width", [4, 6])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 def test_padded_sequences(kind: str, loss_fn: Any, clean_width: int, engine: Any) -> None:
     model = _Tagger(kind).double()
     batch, clean = _padded([4, 1, 3, 2], 4), _padded([clean_width, 2, 3], clean_width)
@@ -77,7 +76,7 @@ def test_padded_sequences(kind: str, loss_fn: Any, clean_width: int, engine: Any
         assert step.engine == "layerwise"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINE_OPTIONS)
 def test_more_padding_changes_nothing(engine: Any) -> None:
     model = _Tagger("attention").double()
     (index, targets), clean = _padded([3, 1, 2], 3), _padded([2, 3], 3)

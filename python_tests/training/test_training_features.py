@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from l2rw_ext import NotExactError, Reweighter, reference
-from l2rw_ext.reweighter import EngineName
-from support.models import CLASSES, Tokens, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, ENGINES, Tokens, cross_entropy, mlp, model_of, vectors
 from support.oracle import (
     Truth,
     assert_exact,
@@ -20,8 +19,6 @@ from support.oracle import (
     gradients_of,
     unchanged,
 )
-
-ENGINES = [engine for engine in get_args(EngineName) if engine != "auto"]
 
 
 def _classes(n: int) -> Tensor:
