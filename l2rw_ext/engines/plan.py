@@ -66,7 +66,7 @@ def choose_form(
     use: Use, size: Size, *, without: tuple[str, ...] = ()
 ) -> tuple[str, dict[str, Cost]]:
     """The cheapest form that keeps no more memory than z and g take, and the costs of all forms."""
-    costs = use.rule.costs(use, size)
+    costs = use.layer.costs(use, size)
     budget = costs["dense"].kept_bytes if "dense" in costs else float("inf")
     possible = {
         form: cost

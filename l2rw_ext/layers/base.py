@@ -1,4 +1,8 @@
-"""What a rule is, and how the rows of a layer belong to examples."""
+"""What a layer is: one description of an operation with trained operands, for all who use it.
+
+Interception makes a *use* of it, which reports z and g to the layer-wise engine; the forward engine
+forms its tangent; :mod:`l2rw_ext.functional` perturbs it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,15 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from l2rw_ext.ops.arithmetic import accumulation_dtype as accumulation_dtype
-
 from .costs import Cost, Size
+
+Function: TypeAlias = Callable[..., Any]
+"""A torch function."""
 
 Roots = tuple[Tensor | None, Tensor | None]
 """The trainable operands of a use: (weight, bias); None if frozen or absent."""
@@ -23,66 +28,17 @@ Factors = tuple[Tensor, Tensor, Tensor, Tensor, bool]
 """The arguments of ``ops.factored_correlation``."""
 
 
-class Mode(Protocol):
-    """The methods of the mode that intercepts a forward, as far as handlers call them.
+@dataclass(slots=True)
+class Call:
+    """A call of a torch function, its arguments sorted by their role."""
 
-    :class:`l2rw_ext.tracing.interception.Interception` documents the methods.
-    """
-
-    token: Tensor
-    """A scalar that requires grad: with it, autograd visits a use whose input needs no gradient."""
-    below_autocast: tuple[str, torch.dtype | None] | None
-    """In a handler that runs with autocast off: the device, and the dtype to compute in."""
-    unruled: dict[int, str]
-    """The operation without a rule that a root goes into, by id of the root."""
-    data_dependent: str | None
-    """The first operation through which values of the data may decide what is computed."""
-    narrow: bool
-    """Whether some of the forward ran in float16 under autocast, with its small range."""
-
-    def __enter__(self) -> Any:
-        """Enter the mode again: torch functions that are called inside reach their handlers."""
-
-    def __exit__(self, *error: Any) -> None:
-        """Leave the mode."""
-
-    def is_root(self, x: Any) -> bool:
-        """Whether x is a trainable parameter, or computed only from roots and constants."""
-
-    def is_data(self, x: Any) -> bool:
-        """Whether x is a tensor that may depend on the batch."""
-
-    def is_use(self, x: Any, weight: Any, bias: Any) -> bool:
-        """Whether data x meets trained operands, none of which depends on data."""
-
-    def name_of(self, root: Tensor) -> str:
-        """The parameter's name, or a description of a derived tensor."""
-
-    def expanded_from(self, x: Tensor) -> Tensor | None:
-        """The root that x repeats, unless x was written to since."""
-
-    def for_each_example(self, out: Tensor) -> bool:
-        """Whether dimension 0 has the number of examples, if the mode was told that number."""
-
-    def follow(self, out: Any) -> None:
-        """Remember a result that was computed only from roots and constants."""
-
-    def follow_expansion(self, out: Tensor, root: Tensor) -> None:
-        """Remember that ``out`` repeats ``root`` along leading or broadcast dimensions."""
-
-    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation without a rule, and follow roots and constants through it."""
-
-    def use(
-        self,
-        rule: Rule,
-        operation: str,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        options: Any,
-        x: Tensor,
-    ) -> Use | None:
-        """Make a use of the given operands on data x; None if autograd should run the operation."""
+    operation: str
+    x: Tensor
+    """The data: what the layer reads."""
+    weight: Tensor | None
+    bias: Tensor | None = None
+    options: Any = None
+    """Everything else that the layer needs to know of the call."""
 
 
 class Sink(Protocol):
@@ -96,41 +52,33 @@ class Sink(Protocol):
 
 
 class Use:
-    """One call of an operation with a trainable parameter, during one forward."""
+    """One call of a layer with a trained operand, during one forward."""
 
     __slots__ = (
         "bias",
         "index",
+        "layer",
         "operation",
         "options",
         "output_shape",
         "part",
         "roots",
-        "rule",
         "shape",
         "sink",
         "versions",
         "weight",
     )
 
-    def __init__(
-        self,
-        rule: Rule,
-        operation: str,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        roots: Roots,
-        options: Any,
-    ) -> None:
-        self.rule = rule
-        self.operation = operation
-        self.weight = weight
-        self.bias = bias
+    def __init__(self, layer: Layer, call: Call, roots: Roots) -> None:
+        self.layer = layer
+        self.operation = call.operation
+        self.weight = call.weight
+        self.bias = call.bias
         self.roots = roots
-        self.options = options
+        self.options = call.options
         self.index = -1
         self.part = ""
-        self.shape: tuple[int, ...] = ()
+        self.shape = tuple(call.x.shape)
         self.output_shape: tuple[int, ...] = ()
         self.sink: Sink | None = None
         self.versions = tuple(None if root is None else root._version for root in roots)
@@ -182,31 +130,67 @@ class RowMap:
             yield RowMap(positions // d, size, d)
 
 
-class Rule(abc.ABC):
-    """How one family of operations enters Eq. 12.
+class Layer(abc.ABC):
+    """How one family of torch functions computes, and how it enters Eq. 12.
 
-    z and g are a report as :meth:`prepare` returns it, with one row for each example. A direction
-    is a pair (V, V_b) in the accumulation dtype; an entry is None for an operand that is not
-    trained.
+    The first half describes the operation on tensors as the model lays them out. The second half
+    is for the layer-wise engine: there z and g are a report as :meth:`prepare` returns it, with one
+    row for each example. A direction is a pair (V, V_b) in the accumulation dtype; an entry is None
+    for an operand that is not trained.
     """
 
     name: ClassVar[str]
+    functions: ClassVar[tuple[Function, ...]] = ()
+    """The torch functions that :meth:`bind` takes."""
+    linear_in_x: ClassVar[bool] = False
+    """Whether the tangent is ``term(x, V, V_b) + forward(dx, W, None)``."""
     reduces: ClassVar[bool] = False
     """Whether :meth:`prepare` already returns the per-example gradients."""
     rows_add_up: ClassVar[bool] = False
     """Whether z and g are (N, T, ...), so that uses of the same operands can be joined to one."""
 
-    def call(self, use: Use, x: Tensor) -> Tensor:
-        """The result of the operation; only for rules whose uses run as :class:`UseFunction`."""
-        raise AssertionError(f"{self.name} runs as a Function of its own")
+    def bind(self, func: Function, /, *args: Any, **kwargs: Any) -> Call | None:
+        """The call by roles; None if the layer does not cover these arguments.
 
-    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
-        """The gradient with respect to x; only for rules that have :meth:`call`."""
-        raise AssertionError(f"{self.name} runs as a Function of its own")
+        A layer with :attr:`functions` overrides this with the signature of those. It looks at the
+        arguments and computes nothing.
+        """
+        raise AssertionError(f"{self.name} has no torch function")
+
+    def enter(self, x: Tensor, options: Any) -> Tensor:
+        """What autograd computes of x before the layer, such as a padding or x̂."""
+        return x
+
+    @abc.abstractmethod
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Any
+    ) -> Tensor:
+        """The output, for x as :meth:`enter` returns it."""
+
+    def term(self, x: Tensor, V: Tensor | None, V_b: Tensor | None, options: Any) -> Tensor:
+        """What the direction adds to the output: the part that is linear in V and V_b."""
+        return self.forward(x, V, V_b, options)
+
+    @abc.abstractmethod
+    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: Any) -> Roots:
+        """The transpose of :meth:`term` in (V, V_b), of the shapes of ``like``, None where that is.
+
+        It is made of differentiable operations and sums in the accumulation dtype.
+        """
+
+    @abc.abstractmethod
+    def data_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, options: Any) -> Tensor:
+        """The gradient with respect to x."""
+
+    def run(self, use: Use, x: Tensor, token: Tensor) -> Tensor:
+        """The operation as a node of autograd's graph that reports z and g of the use."""
+        out: Tensor = UseFunction.apply(self.enter(x, use.options), token, use)
+        use.output_shape = tuple(out.shape)
+        return out
 
     @abc.abstractmethod
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
-        """Bring a report into the rule's form, examples first.
+        """Bring a report into the layer's form, examples first.
 
         A map of all rows takes the whole batch for one example, which is enough for a direction.
         """
@@ -223,9 +207,9 @@ class Rule(abc.ABC):
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
         """The forms this use can take and what each costs."""
 
-    @abc.abstractmethod
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """(V, V_b) = Σ over the rows of the clean batch."""
+        return self.term_transpose(g, z, use.roots, use.options)
 
     @abc.abstractmethod
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
@@ -242,13 +226,13 @@ class Rule(abc.ABC):
         """
 
     def factors(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Factors:
-        """The factors of Eq. 12; only for rules that list the form "factored"."""
+        """The factors of Eq. 12; only for layers that list the form "factored"."""
         raise AssertionError(f"{self.name} has no factored form")
 
     def example_gradients(
         self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
     ) -> tuple[Roots, Tensor]:
-        """((G, G_b), u), u = <direction, G>; only for rules that list the form "per example"."""
+        """((G, G_b), u), u = <direction, G>; only for layers that list the form "per example"."""
         raise AssertionError(f"{self.name} has no per-example form")
 
 
@@ -260,7 +244,7 @@ class UseFunction(torch.autograd.Function):
         """Run the operation; ``token`` requires grad, so that a first layer is in the graph too."""
         ctx.use = use
         ctx.save_for_backward(x, use.weight)
-        return use.rule.call(use, x)
+        return use.layer.forward(x, use.weight, use.bias, use.options)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
@@ -272,4 +256,4 @@ class UseFunction(torch.autograd.Function):
             use.sink.report(use, x, g)
             if not ctx.needs_input_grad[0]:
                 return None, None, None
-            return use.rule.data_gradient(use, x, weight, g), None, None
+            return use.layer.data_gradient(g, x, weight, use.options), None, None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Mode, Roots, RowMap, Rule, Use, UseFunction
+from .base import Layer, Roots, RowMap, Use
 from .costs import Cost, Size, rates_of
 from .rows import active_rows
 
@@ -16,19 +16,27 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:]).transpose(0, 1)
 
 
-class BatchedLinear(Rule):
+class BatchedLinear(Layer):
     """y_h = W_h z_h on rows z of shape (h, d), W (h, k, d); form: dense."""
 
     name = "batched linear"
+    linear_in_x = True
     rows_add_up = True
 
-    def call(self, use: Use, x: Tensor) -> Tensor:
-        """W_h z_h, head by head."""
-        assert use.weight is not None
-        out = _heads_first(x) @ use.weight.mT
-        return out.transpose(0, 1).reshape(*x.shape[:-1], use.weight.shape[1])
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: object
+    ) -> Tensor:
+        """W_h x_h, head by head."""
+        assert weight is not None
+        out = _heads_first(x) @ weight.mT
+        return out.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[1])
 
-    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: object) -> Roots:
+        """Σ g_h x_hᵀ."""
+        dtype = accumulation_dtype(g.dtype)
+        return _heads_first(g.to(dtype)).mT @ _heads_first(x.to(dtype)), None
+
+    def data_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, options: object) -> Tensor:
         """W_hᵀ g_h."""
         assert weight is not None
         return (_heads_first(g) @ weight).transpose(0, 1).reshape(x.shape)
@@ -54,17 +62,11 @@ class BatchedLinear(Rule):
         kept = n_rows * heads * (d_in + d_out) * item
         return {"dense": Cost(score, weighted, kept, (score + weighted) / speed.matmul)}
 
-    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
-        """V_h = Σ g'_h z'_hᵀ."""
-        dtype = accumulation_dtype(g.dtype)
-        return _heads_first(g.to(dtype)).mT @ _heads_first(z.to(dtype)), None
-
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ_t Σ_h g_h·V_h z_h."""
-        weight, _ = direction
-        assert weight is not None
-        moved = (_heads_first(z.to(weight.dtype)) @ weight.mT).transpose(0, 1).reshape(g.shape)
-        return moved.mul_(g).sum((1, 2, 3))
+        V, _ = direction
+        assert V is not None
+        return self.forward(z.to(V.dtype), V, None, None).mul_(g).sum((1, 2, 3))
 
     def weighted_gradient(
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
@@ -78,12 +80,3 @@ class BatchedLinear(Rule):
 
 
 BATCHED_LINEAR = BatchedLinear()
-
-
-def use_batched_linear(mode: Mode, operation: str, x: Tensor, weight: Tensor) -> Tensor | None:
-    """The products as one use; None if autograd should run them."""
-    use = mode.use(BATCHED_LINEAR, operation, weight, None, None, x)
-    if use is None:
-        return None
-    out: Tensor = UseFunction.apply(x, mode.token, use)
-    return out

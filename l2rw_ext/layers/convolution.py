@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from l2rw_ext import ops
 
-from .base import Mode, Roots, RowMap, Rule, Use, UseFunction
+from .base import Call, Function, Layer, Roots, RowMap, Use
 from .costs import Cost, Size, rates_of
-from .registry import handles
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,10 @@ class Geometry:
     groups: int
     output_padding: list[int] | None = None
     """The output padding of a transposed convolution; None for any other convolution."""
+    sides: tuple[int, ...] = ()
+    """What ``F.pad`` adds beforehand, where the two sides of a dimension differ."""
+    mode: str = "constant"
+    """The mode of that ``F.pad``."""
 
     def arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
         """The arguments of ``torch.convolution``."""
@@ -35,8 +38,31 @@ class Geometry:
         output_padding = self.output_padding or [0] * len(self.stride)
         return self.stride, self.padding, self.dilation, transposed, output_padding, self.groups
 
+    def of_operator(self) -> tuple[list[int], list[int], list[int], int]:
+        """The last arguments of this package's operators."""
+        return self.stride, self.padding, self.dilation, self.groups
 
-class Convolution(Rule):
+
+def numbers(value: int | Sequence[int], count: int) -> list[int]:
+    """An argument as one number for each spatial dimension."""
+    if isinstance(value, int):
+        return [value] * count
+    given = [int(v) for v in value]
+    return given * count if len(given) == 1 else given
+
+
+def sides_of(padding: str, kernel: Sequence[int], dilation: list[int]) -> list[tuple[int, int]]:
+    """What ``valid`` and ``same`` add before and after each dimension.
+
+    ``same`` adds d(k-1) in all; where that is odd, the larger half goes behind, as in torch.
+    """
+    if padding == "valid":
+        return [(0, 0)] * len(kernel)
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return [(total // 2, total - total // 2) for total in totals]
+
+
+class Convolution(Layer):
     """y = W * z + b; forms: dense, per example.
 
     z and g are (N, C, *s) and (N, O, *p). Where one example owns several rows of dimension 0
@@ -44,18 +70,71 @@ class Convolution(Rule):
     """
 
     name = "convolution"
+    functions: ClassVar[tuple[Function, ...]] = (F.conv1d, F.conv2d, F.conv3d)
+    linear_in_x = True
 
-    def call(self, use: Use, x: Tensor) -> Tensor:
-        """W * z + b."""
-        geometry: Geometry = use.options
-        assert use.weight is not None
-        return torch.convolution(x, use.weight, use.bias, *geometry.arguments())
+    def bind(
+        self,
+        func: Function,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Call | None:
+        """Every padding that torch takes; a single example without a batch is not covered."""
+        if input.dim() != weight.dim():
+            return None
+        spatial = weight.dim() - 2
+        strides, dilations = numbers(stride, spatial), numbers(dilation, spatial)
+        sides: tuple[int, ...] = ()
+        if isinstance(padding, str):
+            if padding == "same" and any(s != 1 for s in strides):
+                return None  # torch's own error
+            named = sides_of(padding, weight.shape[2:], dilations)
+            paddings = [before for before, _ in named]
+            if any(before != after for before, after in named):
+                paddings = [0] * spatial
+                sides = tuple(amount for side in reversed(named) for amount in side)
+        else:
+            paddings = numbers(padding, spatial)
+        geometry = Geometry(strides, paddings, dilations, groups, sides=sides)
+        return Call(f"conv{spatial}d", input, weight, bias, geometry)
 
-    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+    def enter(self, x: Tensor, options: Geometry) -> Tensor:
+        """Pad where the two sides of a dimension differ, or other values than zeros are added."""
+        return F.pad(x, options.sides, options.mode) if options.sides else x
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Geometry
+    ) -> Tensor:
+        """W * x + b, by a function that autocast knows."""
+        assert weight is not None
+        function = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        return function(x, weight, bias, *options.of_operator())
+
+    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: Geometry) -> Roots:
+        """The ordinary weight and bias gradients."""
+        weight, bias = like
+        assert weight is not None
+        gradients = torch.ops.aten.convolution_backward(
+            g,
+            x,
+            weight.to(x.dtype),
+            [weight.shape[1] if options.output_padding is not None else weight.shape[0]],
+            *options.arguments(),
+            [False, True, bias is not None],
+        )
+        return gradients[1], gradients[2]
+
+    def data_gradient(
+        self, g: Tensor, x: Tensor, weight: Tensor | None, options: Geometry
+    ) -> Tensor:
         """The convolution of g that undoes the shape of the call."""
-        geometry: Geometry = use.options
         gradient: Tensor = torch.ops.aten.convolution_backward(
-            g, x, weight, None, *geometry.arguments(), [True, False, False]
+            g, x, weight, None, *options.arguments(), [True, False, False]
         )[0]
         return gradient
 
@@ -105,28 +184,26 @@ class Convolution(Rule):
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ_p g·(V * z + V_b)."""
-        weight, bias = direction
-        geometry: Geometry = use.options
+        V, V_b = direction
         z, g, frames = _frames_as_rows(use, z, g)
-        if weight is None:
-            assert bias is not None
-            u = g.flatten(2).sum(2, dtype=bias.dtype) @ bias
+        if V is None:
+            assert V_b is not None
+            u = g.flatten(2).sum(2, dtype=V_b.dtype) @ V_b
         else:
-            u = correlate(geometry, z, g, weight, bias)
+            u = ops.conv_correlation(z, g, V, V_b, *use.options.of_operator())
         return u if frames == 1 else u.view(-1, frames).sum(1)
 
     def example_gradients(
         self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
     ) -> tuple[Roots, Tensor]:
         """G_i, the weight gradient of each example."""
-        weight, bias = direction if direction is not None else (None, None)
+        V, V_b = direction if direction is not None else (None, None)
         z, g, frames = _frames_as_rows(use, z, g)
-        gradients, bias_gradients, u = examples_of(use, z, g, weight, bias)
+        G, G_b, u = examples_of(use, z, g, V, V_b)
         if frames > 1:
-            gradients = gradients.unflatten(0, (-1, frames)).sum(1)
-            bias_gradients = bias_gradients.unflatten(0, (-1, frames)).sum(1)
+            G, G_b = (x.unflatten(0, (-1, frames)).sum(1) for x in (G, G_b))
             u = u.view(-1, frames).sum(1)
-        return (gradients, bias_gradients if use.roots[1] is not None else None), u
+        return (G, G_b if use.roots[1] is not None else None), u
 
     def weighted_gradient(
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
@@ -142,59 +219,25 @@ class Convolution(Rule):
             per_example = g.flatten(2).sum(2)
             bias = per_example.sum(0) if weights is None else ops.weighted_sum(per_example, weights)
             return None, bias
-        gradient, bias = gathered(use, z, g, weights)
-        return gradient, (bias if use.roots[1] is not None else None)
-
-
-def correlate(
-    geometry: Geometry, z: Tensor, g: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Σ_p g·(V * z + V_b) of each row, for V, V_b given as ``weight`` and ``bias``."""
-    return ops.conv_correlation(
-        z,
-        g,
-        weight,
-        bias,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-    )
+        W, W_b = gathered(use, z, g, weights)
+        return W, (W_b if use.roots[1] is not None else None)
 
 
 def examples_of(
-    use: Use, z: Tensor, g: Tensor, weight: Tensor | None, bias: Tensor | None
+    use: Use, z: Tensor, g: Tensor, V: Tensor | None, V_b: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G, G_b of each row, and their inner product with V, V_b."""
     assert use.weight is not None
     geometry: Geometry = use.options
-    return ops.conv_example_gradients(
-        z,
-        g,
-        list(use.weight.shape[2:]),
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-        weight,
-        bias,
-    )
+    kernel = list(use.weight.shape[2:])
+    return ops.conv_example_gradients(z, g, kernel, *geometry.of_operator(), V, V_b)
 
 
 def gathered(use: Use, z: Tensor, g: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Σ w G and Σ w G_b over the rows; without ``weights`` all w are one."""
     assert use.weight is not None
-    geometry: Geometry = use.options
-    return ops.conv_weighted_gradient(
-        z,
-        g,
-        weights,
-        list(use.weight.shape[2:]),
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-    )
+    kernel = list(use.weight.shape[2:])
+    return ops.conv_weighted_gradient(z, g, weights, kernel, *use.options.of_operator())
 
 
 def _frames_as_rows(use: Use, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -205,63 +248,3 @@ def _frames_as_rows(use: Use, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int
 
 
 CONVOLUTION = Convolution()
-
-
-def _arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int]:
-    return input, weight, bias, stride, padding, dilation, groups
-
-
-def numbers(value: int | Sequence[int], count: int) -> list[int]:
-    """An argument as one number for each spatial dimension."""
-    if isinstance(value, int):
-        return [value] * count
-    given = [int(v) for v in value]
-    return given * count if len(given) == 1 else given
-
-
-@handles(F.conv1d, F.conv2d, F.conv3d)
-def _convolution(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
-    if not mode.is_use(x, weight, bias) or x.dim() != weight.dim():
-        return mode.other(func, args, kwargs)
-    spatial = weight.dim() - 2
-    if padding == "same" and any(s != 1 for s in numbers(stride, spatial)):
-        return func(*args, **kwargs)  # torch's own error
-    dilations = numbers(dilation, spatial)
-    if isinstance(padding, str):
-        x, paddings = _named_padding(x, weight, padding, dilations)
-    else:
-        paddings = numbers(padding, spatial)
-    geometry = Geometry(numbers(stride, spatial), paddings, dilations, groups)
-    use = mode.use(CONVOLUTION, f"conv{spatial}d", weight, bias, geometry, x)
-    if use is None:
-        return mode.other(func, args, kwargs)
-    out = UseFunction.apply(x, mode.token, use)
-    use.output_shape = tuple(out.shape)
-    return out
-
-
-def _named_padding(
-    x: Tensor, weight: Tensor, padding: str, dilation: list[int]
-) -> tuple[Tensor, list[int]]:
-    """``same`` pads d(k-1) in all, the larger half behind; an odd total is padded beforehand."""
-    none = [0] * len(dilation)
-    if padding == "valid":
-        return x, none
-    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    if all(total % 2 == 0 for total in totals):
-        return x, [total // 2 for total in totals]
-    sides: list[int] = []
-    for total in reversed(totals):
-        sides += [total // 2, total - total // 2]
-    return F.pad(x, sides), none

@@ -1,9 +1,8 @@
-"""Embeddings looked up by an index that depends on the example."""
+"""Embeddings looked up by an index that depends on the example, and bags of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,37 +11,54 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Mode, Roots, RowMap, Rule, Use
+from .base import Call, Function, Layer, Roots, RowMap, Use
 from .costs import Cost, Size, rates_of
-from .registry import handles
 from .rows import active_rows
 
 
-class _EmbeddingUse(torch.autograd.Function):
-    """y = W[index]."""
-
-    @staticmethod
-    def forward(ctx: Any, index: Tensor, token: Tensor, use: Use) -> Tensor:
-        ctx.use = use
-        assert use.weight is not None
-        ctx.save_for_backward(index)
-        return F.embedding(index, use.weight)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:
-        (index,) = ctx.saved_tensors
-        use: Use = ctx.use
-        assert use.sink is not None
-        with use.sink.backward_of(use):
-            use.sink.report(use, index, g)
-        return None, None, None
-
-
-class Embedding(Rule):
-    """y = W[index]; the padding row has no gradient."""
+class Embedding(Layer):
+    """y = W[index]; the padding row, which ``options`` names, has no gradient."""
 
     name = "embedding"
+    functions: ClassVar[tuple[Function, ...]] = (F.embedding,)
     rows_add_up = True
+
+    def bind(
+        self,
+        func: Function,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Call | None:
+        """Plain look-ups: no row is changed, no gradient scaled or sparse."""
+        if max_norm is not None or scale_grad_by_freq or sparse:
+            return None
+        return Call("embedding", input, weight, None, row_of(padding_idx, weight))
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: int | None
+    ) -> Tensor:
+        """W[x]."""
+        assert weight is not None
+        return F.embedding(x, weight, options)
+
+    def term(self, x: Tensor, V: Tensor | None, V_b: Tensor | None, options: int | None) -> Tensor:
+        """V[x], zero at the padding index, whose row has no part in <V, ∇f_i>."""
+        return _unpadded(self.forward(x, V, None, None), x, options)
+
+    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: int | None) -> Roots:
+        """Σ of g where the index is k, for every row k."""
+        assert like[0] is not None
+        g = _unpadded(g, x, options)
+        return _scatter(like[0], x, g, accumulation_dtype(g.dtype)), None
+
+    def data_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, options: Any) -> Tensor:
+        """An index has no gradient."""
+        raise AssertionError("an index requires no grad")
 
     def leading(self, use: Use, g: Tensor) -> int:
         """All dimensions of the index."""
@@ -50,9 +66,7 @@ class Embedding(Rule):
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """Index (N, T), gradient (N, T, d), zero at the padding index."""
-        padding: int | None = use.options
-        if padding is not None:
-            g = g.masked_fill((z == padding).unsqueeze(-1), 0)
+        g = _unpadded(g, z, use.options)
         leading = self.leading(use, g)
         return rows.arrange(z, leading), rows.arrange(g, leading)
 
@@ -69,55 +83,101 @@ class Embedding(Rule):
         return {"dense": Cost(rows + clean, 0.5 * rows, kept, moved / speed.bytes)}
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
-        """V[k] = Σ of g' where the index is k."""
-        return _scatter(use, z, g, accumulation_dtype(g.dtype)), None
+        """V[k] = Σ of g' where the index is k; the gradients at the padding index are zero."""
+        assert use.weight is not None
+        return _scatter(use.weight, z, g, accumulation_dtype(g.dtype)), None
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ_t g·V[index]."""
-        weight, _ = direction
-        assert weight is not None
-        return ops.embedding_correlation(z, g, weight)
+        V, _ = direction
+        assert V is not None
+        return ops.embedding_correlation(z, g, V)
 
     def weighted_gradient(
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w g at each index."""
+        assert use.weight is not None
         z, g = active_rows(z, g, weights, active)
-        return _scatter(use, z, g, g.dtype), None
+        return _scatter(use.weight, z, g, g.dtype), None
 
 
-def _scatter(use: Use, index: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    assert use.weight is not None
-    out = torch.zeros(use.weight.shape, dtype=dtype, device=g.device)
-    return out.index_add_(0, index.reshape(-1), g.reshape(-1, g.shape[-1]).to(dtype))
+def row_of(padding_idx: int | None, weight: Tensor) -> int | None:
+    """The padding index, counted from the front."""
+    if padding_idx is None or padding_idx >= 0:
+        return padding_idx
+    return padding_idx + weight.shape[0]
+
+
+def _unpadded(g: Tensor, index: Tensor, padding: int | None) -> Tensor:
+    """The rows of g, zero where the index is that of the padding."""
+    return g if padding is None else g.masked_fill((index == padding).unsqueeze(-1), 0)
+
+
+def _scatter(like: Tensor, index: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.zeros(like.shape, dtype=dtype, device=g.device)
+    rows = g.reshape(index.numel(), g.shape[-1]).to(dtype)
+    return out.index_add(0, index.reshape(index.numel()), rows)
+
+
+class Bag(NamedTuple):
+    """How the rows of a bag are put together."""
+
+    how: str
+    padding: int | None
+
+
+class EmbeddingBag(Embedding):
+    """Sum or mean of W[index] over the last dimension of the index, without the padding index."""
+
+    functions: ClassVar[tuple[Function, ...]] = (F.embedding_bag,)
+
+    def bind(  # type: ignore[override]  # torch's own order
+        self,
+        func: Function,
+        input: Tensor,
+        weight: Tensor,
+        offsets: Tensor | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        per_sample_weights: Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+    ) -> Call | None:
+        """Bags of one length, without weights of their own."""
+        changed = max_norm is not None or scale_grad_by_freq or sparse
+        if changed or input.dim() != 2 or input.numel() == 0:
+            return None
+        if per_sample_weights is not None or mode not in ("sum", "mean"):
+            return None
+        return Call("embedding_bag", input, weight, None, Bag(mode, row_of(padding_idx, weight)))
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Bag
+    ) -> Tensor:
+        """Σ W[x], or its mean."""
+        assert weight is not None
+        return F.embedding_bag(x, weight, mode=options.how, padding_idx=options.padding)
+
+    def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
+        """As for an embedding: every index of a bag has the gradient of the bag."""
+        bag: Bag = use.options
+        if bag.how == "mean":
+            counted = torch.ones_like(z) if bag.padding is None else z != bag.padding
+            g = g / counted.sum(1, keepdim=True).clamp(min=1)
+        g = _unpadded(g.unsqueeze(1).expand(*z.shape, g.shape[-1]), z, bag.padding)
+        return rows.arrange(z, 1).flatten(1), rows.arrange(g, 1).flatten(1, 2)
+
+    def costs(self, use: Use, size: Size) -> dict[str, Cost]:
+        """Those of an embedding of all indices in the bags."""
+        length = use.shape[1]
+        return super().costs(
+            use, Size(size.n, size.m, size.positions * length, size.clean_positions * length)
+        )
 
 
 EMBEDDING = Embedding()
-
-
-def _arguments(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> tuple[Tensor, Tensor, int | None, bool]:
-    plain = max_norm is None and not scale_grad_by_freq and not sparse
-    return input, weight, padding_idx, plain
-
-
-@handles(F.embedding)
-def _embedding(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    index, weight, padding, plain = _arguments(*args, **kwargs)
-    if not plain or not mode.is_use(index, weight, None):
-        return mode.other(func, args, kwargs)
-    if padding is not None and padding < 0:
-        padding += weight.shape[0]
-    use = mode.use(EMBEDDING, "embedding", weight, None, padding, index)
-    if use is None:
-        return mode.other(func, args, kwargs)
-    return _EmbeddingUse.apply(index, mode.token, use)
+EMBEDDING_BAG = EmbeddingBag()

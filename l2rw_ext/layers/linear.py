@@ -1,35 +1,53 @@
-"""Linear layers: ``F.linear`` with a trainable matrix or vector."""
+"""Linear layers: ``F.linear``, and products with a trained matrix on the right."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext import ops
-from l2rw_ext.ops.arithmetic import accumulation_dtype
+from l2rw_ext.ops.arithmetic import accumulation_dtype, product
 
-from .base import Factors, Mode, Roots, RowMap, Rule, Use, UseFunction
+from .base import Call, Factors, Function, Layer, Roots, RowMap, Use
 from .costs import BLOCKED_POSITIONS, Cost, Size, rates_of
-from .registry import handles
-from .rows import active_rows, product
+from .rows import active_rows
 
 
-class Linear(Rule):
+def flat(x: Tensor) -> Tensor:
+    """All rows as one dimension: (..., d) -> (rows, d)."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+class Linear(Layer):
     """y = W z + b on rows z; forms: factored, dense, per example."""
 
     name = "linear"
+    functions: ClassVar[tuple[Function, ...]] = (F.linear,)
+    linear_in_x = True
     rows_add_up = True
 
-    def call(self, use: Use, x: Tensor) -> Tensor:
-        """W z + b."""
-        assert use.weight is not None
-        return F.linear(x, self._outputs_first(use.weight), use.bias)
+    def bind(
+        self, func: Function, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Call | None:
+        """A weight of one dimension has a rewrite."""
+        return Call("linear", input, weight, bias) if weight.dim() == 2 else None
 
-    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Any
+    ) -> Tensor:
+        """W x + b."""
+        assert weight is not None
+        return F.linear(x, self._outputs_first(weight), bias)
+
+    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: Any) -> Roots:
+        """Σ g xᵀ and Σ g over all rows."""
+        return self._sums(flat(g), x, like, accumulation_dtype(g.dtype))
+
+    def data_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, options: Any) -> Tensor:
         """Wᵀ g."""
         assert weight is not None
         return torch.matmul(g, self._outputs_first(weight))
@@ -76,20 +94,11 @@ class Linear(Rule):
             ),
         }
 
-    def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
-        """V = Σ g' z'ᵀ, V_b = Σ g'."""
-        dtype = accumulation_dtype(g.dtype)
-        flat = g.reshape(-1, g.shape[-1])
-        weight = None
-        if use.roots[0] is not None:
-            weight = self._outer(flat, z.reshape(-1, z.shape[-1]), dtype)
-        return weight, (flat.sum(0, dtype=dtype) if use.roots[1] is not None else None)
-
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ_t g·(V z + V_b)."""
         weight, bias = direction
         if weight is not None:
-            return ops.dense_correlation(z, g, weight, bias)
+            return ops.dense_correlation(z, g, self._outputs_first(weight), bias)
         assert bias is not None
         return g.sum(1, dtype=bias.dtype) @ bias
 
@@ -101,111 +110,69 @@ class Linear(Rule):
         self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
     ) -> tuple[Roots, Tensor]:
         """G_i = Σ_t g zᵀ."""
-        weight, bias = direction if direction is not None else (None, None)
-        gradients, bias_gradients, u = ops.linear_example_gradients(z, g, weight, bias)
-        return (gradients, bias_gradients if use.roots[1] is not None else None), u
+        V, V_b = direction if direction is not None else (None, None)
+        V = None if V is None else self._outputs_first(V)
+        G, G_b, u = ops.linear_example_gradients(z, g, V, V_b)
+        return (self._outputs_first(G), G_b if use.roots[1] is not None else None), u
 
     def weighted_gradient(
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w g zᵀ over the rows of active examples."""
-        blocked = z.shape[1] >= BLOCKED_POSITIONS and z.device.type == "cpu"
-        if blocked and use.roots[0] is not None:
-            return self._by_example(use, z, g, weights)
+        if z.shape[1] >= BLOCKED_POSITIONS and z.device.type == "cpu" and use.roots[0] is not None:
+            # A linear layer is a convolution of width T with a kernel of one.
+            W, W_b = ops.conv_weighted_gradient(
+                z.transpose(1, 2), g.transpose(1, 2), weights, [1], [1], [0], [1], 1
+            )
+            W = self._outputs_first(W.squeeze(2)).contiguous()
+            return W, (W_b if use.roots[1] is not None else None)
         z, g = active_rows(z, g, weights, active)
-        flat = g.reshape(-1, g.shape[-1])
         # Under autocast the parameter is wider than z and g, and so is its gradient.
         root = use.roots[0] if use.roots[0] is not None else use.roots[1]
         assert root is not None
-        weight = None
-        if use.roots[0] is not None:
-            weight = self._outer(flat, z.reshape(-1, z.shape[-1]), root.dtype)
-        return weight, (flat.sum(0, dtype=root.dtype) if use.roots[1] is not None else None)
+        return self._sums(flat(g), z, use.roots, root.dtype)
+
+    def _sums(self, g: Tensor, z: Tensor, like: Roots, dtype: torch.dtype) -> Roots:
+        """Σ g zᵀ, in the memory layout of the weight, and Σ g over rows."""
+        return (
+            None if like[0] is None else self._outer(g, flat(z), dtype),
+            None if like[1] is None else g.sum(0, dtype=dtype),
+        )
 
     def _outer(self, g: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-        """Σ g zᵀ over rows."""
-        return product(g, z, dtype)
-
-    def _by_example(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
-        """A linear layer is a convolution of width T with a kernel of one."""
-        weight, bias = ops.conv_weighted_gradient(
-            z.transpose(1, 2), g.transpose(1, 2), weights, [1], [1], [0], [1], 1
-        )
-        return weight.squeeze(2), (bias if use.roots[1] is not None else None)
-
-
-def _transposed(roots: Roots) -> Roots:
-    weight, bias = roots
-    return (None if weight is None else weight.mT), bias
+        return product(g.t(), z, dtype)
 
 
 class InputsFirst(Linear):
     """y = Wᵀ z + b with W (d_in, d_out), as in ``x @ W``: the same with each matrix transposed."""
 
+    functions: ClassVar[tuple[Function, ...]] = (
+        torch.matmul,
+        torch.mm,
+        torch.mv,
+        Tensor.matmul,
+        Tensor.mm,
+        Tensor.mv,
+        Tensor.__matmul__,
+        torch.addmm,
+        Tensor.addmm,
+    )
+
+    def bind(self, func: Function, *args: Any, **kwargs: Any) -> Call | None:
+        """``x @ W`` or ``addmm(b, x, W)``; other products have rewrites."""
+        if kwargs or len(args) < 2 or not all(isinstance(a, Tensor) for a in args):
+            return None
+        *start, x, weight = args
+        if x.dim() == 0 or weight.dim() != 2 or any(b.shape != weight.shape[1:] for b in start):
+            return None
+        return Call(func.__name__.strip("_"), x, weight, start[0] if start else None)
+
     def _outputs_first(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
-        """u_i = Σ_t g·(Vᵀ z + V_b)."""
-        return super().correlation(use, z, g, _transposed(direction))
-
-    def example_gradients(
-        self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
-    ) -> tuple[Roots, Tensor]:
-        """G_i = Σ_t z gᵀ."""
-        turned = None if direction is None else _transposed(direction)
-        examples, u = super().example_gradients(use, z, g, turned)
-        return _transposed(examples), u
+        return weight.mT
 
     def _outer(self, g: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-        """Σ z gᵀ over rows."""
-        return product(z, g, dtype)
-
-    def _by_example(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
-        """The transposed result, laid out as the parameter is."""
-        weight, bias = _transposed(super()._by_example(use, z, g, weights))
-        assert weight is not None
-        return weight.contiguous(), bias
+        return product(z.t(), g, dtype)
 
 
 LINEAR = Linear()
 INPUTS_FIRST = InputsFirst()
-
-
-def use_linear(
-    mode: Mode,
-    operation: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: Linear = LINEAR,
-) -> Tensor | None:
-    """The product as a use; None if autograd should run it."""
-    use = mode.use(rule, operation, weight, bias, None, x)
-    if use is None:
-        return None
-    out: Tensor = UseFunction.apply(x, mode.token, use)
-    return out
-
-
-def _arguments(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    return input, weight, bias
-
-
-@handles(F.linear)
-def handle_linear(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """``F.linear`` as a use if data meets trained operands."""
-    x, weight, bias = _arguments(*args, **kwargs)
-    if mode.is_use(x, weight, bias) and weight.dim() == 2:
-        out = use_linear(mode, "linear", x, weight, bias)
-        if out is not None:
-            return out
-    if mode.is_use(x, weight, bias) and weight.dim() == 1 and torch.is_grad_enabled():
-        with mode:
-            out = F.linear(x, weight.unsqueeze(0)).squeeze(-1)
-            return out if bias is None else out + bias
-    return mode.other(func, args, kwargs)

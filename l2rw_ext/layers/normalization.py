@@ -2,6 +2,9 @@
 
 An example's gradient of γ and β takes one pass over x and g and is no larger than the parameter. So
 there is one form: the per-example gradients are formed at once and replace z and g.
+
+A norm is a :class:`Scale` whose :meth:`~Scale.enter` computes x̂ with torch. Layer norm and group
+norm run fused instead: their Functions know x̂ from the statistics that torch's kernels return.
 """
 
 from __future__ import annotations
@@ -9,55 +12,82 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext import ops
-from l2rw_ext.errors import NotExactError
+from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Mode, Roots, RowMap, Rule, Use, UseFunction
+from .base import Call, Function, Layer, Roots, RowMap, Use
 from .costs import Cost, Size, rates_of
-from .registry import handles
 
 
 @dataclass
 class Layout:
-    """Where γ lies in x, and how x̂ = (x - mean) rstd; without statistics x is x̂ itself."""
+    """Where γ lies in x, and how x̂ comes from it."""
 
-    channels: bool
-    """γ runs over dimension 1; otherwise over the trailing ``features`` dimensions."""
-    features: int
+    features: int | None
+    """γ runs over so many trailing dimensions; None: over dimension 1, the channels."""
+    normalize: Callable[[Tensor], Tensor]
+    """x̂ of x, made of differentiable operations."""
+    settings: tuple[Any, ...] = ()
+    """What a fused Function takes besides x."""
     mean: Tensor | None = None
+    """With ``rstd``, the statistics of a fused kernel: x̂ = (x - mean) rstd; else z is x̂."""
     rstd: Tensor | None = None
 
+    def broadcast(self, parameter: Tensor, x: Tensor) -> Tensor:
+        """γ or β in a shape that broadcasts to x."""
+        if self.features is not None:
+            return parameter
+        return parameter.view(1, -1, *[1] * (x.dim() - 2))
 
-class Scale(Rule):
-    """y = γ x̂ + β."""
+
+class Scale(Layer):
+    """y = γ x̂ + β. A norm overrides :attr:`functions` and :meth:`bind`, whose layout gives x̂."""
 
     name = "normalization"
     reduces = True
 
-    def call(self, use: Use, x: Tensor) -> Tensor:
-        """γ x̂ + β of a given x̂."""
-        layout: Layout = use.options
-        out = x
-        if use.weight is not None:
-            out = out * _broadcast(use.weight, x, layout)
-        if use.bias is not None:
-            out = out + _broadcast(use.bias, x, layout)
-        return out.clone() if out is x else out
+    def enter(self, x: Tensor, options: Layout) -> Tensor:
+        """x̂."""
+        return options.normalize(x)
 
-    def data_gradient(self, use: Use, x: Tensor, weight: Tensor | None, g: Tensor) -> Tensor:
-        """γ g."""
-        return g if weight is None else g * _broadcast(weight, g, use.options)
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Layout
+    ) -> Tensor:
+        """γ x̂ + β of a given x̂."""
+        out = x if weight is None else x * options.broadcast(weight, x)
+        return out if bias is None else out + options.broadcast(bias, x)
+
+    def term(self, x: Tensor, V: Tensor | None, V_b: Tensor | None, options: Layout) -> Tensor:
+        """x̂ V + V_b, where a V that is None adds nothing."""
+        if V is not None:
+            return self.forward(x, V, V_b, options)
+        assert V_b is not None
+        return options.broadcast(V_b, x)
+
+    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: Layout) -> Roots:
+        """Σ g x̂ and Σ g."""
+        kept = [1] if options.features is None else range(g.dim() - options.features, g.dim())
+        summed = [d for d in range(g.dim()) if d not in kept]
+        dtype = accumulation_dtype(g.dtype)
+        return (
+            None if like[0] is None else (g * x).sum(summed, dtype=dtype),
+            None if like[1] is None else g.sum(summed, dtype=dtype),
+        )
+
+    def data_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, options: Layout) -> Tensor:
+        """γ g, with respect to x̂."""
+        return g if weight is None else g * options.broadcast(weight, g)
 
     def leading(self, use: Use, g: Tensor) -> int:
         """Dimension 0 for channels; else all dimensions before the normalised ones."""
         layout: Layout = use.options
-        return 1 if layout.channels else g.dim() - layout.features
+        return 1 if layout.features is None else g.dim() - layout.features
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """Per-example gradients of γ and β, (N, d) each.
@@ -69,7 +99,7 @@ class Scale(Rule):
         if z.dim() > g.dim():
             scale, shift = z.flatten(2).unbind()
             return _of_examples(scale, shift, rows)
-        if layout.channels:
+        if layout.features is None:
             x, gradient = _channels_last(z), _channels_last(g)
             if mean is not None and rstd is not None:
                 mean, rstd = mean.unsqueeze(-2).expand(x.shape), rstd.unsqueeze(-2).expand(x.shape)
@@ -99,31 +129,26 @@ class Scale(Rule):
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """The sum over the clean examples."""
-        return _pick(use, z.sum(0), g.sum(0))
+        weight, bias = use.roots
+        return None if weight is None else z.sum(0), None if bias is None else g.sum(0)
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = <V, G_i> + <V_b, G_bi>."""
-        weight, bias = direction
+        V, V_b = direction
         u = z.new_zeros(z.shape[0])
-        if weight is not None:
-            u = u + z @ weight.reshape(-1)
-        return u if bias is None else u + g @ bias.reshape(-1)
+        if V is not None:
+            u = u + z @ V.reshape(-1)
+        return u if V_b is None else u + g @ V_b.reshape(-1)
 
     def weighted_gradient(
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w_i G_i, rows with w = 0 left out."""
+        weight, bias = use.roots
         return (
-            ops.weighted_sum(z, weights) if use.roots[0] is not None else None,
-            ops.weighted_sum(g, weights) if use.roots[1] is not None else None,
+            None if weight is None else ops.weighted_sum(z, weights),
+            None if bias is None else ops.weighted_sum(g, weights),
         )
-
-
-def _pick(use: Use, weight: Tensor, bias: Tensor) -> Roots:
-    return (
-        weight if use.roots[0] is not None else None,
-        bias if use.roots[1] is not None else None,
-    )
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -151,21 +176,18 @@ def _by_example(x: Tensor, rows: RowMap, leading: int) -> Tensor:
     return rows.arrange(x.flatten(leading), leading)
 
 
-SCALE = Scale()
-
-
 class _LayerNormUse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use, shape: list[int], eps: float) -> Any:
-        out, mean, rstd = torch.native_layer_norm(x, shape, use.weight, use.bias, eps)
-        ctx.use, ctx.shape = use, shape
+    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Any:
         layout: Layout = use.options
-        layout.mean, layout.rstd = mean, rstd
+        shape, eps = layout.settings
+        out, layout.mean, layout.rstd = torch.native_layer_norm(x, shape, use.weight, use.bias, eps)
+        ctx.use = use
         ctx.save_for_backward(x, use.weight, use.bias)
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight, bias = ctx.saved_tensors
         use: Use = ctx.use
         assert use.sink is not None
@@ -175,38 +197,102 @@ class _LayerNormUse(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 layout: Layout = use.options
                 data = torch.ops.aten.native_layer_norm_backward(
-                    g, x, ctx.shape, layout.mean, layout.rstd, weight, bias, [True, False, False]
+                    g,
+                    x,
+                    layout.settings[0],
+                    layout.mean,
+                    layout.rstd,
+                    weight,
+                    bias,
+                    [True, False, False],
                 )[0]
-            return data, None, None, None, None
+            return data, None, None
+
+
+class LayerNorm(Scale):
+    """Normalises the trailing dimensions."""
+
+    functions: ClassVar[tuple[Function, ...]] = (F.layer_norm,)
+
+    def bind(
+        self,
+        func: Function,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Call:
+        """Every call."""
+        shape = list(normalized_shape)
+        layout = Layout(len(shape), lambda x: F.layer_norm(x, shape, None, None, eps), (shape, eps))
+        return Call("layer_norm", input, weight, bias, layout)
+
+    def run(self, use: Use, x: Tensor, token: Tensor) -> Tensor:
+        """Fused."""
+        out: Tensor = _LayerNormUse.apply(x.contiguous(), token, use)
+        return out
 
 
 class _GroupNormUse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use, groups: int, eps: float) -> Any:
+    def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Any:
+        layout: Layout = use.options
+        groups, eps = layout.settings
         n, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
         out, mean, rstd = torch.native_group_norm(
             x, use.weight, use.bias, n, channels, pixels, groups, eps
         )
-        ctx.use, ctx.groups = use, groups
+        ctx.use = use
         ctx.save_for_backward(x, use.weight, mean, rstd)
-        layout: Layout = use.options
         per_group = channels // groups
         layout.mean = mean.repeat_interleave(per_group, 1)
         layout.rstd = rstd.repeat_interleave(per_group, 1)
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight, mean, rstd = ctx.saved_tensors
         use: Use = ctx.use
         assert use.sink is not None
         with use.sink.backward_of(use):
             if not ctx.needs_input_grad[0]:
                 use.sink.report(use, x, g)
-                return None, None, None, None, None
-            data, scale, shift = ops.group_norm_backward(g, x, mean, rstd, weight, ctx.groups)
+                return None, None, None
+            groups, _ = use.options.settings
+            data, scale, shift = ops.group_norm_backward(g, x, mean, rstd, weight, groups)
             use.sink.report(use, _stacked(scale, shift, g), g)
-            return data, None, None, None, None
+            return data, None, None
+
+
+class GroupNorm(Scale):
+    """Normalises groups of channels, example by example."""
+
+    functions: ClassVar[tuple[Function, ...]] = (F.group_norm,)
+
+    def bind(
+        self,
+        func: Function,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Call | None:
+        """Groups that divide the channels; for others torch has an error."""
+        if input.dim() < 2 or input.shape[1] % num_groups:
+            return None
+        layout = Layout(
+            None, lambda x: F.group_norm(x, num_groups, None, None, eps), (num_groups, eps)
+        )
+        return Call("group_norm", input, weight, bias, layout)
+
+    def run(self, use: Use, x: Tensor, token: Tensor) -> Tensor:
+        """Fused."""
+        # torch's kernel takes every memory for contiguous but on the CPU, as F.group_norm knows.
+        memory_format = format_of(x) if x.device.type == "cpu" else torch.contiguous_format
+        out: Tensor = _GroupNormUse.apply(x.contiguous(memory_format=memory_format), token, use)
+        return out
 
 
 def format_of(x: Tensor) -> torch.memory_format:
@@ -222,138 +308,77 @@ def format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _broadcast(parameter: Tensor, x: Tensor, layout: Layout) -> Tensor:
-    if not layout.channels:
-        return parameter
-    return parameter.view(1, -1, *[1] * (x.dim() - 2))
+class RMSNorm(Scale):
+    """Divides by the root of the mean square of the trailing dimensions."""
+
+    functions: ClassVar[tuple[Function, ...]] = (F.rms_norm,)
+
+    def bind(
+        self,
+        func: Function,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Call:
+        """Every call."""
+        shape = list(normalized_shape)
+        layout = Layout(len(shape), lambda x: F.rms_norm(x, shape, None, eps))
+        return Call("rms_norm", input, weight, None, layout)
 
 
-def _layer_norm_arguments(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, list[int], Tensor | None, Tensor | None, float]:
-    return input, list(normalized_shape), weight, bias, eps
+class BatchNorm(Scale):
+    """Normalises by running statistics; those of the batch would couple its examples."""
 
+    functions: ClassVar[tuple[Function, ...]] = (F.batch_norm,)
 
-@handles(F.layer_norm)
-def _layer_norm(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, shape, weight, bias, eps = _layer_norm_arguments(*args, **kwargs)
-    if not mode.is_use(x, weight, bias):
-        return mode.other(func, args, kwargs)
-    use = mode.use(SCALE, "layer_norm", weight, bias, Layout(False, len(shape)), x)
-    if use is None:
-        return mode.other(func, args, kwargs)
-    return _LayerNormUse.apply(x.contiguous(), mode.token, use, shape, eps)
-
-
-def _group_norm_arguments(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, int, Tensor | None, Tensor | None, float]:
-    return input, num_groups, weight, bias, eps
-
-
-@handles(F.group_norm)
-def _group_norm(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, groups, weight, bias, eps = _group_norm_arguments(*args, **kwargs)
-    if not mode.is_use(x, weight, bias) or x.dim() < 2 or x.shape[1] % groups:
-        return mode.other(func, args, kwargs)
-    use = mode.use(SCALE, "group_norm", weight, bias, Layout(True, x.dim() - 1), x)
-    if use is None:
-        return mode.other(func, args, kwargs)
-    # torch's kernel takes every memory for contiguous but on the CPU, as F.group_norm knows.
-    memory_format = format_of(x) if x.device.type == "cpu" else torch.contiguous_format
-    return _GroupNormUse.apply(
-        x.contiguous(memory_format=memory_format), mode.token, use, groups, eps
-    )
-
-
-def _rms_norm_arguments(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> tuple[Tensor, list[int], Tensor | None, float | None]:
-    return input, list(normalized_shape), weight, eps
-
-
-@handles(F.rms_norm)
-def _rms_norm(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, shape, weight, eps = _rms_norm_arguments(*args, **kwargs)
-    if not mode.is_use(x, weight, None):
-        return mode.other(func, args, kwargs)
-    normalized = F.rms_norm(x, shape, None, eps)
-    layout = Layout(False, len(shape))
-    out = _scaled(mode, "rms_norm", normalized, weight, None, layout)
-    return mode.other(func, args, kwargs) if out is None else out
-
-
-def _batch_norm_arguments(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float]:
-    return input, running_mean, running_var, weight, bias, training, eps
-
-
-@handles(F.batch_norm)
-def _batch_norm(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, running_mean, running_var, weight, bias, training, eps = _batch_norm_arguments(
-        *args, **kwargs
-    )
-    if training and mode.is_data(x) and torch.is_grad_enabled():
-        raise NotExactError(
-            "a BatchNorm in train mode couples the examples of a batch"
-            + ("" if weight is None else f" (parameter {mode.name_of(weight)!r})")
+    def bind(
+        self,
+        func: Function,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Call | None:
+        """Eval mode."""
+        if training or running_mean is None or running_var is None:
+            return None
+        layout = Layout(
+            None,
+            lambda x: F.batch_norm(x, running_mean, running_var, None, None, False, 0.0, eps),
         )
-    if not mode.is_use(x, weight, bias) or running_mean is None or running_var is None:
-        return mode.other(func, args, kwargs)
-    normalized = F.batch_norm(x, running_mean, running_var, None, None, False, 0.0, eps)
-    out = _scaled(mode, "batch_norm", normalized, weight, bias, Layout(True, x.dim() - 1))
-    return mode.other(func, args, kwargs) if out is None else out
+        return Call("batch_norm", input, weight, bias, layout)
 
 
-@handles(F.instance_norm)
-def _instance_norm(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    names = ("input", "running_mean", "running_var", "weight", "bias")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    x, weight, bias = given["input"], given.get("weight"), given.get("bias")
-    if not mode.is_use(x, weight, bias):
-        return mode.other(func, args, kwargs)
-    bare = {k: v for k, v in kwargs.items() if k not in ("weight", "bias")}
-    normalized = func(*args[:3], *([None] * len(args[3:5])), *args[5:], **bare)
-    out = _scaled(mode, "instance_norm", normalized, weight, bias, Layout(True, x.dim() - 1))
-    return mode.other(func, args, kwargs) if out is None else out
+class InstanceNorm(Scale):
+    """Normalises every channel of every example, or by running statistics."""
+
+    functions: ClassVar[tuple[Function, ...]] = (F.instance_norm,)
+
+    def bind(
+        self,
+        func: Function,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Call:
+        """Every call."""
+        layout = Layout(
+            None, lambda x: func(x, running_mean, running_var, None, None, *args, **kwargs)
+        )
+        return Call("instance_norm", input, weight, bias, layout)
 
 
-def _scaled(
-    mode: Mode,
-    operation: str,
-    normalized: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    layout: Layout,
-) -> Any:
-    use = mode.use(SCALE, operation, weight, bias, layout, normalized)
-    return None if use is None else UseFunction.apply(normalized, mode.token, use)
+LAYER_NORM = LayerNorm()
+GROUP_NORM = GroupNorm()
+RMS_NORM = RMSNorm()
+BATCH_NORM = BatchNorm()
+INSTANCE_NORM = InstanceNorm()

@@ -1,12 +1,10 @@
-"""Taking the rows of active examples, and products over rows."""
+"""Taking the rows of active examples."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from l2rw_ext import ops
-from l2rw_ext.ops import arithmetic
 from l2rw_ext.ops.compositions.weights import without_weight
 
 
@@ -27,8 +25,3 @@ def active_rows(
     if active.numel() < z.shape[0]:
         z = z.index_select(0, active)
     return z, scaled
-
-
-def product(g: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ over rows of g zᵀ in ``dtype``: (rows, d_out) and (rows, d_in) to (d_out, d_in)."""
-    return arithmetic.product(g.t(), z, dtype)

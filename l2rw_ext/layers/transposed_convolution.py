@@ -7,8 +7,7 @@ gradient of that convolution, whose input is g and whose output gradient is z.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,9 +15,8 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Mode, Roots, RowMap, Use, UseFunction
-from .convolution import Convolution, Geometry, correlate, examples_of, gathered, numbers
-from .registry import handles
+from .base import Call, Function, Roots, RowMap, Use
+from .convolution import Convolution, Geometry, examples_of, gathered, numbers
 
 
 class TransposedConvolution(Convolution):
@@ -30,6 +28,46 @@ class TransposedConvolution(Convolution):
     """
 
     name = "transposed convolution"
+    functions: ClassVar[tuple[Function, ...]] = (
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+    )
+
+    def bind(  # type: ignore[override]  # torch's own order: groups before dilation
+        self,
+        func: Function,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Call | None:
+        """A single example without a batch is not covered."""
+        if input.dim() != weight.dim():
+            return None
+        spatial = weight.dim() - 2
+        geometry = Geometry(
+            numbers(stride, spatial),
+            numbers(padding, spatial),
+            numbers(dilation, spatial),
+            groups,
+            numbers(output_padding, spatial),
+        )
+        return Call(f"conv_transpose{spatial}d", input, weight, bias, geometry)
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Geometry
+    ) -> Tensor:
+        """Wᵀ * x + b."""
+        assert weight is not None
+        assert options.output_padding is not None
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
+        stride, padding, dilation, groups = options.of_operator()
+        return function(x, weight, bias, stride, padding, options.output_padding, groups, dilation)
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """Arrange both with frames; pad z where output padding makes room for positions."""
@@ -48,45 +86,42 @@ class TransposedConvolution(Convolution):
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """V = Σ_i G'_i, V_b = Σ g'."""
-        weight = None if use.roots[0] is None else gathered(use, *_swapped(z, g), None)[0]
-        return weight, None if use.roots[1] is None else _bias_gradients(g).sum(0)
+        V = None if use.roots[0] is None else gathered(use, *_swapped(z, g), None)[0]
+        return V, None if use.roots[1] is None else _bias_gradients(g).sum(0)
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ z·(V * g) + Σ g·V_b."""
-        weight, bias = direction
+        V, V_b = direction
         parts = []
-        if weight is not None:
-            u = correlate(use.options, *_swapped(z, g), weight, None)
+        if V is not None:
+            u = ops.conv_correlation(*_swapped(z, g), V, None, *use.options.of_operator())
             parts.append(_by_example(u, g))
-        if bias is not None:
-            parts.append(_bias_gradients(g) @ bias)
+        if V_b is not None:
+            parts.append(_bias_gradients(g) @ V_b)
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def example_gradients(
         self, use: Use, z: Tensor, g: Tensor, direction: Roots | None
     ) -> tuple[Roots, Tensor]:
         """G_i, for each example its own weight gradient, and Σ_p g."""
-        weight, bias = direction if direction is not None else (None, None)
-        gradients, _, u = examples_of(use, *_swapped(z, g), weight, None)
-        gradients, u = _by_example(gradients, g), _by_example(u, g)
+        V, V_b = direction if direction is not None else (None, None)
+        G, _, u = examples_of(use, *_swapped(z, g), V, None)
+        G, u = _by_example(G, g), _by_example(u, g)
         if use.roots[1] is None:
-            return (gradients, None), u
-        bias_gradients = _bias_gradients(g)
-        if bias is not None:
-            u = u + bias_gradients @ bias
-        return (gradients, bias_gradients), u
+            return (G, None), u
+        G_b = _bias_gradients(g)
+        return (G, G_b), (u if V_b is None else u + G_b @ V_b)
 
     def weighted_gradient(
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
     ) -> Roots:
         """Σ w_i G_i; examples with w = 0 are never read."""
-        weight = bias = None
+        W = W_b = None
         if use.roots[0] is not None:
-            by_row = weights.repeat_interleave(g.shape[1])
-            weight, _ = gathered(use, *_swapped(z, g), by_row)
+            W, _ = gathered(use, *_swapped(z, g), weights.repeat_interleave(g.shape[1]))
         if use.roots[1] is not None:
-            bias = ops.weighted_sum(_bias_gradients(g), weights)
-        return weight, bias
+            W_b = ops.weighted_sum(_bias_gradients(g), weights)
+        return W, W_b
 
 
 def _swapped(z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,40 +140,3 @@ def _bias_gradients(g: Tensor) -> Tensor:
 
 
 TRANSPOSED_CONVOLUTION = TransposedConvolution()
-
-
-def _arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> tuple[Tensor, Tensor, Tensor | None, Any, Any, Any, int, Any]:
-    return input, weight, bias, stride, padding, output_padding, groups, dilation
-
-
-@handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-def _transposed_convolution(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    x, weight, bias, stride, padding, output_padding, groups, dilation = _arguments(*args, **kwargs)
-    if not mode.is_use(x, weight, bias) or x.dim() != weight.dim():
-        return mode.other(func, args, kwargs)
-    spatial = weight.dim() - 2
-    geometry = Geometry(
-        numbers(stride, spatial),
-        numbers(padding, spatial),
-        numbers(dilation, spatial),
-        groups,
-        numbers(output_padding, spatial),
-    )
-    operation = f"conv_transpose{spatial}d"
-    use = mode.use(TRANSPOSED_CONVOLUTION, operation, weight, bias, geometry, x)
-    if use is None:
-        return mode.other(func, args, kwargs)
-    out = UseFunction.apply(x, mode.token, use)
-    use.output_shape = tuple(out.shape)
-    return out

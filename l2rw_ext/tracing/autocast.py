@@ -1,6 +1,6 @@
-"""Rules under autocast.
+"""Layers under autocast.
 
-Autocast casts between the function that a model calls and the kernel. A rule replaces the function,
+Autocast casts between the function that a model calls and the kernel. A use replaces the function,
 so it casts as autocast would. Data is cast with autograd, which casts the gradient back; the
 parameters of a use are cast without autograd, so that its roots stay the parameters themselves.
 
@@ -11,90 +11,43 @@ once for each combination of dtypes, and the dtype of its result shows what auto
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from l2rw_ext.devices import AUTOCAST_DEVICES
-from l2rw_ext.layers.base import Mode
-from l2rw_ext.layers.registry import BY_PARTS, Handler
-from l2rw_ext.layers.torch_functions import writes
 
-
-class _CastRule(NamedTuple):
+class CastRule(NamedTuple):
     """The dtypes that autocast gives a function's operands and result; None for no change."""
 
     compute: torch.dtype | None
     output: torch.dtype | None
 
 
-_NO_CAST = _CastRule(None, None)
+NO_CAST = CastRule(None, None)
 
-_CAST_RULES: dict[Any, _CastRule] = {}
-
-
-def handle(
-    mode: Mode,
-    handler: Handler,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Run a rule's handler with autocast off, on operands as autocast would cast them."""
-    for device in AUTOCAST_DEVICES:
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-            mode.narrow = True
-    tensors = list(_tensors((*args, *kwargs.values())))
-    data = [x for x in tensors if mode.is_data(x)]
-    if (
-        func in BY_PARTS
-        or not torch.is_grad_enabled()
-        or not data
-        or not torch.is_autocast_enabled(data[0].device.type)
-        or not any(mode.is_root(x) for x in tensors)
-    ):
-        return handler(mode, func, args, kwargs)
-    device = data[0].device.type
-    rule = _NO_CAST
-    if not writes(func, kwargs):
-        rule = _cast_rule(func, args, kwargs, tensors, device)
-    if rule.compute is not None:
-        args, kwargs = (
-            _each(lambda x: cast(x, rule.compute) if mode.is_data(x) else x, tree)
-            for tree in (args, kwargs)
-        )
-    before = mode.below_autocast
-    mode.below_autocast = (device, rule.compute)
-    torch.set_autocast_enabled(device, False)
-    try:
-        out = handler(mode, func, args, kwargs)
-    finally:
-        torch.set_autocast_enabled(device, True)
-        mode.below_autocast = before
-    return out if rule.output is None else _each(lambda x: cast(x, rule.output), out)
+_CAST_RULES: dict[Any, CastRule] = {}
 
 
-def call(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Run a function that a handler did not take, under the caller's autocast."""
-    assert mode.below_autocast is not None
-    device, _ = mode.below_autocast
+@contextmanager
+def enabled(device: str) -> Iterator[None]:
+    """The caller's autocast, where it is off for a function that stands in for another."""
     torch.set_autocast_enabled(device, True)
     try:
-        return func(*args, **kwargs)
+        yield
     finally:
         torch.set_autocast_enabled(device, False)
 
 
-def _cast_rule(
+def cast_rule(
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     tensors: list[Tensor],
     device: str,
-) -> _CastRule:
+) -> CastRule:
+    """What autocast does with a function on these operands, found by calling it once."""
     lower = torch.get_autocast_dtype(device)
     key = (func, tuple((x.dtype, x.dim() == 0) for x in tensors), device, lower)
     found = _CAST_RULES.get(key)
@@ -109,17 +62,17 @@ def _find_cast_rule(
     kwargs: dict[str, Any],
     tensors: list[Tensor],
     lower: torch.dtype,
-) -> _CastRule:
+) -> CastRule:
     output = _output_dtype(func, args, kwargs, None)
     dtypes = [x.dtype for x in tensors if x.is_floating_point()]
     if output is None or torch.float64 in dtypes:
-        return _NO_CAST
+        return NO_CAST
     if output == lower and _output_dtype(func, args, kwargs, torch.float32) == lower:
-        return _CastRule(lower, lower)
+        return CastRule(lower, lower)
     compute = output
     for dtype in dtypes:
         compute = torch.promote_types(compute, dtype)
-    return _CastRule(compute, output)
+    return CastRule(compute, output)
 
 
 def _output_dtype(
@@ -134,15 +87,15 @@ def _output_dtype(
         x = x.detach().clone()
         return x if dtype is None else cast(x, dtype)
 
-    devices = {x.device for x in _tensors((*args, *kwargs.values())) if x.is_cuda}
+    devices = {x.device for x in tensors_in((*args, *kwargs.values())) if x.is_cuda}
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
-            out = func(*_each(copied, args), **_each(copied, kwargs))
+            out = func(*each(copied, args), **each(copied, kwargs))
     finally:
         torch.set_autocast_cache_enabled(caches)
-    return next((x.dtype for x in _tensors((out,)) if x.is_floating_point()), None)
+    return next((x.dtype for x in tensors_in((out,)) if x.is_floating_point()), None)
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -150,20 +103,21 @@ def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _each(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def each(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """The same arguments or result, with ``change`` applied to every tensor."""
     if isinstance(tree, Tensor):
         return change(tree)
     if type(tree) in (tuple, list):
-        return type(tree)(_each(change, x) for x in tree)
+        return type(tree)(each(change, x) for x in tree)
     if isinstance(tree, dict):
-        return {k: _each(change, x) for k, x in tree.items()}
+        return {k: each(change, x) for k, x in tree.items()}
     return tree
 
 
-def _tensors(tree: tuple[Any, ...] | list[Any]) -> Iterator[Tensor]:
+def tensors_in(tree: tuple[Any, ...] | list[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, also those in lists and tuples."""
     for x in tree:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (tuple, list)):
-            yield from _tensors(x)
+            yield from tensors_in(x)

@@ -4,14 +4,15 @@ A ``TorchFunctionMode`` over the forward sees every torch function: functional c
 and hand-written modules alike. It tells three kinds of tensors apart by identity. *Roots* are
 trainable parameters and tensors that are computed only from them and constants (a transposed
 weight, a weight-normalised one, a chunk). *Constants* are buffers, frozen parameters and tensors
-that are made without data. Everything else is *data*. An operation of a root with data is a use;
-the registry of rules says how it enters Eq. 12.
+that are made without data. Everything else is *data*. Data that meets a root in a function of
+``layers.LAYERS`` becomes a use of that layer. A function that is no layer but composed of layers
+has a rewrite, which runs the composition.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,12 +20,38 @@ from torch.overrides import TorchFunctionMode
 
 from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
-from l2rw_ext.layers import REGISTRY
-from l2rw_ext.layers.base import Roots, Rule, Use
+from l2rw_ext.layers import LAYERS
+from l2rw_ext.layers.base import Call, Layer, Roots, Use
 from l2rw_ext.layers.torch_functions import writes
 
 from . import autocast
 from .members import Members
+
+Function: TypeAlias = Callable[..., Any]
+"""A torch function, as a function mode receives it."""
+
+Rewrite: TypeAlias = Callable[..., Any]
+"""(mode, function, *args, **kwargs) -> result, or NotImplemented if it does not cover the call."""
+
+_REWRITES: dict[Function, Rewrite] = {}
+
+_BY_PARTS: set[Function] = set()
+
+
+def rewrites(*functions: Function, by_parts: bool = False) -> Callable[[Rewrite], Rewrite]:
+    """Register a rewrite of torch functions.
+
+    It is asked if no layer takes the call. A rewrite ``by_parts`` runs the body of the function
+    under the mode again, so that autocast acts on the parts.
+    """
+
+    def register(rewrite: Rewrite) -> Rewrite:
+        _REWRITES.update(dict.fromkeys(functions, rewrite))
+        if by_parts:
+            _BY_PARTS.update(functions)
+        return rewrite
+
+    return register
 
 
 class Interception(TorchFunctionMode):
@@ -58,7 +85,7 @@ class Interception(TorchFunctionMode):
         self.narrow = False
         """Whether some of the forward ran in float16 under autocast, with its small range."""
         self.below_autocast: tuple[str, torch.dtype | None] | None = None
-        """In a handler that runs with autocast off: the device, and the dtype to compute in."""
+        """In a function that runs with autocast off: the device, and the dtype to compute in."""
         self._casts: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._listing = True
         self._roots: dict[int, Tensor] = {}
@@ -93,6 +120,15 @@ class Interception(TorchFunctionMode):
         trained = self.is_root(weight)
         return self.is_root(bias) or trained
 
+    def root_meets_data(self, operands: Sequence[Any]) -> bool:
+        """Whether there are roots as well as data among the operands."""
+        root = data = False
+        for a in operands:
+            if isinstance(a, Tensor):
+                root = root or self.is_root(a)
+                data = data or self.is_data(a)
+        return root and data
+
     def name_of(self, root: Tensor) -> str:
         """The parameter's name, or a description of a derived tensor."""
         name = self.names.get(id(root))
@@ -109,23 +145,74 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Function,
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self._listing:
             self.calls.append(self._described(func, args, kwargs or {}))
-        handler = REGISTRY.get(func)
-        if handler is not None:
+        if func in LAYERS or func in _REWRITES:
             if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-                return autocast.handle(self, handler, func, args, kwargs or {})
-            return handler(self, func, args, kwargs or {})
+                out = self._under_autocast(func, args, kwargs or {})
+            else:
+                out = self._covered(func, args, kwargs or {})
+            if out is not NotImplemented:
+                return out
         return self.other(func, args, kwargs or {})
 
-    def _described(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str:
+    def _covered(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The function as a use or rewritten; NotImplemented if it is neither."""
+        layer = LAYERS.get(func)
+        if layer is not None:
+            call = layer.bind(func, *args, **kwargs)
+            if call is not None and self.is_use(call.x, call.weight, call.bias):
+                out = self.use(layer, call)
+                if out is not NotImplemented:
+                    return out
+        rewrite = _REWRITES.get(func)
+        return NotImplemented if rewrite is None else rewrite(self, func, *args, **kwargs)
+
+    def _under_autocast(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As :meth:`_covered`, with autocast off, on operands as autocast would cast them."""
+        for device in devices.AUTOCAST_DEVICES:
+            lower = torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device) and lower == torch.float16:
+                self.narrow = True
+        tensors = list(autocast.tensors_in((*args, *kwargs.values())))
+        data = [x for x in tensors if self.is_data(x)]
+        if (
+            func in _BY_PARTS
+            or not torch.is_grad_enabled()
+            or not data
+            or not torch.is_autocast_enabled(data[0].device.type)
+            or not any(self.is_root(x) for x in tensors)
+        ):
+            return self._covered(func, args, kwargs)
+        device = data[0].device.type
+        rule = autocast.NO_CAST
+        if not writes(func, kwargs):
+            rule = autocast.cast_rule(func, args, kwargs, tensors, device)
+        if rule.compute is not None:
+            args, kwargs = (
+                autocast.each(
+                    lambda x: autocast.cast(x, rule.compute) if self.is_data(x) else x, tree
+                )
+                for tree in (args, kwargs)
+            )
+        before = self.below_autocast
+        self.below_autocast = (device, rule.compute)
+        torch.set_autocast_enabled(device, False)
+        try:
+            out = self._covered(func, args, kwargs)
+        finally:
+            torch.set_autocast_enabled(device, True)
+            self.below_autocast = before
+        if rule.output is None:
+            return out
+        return autocast.each(lambda x: autocast.cast(x, rule.output), out)
+
+    def _described(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """The function's name, with a mark if a number among its arguments is zero.
 
         A zero hides what it multiplies from the checks of this step, but the next step may show it.
@@ -151,7 +238,7 @@ class Interception(TorchFunctionMode):
         """Whether one of :attr:`scalars` is zero, or may have been; this waits for the device."""
         return any(a._version != version or not bool(a.any()) for a, version in self.scalars)
 
-    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def other(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation without a rule: run it, and follow roots and constants through it."""
         root = None
         data = False
@@ -180,7 +267,8 @@ class Interception(TorchFunctionMode):
         if self.below_autocast is None:
             out = func(*args, **kwargs)
         else:
-            out = autocast.call(self, func, args, kwargs)
+            with autocast.enabled(self.below_autocast[0]):
+                out = func(*args, **kwargs)
         if not data:
             self.follow(out)
             return out
@@ -221,26 +309,24 @@ class Interception(TorchFunctionMode):
         base = self.expanded_from(root)
         self._expanded[id(out)] = (root if base is None else base, out._version)
 
-    def use(
-        self,
-        rule: Rule,
-        operation: str,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        options: Any,
-        x: Tensor,
-    ) -> Use | None:
-        """A new use of the given operands on data x; None if autograd should run the operation.
+    def use(self, layer: Layer, call: Call) -> Any:
+        """The output of a use of the layer; NotImplemented if autograd should run the operation."""
+        use = self.use_of(layer, call)
+        return NotImplemented if use is None else layer.run(use, call.x, self.token)
+
+    def use_of(self, layer: Layer, call: Call) -> Use | None:
+        """A new use of the operands of a call; None if autograd should run the operation.
 
         That is so under ``no_grad``: in a target network, or in the forward of a custom Function.
         The graph check after the forward tells the two apart.
         """
+        x, weight, bias = call.x, call.weight, call.bias
         roots: Roots = (
             weight if weight is not None and self.is_root(weight) else None,
             bias if bias is not None and self.is_root(bias) else None,
         )
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise NotExactError(f"{operation} is called inside a torch.func transform")
+            raise NotExactError(f"{call.operation} is called inside a torch.func transform")
         if any(root is not None and root.is_complex() for root in roots):
             return None
         if x.layout != torch.strided or x.is_nested:
@@ -252,13 +338,12 @@ class Interception(TorchFunctionMode):
             return None
         if self.below_autocast is not None and self.below_autocast[1] is not None:
             dtype = self.below_autocast[1]
-            weight, bias = self._operand(weight, dtype), self._operand(bias, dtype)
+            call.weight, call.bias = self._operand(weight, dtype), self._operand(bias, dtype)
         elif torch.is_autocast_enabled(x.device.type):
-            raise NotExactError(f"no layer-wise rule covers {operation} under autocast")
-        use = Use(rule, operation, weight, bias, roots, options)
+            raise NotExactError(f"no layer-wise rule covers {call.operation} under autocast")
+        use = Use(layer, call, roots)
         use.sink = self.sink
         use.part = self.part
-        use.shape = tuple(x.shape)
         if self._listing:
             use.index = len(self.uses)
             self.uses.append(use)

@@ -597,7 +597,7 @@ def test_every_form_is_exact(
 ) -> None:
 
     def forced(use: Any, size: Any, *, without: tuple[str, ...] = ()) -> Any:
-        costs = use.rule.costs(use, size)
+        costs = use.layer.costs(use, size)
         allowed = [f for f in (form, *costs) if f in costs and f not in without]
         return allowed[0], costs
 

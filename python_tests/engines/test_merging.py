@@ -32,7 +32,7 @@ def _grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer that can take the factored form takes it, and waits."""
 
     def factored(use: Any, size: Any, *, without: tuple[str, ...] = ()) -> Any:
-        costs = use.rule.costs(use, size)
+        costs = use.layer.costs(use, size)
         allowed = [form for form in ("factored", *costs) if form in costs and form not in without]
         return allowed[0], costs
 

@@ -573,7 +573,7 @@ def test_bilinear(bias: bool, frozen: str | None) -> None:
 
 def _forced(form: str) -> Callable[..., Any]:
     def choose(use: Any, size: Any, *, without: tuple[str, ...] = ()) -> Any:
-        costs = use.rule.costs(use, size)
+        costs = use.layer.costs(use, size)
         allowed = [f for f in (form, *costs) if f in costs and f not in without]
         return allowed[0], costs
 

@@ -20,6 +20,7 @@ from l2rw_ext.task.clean_gradient import Direction, clean_direction
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Task, require_grad
 
+from . import rules  # noqa: F401  registers the rules of :class:`Tangents`
 from .dual import unpack
 from .mode import Tangents
 

@@ -14,7 +14,8 @@ A tensor that breaks this rule went past the mode, and is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,14 +24,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from l2rw_ext.errors import NotExactError
+from l2rw_ext.layers import LAYERS
+from l2rw_ext.layers.base import Layer
 from l2rw_ext.layers.torch_functions import writes
 from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.clean_gradient import Direction
 from l2rw_ext.task.task import Task
 
-from .dual import tangent_of, unpack
-from .registry import Handler
-from .rules import REGISTRY
+from .dual import dual, tangent_of, unpack
 
 
 def _getters(*names: str) -> set[Any]:
@@ -46,6 +47,25 @@ _HOOKS = {torch.Tensor.register_hook} | _getters("grad_fn")
 
 _GRADIENTS = {torch.autograd.grad} | _getters("grad")
 """How a forward can read the result of a backward that it runs."""
+
+
+Function: TypeAlias = Callable[..., Any]
+"""A torch function, as a function mode receives it."""
+
+Rule: TypeAlias = Callable[..., Any]
+"""(mode, function, *args, **kwargs) -> what the function returns, as dual tensors."""
+
+_RULES: dict[Function, Rule] = {}
+
+
+def carries(*functions: Function) -> Callable[[Rule], Rule]:
+    """Register a rule that carries tangents through torch functions."""
+
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
 
 
 class Tangents(TorchFunctionMode):
@@ -80,7 +100,7 @@ class Tangents(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Function,
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
@@ -111,31 +131,28 @@ class Tangents(TorchFunctionMode):
                     "hides how it depends on the parameters (a custom autograd Function, a "
                     "compiled or scripted region)"
                 )
-        handler = None if still else REGISTRY.get(func)
+        run = func if still else self._rule_of(func)
         if recomputed():
             # A recomputation in the weighted backward would have no tangents.
             with kept():
-                out = self._run(handler, func, args, kwargs)
+                out = run(*args, **kwargs)
         else:
-            out = self._run(handler, func, args, kwargs)
+            out = run(*args, **kwargs)
         if not tensors:
             return out
         if writes(func, kwargs):
             self._checked(name, kwargs.get("out", args[0]), still, tensors)
         return self._checked(name, out, still, tensors)
 
-    def _run(
-        self,
-        handler: Handler | None,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        return func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
+    def _rule_of(self, func: Function) -> Callable[..., Any]:
+        """What carries the tangent through a function; the function itself if torch does."""
+        rule = _RULES.get(func)
+        if rule is not None:
+            return partial(rule, self, func)
+        layer = LAYERS.get(func)
+        return func if layer is None or not layer.linear_in_x else partial(_through, layer, func)
 
-    def _gradients(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _gradients(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the result of a backward inside the forward constant, or refuse it.
 
         The rules carry tangents past autograd, so that such a backward would not see all of them.
@@ -149,9 +166,7 @@ class Tangents(TorchFunctionMode):
     def _moving(self, x: Tensor) -> Tensor:
         return self._duals.get(id(x), x)
 
-    def _constant(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _constant(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function without grad on the primals; a written tensor keeps its tangent."""
         originals: dict[int, Tensor] = {}
 
@@ -223,6 +238,32 @@ class Tangents(TorchFunctionMode):
                 raise NotExactError("the losses come from an operation without forward derivative")
             return torch.zeros_like(losses)
         return tangent.detach()
+
+
+def _through(layer: Layer, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+    """The layer and its tangent ẏ = W ẋ + V x + V_b, where no product with a zero is formed.
+
+    The primal is recorded by autograd, and the tangent is not.
+    """
+    call = layer.bind(func, *args, **kwargs)
+    if call is None or any(
+        t is not None and t.layout != torch.strided for t in (call.x, call.weight)
+    ):
+        return func(*args, **kwargs)
+    options = call.options
+    x, dx = unpack(layer.enter(call.x, options))
+    W, V = unpack(call.weight)
+    b, V_b = unpack(call.bias)
+    y = layer.forward(x, W, b, options)
+    with torch.no_grad():
+        dy = None
+        if V is not None:
+            dy, V_b = layer.term(x, V, V_b, options), None
+        if dx is not None or V_b is not None:
+            dx = torch.zeros_like(x) if dx is None else dx
+            moved = layer.forward(dx, W, V_b, options)
+            dy = moved if dy is None else dy.add_(moved)
+    return dual(y, dy)
 
 
 def _map(function: Callable[[Tensor], Tensor], tree: Any, seen: list[Tensor]) -> Any:

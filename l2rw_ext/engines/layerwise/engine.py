@@ -307,7 +307,7 @@ def _multiplies_by_zero(use: Use) -> bool:
     The tensor that it multiplies has no gradient in this step, but may have one in the next.
     """
     root = use.roots[0]
-    if root is None or (use.rule is BROADCAST and use.operation not in FACTORS):
+    if root is None or (use.layer is BROADCAST and use.operation not in FACTORS):
         return False
     return not bool(root.any())
 

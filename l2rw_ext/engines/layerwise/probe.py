@@ -87,7 +87,7 @@ class Probe:
         if g.numel() == 0:
             self.maps[use.index] = None
             return
-        found = _Rows.of(g, use.rule.leading(use, g))
+        found = _Rows.of(g, use.layer.leading(use, g))
         plain = self._plain.pop(use.index, None)
         if plain is None:
             self._plain[use.index] = found
@@ -106,7 +106,7 @@ class Probe:
         smallest = torch.finfo(torch.float16 if self.narrow else g.dtype).smallest_normal
         fitting = [
             rows
-            for rows in use.rule.maps(use, g, r.numel())
+            for rows in use.layer.maps(use, g, r.numel())
             if _scaled_by(plain, found, r, rows, eps, smallest)
         ]
         if not fitting:

@@ -50,9 +50,9 @@ def in_groups(g: Tensor) -> bool:
 
 def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
     """A use's part of the direction, if all its rows belong to the clean batch."""
-    rows = math.prod(g.shape[: use.rule.leading(use, g)])
-    z, g = use.rule.prepare(use, z, g, RowMap.of_all(rows))
-    return use.rule.direction(use, z, g)
+    rows = math.prod(g.shape[: use.layer.leading(use, g)])
+    z, g = use.layer.prepare(use, z, g, RowMap.of_all(rows))
+    return use.layer.direction(use, z, g)
 
 
 def add_roots(totals: dict[int, tuple[Tensor, Tensor]], use: Use, values: Roots) -> None:
@@ -236,7 +236,7 @@ class Scoring(Scored):
             if devices.readable(g) and bool(g.any()):
                 raise StalePlanError
             return None
-        return use.rule.prepare(use, z, g, planned.rows)
+        return use.layer.prepare(use, z, g, planned.rows)
 
     def _score(self, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
         """Score a use whose direction depends on no other use, or is known beforehand."""
@@ -251,25 +251,25 @@ class Scoring(Scored):
         z, z_clean = torch.unsafe_split_with_sizes(z, parts)
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
         if planned.form == "factored":
-            factors = use.rule.factors(use, z, g, z_clean, g_clean)
+            factors = use.layer.factors(use, z, g, z_clean, g_clean)
             if in_groups(g) and not self._task.low_memory:  # which keeps no tensors
                 self._groups.setdefault((g.dtype, g.device), []).append(factors)
             else:
                 self.scores += ops.factored_correlation(*factors)
             self._keep(_Kept(use, z, g))
         else:
-            direction = use.rule.direction(use, z_clean, g_clean)
+            direction = use.layer.direction(use, z_clean, g_clean)
             self._correlate(use, planned.form, z, g, direction)
 
     def _correlate(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots) -> None:
         reaches = any(part is not None for part in direction)
-        if form == "per example" and not use.rule.reduces:
-            examples, u = use.rule.example_gradients(use, z, g, direction if reaches else None)
+        if form == "per example" and not use.layer.reduces:
+            examples, u = use.layer.example_gradients(use, z, g, direction if reaches else None)
             self._keep(_Kept(use, examples=examples))
         else:
             self._keep(_Kept(use, z, g))
             if reaches:
-                u = use.rule.correlation(use, z, g, direction)
+                u = use.layer.correlation(use, z, g, direction)
         if reaches:
             self.scores += u.to(self.scores.dtype)
 
@@ -294,7 +294,7 @@ class Scoring(Scored):
             for use, form, z, g in self._side_by_side(reports):
                 training.append((use, form, z[:n], g[:n]))
                 if use.part == "merged":
-                    add_roots(totals, use, use.rule.direction(use, z[n:], g[n:]))
+                    add_roots(totals, use, use.layer.direction(use, z[n:], g[n:]))
         directions = self._leaves.pull_back(totals.values())
         self._push([use for use, *_ in training], directions)
         with BelowAutograd():
@@ -310,10 +310,11 @@ class Scoring(Scored):
         for report in reports:
             use, form, z, g = report
             key: Any = use.index
-            if use.rule.rows_add_up and g.shape[1] <= FEW_POSITIONS:
+            if use.layer.rows_add_up and g.shape[1] <= FEW_POSITIONS:
                 roots = tuple(map(id, use.roots))
                 features = (z.shape[2:], g.shape[2:], g.dtype)
-                key = (use.rule, use.part, roots, use.options, form, use.index in trained, features)
+                reached = use.index in trained
+                key = (use.layer, use.part, roots, use.options, form, reached, features)
             groups.setdefault(key, []).append(report)
         for group in groups.values():
             use, form, z, g = group[0]
@@ -364,7 +365,7 @@ class Scoring(Scored):
             return
         z, g = (x[: self._n] for x in rows)
         ones = _for(g, second.ones)
-        add_roots(second.totals, use, use.rule.weighted_gradient(use, z, g, ones, second.active))
+        add_roots(second.totals, use, use.layer.weighted_gradient(use, z, g, ones, second.active))
 
 
 def _active(weights: Tensor) -> Tensor | None:
@@ -382,7 +383,7 @@ def _weighted(kept: _Kept, weights: Tensor, active: Tensor | None) -> Roots:
     assert kept.z is not None
     assert kept.g is not None
     weights = _for(kept.g, weights)
-    return kept.use.rule.weighted_gradient(kept.use, kept.z, kept.g, weights, active)
+    return kept.use.layer.weighted_gradient(kept.use, kept.z, kept.g, weights, active)
 
 
 def _for(kept: Tensor, weights: Tensor) -> Tensor:

@@ -1,15 +1,5 @@
-"""Operations whose tangent has a separate rule; importing this package fills the registry."""
+"""Operations whose tangent has a separate rule; importing this package registers the rules."""
 
-from l2rw_ext.engines.forward.registry import REGISTRY
+from . import activation, embedding, indexed_writes, normalization, unfused
 
-from . import activation, embedding, indexed_writes, multilinear, normalization, unfused
-
-__all__ = [
-    "REGISTRY",
-    "activation",
-    "embedding",
-    "indexed_writes",
-    "multilinear",
-    "normalization",
-    "unfused",
-]
+__all__ = ["activation", "embedding", "indexed_writes", "normalization", "unfused"]

@@ -6,31 +6,28 @@ autograd saves the activation together with its tangent.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext.engines.forward.dual import dual, tangent_of, unpack
-from l2rw_ext.engines.forward.registry import Function, Mode, handles, operands
+from l2rw_ext.engines.forward.mode import Function, Tangents, carries
 
 
-@handles(F.relu, torch.relu, Tensor.relu)
-def _relu(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, in_place = operands(args, kwargs, "input", "inplace")
-    if in_place:
-        return _relu_in_place(x)
-    z, dz = unpack(x)
+@carries(F.relu, torch.relu, Tensor.relu)
+def _relu(mode: Tangents, func: Function, input: Tensor, inplace: bool = False) -> Tensor:
+    if inplace:
+        return _relu_in_place(input)
+    z, dz = unpack(input)
     y = torch.relu(z)
     with torch.no_grad():
         dy = torch.ops.aten.threshold_backward(dz, y, 0)
     return dual(y, dy)
 
 
-@handles(torch.relu_, Tensor.relu_)
-def _relu_(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _relu_in_place(*operands(args, kwargs, "input"))
+@carries(torch.relu_, Tensor.relu_)
+def _relu_(mode: Tangents, func: Function, input: Tensor) -> Tensor:
+    return _relu_in_place(input)
 
 
 def _relu_in_place(x: Tensor) -> Tensor:

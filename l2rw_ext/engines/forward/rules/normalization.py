@@ -15,48 +15,42 @@ from torch.nn import functional as F
 
 from l2rw_ext import ops
 from l2rw_ext.engines.forward.dual import dual, unpack
-from l2rw_ext.engines.forward.registry import Function, Mode, handles
+from l2rw_ext.engines.forward.mode import Function, Tangents, carries
 from l2rw_ext.layers.normalization import format_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@handles(torch.batch_norm)
-def _batch_norm(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def normalize(
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        cudnn_enabled: bool,
-    ) -> Any:
-        if not training or input.dtype not in _DTYPES or input.numel() == 0:
-            return func(*args, **kwargs)
-        x, dx = unpack(input)
-        gamma, V = unpack(weight)
-        beta, V_b = unpack(bias)
-        y, mean, rstd = torch.native_batch_norm(
-            x, gamma, beta, running_mean, running_var, True, momentum, eps
-        )
-        with torch.no_grad():
-            dy = ops.batch_norm_tangent(x, dx, mean, rstd, gamma, V, V_b)
-        return dual(y, dy)
-
-    return normalize(*args, **kwargs)
+@carries(torch.batch_norm)
+def _batch_norm(
+    mode: Tangents,
+    func: Function,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    statistics = running_mean, running_var
+    if not training or input.dtype not in _DTYPES or input.numel() == 0:
+        return func(input, weight, bias, *statistics, training, momentum, eps, cudnn_enabled)
+    x, dx = unpack(input)
+    gamma, V = unpack(weight)
+    beta, V_b = unpack(bias)
+    y, mean, rstd = torch.native_batch_norm(x, gamma, beta, *statistics, True, momentum, eps)
+    with torch.no_grad():
+        dy = ops.batch_norm_tangent(x, dx, mean, rstd, gamma, V, V_b)
+    return dual(y, dy)
 
 
-@handles(F.group_norm)
-def _group_norm(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@carries(F.group_norm)
+def _group_norm(
+    mode: Tangents, func: Function, /, input: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
     """Contiguous inside: torch's forward derivative fails for channels last."""
-    x: Tensor = args[0] if args else kwargs["input"]
-    if x.is_contiguous():
-        return func(*args, **kwargs)
-    if args:
-        args = (x.contiguous(), *args[1:])
-    else:
-        kwargs = {**kwargs, "input": x.contiguous()}
-    return func(*args, **kwargs).contiguous(memory_format=format_of(x))
+    out: Tensor = func(input.contiguous(), *args, **kwargs)
+    return out if input.is_contiguous() else out.contiguous(memory_format=format_of(input))

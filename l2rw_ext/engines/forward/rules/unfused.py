@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l2rw_ext.engines.forward.registry import Function, Mode, handles, operands
+from l2rw_ext.engines.forward.mode import Function, Tangents, carries
 from l2rw_ext.layers import corrections
 from l2rw_ext.layers.torch_functions import inside
 
@@ -24,18 +24,17 @@ _BY_PARTS = {
 }
 
 
-@handles(*_BY_PARTS)
-def _by_parts(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@carries(*_BY_PARTS)
+def _by_parts(mode: Tangents, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     """Run the Python body under the mode, which then sees ``torch.batch_norm`` and its like."""
     with mode:
         return _BY_PARTS[func](*args, **kwargs)
 
 
-@handles(torch._weight_norm)
-def _weight_norm(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@carries(torch._weight_norm)
+def _weight_norm(mode: Tangents, func: Function, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Its fused kernel has no forward derivative."""
-    v, g, dim = operands(args, kwargs, "v", "g", "dim")
-    return v * (g / torch.norm_except_dim(v, 2, dim or 0))
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 _CORRECTED: dict[Function, Function] = {
@@ -48,21 +47,21 @@ _CORRECTED: dict[Function, Function] = {
 }
 
 
-@handles(*_CORRECTED)
-def _corrected(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@carries(*_CORRECTED)
+def _corrected(mode: Tangents, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     """Functions whose forward derivative is wrong in torch run as corrections."""
     return _CORRECTED[func](*args, **kwargs)
 
 
-@handles(F.scaled_dot_product_attention)
-def _attention(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@carries(F.scaled_dot_product_attention)
+def _attention(mode: Tangents, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     mode.attention = True
     with sdpa_kernel(SDPBackend.MATH):
         return func(*args, **kwargs)
 
 
-@handles(torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu)
-def _recurrence(mode: Mode, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@carries(torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu)
+def _recurrence(mode: Tangents, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     with _without_onednn():
         return func(*args, **kwargs)
 

@@ -6,17 +6,15 @@ need not hold at the next, so a plan of such a forward is checked at each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Mode
-from .registry import handles
+from l2rw_ext.tracing.interception import Function, Interception, rewrites
 
 
-@handles(
+@rewrites(
     Tensor.item,
     Tensor.tolist,
     Tensor.numpy,
@@ -28,26 +26,22 @@ from .registry import handles
     torch.equal,
     torch.allclose,
 )
-def _read(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _read(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     if any(mode.is_data(a) for a in args):
         mode.data_dependent = mode.data_dependent or func.__name__
-    return mode.other(func, args, kwargs)
+    return NotImplemented
 
 
-@handles(Tensor.__getitem__)
-def _index(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+@rewrites(Tensor.__getitem__)
+def _index(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     _, index = args
     first = index[0] if isinstance(index, tuple) and index else index
     if isinstance(first, Tensor) and mode.is_data(first):
         mode.data_dependent = mode.data_dependent or "indexing"
-    return mode.other(func, args, kwargs)
+    return NotImplemented
 
 
-@handles(
+@rewrites(
     torch.gather,
     Tensor.gather,
     torch.index_select,
@@ -71,18 +65,16 @@ def _index(
     torch.topk,
     Tensor.topk,
 )
-def _along(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _along(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     dims = [a for a in (*args[1:], kwargs.get("dim")) if isinstance(a, int)]
     x = args[0] if args else kwargs.get("input")
     within = dims and isinstance(x, Tensor) and all(d % max(x.dim(), 1) for d in dims)
     if not within and any(mode.is_data(a) for a in (*args, *kwargs.values())):
         mode.data_dependent = mode.data_dependent or func.__name__
-    return mode.other(func, args, kwargs)
+    return NotImplemented
 
 
-@handles(
+@rewrites(
     torch.take,
     Tensor.take,
     torch.masked_select,
@@ -97,9 +89,7 @@ def _along(
     torch.unique,
     Tensor.unique,
 )
-def _anywhere(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _anywhere(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     if any(mode.is_data(a) for a in (*args, *kwargs.values())):
         mode.data_dependent = mode.data_dependent or func.__name__
-    return mode.other(func, args, kwargs)
+    return NotImplemented

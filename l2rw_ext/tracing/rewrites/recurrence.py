@@ -8,18 +8,19 @@ separate use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Mode, Use
-from .broadcast import meet
-from .cells import GRU, LSTM, Cell, Elman, after, before
-from .linear import LINEAR, handle_linear
-from .registry import handles
+from l2rw_ext.layers.base import Call, Use
+from l2rw_ext.layers.cells import GRU, LSTM, Cell, Elman, after, before
+from l2rw_ext.layers.linear import LINEAR
+from l2rw_ext.tracing.interception import Function, Interception, rewrites
+
+from .elementwise import meet
 
 
 class _Recurrence(torch.autograd.Function):
@@ -62,7 +63,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _layer(
-    mode: Mode,
+    mode: Interception,
     operation: str,
     cell: Cell,
     x: Tensor,  # (T, N, d)
@@ -74,10 +75,12 @@ def _layer(
     """(all hidden states (T, N, H), final memory) of one layer in one direction."""
     w_input, weight, b_input, bias = (*parameters, None, None)[:4]
     assert weight is not None
-    pre = handle_linear(mode, F.linear, (x, w_input, b_input), {})
+    assert w_input is not None
+    with mode:
+        pre = F.linear(x, w_input, b_input)
     use = None
     if mode.is_root(weight) or mode.is_root(bias):
-        use = mode.use(LINEAR, operation, weight, bias, None, x)
+        use = mode.use_of(LINEAR, Call(operation, x, weight, bias))
     if use is not None:
         use.shape = (*x.shape[:-1], weight.shape[1])
         assert use.weight is not None
@@ -91,7 +94,7 @@ def _layer(
 
 
 def _covers(
-    mode: Mode, cell: Cell, x: Tensor, states: Sequence[Any], parameters: Sequence[Any]
+    mode: Interception, cell: Cell, x: Tensor, states: Sequence[Any], parameters: Sequence[Any]
 ) -> bool:
     """Whether data meets trained weights, in the shapes that a cell without projection has."""
     trained = any(mode.is_root(p) for p in parameters)
@@ -106,7 +109,7 @@ def _covers(
 
 
 def _data_states(
-    mode: Mode, func: Callable[..., Any], states: Sequence[Tensor]
+    mode: Interception, func: Function, states: Sequence[Tensor]
 ) -> list[Tensor] | None:
     """Initial states as data: a trained state is a use, in the shape in which it enters."""
     met = [meet(mode, func, s, s.shape) if mode.is_root(s) else s for s in states]
@@ -135,13 +138,11 @@ def _arguments(
     return input, hx, params, has_biases, num_layers, dropout * train, bidirectional, batch_first
 
 
-@handles(*_LAYERS)
-def _recurrent_layers(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+@rewrites(*_LAYERS)
+def _recurrent_layers(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     packed = len(args) > 1 and isinstance(args[1], Tensor) and not args[1].is_floating_point()
     if packed:
-        return _packed(mode, func, args, kwargs)
+        return _packed(mode, func, args)
     x, hx, parameters, has_biases, layers, dropout, bidirectional, batch_first = _arguments(
         *args, **kwargs
     )
@@ -152,10 +153,10 @@ def _recurrent_layers(
     if not _covers(mode, cell, x, initial, parameters) or len(parameters) != (
         layers * directions * each
     ):
-        return mode.other(func, args, kwargs)
+        return NotImplemented
     states = _data_states(mode, func, initial)
     if states is None:
-        return mode.other(func, args, kwargs)
+        return NotImplemented
     if batch_first:
         x = x.transpose(0, 1)
     final: list[tuple[Tensor, ...]] = []
@@ -184,14 +185,12 @@ def _recurrent_layers(
     return x, *(torch.stack(states) for states in zip(*final, strict=True))
 
 
-def _packed(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _packed(mode: Interception, func: Function, args: tuple[Any, ...]) -> Any:
     """Refuse a packed sequence: its rows are sorted by length, which no row map describes."""
     for p in (p for a in args if isinstance(a, (tuple, list)) for p in a):
         if mode.is_root(p):
             mode.unruled.setdefault(id(p), f"{func.__name__} of a packed sequence")
-    return mode.other(func, args, kwargs)
+    return NotImplemented
 
 
 _CELLS: dict[Any, Cell] = {
@@ -202,32 +201,25 @@ _CELLS: dict[Any, Cell] = {
 }
 
 
-def _cell_arguments(
+@rewrites(*_CELLS)
+def _recurrent_cell(
+    mode: Interception,
+    func: Function,
     input: Tensor,
     hx: Any,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
-) -> tuple[Tensor, Any, list[Tensor | None]]:
-    return input, hx, [w_ih, w_hh, b_ih, b_hh]
-
-
-@handles(*_CELLS)
-def _recurrent_cell(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    x, hx, parameters = _cell_arguments(*args, **kwargs)
-    cell = _CELLS[func]
+    cell, parameters = _CELLS[func], [w_ih, w_hh, b_ih, b_hh]
     initial: Sequence[Tensor] = hx if isinstance(hx, (tuple, list)) else (hx,)
-    states = (
-        _data_states(mode, func, initial)
-        if _covers(mode, cell, x, initial, parameters) and x.dim() == 2
-        else None
-    )
+    if input.dim() != 2 or not _covers(mode, cell, input, initial, parameters):
+        return NotImplemented
+    states = _data_states(mode, func, initial)
     if states is None:
-        return mode.other(func, args, kwargs)
+        return NotImplemented
     hidden, memory = _layer(
-        mode, func.__name__, cell, x.unsqueeze(0), states, parameters, reverse=False
+        mode, func.__name__, cell, input.unsqueeze(0), states, parameters, reverse=False
     )
     return hidden[0] if memory is None else (hidden[0], memory)

@@ -1,4 +1,4 @@
-"""Products of data with a trainable matrix: ``@`` on either side, ``einsum`` and its relatives.
+"""Products of data with a trained matrix: ``@`` on either side, ``einsum`` and its relatives.
 
 All are one contraction, which the indices describe. An index of data and weight that the result
 lacks is an input feature and is summed over. An index that only the weight shares with the result
@@ -10,30 +10,28 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .base import Mode
-from .batched import use_batched_linear
-from .broadcast import root_meets_data
-from .linear import INPUTS_FIRST, LINEAR, use_linear
-from .registry import handles
+from l2rw_ext.layers.base import Call
+from l2rw_ext.layers.batched import BATCHED_LINEAR
+from l2rw_ext.layers.linear import INPUTS_FIRST, LINEAR
+from l2rw_ext.tracing.interception import Function, Interception, rewrites
 
 
 def contract(
-    mode: Mode,
+    mode: Interception,
     operation: str,
     x: Tensor,
     x_letters: str,
     weight: Tensor,
     weight_letters: str,
     out_letters: str,
-) -> Tensor | None:
-    """``einsum`` of data with a root as a use; None if autograd should run it.
+) -> Any:
+    """``einsum`` of data with a root as a use; NotImplemented if autograd should run it.
 
     No letter occurs twice in one operand, and every letter has one size.
     """
@@ -56,13 +54,10 @@ def contract(
         matrix = [inner, outer] if inputs_first else [*blocks, outer, inner]
         weight = _arranged(weight, own, matrix, sizes)
     x = _arranged(x, kept, [*rows, *blocks, inner], sizes)
-    if heads:
-        out = use_batched_linear(mode, operation, x, weight)
-    else:
-        rule = INPUTS_FIRST if inputs_first else LINEAR
-        out = use_linear(mode, operation, x, weight, None, rule)
-    if out is None:
-        return None
+    layer = BATCHED_LINEAR if heads else INPUTS_FIRST if inputs_first else LINEAR
+    out = mode.use(layer, Call(operation, x, weight))
+    if out is NotImplemented:
+        return out
     out = out.reshape([sizes[c] for c in rows + heads + outer])
     return _permuted(out, rows + heads + outer, out_letters)
 
@@ -84,28 +79,28 @@ def _arranged(x: Tensor, letters: str, groups: Sequence[str], sizes: dict[str, i
     return x.reshape([math.prod(sizes[c] for c in group) for group in groups])
 
 
-def _product(mode: Mode, operation: str, a: Any, b: Any) -> Tensor | None:
-    """``a @ b`` as a use if one is data and the other a root; None if it is not covered."""
+def _product(mode: Interception, operation: str, a: Any, b: Any) -> Any:
+    """``a @ b`` as a use if one is data and the other a root that no layer takes as it is."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or min(a.dim(), b.dim()) == 0:
-        return None
+        return NotImplemented
     if mode.is_use(a, b, None):
         if b.dim() == 2:
-            return use_linear(mode, operation, a, b, None, INPUTS_FIRST)
+            return NotImplemented
     elif not mode.is_use(b, a, None):
-        return None
+        return NotImplemented
     ranks = a.dim(), b.dim()
     a, b, batch_a, batch_b, batch = _aligned(mode, a, b)
     a_letters = batch_a + ("ik" if ranks[0] > 1 else "k")
     b_letters = batch_b + ("kj" if ranks[1] > 1 else "k")
     out_letters = batch + "i" * (ranks[0] > 1) + "j" * (ranks[1] > 1)
     if _sizes([a, b], [a_letters, b_letters]) is None:
-        return None
+        return NotImplemented
     if mode.is_root(b):
         return contract(mode, operation, a, a_letters, b, b_letters, out_letters)
     return contract(mode, operation, b, b_letters, a, a_letters, out_letters)
 
 
-def _aligned(mode: Mode, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, str, str, str]:
+def _aligned(mode: Interception, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, str, str, str]:
     """Both without batch dimensions that broadcast, and letters of those that stay and of all."""
     batch = string.ascii_uppercase[: max(a.dim(), b.dim(), 2) - 2]
 
@@ -137,7 +132,7 @@ def _sizes(operands: Sequence[Tensor], letters: Sequence[str]) -> dict[str, int]
     return sizes
 
 
-@handles(
+@rewrites(
     torch.matmul,
     torch.mm,
     torch.bmm,
@@ -148,17 +143,13 @@ def _sizes(operands: Sequence[Tensor], letters: Sequence[str]) -> dict[str, int]
     Tensor.mv,
     Tensor.__matmul__,
 )
-def _matmul(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if len(args) == 2 and not kwargs:
-        out = _product(mode, func.__name__.strip("_"), *args)
-        if out is not None:
-            return out
-    return mode.other(func, args, kwargs)
+def _matmul(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 2 or kwargs:
+        return NotImplemented
+    return _product(mode, func.__name__.strip("_"), *args)
 
 
-@handles(
+@rewrites(
     torch.addmm,
     Tensor.addmm,
     torch.addmv,
@@ -167,18 +158,19 @@ def _matmul(
     Tensor.baddbmm,
 )
 def _product_plus(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    mode: Interception,
+    func: Function,
+    start: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
 ) -> Any:
-    """β input + α (a @ b)."""
-    if len(args) != 3 or not kwargs.keys() <= {"alpha", "beta"}:
-        return mode.other(func, args, kwargs)
-    start, a, b = args
-    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
-    if mode.is_use(a, b, start) and b.dim() == 2 and start.shape == b.shape[1:] and not kwargs:
-        out = use_linear(mode, func.__name__, a, b, start, INPUTS_FIRST)
-        return mode.other(func, args, kwargs) if out is None else out
-    if not root_meets_data(mode, args) or not torch.is_grad_enabled():
-        return mode.other(func, args, kwargs)
+    """β start + α (a @ b)."""
+    if out is not None or not mode.root_meets_data([start, a, b]) or not torch.is_grad_enabled():
+        return NotImplemented
     with mode:
         product = torch.matmul(a, b)
         product = product if alpha == 1 else product * alpha
@@ -187,28 +179,20 @@ def _product_plus(
         return (start if beta == 1 else start * beta) + product
 
 
-@handles(torch.einsum)
-def _einsum(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+@rewrites(torch.einsum)
+def _einsum(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> Any:
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
-    if isinstance(equation, str) and root_meets_data(mode, operands) and torch.is_grad_enabled():
-        out = _sum_of_products(mode, equation, operands)
-        if out is not None:
-            return out
-    return mode.other(func, args, kwargs)
-
-
-def _sum_of_products(mode: Mode, equation: str, operands: Sequence[Tensor]) -> Tensor | None:
-    parsed = _parse(equation, operands)
+    if not isinstance(equation, str) or not torch.is_grad_enabled():
+        return NotImplemented
+    parsed = _parse(equation, operands) if mode.root_meets_data(operands) else None
     sizes = None if parsed is None else _sizes(operands, parsed[0])
     if parsed is None or sizes is None:
-        return None
+        return NotImplemented
     letters, out = parsed
     if len(set(out)) < len(out) or not set(out) <= sizes.keys():
-        return None
+        return NotImplemented
     roots = [i for i, a in enumerate(operands) if mode.is_root(a)]
     others = [i for i in range(len(operands)) if i not in roots]
     weight_letters = _group(letters, roots, out, others)
@@ -258,59 +242,34 @@ def _parse(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str] |
     return letters, out.replace("...", spelled)
 
 
-def _tensordot_arguments(
-    a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Any, bool]:
-    return a, b, dims, out is None and not isinstance(dims, Tensor)
-
-
-@handles(torch.tensordot)
+@rewrites(torch.tensordot)
 def _tensordot(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    mode: Interception,
+    func: Function,
+    a: Tensor,
+    b: Tensor,
+    dims: Any = 2,
+    out: Tensor | None = None,
 ) -> Any:
-    a, b, dims, plain = _tensordot_arguments(*args, **kwargs)
-    if not plain or not root_meets_data(mode, [a, b]):
-        return mode.other(func, args, kwargs)
+    if out is not None or isinstance(dims, Tensor) or not mode.root_meets_data([a, b]):
+        return NotImplemented
     if isinstance(dims, int):
         dims = list(range(a.dim() - dims, a.dim())), list(range(dims))
     a_letters = list(string.ascii_lowercase[: a.dim()])
     b_letters = list(string.ascii_uppercase[: b.dim()])
     for i, j in zip(*dims, strict=True):
         b_letters[j] = a_letters[i]
-    out = [c for c in a_letters if c not in b_letters] + [c for c in b_letters if c.isupper()]
+    kept = [c for c in a_letters if c not in b_letters] + [c for c in b_letters if c.isupper()]
+    equation = f"{''.join(a_letters)},{''.join(b_letters)}->{''.join(kept)}"
     with mode:
-        return torch.einsum(f"{''.join(a_letters)},{''.join(b_letters)}->{''.join(out)}", a, b)
+        return torch.einsum(equation, a, b)
 
 
-@handles(torch.inner, Tensor.inner)
-def _inner(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if (
-        len(args) != 2
-        or kwargs
-        or not root_meets_data(mode, args)
-        or not all(a.dim() for a in args)
-    ):
-        return mode.other(func, args, kwargs)
+@rewrites(torch.inner, Tensor.inner)
+def _inner(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+    if len(args) != 2 or kwargs or not mode.root_meets_data(args):
+        return NotImplemented
+    if not all(a.dim() for a in args):
+        return NotImplemented
     with mode:
         return torch.tensordot(*args, dims=([-1], [-1]))
-
-
-def _bilinear_arguments(
-    input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return input1, input2, weight, bias
-
-
-@handles(F.bilinear)
-def _bilinear(
-    mode: Mode, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """A linear layer on the products of all pairs of features."""
-    first, second, weight, bias = _bilinear_arguments(*args, **kwargs)
-    if not root_meets_data(mode, [first, second, weight, bias]) or not torch.is_grad_enabled():
-        return mode.other(func, args, kwargs)
-    with mode:
-        pairs = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
-        return F.linear(pairs, weight.flatten(1), bias)
