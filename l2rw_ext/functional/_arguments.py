@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .directions import Dense, Direction, Factored, accumulation_dtype
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+
+from .directions import Dense, Direction, Factored
 
 
 def checked_example_dim(layer: str, example_dim: int, dims: int, allowed: int) -> int:
@@ -106,11 +107,3 @@ def required(layer: str, name: str, value: Tensor | None) -> Tensor:
     if value is None:
         raise ValueError(f"{layer}: direction.{name} must be a tensor, got None")
     return value
-
-
-def check_shape(layer: str, name: str, value: Tensor, shape: torch.Size) -> None:
-    """Raises unless ``value`` has the given shape."""
-    if value.shape != shape:
-        raise ValueError(
-            f"{layer}: direction.{name} must have shape {tuple(shape)}, got {tuple(value.shape)}"
-        )

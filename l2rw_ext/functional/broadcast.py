@@ -7,47 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._affine import add_affine
+from l2rw_ext.layers.base import Roots
+from l2rw_ext.layers.broadcast import BROADCAST
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+
 from ._arguments import checked_direction, checked_eps, checked_example_dim, is_single, required
-from .directions import Direction, Factored, accumulation_dtype
-
-
-def _check_parameter(layer: str, p: Tensor, y: Tensor, example_dim: int) -> None:
-    """Raises unless ``p`` is the same for all examples of ``y``."""
-    position = example_dim - (y.dim() - p.dim())
-    if position >= 0 and p.shape[position] != 1:
-        raise ValueError(
-            f"{layer}: p must be shared by all examples, with no dimension or size 1 at dimension "
-            f"{example_dim} of the output {tuple(y.shape)}, got shape {tuple(p.shape)}"
-        )
-
-
-def _check_like_p(layer: str, V: Tensor, p: Tensor) -> Tensor:
-    if V.shape != p.shape:
-        raise ValueError(
-            f"{layer}: direction.V must have the shape of p, {tuple(p.shape)}, got {tuple(V.shape)}"
-        )
-    return V
-
-
-def _reduced(layer: str, product: Tensor, p: Tensor) -> Tensor:
-    """Sums the clean batch's gradients to the shape of ``p``."""
-    try:
-        return product.to(accumulation_dtype(product.dtype)).sum_to_size(p.shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{layer}: direction.g_clean must have a shape to which p, {tuple(p.shape)}, "
-            f"broadcasts, got {tuple(product.shape)}"
-        ) from error
-
-
-def _gradient_direction(layer: str, direction: Direction, p: Tensor) -> Tensor:
-    """The direction of a parameter that is added: V, or Σ g' in the shape of ``p``."""
-    if isinstance(direction, Factored):
-        return _reduced(layer, direction.g_clean, p)
-    if direction.V_b is not None:
-        raise ValueError(f"{layer}: direction.V_b must be None: p has no bias")
-    return _check_like_p(layer, required(layer, "V", direction.V), p)
+from ._perturbation import Gradients, Term, add_term
+from .directions import Direction, Factored
 
 
 def _check_input(layer: str, x: Tensor, p: Tensor) -> None:
@@ -56,6 +22,89 @@ def _check_input(layer: str, x: Tensor, p: Tensor) -> None:
             f"{layer}: input must have at least the {p.dim()} dimensions of p, so that one of them "
             f"counts the examples, got shape {tuple(x.shape)}"
         )
+
+
+class _Product(Term):
+    """The term x_i V of a product, elementwise."""
+
+    def value(self, x: Tensor, direction: Roots, dtype: torch.dtype) -> Tensor:
+        """See :class:`Term`."""
+        return x * super().value(x, direction, dtype)
+
+    def gradients(
+        self, g: Tensor, x: Tensor, direction: Roots, needed: tuple[bool, ...]
+    ) -> Gradients:
+        """See :class:`Term`."""
+        need_x, *others = needed
+        _, V, _ = super().gradients(g * x, x, direction, (False, *others))
+        return g * super().value(x, direction, g.dtype) if need_x else None, V, None
+
+    def scores(self, x: Tensor, g: Tensor, direction: Roots) -> Tensor:
+        """See :class:`Term`."""
+        return super().scores(x, g.to(accumulation_dtype(g.dtype)) * x, direction)
+
+
+def _perturb(
+    layer: str,
+    p: Tensor,
+    x: Tensor | None,
+    y: Tensor,
+    eps: Tensor,
+    direction: Direction | None,
+    example_dim: int,
+    alpha: float = 1,
+) -> Tensor:
+    """The plain result with ε_i alpha V, or ε_i x_i V, added to the part of example i."""
+    dim = checked_example_dim(layer, example_dim, y.dim(), y.dim())
+    position = dim - (y.dim() - p.dim())
+    if position >= 0 and p.shape[position] != 1:
+        raise ValueError(
+            f"{layer}: p must be shared by all examples, with no dimension or size 1 at dimension "
+            f"{dim} of the output {tuple(y.shape)}, got shape {tuple(p.shape)}"
+        )
+    eps = checked_eps(layer, "eps", eps, y, dim)
+    direction = checked_direction(layer, "eps", direction, y)
+    if isinstance(direction, Factored):
+        V = _clean_gradient(layer, p, direction, multiplies=x is not None)
+        # Once for the layer p -> alpha p; once more below, as V itself comes from its gradients.
+        V = V if alpha == 1 else alpha * V
+    elif direction.V_b is not None:
+        raise ValueError(f"{layer}: direction.V_b must be None: p has no bias")
+    else:
+        V = required(layer, "V", direction.V)
+        if V.shape != p.shape:
+            raise ValueError(
+                f"{layer}: direction.V must have the shape of p, {tuple(p.shape)}, "
+                f"got {tuple(V.shape)}"
+            )
+    V = V if alpha == 1 else alpha * V
+    if x is None:  # a sum and an expansion read nothing
+        return add_term(y, p.detach(), eps, V, None, Term(BROADCAST, y.shape, dim))
+    x = x.expand(y.shape).to(y.dtype)
+    return add_term(y, x, eps, V, None, _Product(BROADCAST, y.shape, dim))
+
+
+def _clean_gradient(layer: str, p: Tensor, direction: Factored, *, multiplies: bool) -> Tensor:
+    """V = Σ g', or Σ g' z' where p multiplies, in the shape of p."""
+    g_clean = direction.g_clean
+    if multiplies:
+        z_clean = required(layer, "z_clean", direction.z_clean)
+        try:
+            g_clean = g_clean * z_clean
+        except RuntimeError as error:
+            raise ValueError(
+                f"{layer}: direction.z_clean must broadcast to g_clean, got shapes "
+                f"{tuple(z_clean.shape)} and {tuple(g_clean.shape)}"
+            ) from error
+    try:
+        V, _ = BROADCAST.term_transpose(g_clean, g_clean, (p, None), g_clean.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{layer}: direction.g_clean must have a shape to which p, {tuple(p.shape)}, "
+            f"broadcasts, got {tuple(g_clean.shape)}"
+        ) from error
+    assert V is not None
+    return V
 
 
 def add(
@@ -103,14 +152,7 @@ def add(
         eps = eps.reshape(1)
         return add(one, p, alpha=alpha, eps=eps, direction=direction).squeeze(0)
     y = torch.add(input, p, alpha=alpha)
-    dim = checked_example_dim("add", example_dim, y.dim(), y.dim())
-    _check_parameter("add", p, y, dim)
-    eps = checked_eps("add", "eps", eps, y, dim)
-    V = _gradient_direction("add", checked_direction("add", "eps", direction, y), p)
-    if alpha != 1:
-        # Once for the layer p ↦ alpha p; once more where V itself comes from its gradients.
-        V = (alpha * alpha if isinstance(direction, Factored) else alpha) * V
-    return add_affine(y, None, eps, None, V, dim)
+    return _perturb("add", p, None, y, eps, direction, example_dim, alpha)
 
 
 def mul(
@@ -154,24 +196,7 @@ def mul(
     if is_single("mul", "eps", eps):
         one = input.unsqueeze(0)
         return mul(one, p, eps=eps.reshape(1), direction=direction).squeeze(0)
-    y = torch.mul(input, p)
-    dim = checked_example_dim("mul", example_dim, y.dim(), y.dim())
-    _check_parameter("mul", p, y, dim)
-    eps = checked_eps("mul", "eps", eps, y, dim)
-    direction = checked_direction("mul", "eps", direction, y)
-    if isinstance(direction, Factored):
-        z_clean = required("mul", "z_clean", direction.z_clean)
-        try:
-            product = direction.g_clean * z_clean
-        except RuntimeError as error:
-            raise ValueError(
-                "mul: direction.z_clean must broadcast to g_clean, got shapes "
-                f"{tuple(z_clean.shape)} and {tuple(direction.g_clean.shape)}"
-            ) from error
-        V = _reduced("mul", product, p)
-    else:
-        V = _gradient_direction("mul", direction, p)
-    return add_affine(y, input.expand(y.shape), eps, V, None, dim)
+    return _perturb("mul", p, input, torch.mul(input, p), eps, direction, example_dim)
 
 
 def expand(
@@ -214,12 +239,5 @@ def expand(
     if eps is None:
         return y
     if is_single("expand", "eps", eps):
-        y, eps, example_dim, single = y.unsqueeze(0), eps.reshape(1), 0, True
-    else:
-        single = False
-    dim = checked_example_dim("expand", example_dim, y.dim(), y.dim())
-    _check_parameter("expand", p, y, dim)
-    eps = checked_eps("expand", "eps", eps, y, dim)
-    V = _gradient_direction("expand", checked_direction("expand", "eps", direction, y), p)
-    y = add_affine(y, None, eps, None, V, dim)
-    return y.squeeze(0) if single else y
+        return _perturb("expand", p, None, y.unsqueeze(0), eps.reshape(1), direction, 0).squeeze(0)
+    return _perturb("expand", p, None, y, eps, direction, example_dim)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 
@@ -104,8 +103,3 @@ class Factored:
 
 
 Direction: TypeAlias = Dense | Factored
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which sums over elements of ``dtype`` are formed."""
-    return torch.promote_types(dtype, torch.float32)

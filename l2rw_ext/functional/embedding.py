@@ -2,97 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from l2rw_ext import ops
+from l2rw_ext.layers.base import Call
+from l2rw_ext.layers.embedding import EMBEDDING, row_of
 
-from ._arguments import (
-    check_dense,
-    checked_direction,
-    checked_eps,
-    checked_example_dim,
-    is_single,
-    required,
-)
-from ._perturbation import add_term, along, apply, example_sum, fused, rows, with_signature
-from .directions import Direction, Factored
-
-
-def _is_padding(index: Tensor, padding_idx: int) -> Tensor:
-    return (index == padding_idx).unsqueeze(-1)
-
-
-def _term(index: Tensor, V: Tensor, padding_idx: int, dtype: torch.dtype) -> Tensor:
-    # The row padding_idx has no gradient in torch, hence no part in <V, ∇f_i>.
-    term = F.embedding(index, V).to(dtype)
-    return term if padding_idx < 0 else term.masked_fill(_is_padding(index, padding_idx), 0)
-
-
-class _Embedding(torch.autograd.Function):
-    """y_i + ε_i V[index_i], except at indices ``padding_idx``, which is -1 if there is none."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @with_signature
-    def forward(
-        y: Tensor,  # [..., d]
-        index: Tensor,  # [...]
-        eps: Tensor,  # [n]
-        V: Tensor,  # [v, d]
-        padding_idx: int,
-        example_dim: int,
-    ) -> Tensor:
-        return add_term(y, eps, _term(index, V, padding_idx, y.dtype), example_dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, index, eps, V, ctx.padding_idx, ctx.example_dim = inputs
-        ctx.save_for_backward(index, eps, V)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        index, eps, V = ctx.saved_tensors
-        _, _, need_eps, need_V, _, _ = ctx.needs_input_grad
-        dim, padding_idx = ctx.example_dim, ctx.padding_idx
-        grad_eps = grad_V = None
-        if need_eps:
-            if fused():
-                active = g if padding_idx < 0 else g.masked_fill(_is_padding(index, padding_idx), 0)
-                positions = rows(index, dim, []).squeeze(-1)
-                u = ops.embedding_correlation(positions, rows(active, dim, [g.dim() - 1]), V)
-            else:
-                u = example_sum(g, _term(index, V, padding_idx, g.dtype), dim)
-            grad_eps = u.to(eps.dtype)
-        if need_V:
-            scaled = (g * along(eps, g, dim)).to(V.dtype)
-            grad_V = torch.ops.aten.embedding_dense_backward(
-                scaled, index, V.shape[0], padding_idx, False
-            )
-        return g, None, grad_eps, grad_V, None, None
-
-
-def _factored_direction(direction: Factored, weight: Tensor, padding_idx: int) -> Tensor:
-    """V from the factors: the weight gradient of the clean batch."""
-    index, g_clean = required("embedding", "z_clean", direction.z_clean), direction.g_clean
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"embedding: direction.z_clean must hold indices, int32 or int64, got {index.dtype}"
-        )
-    expected = (*index.shape, weight.shape[1])
-    if tuple(g_clean.shape) != expected:
-        raise ValueError(
-            f"embedding: direction.g_clean must have shape {expected}, that of z_clean and the "
-            f"width of weight, got {tuple(g_clean.shape)}"
-        )
-    V: Tensor = torch.ops.aten.embedding_dense_backward(
-        g_clean, index, weight.shape[0], padding_idx, False
-    )
-    return V
+from ._arguments import checked_example_dim, is_single
+from ._perturbation import perturb
+from .directions import Direction
 
 
 def embedding(
@@ -164,12 +83,14 @@ def embedding(
         ).squeeze(0)
     dim = checked_example_dim("embedding", example_dim, input.dim(), input.dim())
     y = F.embedding(input, weight, padding_idx, max_norm, norm_type, False, sparse)
-    padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    eps = checked_eps("embedding", "eps", eps, y, dim)
-    direction = checked_direction("embedding", "eps", direction, y)
-    if isinstance(direction, Factored):
-        V = _factored_direction(direction, weight, padding)
-    else:
-        V = required("embedding", "V", direction.V)
-        check_dense("embedding", direction, weight, None)
-    return apply(_Embedding, y, input, eps, V, padding, dim)
+
+    def clean_shape(z_clean: Tensor) -> tuple[int, ...]:
+        if z_clean.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                "embedding: direction.z_clean must hold indices, int32 or int64, got "
+                f"{z_clean.dtype}"
+            )
+        return (*z_clean.shape, weight.shape[1])
+
+    call = Call("embedding", input, weight, None, row_of(padding_idx, weight))
+    return perturb(EMBEDDING, call, y, eps, direction, dim, clean_shape)

@@ -12,16 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._affine import add_affine
-from ._arguments import (
-    check_dense,
-    checked_direction,
-    checked_eps,
-    checked_example_dim,
-    is_single,
-    required,
-)
-from .directions import Direction, Factored, accumulation_dtype
+from l2rw_ext.layers.base import Call
+from l2rw_ext.layers.normalization import SCALE, Layout
+
+from ._arguments import checked_example_dim, is_single
+from ._perturbation import perturb
+from .directions import Direction
 
 
 def _check_constant(layer: str, eps: Any) -> None:
@@ -30,43 +26,6 @@ def _check_constant(layer: str, eps: Any) -> None:
             f"{layer}: eps is the numerical constant, a number, got a tensor of shape "
             f"{tuple(eps.shape)}; ε goes into perturbation="
         )
-
-
-def _factored_direction(
-    layer: str,
-    direction: Factored,
-    normalize: Callable[[Tensor], Tensor],
-    parameter_shape: tuple[int, ...],
-    first: int,
-    has_weight: bool,
-    has_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """V and V_b from the factors; the parameters lie along the dimensions from ``first`` on.
-
-    A negative ``first`` counts from the back, as the normalized dimensions of a layer norm do.
-    """
-    z_clean, g_clean = required(layer, "z_clean", direction.z_clean), direction.g_clean
-    width = len(parameter_shape)
-    begin = first % z_clean.dim() if -z_clean.dim() < first < z_clean.dim() else 0
-    if begin == 0 or tuple(z_clean.shape[begin : begin + width]) != parameter_shape:
-        shape = "ends in" if first < 0 else "has, from dimension 1 on,"
-        raise ValueError(
-            f"{layer}: direction.z_clean must be a batch whose shape {shape} {parameter_shape}, "
-            f"got {tuple(z_clean.shape)}"
-        )
-    if z_clean.shape != g_clean.shape:
-        raise ValueError(
-            f"{layer}: direction.g_clean must have the shape of z_clean, "
-            f"{tuple(z_clean.shape)}, got {tuple(g_clean.shape)}"
-        )
-    summed = [d for d in range(z_clean.dim()) if not begin <= d < begin + width]
-    dtype = accumulation_dtype(g_clean.dtype)
-    V = V_b = None
-    if has_weight:
-        V = (g_clean * normalize(z_clean)).sum(summed, dtype=dtype)
-    if has_bias and direction.bias:
-        V_b = g_clean.sum(summed, dtype=dtype)
-    return V, V_b
 
 
 def _perturb(
@@ -78,36 +37,48 @@ def _perturb(
     perturbation: Tensor,
     direction: Direction | None,
     example_dim: int,
-    first: int,
+    features: int | None = None,
 ) -> Tensor:
-    """Adds ε_i (x̂_i V + V_b) to the plain layer, ``function`` of input, weight and bias."""
+    """Adds ε_i (x̂_i V + V_b) to the plain layer, ``function`` of input, weight and bias.
+
+    The parameters lie along the last ``features`` dimensions; None: along the channels.
+    """
     parameter = weight if weight is not None else bias
     if parameter is None:
         raise ValueError(f"{layer}: with perturbation, the layer must have a weight or a bias")
+    shape = tuple(parameter.shape)
+    if features is not None and is_single(layer, "perturbation", perturbation):
+        return _perturb(
+            layer,
+            function,
+            input.unsqueeze(0),
+            weight,
+            bias,
+            perturbation.reshape(1),
+            direction,
+            0,
+            features,
+        ).squeeze(0)
+    is_single(layer, "perturbation", perturbation)
+    allowed = 1 if features is None else input.dim() - features
+    dim = checked_example_dim(layer, example_dim, input.dim(), allowed)
     # With a bias and no weight, torch's layer_norm has wrong second derivatives and its group_norm
     # has no backward.
     y = function(input, torch.ones_like(parameter) if weight is None else weight, bias)
-    eps = checked_eps(layer, "perturbation", perturbation, y, example_dim)
-    direction = checked_direction(layer, "perturbation", direction, y)
-    if isinstance(direction, Factored):
-        V, V_b = _factored_direction(
-            layer,
-            direction,
-            lambda z_clean: function(z_clean, None, None),
-            tuple(parameter.shape),
-            first,
-            weight is not None,
-            bias is not None,
-        )
-    else:
-        check_dense(layer, direction, weight, bias)
-        V, V_b = direction.V, direction.V_b
-    if first > 0:
-        shape = [*parameter.shape, *[1] * (y.dim() - first - 1)]
-        V = None if V is None else V.reshape(shape)
-        V_b = None if V_b is None else V_b.reshape(shape)
-    x = None if V is None else function(input, None, None)
-    return add_affine(y, x, eps, V, V_b, example_dim)
+
+    def clean_shape(z_clean: Tensor) -> tuple[int, ...]:
+        first = 1 if features is None else z_clean.dim() - features
+        if first < 1 or tuple(z_clean.shape[first : first + len(shape)]) != shape:
+            where = "has, from dimension 1 on," if features is None else "ends in"
+            raise ValueError(
+                f"{layer}: direction.z_clean must be a batch whose shape {where} {shape}, "
+                f"got {tuple(z_clean.shape)}"
+            )
+        return tuple(z_clean.shape)
+
+    layout = Layout(features, lambda x: function(x, None, None))
+    call = Call(layer, input, weight, bias, layout)
+    return perturb(SCALE, call, y, perturbation, direction, dim, clean_shape, "perturbation")
 
 
 def layer_norm(
@@ -156,18 +127,6 @@ def layer_norm(
     _check_constant("layer_norm", eps)
     if perturbation is None:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    if is_single("layer_norm", "perturbation", perturbation):
-        return layer_norm(
-            input.unsqueeze(0),
-            normalized_shape,
-            weight,
-            bias,
-            eps,
-            perturbation=perturbation.reshape(1),
-            direction=direction,
-        ).squeeze(0)
-    width = len(normalized_shape)
-    dim = checked_example_dim("layer_norm", example_dim, input.dim(), input.dim() - width)
     return _perturb(
         "layer_norm",
         lambda x, w, b: F.layer_norm(x, normalized_shape, w, b, eps),
@@ -176,8 +135,8 @@ def layer_norm(
         bias,
         perturbation,
         direction,
-        dim,
-        -width,
+        example_dim,
+        len(normalized_shape),
     )
 
 
@@ -225,16 +184,6 @@ def rms_norm(
     shape = list(normalized_shape)
     if perturbation is None:
         return F.rms_norm(input, shape, weight, eps)
-    if is_single("rms_norm", "perturbation", perturbation):
-        return rms_norm(
-            input.unsqueeze(0),
-            shape,
-            weight,
-            eps,
-            perturbation=perturbation.reshape(1),
-            direction=direction,
-        ).squeeze(0)
-    dim = checked_example_dim("rms_norm", example_dim, input.dim(), input.dim() - len(shape))
     return _perturb(
         "rms_norm",
         lambda x, w, _: F.rms_norm(x, shape, w, eps),
@@ -243,8 +192,8 @@ def rms_norm(
         None,
         perturbation,
         direction,
-        dim,
-        -len(shape),
+        example_dim,
+        len(shape),
     )
 
 
@@ -293,7 +242,6 @@ def group_norm(
     _check_constant("group_norm", eps)
     if perturbation is None:
         return F.group_norm(input, num_groups, weight, bias, eps)
-    is_single("group_norm", "perturbation", perturbation)
     return _perturb(
         "group_norm",
         lambda x, w, b: F.group_norm(x, num_groups, w, b, eps),
@@ -302,8 +250,7 @@ def group_norm(
         bias,
         perturbation,
         direction,
-        checked_example_dim("group_norm", example_dim, input.dim(), 1),
-        1,
+        example_dim,
     )
 
 
@@ -366,7 +313,6 @@ def batch_norm(
             "batch_norm: training must be False with perturbation, got True: batch statistics "
             "couple the examples, so that scores by layer would be wrong"
         )
-    is_single("batch_norm", "perturbation", perturbation)
     return _perturb(
         "batch_norm",
         lambda x, w, b: F.batch_norm(x, running_mean, running_var, w, b, False, momentum, eps),
@@ -375,6 +321,5 @@ def batch_norm(
         bias,
         perturbation,
         direction,
-        checked_example_dim("batch_norm", example_dim, input.dim(), 1),
-        1,
+        example_dim,
     )

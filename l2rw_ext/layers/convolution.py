@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext import ops
+from l2rw_ext.ops.arithmetic import accumulation_dtype
 
 from .base import Call, Function, Layer, Roots, RowMap, Use
 from .costs import Cost, Size, rates_of
@@ -118,16 +119,12 @@ class Convolution(Layer):
     def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: Geometry) -> Roots:
         """The ordinary weight and bias gradients."""
         weight, bias = like
-        assert weight is not None
-        gradients = torch.ops.aten.convolution_backward(
-            g,
-            x,
-            weight.to(x.dtype),
-            [weight.shape[1] if options.output_padding is not None else weight.shape[0]],
-            *options.arguments(),
-            [False, True, bias is not None],
-        )
-        return gradients[1], gradients[2]
+        if weight is not None:
+            weight = torch.ops.aten.convolution_backward(
+                g, x, weight.to(x.dtype), None, *options.arguments(), [False, True, False]
+            )[1]
+        others = [d for d in range(g.dim()) if d != 1]
+        return weight, None if bias is None else g.sum(others, dtype=accumulation_dtype(g.dtype))
 
     def data_gradient(
         self, g: Tensor, x: Tensor, weight: Tensor | None, options: Geometry

@@ -153,10 +153,12 @@ class Scale(Layer):
 
 def _channels_last(x: Tensor) -> Tensor:
     """(R, C, *s) -> (R, S, C), a view for contiguous and for channels-last tensors."""
+    rows, channels, *rest = x.shape
     last = x.movedim(1, -1)
-    if x.dim() > 3 and last.is_contiguous():
-        return last.flatten(1, -2)
-    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(2).transpose(1, 2)
+    if x.dim() == 3 or not last.is_contiguous():
+        # As a view: a reshape of channels that lie far apart would copy.
+        return x.reshape(rows, channels, math.prod(rest)).transpose(1, 2)
+    return last.reshape(rows, math.prod(rest), channels)
 
 
 def _stacked(scale: Tensor, shift: Tensor, g: Tensor) -> Tensor:
@@ -173,7 +175,8 @@ def _of_examples(scale: Tensor, shift: Tensor, rows: RowMap) -> tuple[Tensor, Te
 
 def _by_example(x: Tensor, rows: RowMap, leading: int) -> Tensor:
     """(rows..., features...) -> (N, T, d)."""
-    return rows.arrange(x.flatten(leading), leading)
+    features = math.prod(x.shape[leading:])
+    return rows.arrange(x.reshape(*x.shape[:leading], features), leading)
 
 
 class _LayerNormUse(torch.autograd.Function):
@@ -377,6 +380,7 @@ class InstanceNorm(Scale):
         return Call("instance_norm", input, weight, bias, layout)
 
 
+SCALE = Scale()
 LAYER_NORM = LayerNorm()
 GROUP_NORM = GroupNorm()
 RMS_NORM = RMSNorm()

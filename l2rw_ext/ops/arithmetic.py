@@ -21,8 +21,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == b.dtype == dtype:
         return a @ b
     narrow = a.dtype == b.dtype and dtype == torch.float32 and a.dtype.itemsize == 2
-    if narrow and a.is_cuda and a.numel() and b.numel():
-        # This runs on tensor cores without copying an operand; torch offers it only on CUDA.
+    differentiated = a.requires_grad or b.requires_grad
+    if narrow and a.is_cuda and a.numel() and b.numel() and not differentiated:
+        # This runs on tensor cores without copying an operand; torch offers it only on CUDA, and
+        # without a derivative.
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         return multiply(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
