@@ -29,15 +29,15 @@ def _correlation(
     offset = g.dim() - some.dim()
     kept = [d for d in range(g.dim()) if d >= offset and some.shape[d - offset] != 1]
     gradient = rows(g, example_dim, kept)
-    return ops.affine_correlation(
-        # Without V the operator reads no x.
-        gradient if x is None else rows(x, example_dim, kept),
-        gradient,
-        None,
-        None,
-        None if V is None else V.reshape(V.numel()),
-        None if V_b is None else V_b.reshape(V_b.numel()),
-    )
+    # Without V there is no x, and the first result is not used.
+    inputs = gradient if x is None else rows(x, example_dim, kept)
+    G, G_b = ops.affine_example_gradients(inputs, gradient, None, None)
+    u = G.new_zeros(G.shape[0])
+    if V is not None:
+        u = u + G @ V.reshape(V.numel()).to(G.dtype)
+    if V_b is not None:
+        u = u + G_b @ V_b.reshape(V_b.numel()).to(G.dtype)
+    return u
 
 
 class _Affine(torch.autograd.Function):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from l2rw_ext import ops
 from l2rw_ext.ops import arithmetic
-from l2rw_ext.ops.compositions.weights import without_weight
+from l2rw_ext.ops.arithmetic import without_weight
 
 
 def active_rows(
