@@ -44,29 +44,22 @@ class Checks:
         if not condition:
             raise ArgumentError(message)
 
-    def same(self, name: str, tensor: Tensor, *sizes: Size) -> None:
-        """The argument shares dtype and device with the reference."""
-        self._shape(name, tensor, sizes)
-        self._device(name, tensor)
-        dtype = self._tensor.dtype
-        self.require(
-            tensor.dtype == dtype,
-            f"{name} must have the dtype of {self._reference} ({_name(dtype)}), got "
-            f"{_name(tensor.dtype)}",
-        )
+    def same(self, name: str, tensor: Tensor | None, *sizes: Size, or_wide: bool = False) -> None:
+        """The argument, if given, shares dtype and device with the reference.
 
-    def same_or_wide(self, name: str, tensor: Tensor | None, *sizes: Size) -> None:
-        """As :meth:`same`, or in the accumulation dtype: a direction, a weight, a statistic."""
+        A direction, a weight or a statistic may also have the accumulation dtype (``or_wide``).
+        """
         if tensor is None:
             return
         self._shape(name, tensor, sizes)
         self._device(name, tensor)
         dtype = self._tensor.dtype
         wide = accumulation_dtype(dtype)
+        other = f" or its accumulation dtype ({_name(wide)})" if or_wide else ""
         self.require(
-            tensor.dtype in (dtype, wide),
-            f"{name} must have the dtype of {self._reference} ({_name(dtype)}) or its accumulation "
-            f"dtype ({_name(wide)}), got {_name(tensor.dtype)}",
+            tensor.dtype == dtype or (or_wide and tensor.dtype == wide),
+            f"{name} must have the dtype of {self._reference} ({_name(dtype)}){other}, got "
+            f"{_name(tensor.dtype)}",
         )
 
     def integers(

@@ -49,20 +49,15 @@ def conv_correlation(
         >>> ops.conv_correlation(z, g, V, None, [1], [0], [1], 1)
         tensor([4.])
     """
-    check = Checks("z", z, dims=None)
-    check.same_or_wide("direction", direction, *[None] * z.dim())
-    kernel_size = direction.shape[2:]
-    _check_convolution(check, z, g, kernel_size, stride, padding, dilation, groups)
-    _check_direction(check, z, g, kernel_size, groups, direction, direction_bias)
-
+    geometry = (stride, padding, dilation, groups)
+    _check(z, g, direction.shape[2:], *geometry, direction, direction_bias)
     dtype = accumulation_dtype(z.dtype)
     n = z.shape[0]
     bias = None if direction_bias is None else direction_bias.to(dtype)
     if z.numel() == 0 or g.numel() == 0:
         u = z.new_zeros(n, dtype=dtype)
         return u if bias is None else u + _pixel_sums(g, dtype) @ bias
-    geometry = list(stride), list(padding), list(dilation), False, [0] * len(stride), groups
-    moved = torch.convolution(z.to(dtype), direction.to(dtype), bias, *geometry)
+    moved = torch.convolution(z.to(dtype), direction.to(dtype), bias, *_for_torch(*geometry))
     return moved.mul_(g).sum(tuple(range(1, g.dim())))
 
 
@@ -112,10 +107,8 @@ def conv_example_gradients(
         >>> G, G_b
         (tensor([[[[2., 2.]]]]), tensor([[2.]]))
     """
-    check = Checks("z", z, dims=None)
-    _check_convolution(check, z, g, kernel_size, stride, padding, dilation, groups)
-    _check_direction(check, z, g, kernel_size, groups, direction, direction_bias)
-
+    geometry = (kernel_size, stride, padding, dilation, groups)
+    _check(z, g, *geometry, direction, direction_bias)
     dtype = accumulation_dtype(z.dtype)
     n, outputs = g.shape[:2]
     shape = _kernel_shape(z, g, kernel_size, groups)
@@ -133,7 +126,7 @@ def conv_example_gradients(
     # kernels for hundreds of groups are slow. Here a few examples are copied at a time.
     met = z.shape[1] * math.prod(kernel_size) * pixels
     for part in parts(n, dtype.itemsize * (met + (0 if z.dtype == dtype else size))):
-        columns = _columns(z[part], kernel_size, stride, padding, dilation, groups)
+        columns = _columns(z[part], *geometry)
         rows = g[part].reshape(columns.shape[0], outputs // groups, pixels)
         wide = product(rows, columns.mT, dtype).view(-1, *shape)
         gradients[part] = wide
@@ -183,9 +176,8 @@ def conv_weighted_gradient(
         >>> ops.conv_weighted_gradient(z, g, w, [2], [1], [0], [1], 1)
         (tensor([[[1., 1.]]]), tensor([1.]))
     """
-    check = Checks("z", z, dims=None)
-    _check_convolution(check, z, g, kernel_size, stride, padding, dilation, groups)
-    check.same_or_wide("weights", weights, (z.shape[0], "examples of z"))
+    check = _check(z, g, kernel_size, stride, padding, dilation, groups)
+    check.same("weights", weights, (z.shape[0], "examples of z"), or_wide=True)
 
     dtype = accumulation_dtype(z.dtype)
     shape = _kernel_shape(z, g, kernel_size, groups)
@@ -198,7 +190,7 @@ def conv_weighted_gradient(
     bias_gradient = _pixel_sums(g, dtype).sum(0)
     if z.numel() == 0 or g.numel() == 0:
         return z.new_zeros(shape), bias_gradient
-    geometry = list(stride), list(padding), list(dilation), False, [0] * len(stride), groups
+    geometry = _for_torch(stride, padding, dilation, groups)
     gradient: Tensor = torch.ops.aten.convolution_backward(
         g, z, z.new_empty(shape), None, *geometry, [False, True, False]
     )[1]
@@ -207,6 +199,13 @@ def conv_weighted_gradient(
 
 def _kernel_shape(z: Tensor, g: Tensor, kernel_size: Sequence[int], groups: int) -> tuple[int, ...]:
     return (g.shape[1], z.shape[1] // groups, *kernel_size)
+
+
+def _for_torch(
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """With what torch wants to know of transposed convolutions: that this is none."""
+    return list(stride), list(padding), list(dilation), False, [0] * len(stride), groups
 
 
 def _pixel_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -232,8 +231,7 @@ def _columns(
     return z.permute(0, 1, *kernel, *pixels).reshape(n * groups, -1, count)
 
 
-def _check_convolution(
-    check: Checks,
+def _check(
     z: Tensor,
     g: Tensor,
     kernel_size: Sequence[int],
@@ -241,13 +239,17 @@ def _check_convolution(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> None:
+    direction: Tensor | None = None,
+    direction_bias: Tensor | None = None,
+) -> Checks:
+    check = Checks("z", z, dims=None)
     check.require(
         3 <= z.dim() <= 5,
         "z must have 3 to 5 dimensions (examples, channels, 1 to 3 of space), got shape "
         f"{tuple(z.shape)}",
     )
     check.same("g", g, (z.shape[0], "examples of z"), *[None] * (z.dim() - 1))
+    check.same("direction", direction, *[None] * z.dim(), or_wide=True)
     rank = z.dim() - 2
     check.numbers("kernel_size", kernel_size, rank, 1)
     check.numbers("stride", stride, rank, 1)
@@ -259,22 +261,14 @@ def _check_convolution(
         f"{groups}",
     )
     geometry = zip(z.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-    free = [(size + 2 * pad - apart * (k - 1) - 1, step) for size, k, step, pad, apart in geometry]
-    pixels = [0 if left < 0 else left // step + 1 for left, step in free]
+    pixels = [
+        max(0, (size + 2 * pad - apart * (k - 1) - 1) // step + 1)
+        for size, k, step, pad, apart in geometry
+    ]
     check.same("g", g, None, None, *((p, "what the convolution of z gives") for p in pixels))
-
-
-def _check_direction(
-    check: Checks,
-    z: Tensor,
-    g: Tensor,
-    kernel_size: Sequence[int],
-    groups: int,
-    direction: Tensor | None,
-    direction_bias: Tensor | None,
-) -> None:
     outputs = (g.shape[1], "channels of g")
     inputs = (z.shape[1] // groups, "channels of z in a group")
     kernel = [(k, "kernel_size") for k in kernel_size]
-    check.same_or_wide("direction", direction, outputs, inputs, *kernel)
-    check.same_or_wide("direction_bias", direction_bias, outputs)
+    check.same("direction", direction, outputs, inputs, *kernel, or_wide=True)
+    check.same("direction_bias", direction_bias, outputs, or_wide=True)
+    return check

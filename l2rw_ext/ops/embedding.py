@@ -34,6 +34,6 @@ def embedding_correlation(index: Tensor, g: Tensor, direction: Tensor) -> Tensor
     check = Checks("g", g)
     examples, positions = (g.shape[0], "examples of g"), (g.shape[1], "positions of g")
     check.integers("index", index, (torch.int64, torch.int32), examples, positions)
-    check.same_or_wide("direction", direction, None, (g.shape[2], "width of g"))
+    check.same("direction", direction, None, (g.shape[2], "width of g"), or_wide=True)
     rows = direction.index_select(0, index.reshape(-1)).view(g.shape)
     return (g.to(accumulation_dtype(g.dtype)) * rows).sum((1, 2))

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 Arguments = tuple[Any, ...]
 Results = tuple[Tensor, ...]
+Maybe = Tensor | None
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -41,7 +42,7 @@ class Draw:
         values = torch.randn(shape, generator=self._generator, device=self._generator.device)
         return values.to(self._dtype)
 
-    def maybe(self, value: Tensor) -> Tensor | None:
+    def maybe(self, value: Tensor) -> Maybe:
         """The value, or None for an argument that is optional."""
         return value if self.optional else None
 
@@ -156,17 +157,17 @@ def factored_correlations(*arguments: Any) -> Tensor:
     lambda d: (d(4, 5, 9), d(4, 5, 6), d(6, 9), d.maybe(d(6))),
     large=lambda d: (d(2100, 1, 1100), d(2100, 1, 2600), d(2600, 1100), d(2600)),
 )
-def dense_correlation(z: Tensor, g: Tensor, V: Tensor, V_b: Tensor | None) -> Tensor:
+def dense_correlation(z: Tensor, g: Tensor, V: Tensor, V_b: Maybe) -> Tensor:
     product = z @ V.T
     return (g * (product if V_b is None else product + V_b)).sum((1, 2))
 
 
 @_formula(lambda d: (d(4, 5, 9), d(4, 5, 6), d.maybe(d(6, 9)), d.maybe(d(6))), stored=(0, 1))
-def linear_example_gradients(z: Tensor, g: Tensor, V: Tensor | None, V_b: Tensor | None) -> Results:
+def linear_example_gradients(z: Tensor, g: Tensor, V: Maybe, V_b: Maybe) -> Results:
     return _with_scores(torch.einsum("nto,nti->noi", g, z), g.sum(1), V, V_b)
 
 
-def _with_scores(G: Tensor, G_b: Tensor, V: Tensor | None, V_b: Tensor | None) -> Results:
+def _with_scores(G: Tensor, G_b: Tensor, V: Maybe, V_b: Maybe) -> Results:
     u = G.new_zeros(G.shape[0])
     if V is not None:
         u = u + (G * V).flatten(1).sum(1)
@@ -199,7 +200,7 @@ _GEOMETRY = ([2, 3], [1, 0], [1, 1], 2)
         *([1, 1], [1, 1], [1, 1], 1),
     ),
 )
-def conv_correlation(z: Tensor, g: Tensor, V: Tensor, V_b: Tensor | None, *geometry: Any) -> Tensor:
+def conv_correlation(z: Tensor, g: Tensor, V: Tensor, V_b: Maybe, *geometry: Any) -> Tensor:
     G, G_b = _conv_gradients(z, g, [*V.shape[2:]], *geometry)
     return _with_scores(G, G_b, V, V_b)[2]
 
@@ -217,7 +218,7 @@ def conv_example_gradients(z: Tensor, g: Tensor, *others: Any) -> Results:
 
 
 @_formula(lambda d: (d(4, 4, 5, 6), d(4, 6, 3, 2), d.maybe(d.weights()), [3, 2], *_GEOMETRY))
-def conv_weighted_gradient(z: Tensor, g: Tensor, w: Tensor | None, *geometry: Any) -> Results:
+def conv_weighted_gradient(z: Tensor, g: Tensor, w: Maybe, *geometry: Any) -> Results:
     G, G_b = _conv_gradients(z, g, *geometry)
     w = z.new_ones(z.shape[0]) if w is None else w
     return torch.einsum("n,n...->...", w, G), torch.einsum("n,no->o", w, G_b)
@@ -228,7 +229,7 @@ def conv_weighted_gradient(z: Tensor, g: Tensor, w: Tensor | None, *geometry: An
     signed=True,
 )
 def affine_example_gradients(
-    x: Tensor, g: Tensor, mean: Tensor | None, rstd: Tensor | None, sign: int = 1
+    x: Tensor, g: Tensor, mean: Maybe, rstd: Maybe, sign: int = 1
 ) -> Results:
     normalized = x if mean is None else x - sign * mean
     if rstd is not None:
@@ -245,13 +246,7 @@ def affine_example_gradients(
     signed=True,
 )
 def group_norm_backward(
-    g: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    groups: int,
-    sign: int = 1,
+    g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Maybe, groups: int, sign: int = 1
 ) -> Results:
     n, c = x.shape[:2]
     positions = math.prod(x.shape[2:])
@@ -277,12 +272,12 @@ def group_norm_backward(
 )
 def batch_norm_tangent(
     x: Tensor,
-    x_tangent: Tensor | None,
+    x_tangent: Maybe,
     mean: Tensor,
     rstd: Tensor,
-    weight: Tensor | None,
-    V: Tensor | None,
-    V_b: Tensor | None,
+    weight: Maybe,
+    V: Maybe,
+    V_b: Maybe,
     sign: int = 1,
 ) -> Tensor:
     others = (0, *range(2, x.dim()))

@@ -233,5 +233,5 @@ def _check_linear(
     check = Checks("z", z)
     check.same("g", g, (z.shape[0], "examples of z"), (z.shape[1], "positions of z"), None)
     outputs = (g.shape[2], "width of g")
-    check.same_or_wide("direction", direction, outputs, (z.shape[2], "width of z"))
-    check.same_or_wide("direction_bias", direction_bias, outputs)
+    check.same("direction", direction, outputs, (z.shape[2], "width of z"), or_wide=True)
+    check.same("direction_bias", direction_bias, outputs, or_wide=True)

@@ -57,7 +57,7 @@ def affine_example_gradients(
     check.same("g", g, *zip(x.shape, whats, strict=True))
     for name, statistic in (("mean", mean), ("rstd", rstd)):
         if statistic is not None:
-            check.same_or_wide(name, statistic, None, None, None)
+            check.same(name, statistic, None, None, None, or_wide=True)
             check.require(
                 all(size in (1, full) for size, full in zip(statistic.shape, x.shape, strict=True)),
                 f"{name} must broadcast to the shape of x {tuple(x.shape)}, got shape "
@@ -118,8 +118,8 @@ def group_norm_backward(
         f"groups must divide the {channels} channels of x, got {groups}",
     )
     for name, statistic in (("mean", mean), ("rstd", rstd)):
-        check.same_or_wide(name, statistic, (n, "examples of x"), (groups, "groups"))
-    check.same_or_wide("weight", weight, (channels, "channels of x"))
+        check.same(name, statistic, (n, "examples of x"), (groups, "groups"), or_wide=True)
+    check.same("weight", weight, (channels, "channels of x"), or_wide=True)
 
     dtype = accumulation_dtype(x.dtype)
     per_group, positions = channels // groups, math.prod(x.shape[2:])
@@ -180,11 +180,11 @@ def batch_norm_tangent(
     check = Checks("x", x, dims=None)
     _check_images(check, x, "x_tangent", x_tangent)
     channels = (x.shape[1], "channels of x")
-    check.same_or_wide("mean", mean, channels)
-    check.same_or_wide("rstd", rstd, channels)
-    check.same_or_wide("weight", weight, channels)
-    check.same_or_wide("direction", direction, channels)
-    check.same_or_wide("direction_bias", direction_bias, channels)
+    check.same("mean", mean, channels, or_wide=True)
+    check.same("rstd", rstd, channels, or_wide=True)
+    check.same("weight", weight, channels, or_wide=True)
+    check.same("direction", direction, channels, or_wide=True)
+    check.same("direction_bias", direction_bias, channels, or_wide=True)
 
     # The result is scale ẋ + slope (x - mean) + offset.
     dtype = accumulation_dtype(x.dtype)

@@ -42,7 +42,7 @@ def weighted_sum(gradients: Tensor, weights: Tensor) -> Tensor:
         gradients.dim() >= 1,
         f"gradients must have at least 1 dimension, got shape {tuple(gradients.shape)}",
     )
-    check.same_or_wide("weights", weights, (gradients.shape[0], "examples of gradients"))
+    check.same("weights", weights, (gradients.shape[0], "examples of gradients"), or_wide=True)
 
     dtype = accumulation_dtype(gradients.dtype)
     n, shape = gradients.shape[0], gradients.shape[1:]
@@ -95,7 +95,7 @@ def scale_rows(g: Tensor, weights: Tensor, active: Tensor) -> Tensor:
         tensor([[[0.5000, 0.5000]]])
     """
     check = Checks("g", g)
-    check.same_or_wide("weights", weights, (g.shape[0], "examples of g"))
+    check.same("weights", weights, (g.shape[0], "examples of g"), or_wide=True)
     check.integers("active", active, (torch.int64,), None)
 
     transposed = _positions_side_by_side(g)
