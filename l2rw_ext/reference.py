@@ -229,7 +229,7 @@ def weighted_gradient(
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact| in the L2 norm, in float64; 0 for two zeros, infinite for one.
+    """‖found - exact‖ / ‖exact‖ in the L2 norm, in float64; 0 for two zeros, infinite for one.
 
     The two tensors have one shape; they may be on different devices.
     """

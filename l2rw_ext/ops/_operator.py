@@ -76,7 +76,8 @@ def operator(
 
         @functools.wraps(body)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return cast(R, compiled(*args, **kwargs))
+            results: R = compiled(*args, **kwargs)
+            return results
 
         function = cast(Operator[P, R], call)
         function.compiled = compiled
