@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from l2rw_ext import reference
+from l2rw_ext.reference import relative_error
 
 from .cases import Case
 
@@ -65,14 +66,6 @@ def _single_gradient_scores(
         terms = [(g * v).sum() for g, v in zip(gradients, direction.values(), strict=True)]
         scores.append(torch.stack(terms).sum())
     return torch.stack(scores)
-
-
-def relative_error(value: Tensor, reference_value: Tensor) -> float:
-    """|a - b| / |b| in the Euclidean norm; |a| where b is zero."""
-    reference_value = reference_value.double()
-    difference = torch.linalg.vector_norm(value.detach().cpu().double() - reference_value)
-    norm = torch.linalg.vector_norm(reference_value)
-    return float(difference / norm) if norm > 0 else float(difference)
 
 
 def gradient_error(model: torch.nn.Module, gradient: dict[str, Tensor | None]) -> float:

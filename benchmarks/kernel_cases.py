@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Arguments = tuple[Any, ...]
+from l2rw_ext.ops.formulas import Arguments
+
 Sizes = tuple[int, ...]
 
 
@@ -69,6 +70,7 @@ class KernelCase:
 
     ``arguments`` draws what the operator takes from ``sizes``; ``operations`` counts from the same
     sizes. ``weighted`` marks an operator that reads only the half of its examples with a weight.
+    ``library`` is torch's product of all arguments but g, for one that is such a product and a dot.
     """
 
     name: str
@@ -80,6 +82,7 @@ class KernelCase:
     precisions: tuple[str, ...]
     device: str = "cuda"
     weighted: bool = False
+    library: Callable[..., Tensor] | None = None
 
     def draw(self, precision: str, device: str) -> Arguments:
         """The operator's arguments."""
@@ -216,14 +219,6 @@ def _affine(d: Draw, n: int, t: int, c: int) -> Arguments:
     return d.normal(n, t, c), d.normal(n, t, c), d.normal(n, t, 1), d.positive(n, t, 1)
 
 
-def _affine_correlation(d: Draw, n: int, t: int, c: int) -> Arguments:
-    return *_affine(d, n, t, c), d.normal(c), d.normal(c)
-
-
-def _affine_operations(n: int, t: int, c: int) -> int:
-    return n * t * c * 6
-
-
 def _affine_example_operations(n: int, t: int, c: int) -> int:
     return n * t * c * 5
 
@@ -286,7 +281,6 @@ _MAKERS: dict[str, tuple[Callable[..., Arguments], Callable[..., int]]] = {
     "factored_correlations": (_layers_of_mlp, _layers_of_mlp_operations),
     "dense_correlation": (_dense, _dense_operations),
     "conv_correlation": (_conv, _conv_operations),
-    "affine_correlation": (_affine_correlation, _affine_operations),
     "embedding_correlation": (_embedding, _embedding_operations),
     "linear_example_gradients": (_linear_example, _linear_example_operations),
     "conv_example_gradients": (_conv_example, _conv_example_operations),
@@ -297,6 +291,10 @@ _MAKERS: dict[str, tuple[Callable[..., Arguments], Callable[..., int]]] = {
     "weighted_sum": (_weighted_sum, _weighted_sum_operations),
     "scale_rows": (_scale_rows, _scale_rows_operations),
     "normalize_weights": (_normalize, _normalize_operations),
+}
+_LIBRARY: dict[str, Callable[..., Tensor]] = {
+    "dense_correlation": F.linear,
+    "conv_correlation": F.conv2d,
 }
 _WEIGHTED = ("conv_weighted_gradient", "weighted_sum", "scale_rows")
 _PRODUCTS = ("bf16", "fp16", "fp32", "tf32")
@@ -312,10 +310,16 @@ def _case(
     precisions: tuple[str, ...],
     device: str = "cuda",
 ) -> KernelCase:
-    arguments, operations = _MAKERS[operator]
-    weighted = operator in _WEIGHTED
     return KernelCase(
-        name, title, operator, sizes, arguments, operations, precisions, device, weighted
+        name,
+        title,
+        operator,
+        sizes,
+        *_MAKERS[operator],
+        precisions,
+        device,
+        operator in _WEIGHTED,
+        _LIBRARY.get(operator),
     )
 
 
@@ -398,7 +402,6 @@ KERNEL_CASES: dict[str, KernelCase] = {
             (64, 65, 192, 192),
             _PRODUCTS,
         ),
-        _case("layer-norm", "n 64, T 256, d 1024", "affine_correlation", (64, 256, 1024), _PASSES),
         _case(
             "layer-norm-examples",
             "n 64, T 256, d 1024",
@@ -471,7 +474,6 @@ KERNEL_CASES: dict[str, KernelCase] = {
                     "linear_example_gradients",
                     (16, 65, 64, 64),
                 ),
-                ("layer-norm", "n 16, T 65, d 192", "affine_correlation", (16, 65, 192)),
                 (
                     "layer-norm-examples",
                     "n 16, T 65, d 192",

@@ -1,9 +1,9 @@
 """``python -m benchmarks kernels``: every operator against its composition and the roofline.
 
-Candidates take turns in one process, and each one's result is compared with float64 on the same
-rounded arguments before its time counts. ``composition`` is what runs where no kernel does
-(``l2rw_ext.ops.compositions``); ``layers apart`` calls the operator of one layer for each of
-several; ``library``, on CUDA in bfloat16, is cuBLAS or cuDNN in that dtype, followed by a dot that
+Candidates take turns in one process, and each one's result is compared with the operator's formula
+in float64, on the same rounded arguments, before its time counts. ``composition`` is what runs
+where no kernel does; ``layers apart`` calls the operator of one layer for each of several;
+``library``, on CUDA in bfloat16, is cuBLAS or cuDNN in that dtype, followed by a dot that
 torch.compile fuses into one kernel. On CUDA each is timed as it is called and replayed from a CUDA
 graph, by events; memory is the allocator's peak above arguments and results. The floor is the
 larger of operations and bytes over their measured ceilings.
@@ -31,18 +31,13 @@ from torch.utils import _pytree as pytree
 from l2rw_ext import ops
 from l2rw_ext.compiled.recording import Recording
 from l2rw_ext.devices import float32_products
-from l2rw_ext.ops import _registration, compositions
+from l2rw_ext.ops._operator import OPERATORS
+from l2rw_ext.ops.formulas import FORMULAS, Arguments, Results, as_results
 
 from . import provenance
 from .errors import UsageError
-from .exact import Errors, Results, as_results, errors, exact, limits, magnitudes
-from .kernel_cases import (
-    KERNEL_CASES,
-    PRECISIONS,
-    Arguments,
-    KernelCase,
-    default_kernel_cases,
-)
+from .exact import Errors, errors, limits
+from .kernel_cases import KERNEL_CASES, PRECISIONS, KernelCase, default_kernel_cases
 from .roofline import Ceilings, measure_ceilings
 from .timing import CACHES, capture, interleaved, use_device
 
@@ -75,7 +70,7 @@ class Candidate:
 
 def has_kernel(operator: str, device: str) -> bool:
     """Whether a kernel of this package runs, and not the composition under the operator's name."""
-    return not device.startswith("cuda") or operator not in _registration.COMPOSED
+    return not device.startswith("cuda") or not OPERATORS[operator].composed
 
 
 def example_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -95,16 +90,13 @@ def _fused_dot() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def library_call(
-    operator: str, arguments: Arguments, dot: Callable[[Tensor, Tensor], Tensor]
+    case: KernelCase, arguments: Arguments, dot: Callable[[Tensor, Tensor], Tensor]
 ) -> Call | None:
     """A library's product in the dtype of the arguments and a dot; None where there is none."""
-    if operator == "dense_correlation":
-        z, g, V, V_b = arguments
-        return lambda: dot(torch.nn.functional.linear(z, V, V_b), g)
-    if operator == "conv_correlation":
-        z, g, V, V_b, *geometry = arguments
-        return lambda: dot(torch.nn.functional.conv2d(z, V, V_b, *geometry), g)
-    return None
+    if case.library is None:
+        return None
+    product, (z, g, *others) = case.library, arguments
+    return lambda: dot(product(z, *others), g)
 
 
 def _apart(*arguments: Any) -> Tensor:
@@ -121,17 +113,15 @@ def candidates(
 ) -> list[Candidate]:
     """The ways to compute a case that there are on this device."""
     allowed = limits(precision, [r.dtype for r in _like(case.operator, arguments)])
+    operator = OPERATORS[case.operator]
     found = []
     if has_kernel(case.operator, device):
-        found.append(
-            Candidate("operator", partial(getattr(ops, case.operator), *arguments), allowed)
-        )
+        found.append(Candidate("operator", partial(operator, *arguments), allowed))
         if case.operator == "factored_correlations":
             found.append(Candidate("layers apart", partial(_apart, *arguments), allowed))
-    call = partial(getattr(compositions, case.operator), *arguments)
-    found.append(Candidate("composition", call, allowed))
+    found.append(Candidate("composition", partial(operator.composition, *arguments), allowed))
     if device.startswith("cuda") and precision == _LIBRARY_PRECISION:
-        library = library_call(case.operator, arguments, _fused_dot())
+        library = library_call(case, arguments, _fused_dot())
         if library is not None:
             # Its product is rounded to the dtype of the arguments.
             stored = limits(precision, [arguments[0].dtype])
@@ -142,7 +132,7 @@ def candidates(
 def _like(operator: str, arguments: Arguments) -> Results:
     """The operator's results without numbers: shapes and dtypes."""
     meta = pytree.tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, arguments)
-    return as_results(getattr(ops, operator)(*meta))
+    return as_results(OPERATORS[operator](*meta))
 
 
 def _reason(error: Exception) -> str:
@@ -266,9 +256,8 @@ def run_case(
 ) -> dict[str, Any]:
     """Check and time one case in one precision: an entry of the report's ``cases``."""
     arguments = case.draw(precision, device)
-    with float32_products(tf32=False):
-        expected = exact(case.operator, arguments)
-        bounds = magnitudes(case.operator, arguments)
+    formula = FORMULAS[case.operator]
+    expected, bounds = formula.exact(arguments), formula.magnitudes(arguments)
     with float32_products(case.tf32(precision)), torch.no_grad():
         found = candidates(case, precision, arguments, device)
         for c in found:

@@ -26,11 +26,12 @@ from rich.table import Table
 
 from l2rw_ext.compiled.recording import without_collection
 from l2rw_ext.devices import float32_products
+from l2rw_ext.reference import relative_error
 
 from . import provenance
 from .cases import CASES, Case, CaseSpec, default_cases, make_case
 from .errors import UsageError
-from .expected import Oracle, gradient_error, oracle, relative_error
+from .expected import Oracle, gradient_error, oracle
 from .methods import METHODS, YARDSTICK, Method, Outcome, Step, chosen
 from .operations import operation_bound
 from .timing import use_device

@@ -226,3 +226,17 @@ def weighted_gradient(
         allow_unused=True,
     )
     return dict(zip(named, gradients, strict=True))
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """‖found - exact‖ / ‖exact‖ in the L2 norm, in float64; 0 for two zeros, infinite for one.
+
+    The two tensors have one shape; they may be on different devices.
+    """
+    if found.shape != exact.shape:
+        raise ValueError(f"relative_error: shapes {tuple(found.shape)} and {tuple(exact.shape)}")
+    found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
+    error, norm = float((found - exact).norm()), float(exact.norm())
+    if norm == 0:
+        return 0.0 if error == 0 else float("inf")
+    return error / norm

@@ -16,10 +16,10 @@ from torch import nn
 from l2rw_ext import NotExactError, Reweighter, Step, devices, ops
 from l2rw_ext.data.batch import merge
 from l2rw_ext.engines.layerwise import scoring
-from l2rw_ext.ops import compositions
+from l2rw_ext.ops._operator import OPERATORS
+from l2rw_ext.reference import relative_error
 from support.device_cases import CASES, Batch, Case
 from support.models import cross_entropy, mlp, model_of, vectors
-from support.oracle import relative_error
 from support.synchronisation import NoSynchronisation, SynchronisedError
 
 BOUND = 1e-11
@@ -31,8 +31,8 @@ def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """No value is readable, and operators are compositions, as on CUDA."""
     monkeypatch.setattr(devices, "readable", lambda x: False)
     monkeypatch.setattr(scoring, "in_groups", lambda g: True)
-    for name in compositions.__all__:
-        monkeypatch.setattr(ops, name, getattr(compositions, name))
+    for name, operator in OPERATORS.items():
+        monkeypatch.setattr(ops, name, operator.composition)
 
 
 def _run(

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, jvp
 from torch.nn import functional as F
 
 from l2rw_ext import reference
+from l2rw_ext.reference import relative_error
 from support.models import (
     CLASSES,
     Drawn,
@@ -24,7 +25,7 @@ from support.models import (
     networks_on_vectors,
     vectors,
 )
-from support.oracle import as_double, cosine, relative_error, signed_bias
+from support.oracle import as_double, cosine, signed_bias
 
 
 def _forward_mode_scores(model: nn.Module, loss_fn: Any, batch: Any, clean: Any) -> Tensor:
@@ -216,6 +217,8 @@ def test_relative_error() -> None:
     assert relative_error(a, torch.zeros(2)) == float("inf")
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
     assert relative_error(torch.tensor([float("nan")]), a[:1]) != 0
+    with pytest.raises(ValueError, match=r"shapes \(1,\) and \(2,\)"):
+        relative_error(a[:1], a)
 
 
 def test_cosine() -> None:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import Reweighter, reference
+from l2rw_ext.reference import relative_error
 from support.models import CLASSES, ENGINE_OPTIONS, cross_entropy, mlp, model_of, vectors
 from support.oracle import (
     assert_exact,
     assert_matches,
     flat,
     gradients_of,
-    relative_error,
     truth,
     unchanged,
 )

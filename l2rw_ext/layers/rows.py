@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from l2rw_ext import ops
-from l2rw_ext.ops.compositions.weights import without_weight
+from l2rw_ext.ops.arithmetic import without_weight
 
 
 def active_rows(

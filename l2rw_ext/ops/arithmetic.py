@@ -1,4 +1,4 @@
-"""Dtypes that sums are formed in, matrix products in them, and how large a workspace may be."""
+"""Dtypes that sums are formed in, matrix products in them, workspaces, examples without weight."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def parts(count: int, bytes_each: int) -> Iterator[slice]:
     step = max(1, WORKSPACE_BYTES // max(1, bytes_each))
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
+
+
+def without_weight(weights: Tensor, dims: int) -> Tensor:
+    """Where w_i = 0, in a shape that broadcasts along ``dims`` dimensions."""
+    return (weights == 0).view(-1, *[1] * (dims - 1))

@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="the benchmarks print with rich")
 
 from benchmarks import kernels, provenance
 from benchmarks.__main__ import main
-from benchmarks.exact import Errors, as_results, errors, exact, limits, magnitudes
+from benchmarks.exact import Errors, errors, limits
 from benchmarks.kernel_cases import (
     KERNEL_CASES,
     PRECISIONS,
@@ -26,11 +26,10 @@ from benchmarks.kernel_cases import (
 )
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.timing import interleaved
-from l2rw_ext import ops
 from l2rw_ext.compiled.recording import Recording
 from l2rw_ext.devices import float32_products
-from l2rw_ext.ops import _registration
-from support.operator_cases import OPERATORS, convert
+from l2rw_ext.ops._operator import OPERATORS
+from l2rw_ext.ops.formulas import FORMULAS, as_results
 
 SMALL = default_kernel_cases("cpu")
 CEILINGS = Ceilings(dict.fromkeys(PRECISIONS, 1e12), 1e11)
@@ -39,7 +38,7 @@ CEILINGS = Ceilings(dict.fromkeys(PRECISIONS, 1e12), 1e11)
 def test_every_operator_has_cases_on_every_device() -> None:
     for device in ("cpu", "cuda"):
         covered = {KERNEL_CASES[name].operator for name in default_kernel_cases(device)}
-        assert covered == set(_registration.OPERATORS)
+        assert covered == set(OPERATORS)
 
 
 def test_every_precision_is_known() -> None:
@@ -66,7 +65,7 @@ def _on_meta(case: KernelCase, precision: str) -> tuple[tuple[Any, ...], tuple[T
             return torch.empty(shape, dtype=torch.int64, device="meta")
 
     arguments = case.arguments(Shapes(), *case.sizes)
-    return arguments, as_results(getattr(ops, case.operator)(*arguments))
+    return arguments, as_results(OPERATORS[case.operator](*arguments))
 
 
 @pytest.mark.parametrize("name", KERNEL_CASES)
@@ -123,24 +122,6 @@ def test_counts(name: str, operations: int, moved: int) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_exact_values_and_magnitudes_are_those_of_the_tests(name: str) -> None:
-    case = KERNEL_CASES[name]
-    arguments = case.draw("fp32", "cpu")
-    plain = OPERATORS[case.operator].plain
-    for ours, theirs in zip(
-        exact(case.operator, arguments), plain(*convert(arguments, Tensor.double)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    if case.operator == "normalize_weights":
-        return
-    absolute = convert(arguments, lambda a: a.double().abs())
-    for ours, theirs in zip(
-        magnitudes(case.operator, arguments), plain(*absolute, sign=-1), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", SMALL)
 def test_a_case_is_checked_and_timed(name: str) -> None:
     case = KERNEL_CASES[name]
     for precision in case.precisions:
@@ -170,14 +151,15 @@ def test_narrow_arguments_are_not_all_the_same_number() -> None:
 def test_a_wrong_operator_is_named_and_not_timed(
     change: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = ops.dense_correlation
+    right = OPERATORS["dense_correlation"]
 
     def off(*arguments: Any) -> Tensor:
         u = right(*arguments)
         u[1] *= change
         return u
 
-    monkeypatch.setattr(ops, "dense_correlation", off)
+    off.composition = right.composition
+    monkeypatch.setitem(OPERATORS, "dense_correlation", off)
     entry = kernels.run_case(KERNEL_CASES["small-dense"], "fp32", CEILINGS, repeats=1, warmup=1)
     assert kernels.wrong(entry)
     operator, composition = entry["candidates"]
@@ -246,7 +228,8 @@ def test_a_replay_that_writes_nothing_is_wrong(
         return Recording(_Graph(call, result, writes), result)
 
     monkeypatch.setattr(kernels, "capture", capture)
-    expected, bounds = exact(case.operator, arguments), magnitudes(case.operator, arguments)
+    formula = FORMULAS[case.operator]
+    expected, bounds = formula.exact(arguments), formula.magnitudes(arguments)
     kernels.check_captured(candidate, expected, bounds)
     assert candidate.status == ("ok" if writes else "wrong")
     assert writes or candidate.reason.startswith("replayed from a graph")
@@ -269,11 +252,12 @@ def test_a_call_that_cannot_be_captured_is_timed_as_it_is(monkeypatch: pytest.Mo
 def test_the_library_candidate_computes_the_same(name: str) -> None:
     case = KERNEL_CASES[name]
     arguments = case.draw("fp32", "cpu")
-    call = kernels.library_call(case.operator, arguments, kernels.example_dots)
+    call = kernels.library_call(case, arguments, kernels.example_dots)
     assert call is not None
-    (expected,) = exact(case.operator, arguments)
+    (expected,) = FORMULAS[case.operator].exact(arguments)
     torch.testing.assert_close(call().double(), expected, rtol=1e-4, atol=1e-4)
-    assert kernels.library_call("weighted_sum", (), kernels.example_dots) is None
+    none = kernels.library_call(KERNEL_CASES["small-normalize"], (), kernels.example_dots)
+    assert none is None
 
 
 def test_products_of_float32_are_as_they_were() -> None:

@@ -22,13 +22,13 @@ from l2rw_ext.compiled import recording
 from l2rw_ext.compiled.capture import REHEARSALS, Captures
 from l2rw_ext.compiled.watch import Watch
 from l2rw_ext.errors import NotCapturableError
-from l2rw_ext.ops import compositions
+from l2rw_ext.ops._operator import OPERATORS
+from l2rw_ext.reference import relative_error
 from l2rw_ext.task.isolation import Generators, preserved
 from l2rw_ext.tracing.members import Members
 from support.device_cases import CASES
 from support.feature_table import FEATURES
 from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
-from support.oracle import relative_error
 from support.replays import Recorder
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
@@ -48,8 +48,8 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
         return made[-1]
 
     monkeypatch.setattr(devices, "readable", lambda x: False)
-    for name in compositions.__all__:
-        monkeypatch.setattr(ops, name, getattr(compositions, name))
+    for name, operator in OPERATORS.items():
+        monkeypatch.setattr(ops, name, operator.composition)
     monkeypatch.setattr(Captures, "recorder", staticmethod(recorder))
     return made
 

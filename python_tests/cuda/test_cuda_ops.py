@@ -19,7 +19,7 @@ from torch import Tensor
 from l2rw_ext import ops
 from l2rw_ext.devices import float32_products
 from support.operator_cases import (
-    OPERATORS,
+    ARGUMENTS,
     Arguments,
     Draw,
     Results,
@@ -198,7 +198,7 @@ def test_matches_the_cpu(machine: Machine, name: str, dtype: torch.dtype) -> Non
         seed = data.draw(st.integers(0, 2**16))
         processors = data.draw(st.sampled_from((1, 4, 132)))
         draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
-        check(machine, name, OPERATORS[name].arguments(draw), processors)
+        check(machine, name, ARGUMENTS[name](draw), processors)
 
     matches()
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from l2rw_ext import Reweighter
 from l2rw_ext.engines.layerwise import scoring
-from l2rw_ext.ops._registration import OPERATORS
+from l2rw_ext.ops._operator import OPERATORS
 from support.feature_table import FEATURES
 from support.models import cross_entropy, vectors
 from support.oracle import assert_exact

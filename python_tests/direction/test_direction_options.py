@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, reference
+from l2rw_ext.reference import relative_error
 from support.models import CLASSES, ENGINES, cross_entropy, mlp, vectors
-from support.oracle import EXACT, assert_matches, relative_error, truth, unchanged
+from support.oracle import EXACT, assert_matches, truth, unchanged
 
 Gradients = dict[str, Tensor]
 

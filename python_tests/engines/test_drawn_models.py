@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from l2rw_ext import NotExactError, Reweighter, reference
+from l2rw_ext.reference import relative_error
 from support.models import (
     CLASSES,
     ENGINE_OPTIONS,
@@ -27,7 +28,7 @@ from support.models import (
     Twice,
     cross_entropy,
 )
-from support.oracle import EXACT, assert_matches, relative_error, truth
+from support.oracle import EXACT, assert_matches, truth
 
 WIDTH = 4
 Maker = Callable[[], nn.Module]

@@ -11,8 +11,9 @@ from torch import nn
 
 from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.data.batch import forward
+from l2rw_ext.reference import relative_error
 from support.feature_table import COMMAND, ENGINES, FEATURES, Batch, Feature, filled
-from support.oracle import EXACT, assert_exact_steps, relative_error, unchanged
+from support.oracle import EXACT, assert_exact_steps, unchanged
 from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "coverage.md"

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 
 from benchmarks.architectures import GPT, ResNet32, WideResNet
 from l2rw_ext import NotExactError, Reweighter, reference
+from l2rw_ext.reference import relative_error
 from support.models import (
     CLASSES,
     Residual,
@@ -33,7 +34,6 @@ from support.oracle import (
     assert_matches,
     flat,
     gradients_of,
-    relative_error,
     truth,
     unchanged,
 )

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter, reference
 from l2rw_ext.engines.layerwise import engine as layerwise
+from l2rw_ext.reference import relative_error
 from support.models import (
     CLASSES,
     Tokens,
@@ -33,7 +34,6 @@ from support.oracle import (
     assert_matches,
     flat,
     gradients_of,
-    relative_error,
     truth,
 )
 

@@ -15,6 +15,7 @@ from l2rw_ext import Reweighter, ops
 from l2rw_ext.engines.layerwise import engine as layerwise
 from l2rw_ext.engines.layerwise import scoring
 from l2rw_ext.engines.layerwise.scoring import Scoring
+from l2rw_ext.reference import relative_error
 from support.models import (
     CLASSES,
     DRAWN_NETWORKS,
@@ -24,7 +25,7 @@ from support.models import (
     model_of,
     vectors,
 )
-from support.oracle import assert_drawn_exact, assert_exact, relative_error, truth
+from support.oracle import assert_drawn_exact, assert_exact, truth
 
 
 @pytest.fixture(autouse=True)

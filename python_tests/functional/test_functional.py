@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from l2rw_ext import functional as PF
+from l2rw_ext.reference import relative_error
 from support.functional_cases import (
     SMALL_CASES,
     Case,
@@ -35,14 +36,6 @@ drawn = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The L2 error of all entries together; an elementwise bound would hide a bias."""
-    assert actual.shape == expected.shape
-    scale = expected.double().norm().item()
-    error = (actual.double() - expected.double()).norm().item()
-    return error / scale if scale > 0 else error
 
 
 def together(actual: list[Tensor], expected: list[Tensor]) -> float:

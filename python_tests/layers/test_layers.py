@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from l2rw_ext import Reweighter
 from l2rw_ext.engines.layerwise import engine as layerwise
 from l2rw_ext.layers.base import Use
+from l2rw_ext.reference import relative_error
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
 from support.models import CLASSES, Function, cross_entropy, model_of
@@ -24,7 +25,6 @@ from support.oracle import (
     assert_exact,
     assert_float32_errs_little,
     assert_matches,
-    relative_error,
     truth,
 )
 

@@ -14,19 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from l2rw_ext.ops import _registration, arithmetic, compositions
-from l2rw_ext.ops.compositions import linear
+from l2rw_ext import ops
+from l2rw_ext.ops import arithmetic, linear
+from l2rw_ext.ops._operator import OPERATORS
+from l2rw_ext.ops.formulas import as_results, sample
 from support.operator_cases import (
-    OPERATORS,
-    Arguments,
+    ARGUMENTS,
     Draw,
-    Results,
     assert_operator_exact,
     call,
+    compose,
     flat,
-    lay_out,
     map_tensors,
-    sample,
+    named_arguments,
     wrong,
 )
 from support.synchronisation import NoSynchronisation, SynchronisedError
@@ -37,20 +37,10 @@ every_operator = pytest.mark.parametrize("name", OPERATORS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-def compose(name: str, arguments: Arguments) -> Results:
-    """The composition's results as a tuple."""
-    results = getattr(compositions, name)(*arguments)
-    return results if isinstance(results, tuple) else (results,)
-
-
-def test_every_operator_has_one() -> None:
-    assert set(compositions.__all__) == set(OPERATORS)
-
-
 @every_operator
-def test_arguments_are_those_of_the_operator(name: str) -> None:
-    parameters = inspect.signature(getattr(compositions, name)).parameters.values()
-    schema = getattr(torch.ops.l2rw_ext, name).default._schema.arguments
+def test_signature_is_that_of_the_schema(name: str) -> None:
+    parameters = inspect.signature(OPERATORS[name]).parameters.values()
+    schema = OPERATORS[name].compiled._schema.arguments
     assert [p.name for p in parameters] == [argument.name for argument in schema]
     for parameter, argument in zip(parameters, schema, strict=True):
         has_default = parameter.default is not inspect.Parameter.empty
@@ -73,7 +63,7 @@ def check_composition(name: str, dtype: torch.dtype, workspace: int, data: st.Da
     """Exact, of the operator's form, without synchronisation; arguments stay as they were."""
     seed = data.draw(st.integers(0, 2**16))
     draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
-    arguments = OPERATORS[name].arguments(draw)
+    arguments = ARGUMENTS[name](draw)
     copies = map_tensors(Tensor.clone, arguments)
 
     with workspace_of(workspace), NoSynchronisation():
@@ -160,25 +150,6 @@ def test_what_would_synchronise_is_found() -> None:
             wait()
 
 
-@pytest.mark.parametrize("name", ["conv_weighted_gradient", "weighted_sum", "scale_rows"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_examples_without_weight_are_left_out(name: str, value: float) -> None:
-    w = torch.tensor([0.0, 2.0])
-    arguments: list[Any] = list(sample(name, torch.float64))
-    arguments[2 if name == "conv_weighted_gradient" else 1] = w.double()
-    expected = compose(name, tuple(arguments))
-    for k in range(2):
-        if isinstance(arguments[k], Tensor) and arguments[k].dim() > 1:
-            poisoned = arguments[k].clone()
-            poisoned[0] = value
-            for result, exact in zip(
-                compose(name, (*arguments[:k], poisoned, *arguments[k + 1 :])),
-                expected,
-                strict=True,
-            ):
-                assert torch.equal(result, exact)
-
-
 @pytest.mark.parametrize("name", [n for n in OPERATORS if "correlation" in n or "example" in n])
 def test_a_nan_stays_in_its_example(name: str) -> None:
     arguments = sample(name, torch.float64)
@@ -205,88 +176,39 @@ def test_messages_name_operator_argument_and_value(name: str) -> None:
             assert word in message, f"{what}: {word!r} is not in {message!r}"
 
 
+WRONG_NUMBERS = (
+    ("kernel_size", [0, 2]),
+    ("stride", [1, 1, 1]),
+    ("padding", [-1, 0]),
+    ("dilation", [1]),
+    ("groups", 3),
+    ("groups", 0),
+)
+
+
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "argument", "value"),
     [
-        ("conv_correlation", {4: [1, 1, 1]}),
-        ("conv_correlation", {5: [-1, 0]}),
-        ("conv_correlation", {7: 3}),
-        ("conv_example_gradients", {2: [0, 2]}),
-        ("conv_weighted_gradient", {4: [1, 1]}),
-        ("group_norm_backward", {5: 3}),
-        ("group_norm_backward", {5: 0}),
+        (name, argument, value)
+        for name in OPERATORS
+        for argument, value in WRONG_NUMBERS
+        if argument in named_arguments(name)
     ],
 )
-def test_numbers_that_do_not_fit(name: str, change: dict[int, Any]) -> None:
-    arguments = tuple(change.get(k, a) for k, a in enumerate(sample(name)))
-    with pytest.raises(RuntimeError, match=f"l2rw_ext::{name}: ") as composed:
-        compose(name, arguments)
+def test_numbers_that_do_not_fit(name: str, argument: str, value: Any) -> None:
+    arguments = list(sample(name))
+    arguments[named_arguments(name).index(argument)] = value
+    with pytest.raises(RuntimeError, match=f"l2rw_ext::{name}: {argument} ") as composed:
+        compose(name, tuple(arguments))
     with pytest.raises(RuntimeError) as compiled:
-        call(name, arguments)
+        call(name, tuple(arguments))
     assert str(composed.value) == str(compiled.value).splitlines()[0]
-
-
-@every_dtype
-def test_normalize_weights_of_unusual_scores(dtype: torch.dtype) -> None:
-    huge, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
-    for scores in (
-        [],
-        [-1.0, 0.0, -math.inf],
-        [math.nan, 3.0, math.inf, 1.0, -2.0],
-        [huge, huge, -huge, huge, huge],
-        [smallest, smallest],
-    ):
-        u = torch.tensor(scores, dtype=dtype)
-        assert torch.equal(*compose("normalize_weights", (u,)), *call("normalize_weights", (u,)))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "conv_correlation",
-        "conv_example_gradients",
-        "conv_weighted_gradient",
-        "group_norm_backward",
-        "batch_norm_tangent",
-    ],
-)
-def test_channels_last_images(name: str) -> None:
-    arguments = sample(name, torch.float64)
-    images = tuple(
-        lay_out(a, "channels_last") if isinstance(a, Tensor) and a.dim() == 4 else a
-        for a in arguments
-    )
-    for result, expected, plain in zip(
-        compose(name, images), call(name, images), compose(name, arguments), strict=True
-    ):
-        torch.testing.assert_close(result, plain, rtol=1e-13, atol=1e-13)
-        assert result.stride() == expected.stride()
-
-
-def test_no_empty_convolution_reaches_torch() -> None:
-    """Channels, pixels or examples that are none: sums over nothing, but the bias counts."""
-    V_b = torch.ones(4)
-    for z, g in (
-        (torch.ones(2, 0, 5), torch.ones(2, 4, 3)),
-        (torch.ones(0, 2, 5), torch.ones(0, 4, 3)),
-        (torch.ones(2, 2, 2), torch.ones(2, 4, 0)),
-    ):
-        V = torch.ones(4, z.shape[1], 3)
-        geometry = ([1], [0], [1], 1)
-        for name, arguments in (
-            ("conv_correlation", (z, g, V, V_b, *geometry)),
-            ("conv_example_gradients", (z, g, [3], *geometry, V, V_b)),
-            ("conv_weighted_gradient", (z, g, torch.ones(len(z)), [3], *geometry)),
-        ):
-            composed = compose(name, arguments)
-            for result, expected in zip(composed, call(name, arguments), strict=True):
-                torch.testing.assert_close(result, expected)
 
 
 def test_workspace_is_bounded() -> None:
     limit = arithmetic.WORKSPACE_BYTES
     with NoSynchronisation() as mode:
-        compositions.factored_correlation(
+        ops.factored_correlation.composition(
             torch.ones(5000, 1, 2, dtype=torch.bfloat16),
             torch.ones(5000, 1, 2, dtype=torch.bfloat16),
             torch.ones(50, 100, 2, dtype=torch.bfloat16),
@@ -295,10 +217,10 @@ def test_workspace_is_bounded() -> None:
         )
         assert mode.largest <= limit
         G = torch.ones(16, 512, 1024)
-        compositions.weighted_sum(G, torch.ones(16))
+        ops.weighted_sum.composition(G, torch.ones(16))
         assert mode.largest <= max(limit, G.numel() * 4)
         z, g = torch.ones(40, 64, 28, 28), torch.ones(40, 8, 28, 28)
-        compositions.conv_example_gradients(z, g, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+        ops.conv_example_gradients.composition(z, g, [3, 3], [1, 1], [1, 1], [1, 1], 1)
         assert mode.largest <= max(limit, G.numel() * 4)
 
 
@@ -306,14 +228,11 @@ def test_workspace_is_bounded() -> None:
 def test_cuda_key_has_kernel_or_composition(name: str) -> None:
     """With the dispatch key of CUDA, a composition runs on tensors of any device."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"l2rw_ext::{name}", "CUDA")
-    if name not in _registration.COMPOSED:
+    if not OPERATORS[name].composed:
         pytest.skip("a compiled kernel is registered")
-    operator = getattr(torch.ops.l2rw_ext, name).default
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for optional in (True, False):
         arguments = sample(name, optional=optional)
-        results = operator.redispatch(
-            torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments
-        )
-        results = results if isinstance(results, tuple) else (results,)
+        results = as_results(OPERATORS[name].compiled.redispatch(key, *arguments))
         for result, expected in zip(results, compose(name, arguments), strict=True):
             assert torch.equal(result, expected)

@@ -11,11 +11,20 @@ import torch
 
 from l2rw_ext import ops
 from l2rw_ext.ops import _native
+from l2rw_ext.ops.formulas import FORMULAS
 from support import cpu_kernel_cases
-from support.cpu_kernel_cases import CASES, check_case, check_rows, draw, geometry
-from support.operator_cases import OPERATORS
+from support.cpu_kernel_cases import (
+    CASES,
+    OF_CONVOLUTIONS,
+    arguments_of,
+    check_case,
+    check_rows,
+    draw,
+    geometry,
+)
+from support.operator_cases import call
 from support.paths import TESTS
-from support.tolerances import TOLERANCES
+from support.tolerances import tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -114,18 +123,18 @@ def test_more_threads_than_examples(threads: int) -> None:
 def test_equal_terms(rows: int) -> None:
     """The rounding of equal terms has one sign: no sum is so long that it adds up to much."""
     geometry = ([1, 1, 3], [2, 1, 1], [0, 0, 1], [1, 1, 1], 1)
-    plain = OPERATORS["conv_weighted_gradient"].plain
+    formula = FORMULAS["conv_weighted_gradient"]
     ratios = []
     for seed in range(6):
         torch.manual_seed(seed)
         z = torch.randn(5, 3, 1, 9, 2).half().expand(-1, -1, 2 * rows, -1, -1)
         g = torch.randn(5, 4, 1, 9, 2).half().expand(-1, -1, rows, -1, -1)
         w = torch.full((5,), 0.7).half()
-        found, _ = ops.conv_weighted_gradient(z, g, w, *geometry)
-        exact, _ = plain(z.double(), g.double(), w.double(), *geometry)
-        terms, _ = plain(z.double().abs(), g.double().abs(), w.double().abs(), *geometry)
+        arguments = (z, g, w, *geometry)
+        found, _ = ops.conv_weighted_gradient(*arguments)
+        (exact, _), (terms, _) = formula.exact(arguments), formula.magnitudes(arguments)
         ratios.append(float(((found.double() - exact).abs() / terms).max()))
-    assert max(ratios) <= TOLERANCES["conv_weighted_gradient"][torch.float16]
+    assert max(ratios) <= tolerance(torch.float32)
 
 
 def test_infinities_of_narrow_types_are_read() -> None:
@@ -138,11 +147,12 @@ def test_infinities_of_narrow_types_are_read() -> None:
         assert bool(ops.dense_correlation(nan, torch.ones_like(nan), torch.ones(1, 1)).isnan())
 
 
-def test_autocast_does_not_reach_inside() -> None:
+@pytest.mark.parametrize("operator", OF_CONVOLUTIONS)
+def test_autocast_does_not_reach_inside(operator: str) -> None:
     """The path through torch's convolution stays in the dtype of its arguments."""
-    z, g = draw("wide layer, few pixels", torch.float32)
-    direction = torch.randn(g.size(1), z.size(1), 3, 3)
-    arguments = (z, g, direction, None, *geometry("wide layer, few pixels"))
-    plain = ops.conv_correlation(*arguments)
+    name = "wide layer, few pixels"
+    arguments = arguments_of(operator, name, *draw(name, torch.float32))
+    plain = call(operator, arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ops.conv_correlation(*arguments), plain)
+        for result, expected in zip(call(operator, arguments), plain, strict=True):
+            assert torch.equal(result, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,26 +15,27 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from l2rw_ext import ops
-from l2rw_ext.ops import compositions
+from l2rw_ext.ops._operator import OPERATORS
+from l2rw_ext.ops.formulas import FORMULAS, Results, convert, sample
 from support.operator_cases import (
-    OPERATORS,
+    ARGUMENTS,
     Draw,
     assert_operator_exact,
     call,
-    convert,
+    channels_last,
+    compose,
     flat,
     lay_out,
     map_tensors,
-    sample,
+    named_arguments,
     wrong,
 )
-from support.tolerances import TOLERANCES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CORRELATIONS = tuple(name for name in OPERATORS if "_correlation" in name)
-OTHERS = tuple(name for name in OPERATORS if name not in CORRELATIONS)
+LISTS = "factored_correlations"  # takes lists of tensors, one for each layer
 
 every_operator = pytest.mark.parametrize("name", OPERATORS)
+both = pytest.mark.parametrize("function", [call, compose])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
@@ -52,7 +53,7 @@ def registered() -> set[str]:
 
 
 def test_every_registered_operator_is_tested() -> None:
-    assert registered() == set(OPERATORS) == set(TOLERANCES) == set(ops.__all__)
+    assert registered() == set(OPERATORS) == set(ops.__all__) == set(ARGUMENTS) == set(FORMULAS)
 
 
 @every_dtype
@@ -61,7 +62,7 @@ def test_every_registered_operator_is_tested() -> None:
 def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 2**16))
     draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
-    arguments = OPERATORS[name].arguments(draw)
+    arguments = ARGUMENTS[name](draw)
     before = convert(arguments, Tensor.clone)
 
     results = call(name, arguments)
@@ -72,28 +73,22 @@ def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObjec
             assert torch.equal(argument, copy)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["conv_correlation", *OTHERS[1:3], "group_norm_backward", "batch_norm_tangent"],
-)
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_channels_last_images(name: str, layout: str) -> None:
+@every_operator
+@both
+def test_channels_last_images(function: Callable[..., Results], name: str) -> None:
     arguments = sample(name, torch.float64)
-    images = tuple(
-        lay_out(a, layout) if isinstance(a, Tensor) and a.dim() == 4 else a for a in arguments
-    )
-    for result, expected in zip(call(name, images), call(name, arguments), strict=True):
+    images = channels_last(arguments)
+    for result, compiled, expected in zip(
+        function(name, images), call(name, images), call(name, arguments), strict=True
+    ):
         torch.testing.assert_close(result, expected, rtol=1e-13, atol=1e-13)
+        assert result.stride() == compiled.stride()
 
 
 @pytest.mark.parametrize("optional", [True, False], ids=["all", "required"])
 @every_operator
 def test_opcheck(name: str, optional: bool) -> None:
-    operator = getattr(torch.ops.l2rw_ext, name).default
-    arguments = sample(name, optional=optional)
-    if name in CORRELATIONS:
-        arguments = convert(arguments, lambda a: a.detach().requires_grad_())
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(OPERATORS[name].compiled, sample(name, optional=optional))
 
 
 @every_operator
@@ -112,24 +107,33 @@ def test_deterministic(name: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_examples_without_weight_are_not_read() -> None:
-    w = torch.tensor([0.0, 2.0])
-    for name in ("conv_weighted_gradient", "weighted_sum"):
-        arguments = list(sample(name))
-        arguments[1 if name == "weighted_sum" else 2] = w
-        expected = call(name, tuple(arguments))
-        for k in range(2):
-            if isinstance(arguments[k], Tensor) and arguments[k].dim() > 1:
-                arguments[k] = arguments[k].clone()
-                arguments[k][0] = math.nan
-        for result, exact in zip(call(name, tuple(arguments)), expected, strict=True):
-            assert torch.equal(result, exact)
+@pytest.mark.parametrize(
+    "name",
+    [n for n in OPERATORS if {"weights", "active"} & set(named_arguments(n))],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@both
+def test_examples_without_weight_are_not_read(
+    function: Callable[..., Results], name: str, value: float
+) -> None:
+    arguments = list(sample(name, torch.float64))
+    expected = function(name, tuple(arguments))
+    without = int((arguments[named_arguments(name).index("weights")] == 0).nonzero())
+    for k, argument in enumerate(arguments[:2]):
+        if isinstance(argument, Tensor) and argument.dim() > 1:
+            arguments[k] = argument.clone()
+            arguments[k][without] = value
+            for result, exact in zip(function(name, tuple(arguments)), expected, strict=True):
+                assert torch.equal(result, exact)
 
 
 @every_dtype
-def test_normalize_weights_of_unusual_scores(dtype: torch.dtype) -> None:
+@both
+def test_normalize_weights_of_unusual_scores(
+    function: Callable[..., Results], dtype: torch.dtype
+) -> None:
     def weights(*scores: float) -> list[float]:
-        return ops.normalize_weights(torch.tensor(scores, dtype=dtype)).tolist()
+        return function("normalize_weights", (torch.tensor(scores, dtype=dtype),))[0].tolist()
 
     huge = torch.finfo(dtype).max
     assert weights() == []
@@ -176,73 +180,62 @@ def test_rows_out_of_range() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({k: [] for k in range(5)}, "z must hold at least one layer, got none"),
         ({1: 1}, "g must hold 2 (layers of z), got 1"),
         ({2: 1}, "z_clean must hold 2 (layers of z), got 1"),
         ({3: 1}, "g_clean must hold 2 (layers of z), got 1"),
         ({4: 3}, "bias must hold 2 (layers of z), got 3"),
-        ({0: torch.ones(3, 1, 3), 1: torch.ones(3, 1, 2)}, "z[1] must have size 2 (examples of"),
-        ({2: torch.ones(2, 1, 3), 3: torch.ones(2, 1, 2)}, "z_clean[1] must have size 3 (exampl"),
-        ({1: torch.ones(2, 2, 2)}, "g[1] must have size 1 (positions of z)"),
+        ({0: torch.ones(3, 1, 6), 1: torch.ones(3, 1, 9)}, "z[1] must have size 4 (examples of"),
+        ({2: torch.ones(2, 1, 6), 3: torch.ones(2, 1, 9)}, "z_clean[1] must have size 3 (exampl"),
+        ({1: torch.ones(4, 2, 9)}, "g[1] must have size 1 (positions of z)"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("module", [ops, compositions], ids=["operator", "composition"])
-def test_layers_that_do_not_fit(module: Any, change: dict[int, Any], message: str) -> None:
-    arguments: list[Any] = [list(a) for a in sample("factored_correlations")]
+@both
+def test_layers_that_do_not_fit(
+    function: Callable[..., Any], change: dict[int, Any], message: str
+) -> None:
+    arguments: list[Any] = [list(a) for a in sample(LISTS)]
     for k, value in change.items():
         if isinstance(value, Tensor):
             arguments[k][1] = value
-        elif isinstance(value, int):
-            arguments[k] = (arguments[k] * 2)[:value]
         else:
-            arguments[k] = value
-    with pytest.raises(
-        RuntimeError, match=f"l2rw_ext::factored_correlations: {re.escape(message)}"
-    ):
-        module.factored_correlations(*arguments)
+            arguments[k] = (arguments[k] * 2)[:value]
+    with pytest.raises(RuntimeError, match=f"l2rw_ext::{LISTS}: {re.escape(message)}"):
+        function(LISTS, tuple(arguments))
+
+
+def test_no_layer_is_an_error() -> None:
+    """Torch's own, as there is no tensor whose device would choose a kernel."""
+    with pytest.raises(RuntimeError, match=rf"l2rw_ext::{LISTS}\b.* non-empty list of Tensors"):
+        ops.factored_correlations([], [], [], [], [])
 
 
 # Autograd
 
 
-@pytest.mark.parametrize("optional", [True, False], ids=["all", "required"])
-@pytest.mark.parametrize("name", CORRELATIONS)
-def test_correlations_differentiate_twice(name: str, optional: bool) -> None:
-    arguments = sample(name, torch.float64, optional)
-    arguments = convert(arguments, lambda a: a.detach().clone().requires_grad_())
-    leaves, rebuilt = flat(arguments)
-    if not any(isinstance(a, Tensor) and a.requires_grad for a in leaves[2:]):
-        leaves[0] = leaves[0].detach()
-
-    def scores(*tensors: Tensor) -> Tensor:
-        return call(name, rebuilt(tensors))[0]
-
-    assert torch.autograd.gradcheck(scores, leaves)
-    assert torch.autograd.gradgradcheck(scores, leaves)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", CORRELATIONS)
-def test_gradients_have_the_dtype_of_their_argument(name: str, dtype: torch.dtype) -> None:
-    arguments = convert(sample(name, dtype), lambda a: a.detach().requires_grad_())
-    exact = convert(sample(name, dtype), lambda a: a.detach().double().requires_grad_())
-    call(name, arguments)[0].sum().backward()
-    call(name, exact)[0].sum().backward()
-    for argument, other in zip(flat(arguments)[0], flat(exact)[0], strict=True):
-        if isinstance(argument, Tensor) and argument.requires_grad:
-            assert argument.grad is not None
-            assert argument.grad.dtype == dtype
-            relative = (argument.grad.double() - other.grad).norm() / other.grad.norm()
-            assert relative <= (2.0**-8 if dtype == torch.bfloat16 else 1e-6)
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_operators_refuse_to_be_differentiated(name: str) -> None:
+@every_operator
+def test_reverse_mode_raises(name: str) -> None:
     arguments = convert(sample(name), lambda a: a.detach().requires_grad_())
     result = call(name, arguments)[0]
-    with pytest.raises(NotImplementedError, match=f"l2rw_ext::{name} has no derivative"):
+    message = f"l2rw_ext::{name} has no derivative; differentiate the layers of l2rw_ext.functional"
+    with pytest.raises(NotImplementedError, match=message):
         result.sum().backward()
+    with torch.no_grad():
+        assert not call(name, arguments)[0].requires_grad
+
+
+@every_operator
+def test_functorch_gradients_raise(name: str) -> None:
+    leaves, rebuilt = flat(sample(name))
+    position = next(
+        k for k, a in enumerate(leaves) if isinstance(a, Tensor) and a.is_floating_point()
+    )
+
+    def total(tensor: Tensor) -> Tensor:
+        return call(name, rebuilt([*leaves[:position], tensor, *leaves[position + 1 :]]))[0].sum()
+
+    with pytest.raises(RuntimeError):
+        torch.func.grad(total)(leaves[position])
 
 
 @every_operator
@@ -256,7 +249,7 @@ def test_forward_mode_raises(name: str) -> None:
         return call(name, rebuilt([*leaves[:position], tensor, *leaves[position + 1 :]]))
 
     tensor = leaves[position]
-    message = f"l2rw_ext::{name} has no forward-mode derivative"
+    message = f"l2rw_ext::{name} has no forward-mode derivative; .* l2rw_ext.functional"
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, (tensor,), (torch.ones_like(tensor),))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
@@ -265,7 +258,7 @@ def test_forward_mode_raises(name: str) -> None:
         function(tensor)
 
 
-@every_operator
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != LISTS])
 def test_vmap_is_a_loop(name: str) -> None:
     leaves, rebuilt = flat(convert(sample(name), lambda a: torch.stack([a, a.flip(0)])))
     where = tuple(0 if isinstance(a, Tensor) and a.is_floating_point() else None for a in leaves)
@@ -276,27 +269,16 @@ def test_vmap_is_a_loop(name: str) -> None:
             torch.testing.assert_close(result[k], expected)
 
 
-@pytest.mark.parametrize("name", CORRELATIONS)
-def test_functorch_gradients_are_right_or_raise(name: str) -> None:
-    leaves, rebuilt = flat(sample(name, torch.float64))
-
-    def total(g: Tensor) -> Tensor:
-        return call(name, rebuilt([leaves[0], g, *leaves[2:]]))[0].sum()
-
-    g = leaves[1].requires_grad_()
-    expected = torch.autograd.grad(total(g), g)[0]
-    try:
-        gradient = torch.func.grad(total)(g.detach())
-    except RuntimeError as error:
-        assert "setup_context" in str(error)  # noqa: PT017
-    else:
-        torch.testing.assert_close(gradient, expected)
+def test_vmap_refuses_lists_of_tensors() -> None:
+    leaves, rebuilt = flat(convert(sample(LISTS), lambda a: torch.stack([a, a])))
+    where = tuple(0 if isinstance(a, Tensor) else None for a in leaves)
+    with pytest.raises(RuntimeError, match=LISTS):
+        torch.vmap(lambda *a: call(LISTS, rebuilt(a)), where)(*leaves)
 
 
-@pytest.mark.parametrize(
-    "name", ["dense_correlation", "factored_correlations", "affine_correlation", "scale_rows"]
-)
+@every_operator
 def test_compiles_without_a_graph_break(name: str) -> None:
+    torch.compiler.reset()  # each operator compiles the same function anew
     arguments = sample(name)
     compiled = torch.compile(
         lambda *a: call(name, a), fullgraph=True, backend="aot_eager", dynamic=True
@@ -328,7 +310,7 @@ def _on_cuda(a: Tensor) -> Tensor:
 def test_matches_plain_float64_on_cuda(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 2**16))
     draw = Draw(data.draw, dtype, torch.Generator().manual_seed(seed))
-    arguments = OPERATORS[name].arguments(draw)
+    arguments = ARGUMENTS[name](draw)
     here = map_tensors(_on_cuda, arguments)
     # The table is for float32 products that are not rounded to TF32, as torch's convolutions are.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, reference
+from l2rw_ext.reference import relative_error
 from support.models import CLASSES, ENGINES, cross_entropy, mlp, vectors
-from support.oracle import EXACT, flat, gradients_of, relative_error, truth, unchanged
+from support.oracle import EXACT, flat, gradients_of, truth, unchanged
 
 
 def _parts(batch: Any, sizes: list[int]) -> list[Any]:

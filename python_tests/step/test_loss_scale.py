@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from l2rw_ext import Reweighter
+from l2rw_ext.reference import relative_error
 from support.models import ENGINES, cross_entropy, mlp, vectors
-from support.oracle import EXACT, flat, gradients_of, relative_error, truth, unchanged
+from support.oracle import EXACT, flat, gradients_of, truth, unchanged
 
 
 def _scaler(scale: float) -> torch.amp.GradScaler:

@@ -9,20 +9,18 @@ vector) and cut each into tiles and blocks: the sizes here leave a remainder in 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from l2rw_ext import ops
 from l2rw_ext.ops import _native
-from support.tolerances import TOLERANCES
+from l2rw_ext.ops._operator import OPERATORS
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+from support.operator_cases import assert_operator_exact, call, named_arguments
 
 OTHER_INSTRUCTION_SET = 77
 """The exit status of the script where the processor lacks the instruction set."""
-
-CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {"1": F.conv1d, "2": F.conv2d, "3": F.conv3d}
 
 # name: n, C, O, space, kernel, stride, padding, dilation, groups
 Case = tuple[int, int, int, list[int], list[int], list[int], list[int], list[int], int]
@@ -54,20 +52,6 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def gradients(name: str, z: Tensor, g: Tensor) -> Tensor:
-    """G_i in float64 by autograd, an example at a time."""
-    _, _, outputs, space, kernel, stride, padding, dilation, groups = CASES[name]
-    convolution = CONVOLUTIONS[str(len(space))]
-    rows = []
-    for i in range(z.size(0)):
-        weight = torch.zeros(
-            outputs, z.size(1) // groups, *kernel, dtype=torch.float64, requires_grad=True
-        )
-        y = convolution(z[i : i + 1].double(), weight, None, stride, padding, dilation, groups)
-        rows.append(torch.autograd.grad((y * g[i : i + 1].double()).sum(), weight)[0])
-    return torch.stack(rows)
-
-
 def draw(name: str, dtype: torch.dtype, channels_last: bool = False) -> tuple[Tensor, Tensor]:
     n, inputs, outputs, space, kernel, stride, padding, dilation, _ = CASES[name]
     places = [
@@ -85,44 +69,38 @@ def geometry(name: str) -> tuple[list[int], list[int], list[int], int]:
     return CASES[name][5:]
 
 
-def assert_close(result: Tensor, exact: Tensor, terms: Tensor, tolerance: float) -> None:
-    """|result - exact| <= tolerance * Σ |terms|, or half a unit of a subnormal result."""
-    subnormal = torch.finfo(result.dtype)
-    error = (result.double() - exact).abs()
-    allowed = tolerance * terms.double() + subnormal.tiny * subnormal.eps / 2
-    assert bool((error <= allowed).all()), float((error / allowed).max())
+OF_CONVOLUTIONS = tuple(name for name in OPERATORS if "dilation" in named_arguments(name))
+
+
+def arguments_of(operator: str, name: str, z: Tensor, g: Tensor) -> tuple[Any, ...]:
+    """What the operator of convolutions takes in a case; a direction and weights are drawn."""
+    kernel, (stride, padding, dilation, groups) = CASES[name][4], geometry(name)
+    wide = accumulation_dtype(z.dtype)
+    weights = torch.randn(z.size(0), dtype=wide)
+    weights[0] = 0
+    values = {
+        "z": z,
+        "g": g,
+        "direction": torch.randn(g.size(1), z.size(1) // groups, *kernel, dtype=wide),
+        "direction_bias": torch.randn(g.size(1), dtype=wide),
+        "weights": weights,
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
+    return tuple(values[argument] for argument in named_arguments(operator))
+
+
+def check(operator: str, arguments: tuple[Any, ...]) -> None:
+    assert_operator_exact(operator, arguments[0].dtype, arguments, call(operator, arguments))
 
 
 def check_case(name: str, dtype: torch.dtype, channels_last: bool = False) -> None:
     z, g = draw(name, dtype, channels_last)
-    exact, terms = gradients(name, z, g), gradients(name, z.abs(), g.abs())
-    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-    direction = torch.randn(exact.shape[1:], dtype=accumulation)
-    bias = torch.randn(exact.size(1), dtype=accumulation)
-    exact_bias, bias_terms = (t.double().flatten(2).sum(2) for t in (g, g.abs()))
-    score = (exact * direction).flatten(1).sum(1) + exact_bias @ bias.double()
-    score_terms = (terms * direction.abs()).flatten(1).sum(1) + bias_terms @ bias.double().abs()
-    kernel = CASES[name][4]
-
-    result, result_bias, u = ops.conv_example_gradients(
-        z, g, kernel, *geometry(name), direction, bias
-    )
-    tolerance = TOLERANCES["conv_example_gradients"][dtype]
-    assert_close(result, exact, terms, tolerance)
-    assert_close(result_bias, exact_bias, bias_terms, tolerance)
-    tolerance = TOLERANCES["conv_correlation"][dtype]
-    assert_close(u, score, score_terms, tolerance)
-    u = ops.conv_correlation(z, g, direction, bias, *geometry(name))
-    assert_close(u, score, score_terms, tolerance)
-
-    w = torch.randn(z.size(0), dtype=accumulation)
-    w[0] = 0
-    total, total_bias = ops.conv_weighted_gradient(z, g, w, kernel, *geometry(name))
-    tolerance = TOLERANCES["conv_weighted_gradient"][dtype]
-    weighted = [torch.tensordot(w.double(), t, 1) for t in (exact, exact_bias)]
-    weighted_terms = [torch.tensordot(w.double().abs(), t, 1) for t in (terms, bias_terms)]
-    assert_close(total, weighted[0], weighted_terms[0], tolerance)
-    assert_close(total_bias, weighted[1], weighted_terms[1], tolerance)
+    for operator in OF_CONVOLUTIONS:
+        check(operator, arguments_of(operator, name, z, g))
 
 
 def check_rows(dtype: torch.dtype) -> None:
@@ -142,16 +120,9 @@ def check_rows(dtype: torch.dtype) -> None:
                 (m, positions, outputs),
             )
         )
+        check("factored_correlation", (z, g, z_clean, g_clean, False))
         direction = torch.einsum("mso,msi->oi", g_clean.double(), z_clean.double())
-        terms = torch.einsum("mso,msi->oi", g_clean.double().abs(), z_clean.double().abs())
-        score = torch.einsum("nto,oi,nti->n", g.double(), direction, z.double())
-        score_terms = torch.einsum("nto,oi,nti->n", g.double().abs(), terms, z.double().abs())
-        u = ops.factored_correlation(z, g, z_clean, g_clean, False)
-        assert_close(u, score, score_terms, TOLERANCES["factored_correlation"][dtype])
-        accumulation = torch.float64 if dtype == torch.float64 else torch.float32
-        u = ops.dense_correlation(z, g, direction.to(accumulation))
-        # The direction itself is rounded here.
-        assert_close(u, score, score_terms, TOLERANCES["dense_correlation"][dtype])
+        check("dense_correlation", (z, g, direction.to(accumulation_dtype(dtype)), None))
 
 
 if __name__ == "__main__":

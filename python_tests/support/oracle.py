@@ -15,19 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, Step, reference
+from l2rw_ext.reference import relative_error
 from support.models import Drawn, cross_entropy
 
 EXACT = 1e-12
 """Relative L2 error of float64 scores, weights and gradients."""
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """|found - exact| / |exact| in the L2 norm; 0 for two zeros, infinite for one."""
-    found, exact = found.double(), exact.double()
-    error, norm = float((found - exact).norm()), float(exact.norm())
-    if norm == 0:
-        return 0.0 if error == 0 else float("inf")
-    return error / norm
 
 
 def cosine(found: Tensor, exact: Tensor) -> float:

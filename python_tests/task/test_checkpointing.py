@@ -19,8 +19,9 @@ from torch.utils.checkpoint import (
 )
 
 from l2rw_ext import NotExactError, Reweighter
+from l2rw_ext.reference import relative_error
 from support.models import CLASSES, ENGINES, Tokens, cross_entropy, model_of, vectors
-from support.oracle import assert_matches, flat, gradients_of, relative_error, truth, unchanged
+from support.oracle import assert_matches, flat, gradients_of, truth, unchanged
 
 REENTRANT = [False, True]
 ORIGINAL = torch_checkpoint.CheckpointFunction

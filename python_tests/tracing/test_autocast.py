@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from l2rw_ext import Reweighter
+from l2rw_ext.reference import relative_error
 from l2rw_ext.tracing import autocast
 from support.models import (
     CLASSES,
@@ -32,7 +33,7 @@ from support.models import (
     networks_on_tokens,
     networks_on_vectors,
 )
-from support.oracle import flat, gradients_of, relative_error, truth, unchanged
+from support.oracle import flat, gradients_of, truth, unchanged
 
 DTYPES = [torch.bfloat16, torch.float16]
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from l2rw_ext import NotExactError, Reweighter
+from l2rw_ext.reference import relative_error
 from support.models import ENGINES, cross_entropy, mlp, vectors
 from support.oracle import (
     assert_matches,
     flat,
     gradients_of,
-    relative_error,
     truth,
     unchanged,
 )
