@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .compiled.capture import Captures, Computed
+from .compiled.capture import Captures
 from .data.batch import LossFn, batch_size, check_same_kind, in_order_of, unpack
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
@@ -23,13 +23,10 @@ from .engines.forward.engine import Forward
 from .engines.layerwise.engine import Layerwise
 from .engines.remembered import Remembered
 from .errors import NotCapturableError, NotExactError
-from .step.accumulate_grad import accumulate_grad
-from .step.accumulation import Accumulation
-from .step.result import Step
-from .step.weighing import Degenerate, Gradients, Weighed, infinite_if, weigh, zero_if
-from .task.clean_gradient import Direction, clean_direction
+from .step.accumulation import Accumulation, accumulate_grad, filled_if
+from .step.weighing import Computed, Degenerate, Step, weigh
 from .task.isolation import Snapshot, preserved
-from .task.task import Task
+from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
@@ -211,15 +208,16 @@ class Reweighter:
             remembered = self._remembered(task, numbers)
             with preserved(task.members, always=False) as snapshot:
                 computed = self._compute(task, snapshot, remembered=remembered)
-        weighed, gradients = computed.weighed, computed.gradients
+        step = computed.step
         if self._accumulation is not None:
-            self._accumulation.add(weighed, gradients)
+            self._accumulation.add(computed)
         else:
             self._direction_options.advance()
-            accumulate_grad(infinite_if(weighed.overflow, gradients))
-        if numbers is not None and computed.engine != Remembered.name:
-            self.record.add(numbers, weighed.step.scores)
-        return weighed.step
+            # So that a gradient scaler skips its step.
+            accumulate_grad(filled_if(computed.overflow, computed.gradients, float("inf")))
+        if numbers is not None and step.engine != Remembered.name:
+            self.record.add(numbers, step.scores)
+        return step
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
@@ -386,13 +384,12 @@ class Reweighter:
     ) -> Computed:
         """Scores, weights and weighted gradient, by the named engine if there is one."""
         used, scored = self._score(task, snapshot, remembered, engine)
-        weighed = self._weigh(task, used, scored)
-        gradients: Gradients = []
-        if not weighed.skip or self._accumulation is not None:
-            gradients = scored.weighted_gradients(weighed.for_gradient)
-            gradients = zero_if(weighed.contaminated, gradients)
+        computed = self._weigh(task, used, scored)
+        if not computed.skip or self._accumulation is not None:
+            gradients = scored.weighted_gradients(computed.for_gradient)
+            computed.gradients = filled_if(computed.step._contaminated, gradients, 0)
         snapshot.restore_trained()
-        return Computed(used.name, scored.plan, weighed, gradients)
+        return computed
 
     @contextlib.contextmanager
     def _dry(self) -> Iterator[None]:
@@ -460,7 +457,7 @@ class Reweighter:
             )
         return last, last.score(task, snapshot, direction)
 
-    def _weigh(self, task: Task, engine: Engine, scored: Scored) -> Weighed:
+    def _weigh(self, task: Task, engine: Engine, scored: Scored) -> Computed:
         return weigh(
             task,
             scored,

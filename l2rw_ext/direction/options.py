@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.clean_gradient import Direction, clean_direction
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Task
+from l2rw_ext.task.task import Direction, Task, clean_direction
 from l2rw_ext.tracing.members import Members
 
 from .look_ahead import Preconditioner

@@ -1,15 +1,15 @@
-"""The interface that all engines share."""
+"""The interface that all engines share, and what those that keep autograd's graph share."""
 
 from __future__ import annotations
 
 import abc
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from l2rw_ext.task.clean_gradient import Direction
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Task
+from l2rw_ext.task.task import Direction, Task
 
 from .explanation import Explanation
 from .plan import Plan
@@ -35,6 +35,39 @@ class Scored(abc.ABC):
 
         ``weights`` has shape (n,); None stands for weights that are all zero.
         """
+
+
+class GraphScored(Scored):
+    """Scores of an engine that keeps the graph; its one backward mixes all examples.
+
+    Args:
+        task: the step.
+        losses: of the training batch, attached to the graph, shape (n,).
+        scores: u, shape (n,), detached.
+        clean_loss: mean clean loss, shape (), detached.
+    """
+
+    cannot_exclude = True
+
+    def __init__(self, task: Task, losses: Tensor, scores: Tensor, clean_loss: Tensor) -> None:
+        self._task = task
+        self._attached = losses
+        self.scores = scores
+        self.losses = losses.detach()
+        self.clean_loss = clean_loss
+
+    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+        """Step 13 of Algorithm 1."""
+        if weights is None:
+            seeds = torch.zeros_like(self._attached)
+        else:
+            seeds = weights.to(self._attached.dtype)
+        parameters = self._task.parameters
+        gradients = torch.autograd.grad(
+            self._attached, parameters, self._task.scaled(seeds), allow_unused=True
+        )
+        pairs = zip(parameters, gradients, strict=True)
+        return [(p, g) for p, g in pairs if g is not None]
 
 
 class Engine(abc.ABC):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.tracing.members import Members
 
-from .checkpointing import SERVES_ONCE, serves_once, without_reentrance
-from .uncompiled import eagerly
+from .checkpointing import SERVES_ONCE, serves_once
+from .process import for_steps
 
 
 class Buffers:
@@ -182,12 +182,7 @@ def preserved(members: Members, *, always: bool, captured: bool = False) -> Iter
     """
     snapshot = Snapshot(members, captured=captured)
     try:
-        with (
-            without_hooks(members.parameters),
-            without_autocast(),
-            without_reentrance,
-            eagerly,
-        ):
+        with without_hooks(members.parameters), without_autocast(), for_steps:
             yield snapshot
     except BaseException as error:
         snapshot.undo()

@@ -11,14 +11,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from l2rw_ext.engines.base import Engine, Scored
+from l2rw_ext.engines.base import Engine, GraphScored, Scored
 from l2rw_ext.engines.explanation import Explanation
-from l2rw_ext.engines.graph_scored import GraphScored, check_readable
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.clean_gradient import Direction, clean_direction
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Task, require_grad
+from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
 
 from .dual import unpack
 from .mode import Tangents
@@ -74,7 +72,6 @@ def _score(
     except RuntimeError as error:
         line = str(error).partition("\n")[0]
         raise NotExactError(f"the forward cannot carry tangents: {line}") from error
-    check_readable(task, losses, scores)
     return GraphScored(task, losses, scores, direction.clean_loss), mode
 
 

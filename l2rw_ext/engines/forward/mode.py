@@ -25,8 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers.torch_functions import writes
 from l2rw_ext.task.checkpointing import kept, recomputed
-from l2rw_ext.task.clean_gradient import Direction
-from l2rw_ext.task.task import Task
+from l2rw_ext.task.task import Direction, Task
 
 from .dual import tangent_of, unpack
 from .registry import Handler

@@ -20,9 +20,8 @@ from l2rw_ext.layers.broadcast import BROADCAST, FACTORS
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.checkpointing import SERVES_ONCE, serves_once
-from l2rw_ext.task.clean_gradient import Direction, clean_direction
 from l2rw_ext.task.isolation import Buffers, Snapshot
-from l2rw_ext.task.task import Task, require_grad
+from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
 from l2rw_ext.tracing.graph import check_graph, sources
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
