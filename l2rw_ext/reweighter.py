@@ -131,9 +131,28 @@ class Reweighter:
         for name, fn in (("loss_fn", loss_fn), ("clean_loss_fn", clean_loss_fn)):
             if not callable(fn) and not (name == "clean_loss_fn" and fn is None):
                 raise TypeError(f"{name} must be callable, got {type(fn).__name__}")
-        _one_of("engine", engine, get_args(EngineName))
-        _one_of("on_degenerate", on_degenerate, get_args(Degenerate))
-        _one_of("reuse", reuse, get_args(Reuse))
+        for name, value, allowed in (
+            ("engine", engine, EngineName),
+            ("on_degenerate", on_degenerate, Degenerate),
+            ("reuse", reuse, Reuse),
+        ):
+            if value not in get_args(allowed):
+                listed = ", ".join(map(repr, get_args(allowed)))
+                raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+        # With these options a step reads values, or differs from the one before.
+        uncaptured = {
+            "every": every > 1,
+            "direction_decay": direction_decay > 0,
+            "preconditioner": preconditioner is not None,
+            "check_finite": check_finite,
+            "on_degenerate": on_degenerate != "zero",
+        }
+        if cuda_graph and any(uncaptured.values()):
+            names = " and ".join(name for name, given in uncaptured.items() if given)
+            raise ValueError(
+                f"cuda_graph=True cannot be combined with {names}: a step then waits for values of "
+                "the device, or differs from the one before"
+            )
         self.model = model
         self.loss_fn = loss_fn
         self.clean_loss_fn = clean_loss_fn
@@ -154,14 +173,6 @@ class Reweighter:
         )
         self._engines: list[Engine] = [Layerwise(), Forward(), DoubleBackward()]
         self._captures = Captures() if cuda_graph else None
-        if cuda_graph:
-            _check_options_of_graph(
-                every=every > 1,
-                direction_decay=direction_decay > 0,
-                preconditioner=preconditioner is not None,
-                check_finite=check_finite,
-                on_degenerate=on_degenerate != "zero",
-            )
         self._accumulation: Accumulation | None = None
         self._warned: set[str] = set()
 
@@ -199,7 +210,7 @@ class Reweighter:
         before, unless the error comes from a hook while gradients are accumulated.
         """
         task = self._task(batch, clean, grad_scaler)
-        numbers = None if index is None else check_index(index, task.n)
+        numbers = check_index(index, task.n)
         if numbers is None and self.reuse == "scores" and self._direction_options.every > 1:
             raise ValueError("index must be given: reuse='scores' remembers scores by it")
         if self._captures is not None:
@@ -286,20 +297,25 @@ class Reweighter:
             engine, scored = self._score(task, snapshot)
             return self._weigh(task, engine, scored).step.weights
 
-    def explain(self, batch: Any, clean: Any = None) -> Explanation:
+    def explain(
+        self, batch: Any, clean: Any = None, index: Tensor | Sequence[int] | None = None
+    ) -> Explanation:
         """Explain which engine would run and why, and the form, cost and memory of each layer.
 
         Arguments and errors are those of :meth:`backward`. No parameter, gradient, buffer or
-        generator changes. With ``reuse="scores"`` the answer is for a step that uses the clean
-        batch. Print the result, or take it as plain data from its ``as_dict()``.
+        generator changes. Without an ``index``, the answer is for a step that computes its scores.
+        Print the result, or take it as plain data from its ``as_dict()``.
         """
         task = self._task(batch, clean)
+        remembered = self._remembered(task, check_index(index, task.n))
         candidates = self._candidates()
         refusals = [] if self.engine == "auto" else [f"asked for by engine={self.engine!r}"]
         lines = self._direction_options.lines()
         if self._captures is not None:
             lines.append(self._captures.line(task, self._options()))
         with self._dry(), preserved(task.members, always=True) as snapshot:
+            if remembered is not None:
+                return remembered.explain(task, snapshot).because([], lines)
             direction = self._direction(task, snapshot)
             for engine in candidates[:-1]:
                 try:
@@ -475,22 +491,6 @@ def _levels_inside() -> int:
         frame = frame.f_back
         levels += 1
     return levels + 1
-
-
-def _check_options_of_graph(**given: bool) -> None:
-    """Raise for options with which a step reads values, or differs from step to step."""
-    names = [name for name, is_given in given.items() if is_given]
-    if names:
-        raise ValueError(
-            f"cuda_graph=True cannot be combined with {' and '.join(names)}: a step then waits for "
-            "values of the device, or differs from the one before"
-        )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        listed = ", ".join(repr(a) for a in allowed)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
 
 def _loss_scale(grad_scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:

@@ -176,7 +176,7 @@ def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
 
 def _split_leaf(x: Any, n: int, m: int) -> tuple[Any, Any] | None:
     if isinstance(x, Tensor):
-        # Not the unsafe split, with which autograd would miss that a loss function writes to a part.
+        # Not the unsafe split: autograd would miss that a loss function writes to a part.
         return x.split((n, m)) if x.dim() and x.size(0) == n + m else None
     if x is None or isinstance(x, (bool, int, float, str)):
         return x, x

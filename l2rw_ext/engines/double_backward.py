@@ -52,9 +52,7 @@ class DoubleBackward(Engine):
                 snapshot.restore_trained()
             values = [direction.values.get(id(p)) for p in task.parameters]
             moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
-            gradient = None
-            if moved:
-                gradient = _second(moved, epsilon)
+            gradient = _second(moved, epsilon) if moved else None
         scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
         return GraphScored(task, losses, scores.detach(), direction.clean_loss)
 

@@ -71,10 +71,8 @@ class Explanation:
             else f"two passes ({plan.why_separate})"
         )
         reason = "every parameter use has a rule and no example reaches another's loss"
-        kept = sum(layer.kept_bytes for layer in layers)
-        memory = (
-            "the graph, for a second backward" if task.low_memory else f"{kept / 2**20:.2f} MiB"
-        )
+        kept = sum(layer.kept_bytes for layer in layers) / 2**20
+        memory = "the graph, for a second backward" if task.low_memory else f"{kept:.2f} MiB"
         ratio = paid / plain if plain else 1.0
         return cls("layerwise", reason, task.n, task.m, passes, ratio, memory, layers=tuple(layers))
 

@@ -62,7 +62,7 @@ def _filled_if(condition: Tensor, g: Tensor, value: float) -> Tensor:
     if not g.is_sparse:
         return g.masked_fill(condition, value)
     values = g._values().masked_fill(condition, value)
-    return torch.sparse_coo_tensor(g._indices(), values, g.shape)
+    return torch.sparse_coo_tensor(g._indices(), values, g.shape, check_invariants=False)
 
 
 class Accumulation:

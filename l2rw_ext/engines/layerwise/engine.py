@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -205,9 +204,9 @@ class _Pass:
         """
         task, scoring, interception = self._task, self.scoring, self.interception
         losses, *clean_losses = outputs
+        after_each = check_graph(interception, outputs)
         trained, reached = (
-            [use for use in interception.uses if use.index in indices]
-            for indices in itemgetter(0, -1)(check_graph(interception, outputs))
+            [use for use in interception.uses if use.index in after_each[k]] for k in (0, -1)
         )
         require_grad(losses)
         scoring.start(losses, clean_loss, reached, trained)
@@ -404,23 +403,21 @@ def _run_backward(
     interception: Interception, seeded: list[tuple[Tensor, Tensor]], *, retain: bool
 ) -> None:
     outputs = [(x, seed) for x, seed in seeded if x.requires_grad]
-
-    arguments = (
-        [x for x, _ in outputs],
-        [interception.token],
-        [seed for _, seed in outputs],
-        retain,
-    )
-    if interception.saved_tensor_hooks:
-        try:
-            with interception.recompute():
-                inside(torch.autograd.grad)(*arguments, allow_unused=True)
-        except (AttributeError, RuntimeError) as error:
-            if serves_once(error):
-                raise NotExactError(SERVES_ONCE) from error
-            raise
-    else:
-        torch.autograd.grad(*arguments, allow_unused=True)
+    recomputes = interception.saved_tensor_hooks
+    differentiate = inside(torch.autograd.grad) if recomputes else torch.autograd.grad
+    try:
+        with interception.recompute() if recomputes else contextlib.nullcontext():
+            differentiate(
+                [x for x, _ in outputs],
+                [interception.token],
+                [seed for _, seed in outputs],
+                retain,
+                allow_unused=True,
+            )
+    except (AttributeError, RuntimeError) as error:
+        if serves_once(error):
+            raise NotExactError(SERVES_ONCE) from error
+        raise
 
 
 def _with_seeds(seeded: list[tuple[Tensor, Tensor]], probe: Probe) -> list[tuple[Tensor, Tensor]]:
