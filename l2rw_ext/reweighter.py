@@ -32,6 +32,9 @@ from .tracing.members import Members
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
 
+Only = Remembered | str | None
+"""The one engine that a step may use, or its name; None for what the reweighter was made with."""
+
 
 class Reweighter:
     """Weighs each training example by how well its gradient agrees with the clean batch's (Eq. 12).
@@ -218,7 +221,7 @@ class Reweighter:
         else:
             remembered = self._remembered(task, numbers)
             with preserved(task.members, always=False) as snapshot:
-                computed = self._compute(task, snapshot, remembered=remembered)
+                computed = self._compute(task, snapshot, remembered)
         step = computed.step
         if self._accumulation is not None:
             self._accumulation.add(computed)
@@ -294,8 +297,7 @@ class Reweighter:
         """
         task = self._task(batch, clean)
         with self._dry(), preserved(task.members, always=True) as snapshot:
-            engine, scored = self._score(task, snapshot)
-            return self._weigh(task, engine, scored).step.weights
+            return self._weigh(task, snapshot)[1].step.weights
 
     def explain(
         self, batch: Any, clean: Any = None, index: Tensor | Sequence[int] | None = None
@@ -308,24 +310,15 @@ class Reweighter:
         """
         task = self._task(batch, clean)
         remembered = self._remembered(task, check_index(index, task.n))
-        candidates = self._candidates()
-        refusals = [] if self.engine == "auto" else [f"asked for by engine={self.engine!r}"]
         lines = self._direction_options.lines()
         if self._captures is not None:
             lines.append(self._captures.line(task, self._options()))
+        forced = self.engine != "auto" and remembered is None
+        reasons = [f"asked for by engine={self.engine!r}"] if forced else []
         with self._dry(), preserved(task.members, always=True) as snapshot:
-            if remembered is not None:
-                return remembered.explain(task, snapshot).because([], lines)
-            direction = self._direction(task, snapshot)
-            for engine in candidates[:-1]:
-                try:
-                    explanation = engine.explain(task, snapshot, direction)
-                    return explanation.because(refusals, lines)
-                except NotExactError as error:
-                    refusals.append(f"{engine.name} is not exact: {error}")
-                snapshot.restore()
-            explanation = candidates[-1].explain(task, snapshot, direction)
-            return explanation.because(refusals, lines)
+            _, scored, refusals = self._score(task, snapshot, remembered)
+            reasons += [f"{name} is not exact: {error}" for name, error in refusals.items()]
+            return scored.explain().because(reasons, lines)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""
@@ -384,23 +377,13 @@ class Reweighter:
             self.low_memory,
         )
 
-    def _candidates(self, only: str | None = None) -> list[Engine]:
-        return [e for e in self._engines if (only or self.engine) in ("auto", e.name)]
-
     def _options(self) -> tuple[Any, ...]:
         """The options that can be exchanged after construction and are not part of the task."""
         return (self.engine, self.on_degenerate, self.check_finite)
 
-    def _compute(
-        self,
-        task: Task,
-        snapshot: Snapshot,
-        engine: str | None = None,
-        remembered: Remembered | None = None,
-    ) -> Computed:
-        """Scores, weights and weighted gradient, by the named engine if there is one."""
-        used, scored = self._score(task, snapshot, remembered, engine)
-        computed = self._weigh(task, used, scored)
+    def _compute(self, task: Task, snapshot: Snapshot, only: Only = None) -> Computed:
+        """Scores, weights and weighted gradient."""
+        scored, computed = self._weigh(task, snapshot, only)
         if not computed.skip or self._accumulation is not None:
             gradients = scored.weighted_gradients(computed.for_gradient)
             computed.gradients = filled_if(computed.step._contaminated, gradients, 0)
@@ -444,43 +427,36 @@ class Reweighter:
         return Remembered(scores[index.to(scores.device)], self._direction_options.clean_loss)
 
     def _score(
-        self,
-        task: Task,
-        snapshot: Snapshot,
-        remembered: Remembered | None = None,
-        only: str | None = None,
-    ) -> tuple[Engine, Scored]:
-        if remembered is not None:
-            return remembered, remembered.score(task, snapshot)
+        self, task: Task, snapshot: Snapshot, only: Only = None
+    ) -> tuple[Engine, Scored, dict[str, NotExactError]]:
+        """The first exact engine, what it has scored, and why those before it are not exact."""
+        if isinstance(only, Remembered):
+            return only, only.score(task, snapshot), {}
         direction = self._direction(task, snapshot)
         if direction is not None:
             snapshot.mark_generators(task.members)
-        candidates = self._candidates(only)
-        refusals: list[str] = []
-        for engine in candidates[:-1]:
+        *candidates, last = (e for e in self._engines if (only or self.engine) in ("auto", e.name))
+        refusals: dict[str, NotExactError] = {}
+        for engine in candidates:
             try:
-                return engine, engine.score(task, snapshot, direction)
+                return engine, engine.score(task, snapshot, direction), refusals
             except NotExactError as error:
-                refusals.append(str(error).rstrip("."))
+                refusals[engine.name] = error
             snapshot.restore()
-        last = candidates[-1]
-        if refusals and refusals[-1] not in self._warned:
-            self._warned.add(refusals[-1])
+        return last, last.score(task, snapshot, direction), refusals
+
+    def _weigh(self, task: Task, snapshot: Snapshot, only: Only = None) -> tuple[Scored, Computed]:
+        """The scores and, but for the gradients, what the step computes from them."""
+        engine, scored, refusals = self._score(task, snapshot, only)
+        reasons = [str(error).rstrip(".") for error in refusals.values()]
+        if engine is self._engines[-1] and reasons and reasons[-1] not in self._warned:
+            self._warned.add(reasons[-1])
             warnings.warn(
-                f"l2rw_ext: {'; '.join(refusals)}. Using the {last.name} engine, which is exact "
+                f"l2rw_ext: {'; '.join(reasons)}. Using the {engine.name} engine, which is exact "
                 "and about three times slower",
                 stacklevel=_levels_inside(),
             )
-        return last, last.score(task, snapshot, direction)
-
-    def _weigh(self, task: Task, engine: Engine, scored: Scored) -> Computed:
-        return weigh(
-            task,
-            scored,
-            engine.name,
-            on_degenerate=self.on_degenerate,
-            check_finite=self.check_finite,
-        )
+        return scored, weigh(task, scored, engine.name, self.on_degenerate, self.check_finite)
 
 
 def _levels_inside() -> int:

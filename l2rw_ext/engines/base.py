@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -36,38 +37,39 @@ class Scored(abc.ABC):
         ``weights`` has shape (n,); None stands for weights that are all zero.
         """
 
+    @abc.abstractmethod
+    def explain(self) -> Explanation:
+        """Why the engine ran, and what the step costs."""
 
+
+@dataclass
 class GraphScored(Scored):
-    """Scores of an engine that keeps the graph; its one backward mixes all examples.
-
-    Args:
-        task: the step.
-        losses: of the training batch, attached to the graph, shape (n,).
-        scores: u, shape (n,), detached.
-        clean_loss: mean clean loss, shape (), detached.
-    """
+    """Scores of an engine that keeps the graph; its one backward mixes all examples."""
 
     cannot_exclude = True
+    task: Task
+    attached: Tensor
+    """Training losses, attached to the graph, shape (n,)."""
+    scores: Tensor
+    clean_loss: Tensor
+    explanation: Explanation
 
-    def __init__(self, task: Task, losses: Tensor, scores: Tensor, clean_loss: Tensor) -> None:
-        self._task = task
-        self._attached = losses
-        self.scores = scores
-        self.losses = losses.detach()
-        self.clean_loss = clean_loss
+    def __post_init__(self) -> None:
+        self.losses = self.attached.detach()
 
     def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
         """Step 13 of Algorithm 1."""
-        if weights is None:
-            seeds = torch.zeros_like(self._attached)
-        else:
-            seeds = weights.to(self._attached.dtype)
-        parameters = self._task.parameters
+        losses, parameters = self.attached, self.task.parameters
+        seeds = torch.zeros_like(losses) if weights is None else weights.to(losses.dtype)
         gradients = torch.autograd.grad(
-            self._attached, parameters, self._task.scaled(seeds), allow_unused=True
+            losses, parameters, self.task.scaled(seeds), allow_unused=True
         )
         pairs = zip(parameters, gradients, strict=True)
         return [(p, g) for p, g in pairs if g is not None]
+
+    def explain(self) -> Explanation:
+        """See :class:`Scored`."""
+        return self.explanation
 
 
 class Engine(abc.ABC):
@@ -85,14 +87,4 @@ class Engine(abc.ABC):
 
         Raises:
             NotExactError: the numbers would be wrong for this model.
-        """
-
-    @abc.abstractmethod
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """What :meth:`score` would do and cost; the caller restores the snapshot.
-
-        Raises:
-            NotExactError: as :meth:`score`.
         """

@@ -34,6 +34,14 @@ class DoubleBackward(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Scores by Eq. 4-7; see :class:`Engine`."""
+        explanation = Explanation.of_graph(
+            self.name,
+            task,
+            "works for anything twice differentiable",
+            "a training forward, a backward with graph, a backward through it",
+            forwards=10,
+            given=direction is not None,
+        )
         with sdpa_kernel(SDPBackend.MATH):
             with _Corrected():
                 losses = task.forward_train()
@@ -54,17 +62,7 @@ class DoubleBackward(Engine):
             moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
             gradient = _second(moved, epsilon) if moved else None
         scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
-        return GraphScored(task, losses, scores.detach(), direction.clean_loss)
-
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """See :class:`Engine`."""
-        clean = "a clean forward and backward, " if direction is None else ""
-        passes = f"a training forward, a backward with graph, {clean}a backward through it"
-        return Explanation.of_graph(
-            self.name, task, "works for anything twice differentiable", passes, forwards=10
-        )
+        return GraphScored(task, losses, scores.detach(), direction.clean_loss, explanation)
 
 
 def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | None:

@@ -78,14 +78,16 @@ class Explanation:
 
     @classmethod
     def of_graph(
-        cls, engine: str, task: Task, reason: str, passes: str, forwards: float
+        cls, engine: str, task: Task, reason: str, passes: str, forwards: float, *, given: bool
     ) -> Explanation:
         """The explanation of an engine that keeps autograd's graph of the training forward.
 
-        ``forwards`` is its cost for one training example, in forwards of one example. A plain step
-        costs 3 forwards, and so does a clean example.
+        ``passes`` are those after the clean batch's, which are left out if the direction is
+        ``given``. ``forwards`` is the cost for one training example, in forwards of one example. A
+        plain step costs 3 forwards, and so does a clean example.
         """
         n, m = task.n, task.m
+        passes = passes if given else f"a clean forward and backward, {passes}"
         cost = (forwards * n + 3 * m) / (3 * (n + m))
         return cls(engine, reason, n, m, passes, cost, "the graph of the training forward")
 

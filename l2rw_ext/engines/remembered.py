@@ -31,12 +31,7 @@ class Remembered(Engine):
         snapshot.trained = Buffers.of(task.model)
         require_grad(losses)
         scores, clean_loss = (x.to(losses.device) for x in (self._scores, self._clean_loss))
-        return GraphScored(task, losses, scores, clean_loss)
-
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """See :class:`Engine`."""
         passes = "one training forward and one weighted backward"
         reason = "the scores of all examples are remembered"
-        return Explanation.of_graph(self.name, task, reason, passes, forwards=3)
+        explanation = Explanation.of_graph(self.name, task, reason, passes, forwards=3, given=True)
+        return GraphScored(task, losses, scores, clean_loss, explanation)

@@ -122,7 +122,7 @@ class Computed:
 
 
 def weigh(
-    task: Task, scored: Scored, engine: str, *, on_degenerate: Degenerate, check_finite: bool
+    task: Task, scored: Scored, engine: str, on_degenerate: Degenerate, check_finite: bool
 ) -> Computed:
     """Eq. 8-9 of the scores; the gradients are still to be formed.
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from l2rw_ext import devices
 from l2rw_ext.data.batch import describe, merge, split
 from l2rw_ext.engines.base import Engine, Scored
-from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.layers.base import Use
@@ -73,24 +72,6 @@ class Layerwise(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
-        try:
-            return self._scored(task, snapshot, direction, fresh=False)
-        except OverflowedError as error:
-            error.scoring.overflow()
-            return error.scoring
-
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """A new plan for this model and these batches."""
-        plan = self._scored(task, snapshot, direction, fresh=True).plan
-        assert plan is not None
-        return Explanation.layerwise(task, plan)
-
-    def _scored(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None, *, fresh: bool
-    ) -> Scoring:
-        """Score by the plan of this kind of step; by a new one if it has none or ``fresh``."""
         alone = _key(task)
         pair = None if direction is not None else (task.m, describe(task.clean_inputs))
         kind = self._kinds.get((alone, pair), _Kind(alone))
@@ -98,25 +79,35 @@ class Layerwise(Engine):
             raise NotExactError(kind.refused)
         try:
             try:
-                return self._attempt(task, snapshot, direction, kind, fresh)
+                return self._attempt(task, snapshot, direction, kind)
             except StalePlanError:
-                snapshot.restore()
-                return self._attempt(task, snapshot, direction, kind, True)
+                return self._attempt_anew(task, snapshot, direction, kind)
+        except OverflowedError as error:
+            error.scoring.overflow()
+            return error.scoring
         except NotExactError as error:
             if not kind.by_row:
                 # Perhaps a tensor made without data has a row for each example.
                 kind.by_row = True
-                snapshot.restore()
                 with contextlib.suppress(NotExactError):
-                    return self._attempt(task, snapshot, direction, kind, True)
+                    return self._attempt_anew(task, snapshot, direction, kind)
             kind.refused = str(error)
             raise
         finally:
             if kind != _Kind(alone):  # else its key, which is long, need not be kept
                 self._kinds[alone, pair] = kind
 
+    def _attempt_anew(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
+    ) -> Scoring:
+        """Attempt a step without the plans of the last attempt."""
+        snapshot.restore()
+        kind.plan = None
+        self._kinds.pop((kind.alone, kind.by_row), None)
+        return self._attempt(task, snapshot, direction, kind)
+
     def _attempt(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind, fresh: bool
+        self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
     ) -> Scoring:
         """Score in a merged step if that is possible, else in two passes."""
         given = "the direction is given, not the clean batch's own"
@@ -129,7 +120,7 @@ class Layerwise(Engine):
             )
             if inputs is not None:
                 try:
-                    return self._merged(task, snapshot, inputs, kind, fresh)
+                    return self._merged(task, snapshot, inputs, kind)
                 except NotMergeableError as reason:
                     snapshot.restore()
                     why = str(reason)
@@ -138,16 +129,14 @@ class Layerwise(Engine):
                 why = "the inputs of the two batches do not agree in shape"
             if permanent:
                 kind.separate = why
-        return self._two_passes(task, snapshot, direction, kind, why, fresh)
+        return self._two_passes(task, snapshot, direction, kind, why)
 
-    def _merged(
-        self, task: Task, snapshot: Snapshot, inputs: Any, kind: _Kind, fresh: bool
-    ) -> Scoring:
+    def _merged(self, task: Task, snapshot: Snapshot, inputs: Any, kind: _Kind) -> Scoring:
         """One forward and one data-only backward over [train; clean]."""
         both = _Pass(task, None, task.n + task.m if kind.by_row else None)
         interception = both.interception
         losses, clean_losses = _merged_losses(task, inputs, interception)
-        plan = None if fresh else kind.plan
+        plan = kind.plan
         if plan is None or plan.due() or plan.calls != interception.calls:
             both.check_not_captured()
             precision = _precision(interception, losses)
@@ -162,7 +151,6 @@ class Layerwise(Engine):
         direction: Direction | None,
         kind: _Kind,
         why: str,
-        fresh: bool,
     ) -> Scoring:
         """A pass of the clean batch, which gives the direction, and one of the training batch."""
         own = self._kinds.setdefault((kind.alone, kind.by_row), _Kind(kind.alone))
@@ -174,7 +162,7 @@ class Layerwise(Engine):
             losses = task.forward_train()
         if train.interception.saved_tensor_hooks:
             snapshot.trained = Buffers.of(task.model)
-        own.plan = train.backward([losses], direction.clean_loss, None if fresh else own.plan)
+        own.plan = train.backward([losses], direction.clean_loss, own.plan)
         own.plan.why_separate = why
         return train.scoring
 

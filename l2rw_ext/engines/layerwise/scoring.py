@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from l2rw_ext import devices, ops
 from l2rw_ext.engines.base import Scored
+from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.plan import Plan, UsePlan
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers.base import Factors, Roots, RowMap, Use
@@ -23,6 +24,9 @@ from l2rw_ext.task.task import Task
 
 from .derived import Leaves
 from .probe import Probe
+
+Totals = dict[int, tuple[Tensor, Tensor]]
+"""Sums over uses: the root and the sum, by id of the root."""
 
 
 class StalePlanError(Exception):
@@ -53,7 +57,7 @@ def _whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
     return use.rule.direction(use, z, g)
 
 
-def _add_roots(totals: dict[int, tuple[Tensor, Tensor]], use: Use, values: Roots) -> None:
+def _add_roots(totals: Totals, use: Use, values: Roots) -> None:
     """Add a use's (weight, bias) values to the totals of its roots, by id."""
     for root, value in zip(use.roots, values, strict=True):
         if root is not None and value is not None:
@@ -74,17 +78,6 @@ class _Kept:
     z: Tensor | None = None
     g: Tensor | None = None
     examples: Roots | None = None
-
-
-@dataclass
-class _SecondBackward:
-    """The weighted gradient while a second backward forms it."""
-
-    ones: Tensor
-    """One for each example of positive weight, else zero, shape (n,)."""
-    active: Tensor | None
-    """The indices of these examples; None if the host does not know them."""
-    totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Scoring(Scored):
@@ -120,7 +113,9 @@ class Scoring(Scored):
         self._planned: dict[int, UsePlan] = {}
         self._postponed: list[tuple[Use, UsePlan, Tensor, Tensor]] = []
         """Reports of uses whose direction is the sum over several uses."""
-        self._second: _SecondBackward | None = None
+        self._second: tuple[Tensor, Tensor | None, Totals] | None = None
+        """While a second backward forms the weighted gradient: one for each example of positive
+        weight, else zero, shape (n,); the indices of these examples; and what it has formed."""
         self.again: Callable[[Tensor], None] | None = None
         """Runs the backward of the training losses again, with other seeds; for ``low_memory``."""
         self.scores = torch.empty(0)
@@ -170,12 +165,19 @@ class Scoring(Scored):
             )
         self._reported.add(use.index)
         planned = self._planned[use.index]
-        if self._second is not None:
-            self._add_weighted(self._second, use, planned, z, g)
-        elif planned.joint and self._directions is None:
+        if planned.joint and self._directions is None and self._second is None:
             self._postponed.append((use, planned, z, g))
-        else:
-            self._score(use, planned, z, g)
+            return
+        rows = self._rows(use, planned, z, g)
+        if rows is None:
+            return
+        if self._second is None:
+            self._score(use, planned.form, *rows)
+            return
+        # The gradients of the second backward contain the weights already.
+        ones, active, totals = self._second
+        kept = _Kept(use, rows[0][: self._n], rows[1][: self._n])
+        _add_roots(totals, use, _weighted(kept, ones, active))
 
     def finish(self) -> None:
         """Score what waited for the end of the backward.
@@ -203,6 +205,11 @@ class Scoring(Scored):
         """Set all scores to NaN: the loss scale was too large for the gradients."""
         self.scores = torch.full_like(self.scores, float("nan"))
 
+    def explain(self) -> Explanation:
+        """See :class:`~l2rw_ext.engines.base.Scored`."""
+        assert self.plan is not None
+        return Explanation.layerwise(self._task, self.plan)
+
     def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
         for use in uses:
             for root in use.roots:
@@ -227,19 +234,15 @@ class Scoring(Scored):
             return None
         return use.rule.prepare(use, z, g, planned.rows)
 
-    def _score(self, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
+    def _score(self, use: Use, form: str, z: Tensor, g: Tensor) -> None:
         """Score a use whose direction depends on no other use, or is known beforehand."""
-        rows = self._rows(use, planned, z, g)
-        if rows is None:
-            return
-        z, g = rows
         if self._directions is not None:
-            self._correlate(use, planned.form, z, g, self._direction_of(use))
+            self._correlate(use, form, z, g, self._direction_of(use))
             return
         parts = (self._n, z.shape[0] - self._n)
         z, z_clean = torch.unsafe_split_with_sizes(z, parts)
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
-        if planned.form == "factored":
+        if form == "factored":
             factors = use.rule.factors(use, z, g, z_clean, g_clean)
             if in_groups(g) and not self._task.low_memory:  # which keeps no tensors
                 self._groups.setdefault((g.dtype, g.device), []).append(factors)
@@ -248,7 +251,7 @@ class Scoring(Scored):
             self._keep(_Kept(use, z, g))
         else:
             direction = use.rule.direction(use, z_clean, g_clean)
-            self._correlate(use, planned.form, z, g, direction)
+            self._correlate(use, form, z, g, direction)
 
     def _correlate(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots) -> None:
         reaches = any(part is not None for part in direction)
@@ -269,7 +272,7 @@ class Scoring(Scored):
     def _score_jointly(self) -> None:
         """Score uses that share parameters, after summing their direction over all of them."""
         n = self._n
-        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        totals: Totals = {}
         reports: list[tuple[Use, str, Tensor, Tensor]] = []
         training: list[tuple[Use, str, Tensor, Tensor]] = []
         postponed, self._postponed = self._postponed, []
@@ -313,7 +316,7 @@ class Scoring(Scored):
 
     def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
         """See :class:`~l2rw_ext.engines.base.Scored`; frees what was kept as it goes."""
-        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        totals: Totals = {}
         if weights is not None and self.again is not None:
             totals = self._second_backward(self.again, weights)
         elif weights is not None:
@@ -335,27 +338,15 @@ class Scoring(Scored):
             (p, gradients[id(p)].to(p.dtype)) for p in self._leaves.parameters if id(p) in gradients
         ]
 
-    def _second_backward(
-        self, again: Callable[[Tensor], None], weights: Tensor
-    ) -> dict[int, tuple[Tensor, Tensor]]:
+    def _second_backward(self, again: Callable[[Tensor], None], weights: Tensor) -> Totals:
         """Σ w_i ∇f_i if nothing was kept, from a second backward of Σ w_i f_i."""
-        second = self._second = _SecondBackward((weights != 0).to(weights.dtype), _active(weights))
+        totals: Totals = {}
+        self._second = (weights != 0).to(weights.dtype), _active(weights), totals
         self._expected = {use.index for use in self._trained}
         self._reported.clear()
         again(self._task.scaled(weights.to(self.losses.dtype)))
         self._second = None
-        return second.totals
-
-    def _add_weighted(
-        self, second: _SecondBackward, use: Use, planned: UsePlan, z: Tensor, g: Tensor
-    ) -> None:
-        """Take a report of the second backward, whose gradients contain the weights already."""
-        rows = self._rows(use, planned, z, g)
-        if rows is None:
-            return
-        z, g = (x[: self._n] for x in rows)
-        ones = _for(g, second.ones)
-        _add_roots(second.totals, use, use.rule.weighted_gradient(use, z, g, ones, second.active))
+        return totals
 
 
 def _active(weights: Tensor) -> Tensor | None:
