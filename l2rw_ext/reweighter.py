@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -317,8 +318,10 @@ class Reweighter:
         reasons = [f"asked for by engine={self.engine!r}"] if forced else []
         with self._dry(), preserved(task.members, always=True) as snapshot:
             _, scored, refusals = self._score(task, snapshot, remembered)
-            reasons += [f"{name} is not exact: {error}" for name, error in refusals.items()]
-            return scored.explain().because(reasons, lines)
+            explanation = scored.explain()
+        reasons += [f"{name} is not exact: {error}" for name, error in refusals.items()]
+        reason = "; ".join(reasons) or explanation.reason
+        return dataclasses.replace(explanation, reason=reason, options=tuple(lines))
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""
@@ -434,7 +437,7 @@ class Reweighter:
             return only, only.score(task, snapshot), {}
         direction = self._direction(task, snapshot)
         if direction is not None:
-            snapshot.mark_generators(task.members)
+            snapshot.mark_generators()
         *candidates, last = (e for e in self._engines if (only or self.engine) in ("auto", e.name))
         refusals: dict[str, NotExactError] = {}
         for engine in candidates:

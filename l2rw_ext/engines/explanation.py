@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from l2rw_ext.task.task import Task
@@ -90,11 +90,6 @@ class Explanation:
         passes = passes if given else f"a clean forward and backward, {passes}"
         cost = (forwards * n + 3 * m) / (3 * (n + m))
         return cls(engine, reason, n, m, passes, cost, "the graph of the training forward")
-
-    def because(self, refusals: Sequence[str], options: Sequence[str]) -> Explanation:
-        """The explanation with the refusals of other engines and the effects of options."""
-        reason = "; ".join(refusals) or self.reason
-        return replace(self, reason=reason, options=tuple(options))
 
     @property
     def kept_bytes(self) -> float:

@@ -182,7 +182,7 @@ def weigh(
 
 
 def _contaminating(task: Task, scored: Scored) -> dict[str, Tensor]:
-    """The examples, by what of them is not finite, that contaminate an engine's one backward, (n,).
+    """Which examples contaminate a backward over all of them, shape (n,), by what is not finite.
 
     If no score is finite, the clean loss is the reason. Under a loss scale an overflow is left to
     the gradient scaler.

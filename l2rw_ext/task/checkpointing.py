@@ -69,11 +69,7 @@ def recomputed() -> bool:
 
 def kept() -> AbstractContextManager[None]:
     """A context in which autograd saves tensors as it does outside of a checkpoint."""
-    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 @contextlib.contextmanager

@@ -6,33 +6,31 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .checkpointing import non_reentrant
 
 
-@contextlib.contextmanager
-def _eager() -> Iterator[None]:
-    """In the body, compiled code runs as the Python code that it was made from.
+def _eager() -> AbstractContextManager[Any]:
+    """A context in which compiled code runs as the Python code that it was made from.
 
     A compiled forward shows no torch function to the interception and no second derivative to
     double backward. The compiled code is kept, and calls outside of a step use it as before.
     """
     # If dynamo was never imported, nothing is compiled; importing it takes seconds.
     if "torch._dynamo" not in sys.modules:
-        yield
-        return
+        return contextlib.nullcontext()
     from torch.compiler import set_stance
 
     try:
-        stance = set_stance("force_eager")
+        stance: AbstractContextManager[Any] = set_stance("force_eager")
     except RuntimeError as error:
         raise RuntimeError(
             "a step cannot run inside torch.compile: compile the model, and call the step from "
             "code that is not compiled"
         ) from error
-    with stance:
-        yield
+    return stance
 
 
 @contextlib.contextmanager
