@@ -7,7 +7,7 @@ from .engines.explanation import Explanation
 from .errors import NotExactError
 from .reweighter import Reweighter
 from .step.accumulation import Accumulation
-from .step.result import Step
+from .step.weighing import Step
 
 __all__ = [
     "Accumulation",

@@ -41,13 +41,14 @@ class Autocast:
         """The devices and dtypes of the autocast; a plan holds only for one of these keys."""
 
     def __enter__(self) -> None:
-        for device in self._devices:
-            torch.set_autocast_enabled(device, True)
-            torch.clear_autocast_cache()
+        self._switch(True)
 
     def __exit__(self, *error: Any) -> None:
+        self._switch(False)
+
+    def _switch(self, enabled: bool) -> None:
         for device in self._devices:
-            torch.set_autocast_enabled(device, False)
+            torch.set_autocast_enabled(device, enabled)
             torch.clear_autocast_cache()
 
 

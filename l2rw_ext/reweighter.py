@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .compiled.capture import Captures, Computed
+from .compiled.capture import Captures
 from .data.batch import LossFn, batch_size, check_same_kind, in_order_of, unpack
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
@@ -23,17 +24,17 @@ from .engines.forward.engine import Forward
 from .engines.layerwise.engine import Layerwise
 from .engines.remembered import Remembered
 from .errors import NotCapturableError, NotExactError
-from .step.accumulate_grad import accumulate_grad
-from .step.accumulation import Accumulation
-from .step.result import Step
-from .step.weighing import Degenerate, Gradients, Weighed, infinite_if, weigh, zero_if
-from .task.clean_gradient import Direction, clean_direction
+from .step.accumulation import Accumulation, accumulate_grad, filled_if
+from .step.weighing import Computed, Degenerate, Step, weigh
 from .task.isolation import Snapshot, preserved
-from .task.task import Task
+from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
+
+Only = Remembered | str | None
+"""The one engine that a step may use, or its name; None for what the reweighter was made with."""
 
 
 class Reweighter:
@@ -134,9 +135,28 @@ class Reweighter:
         for name, fn in (("loss_fn", loss_fn), ("clean_loss_fn", clean_loss_fn)):
             if not callable(fn) and not (name == "clean_loss_fn" and fn is None):
                 raise TypeError(f"{name} must be callable, got {type(fn).__name__}")
-        _one_of("engine", engine, get_args(EngineName))
-        _one_of("on_degenerate", on_degenerate, get_args(Degenerate))
-        _one_of("reuse", reuse, get_args(Reuse))
+        for name, value, allowed in (
+            ("engine", engine, EngineName),
+            ("on_degenerate", on_degenerate, Degenerate),
+            ("reuse", reuse, Reuse),
+        ):
+            if value not in get_args(allowed):
+                listed = ", ".join(map(repr, get_args(allowed)))
+                raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+        # With these options a step reads values, or differs from the one before.
+        uncaptured = {
+            "every": every > 1,
+            "direction_decay": direction_decay > 0,
+            "preconditioner": preconditioner is not None,
+            "check_finite": check_finite,
+            "on_degenerate": on_degenerate != "zero",
+        }
+        if cuda_graph and any(uncaptured.values()):
+            names = " and ".join(name for name, given in uncaptured.items() if given)
+            raise ValueError(
+                f"cuda_graph=True cannot be combined with {names}: a step then waits for values of "
+                "the device, or differs from the one before"
+            )
         self.model = model
         self.loss_fn = loss_fn
         self.clean_loss_fn = clean_loss_fn
@@ -157,14 +177,6 @@ class Reweighter:
         )
         self._engines: list[Engine] = [Layerwise(), Forward(), DoubleBackward()]
         self._captures = Captures() if cuda_graph else None
-        if cuda_graph:
-            _check_options_of_graph(
-                every=every > 1,
-                direction_decay=direction_decay > 0,
-                preconditioner=preconditioner is not None,
-                check_finite=check_finite,
-                on_degenerate=on_degenerate != "zero",
-            )
         self._accumulation: Accumulation | None = None
         self._warned: set[str] = set()
 
@@ -202,7 +214,7 @@ class Reweighter:
         before, unless the error comes from a hook while gradients are accumulated.
         """
         task = self._task(batch, clean, grad_scaler)
-        numbers = None if index is None else check_index(index, task.n)
+        numbers = check_index(index, task.n)
         if numbers is None and self.reuse == "scores" and self._direction_options.every > 1:
             raise ValueError("index must be given: reuse='scores' remembers scores by it")
         if self._captures is not None:
@@ -210,16 +222,17 @@ class Reweighter:
         else:
             remembered = self._remembered(task, numbers)
             with preserved(task.members, always=False) as snapshot:
-                computed = self._compute(task, snapshot, remembered=remembered)
-        weighed, gradients = computed.weighed, computed.gradients
+                computed = self._compute(task, snapshot, remembered)
+        step = computed.step
         if self._accumulation is not None:
-            self._accumulation.add(weighed, gradients)
+            self._accumulation.add(computed)
         else:
             self._direction_options.advance()
-            accumulate_grad(infinite_if(weighed.overflow, gradients))
-        if numbers is not None and computed.engine != Remembered.name:
-            self.record.add(numbers, weighed.step.scores)
-        return weighed.step
+            # So that a gradient scaler skips its step.
+            accumulate_grad(filled_if(computed.overflow, computed.gradients, float("inf")))
+        if numbers is not None and step.engine != Remembered.name:
+            self.record.add(numbers, step.scores)
+        return step
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
@@ -285,33 +298,30 @@ class Reweighter:
         """
         task = self._task(batch, clean)
         with self._dry(), preserved(task.members, always=True) as snapshot:
-            engine, scored = self._score(task, snapshot)
-            return self._weigh(task, engine, scored).step.weights
+            return self._weigh(task, snapshot)[1].step.weights
 
-    def explain(self, batch: Any, clean: Any = None) -> Explanation:
+    def explain(
+        self, batch: Any, clean: Any = None, index: Tensor | Sequence[int] | None = None
+    ) -> Explanation:
         """Explain which engine would run and why, and the form, cost and memory of each layer.
 
         Arguments and errors are those of :meth:`backward`. No parameter, gradient, buffer or
-        generator changes. With ``reuse="scores"`` the answer is for a step that uses the clean
-        batch. Print the result, or take it as plain data from its ``as_dict()``.
+        generator changes. Without an ``index``, the answer is for a step that computes its scores.
+        Print the result, or take it as plain data from its ``as_dict()``.
         """
         task = self._task(batch, clean)
-        candidates = self._candidates()
-        refusals = [] if self.engine == "auto" else [f"asked for by engine={self.engine!r}"]
+        remembered = self._remembered(task, check_index(index, task.n))
         lines = self._direction_options.lines()
         if self._captures is not None:
             lines.append(self._captures.line(task, self._options()))
+        forced = self.engine != "auto" and remembered is None
+        reasons = [f"asked for by engine={self.engine!r}"] if forced else []
         with self._dry(), preserved(task.members, always=True) as snapshot:
-            direction = self._direction(task, snapshot)
-            for engine in candidates[:-1]:
-                try:
-                    explanation = engine.explain(task, snapshot, direction)
-                    return explanation.because(refusals, lines)
-                except NotExactError as error:
-                    refusals.append(f"{engine.name} is not exact: {error}")
-                snapshot.restore()
-            explanation = candidates[-1].explain(task, snapshot, direction)
-            return explanation.because(refusals, lines)
+            _, scored, refusals = self._score(task, snapshot, remembered)
+            explanation = scored.explain()
+        reasons += [f"{name} is not exact: {error}" for name, error in refusals.items()]
+        reason = "; ".join(reasons) or explanation.reason
+        return dataclasses.replace(explanation, reason=reason, options=tuple(lines))
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""
@@ -370,29 +380,18 @@ class Reweighter:
             self.low_memory,
         )
 
-    def _candidates(self, only: str | None = None) -> list[Engine]:
-        return [e for e in self._engines if (only or self.engine) in ("auto", e.name)]
-
     def _options(self) -> tuple[Any, ...]:
         """The options that can be exchanged after construction and are not part of the task."""
         return (self.engine, self.on_degenerate, self.check_finite)
 
-    def _compute(
-        self,
-        task: Task,
-        snapshot: Snapshot,
-        engine: str | None = None,
-        remembered: Remembered | None = None,
-    ) -> Computed:
-        """Scores, weights and weighted gradient, by the named engine if there is one."""
-        used, scored = self._score(task, snapshot, remembered, engine)
-        weighed = self._weigh(task, used, scored)
-        gradients: Gradients = []
-        if not weighed.skip or self._accumulation is not None:
-            gradients = scored.weighted_gradients(weighed.for_gradient)
-            gradients = zero_if(weighed.contaminated, gradients)
+    def _compute(self, task: Task, snapshot: Snapshot, only: Only = None) -> Computed:
+        """Scores, weights and weighted gradient."""
+        scored, computed = self._weigh(task, snapshot, only)
+        if not computed.skip or self._accumulation is not None:
+            gradients = scored.weighted_gradients(computed.for_gradient)
+            computed.gradients = filled_if(computed.step._contaminated, gradients, 0)
         snapshot.restore_trained()
-        return Computed(used.name, scored.plan, weighed, gradients)
+        return computed
 
     @contextlib.contextmanager
     def _dry(self) -> Iterator[None]:
@@ -431,43 +430,36 @@ class Reweighter:
         return Remembered(scores[index.to(scores.device)], self._direction_options.clean_loss)
 
     def _score(
-        self,
-        task: Task,
-        snapshot: Snapshot,
-        remembered: Remembered | None = None,
-        only: str | None = None,
-    ) -> tuple[Engine, Scored]:
-        if remembered is not None:
-            return remembered, remembered.score(task, snapshot)
+        self, task: Task, snapshot: Snapshot, only: Only = None
+    ) -> tuple[Engine, Scored, dict[str, NotExactError]]:
+        """The first exact engine, what it has scored, and why those before it are not exact."""
+        if isinstance(only, Remembered):
+            return only, only.score(task, snapshot), {}
         direction = self._direction(task, snapshot)
         if direction is not None:
-            snapshot.mark_generators(task.members)
-        candidates = self._candidates(only)
-        refusals: list[str] = []
-        for engine in candidates[:-1]:
+            snapshot.mark_generators()
+        *candidates, last = (e for e in self._engines if (only or self.engine) in ("auto", e.name))
+        refusals: dict[str, NotExactError] = {}
+        for engine in candidates:
             try:
-                return engine, engine.score(task, snapshot, direction)
+                return engine, engine.score(task, snapshot, direction), refusals
             except NotExactError as error:
-                refusals.append(str(error).rstrip("."))
+                refusals[engine.name] = error
             snapshot.restore()
-        last = candidates[-1]
-        if refusals and refusals[-1] not in self._warned:
-            self._warned.add(refusals[-1])
+        return last, last.score(task, snapshot, direction), refusals
+
+    def _weigh(self, task: Task, snapshot: Snapshot, only: Only = None) -> tuple[Scored, Computed]:
+        """The scores and, but for the gradients, what the step computes from them."""
+        engine, scored, refusals = self._score(task, snapshot, only)
+        reasons = [str(error).rstrip(".") for error in refusals.values()]
+        if engine is self._engines[-1] and reasons and reasons[-1] not in self._warned:
+            self._warned.add(reasons[-1])
             warnings.warn(
-                f"l2rw_ext: {'; '.join(refusals)}. Using the {last.name} engine, which is exact "
+                f"l2rw_ext: {'; '.join(reasons)}. Using the {engine.name} engine, which is exact "
                 "and about three times slower",
                 stacklevel=_levels_inside(),
             )
-        return last, last.score(task, snapshot, direction)
-
-    def _weigh(self, task: Task, engine: Engine, scored: Scored) -> Weighed:
-        return weigh(
-            task,
-            scored,
-            engine.name,
-            on_degenerate=self.on_degenerate,
-            check_finite=self.check_finite,
-        )
+        return scored, weigh(task, scored, engine.name, self.on_degenerate, self.check_finite)
 
 
 def _levels_inside() -> int:
@@ -478,22 +470,6 @@ def _levels_inside() -> int:
         frame = frame.f_back
         levels += 1
     return levels + 1
-
-
-def _check_options_of_graph(**given: bool) -> None:
-    """Raise for options with which a step reads values, or differs from step to step."""
-    names = [name for name, is_given in given.items() if is_given]
-    if names:
-        raise ValueError(
-            f"cuda_graph=True cannot be combined with {' and '.join(names)}: a step then waits for "
-            "values of the device, or differs from the one before"
-        )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        listed = ", ".join(repr(a) for a in allowed)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
 
 
 def _loss_scale(grad_scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:

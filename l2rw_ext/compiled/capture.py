@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from l2rw_ext.engines.plan import Plan, due
 from l2rw_ext.errors import NotCapturableError
-from l2rw_ext.step.weighing import Gradients, Weighed, infinite_if
+from l2rw_ext.step.accumulation import filled_if
+from l2rw_ext.step.weighing import Computed
 from l2rw_ext.task.isolation import Generators, Snapshot, preserved
 from l2rw_ext.task.task import Task
 
@@ -30,16 +31,6 @@ _LARGEST_NUMBER_OF_CHANGES = 8
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 """Modules whose forward prepares, in Python, what hooks on the gradient then do."""
-
-
-@dataclass
-class Computed:
-    """What one step computed, not yet delivered to ``p.grad``."""
-
-    engine: str
-    plan: Plan | None
-    weighed: Weighed
-    gradients: Gradients
 
 
 Compute = Callable[[Task, Snapshot, str | None], Computed]
@@ -192,7 +183,7 @@ class _Kind:
             computed = compute(task, snapshot, None)
             _check_assigned(snapshot)
         found, before = computed.plan, self._plan
-        same = computed.engine == self._engine and (
+        same = computed.step.engine == self._engine and (
             found is before
             or (
                 found is not None
@@ -203,7 +194,7 @@ class _Kind:
         if not same:
             self._changes += self._recording is not None
             self._forget()
-        self._engine, self._plan = computed.engine, computed.plan
+        self._engine, self._plan = computed.step.engine, computed.plan
         return _finished(computed)
 
     def _rehearse(self, task: Task, compute: Compute) -> Computed:
@@ -264,11 +255,8 @@ class _Kind:
         computed = recording.replay()
         found = _copies(_outputs(computed))
         gradients = [(p, found.pop(0)) for p, _ in computed.gradients]
-        step = computed.weighed.step
-        named: dict[str, Any] = dict(zip(_tensors_of(step), found, strict=True))
-        step = replace(step, **named)
-        weighed = replace(computed.weighed, step=step, excluded=step._excluded)
-        return Computed(computed.engine, computed.plan, weighed, gradients)
+        named: dict[str, Any] = dict(zip(_tensors_of(computed.step), found, strict=True))
+        return replace(computed, step=replace(computed.step, **named), gradients=gradients)
 
 
 def _check_assigned(snapshot: Snapshot) -> None:
@@ -283,9 +271,8 @@ def _check_assigned(snapshot: Snapshot) -> None:
 
 def _finished(computed: Computed) -> Computed:
     """With all that a step does to its gradients."""
-    weighed = computed.weighed
-    gradients = infinite_if(weighed.overflow, computed.gradients)
-    return replace(computed, gradients=gradients, weighed=replace(weighed, overflow=None))
+    gradients = filled_if(computed.overflow, computed.gradients, float("inf"))
+    return replace(computed, gradients=gradients, overflow=None)
 
 
 def _tensors_of(step: Any) -> dict[str, Tensor]:
@@ -294,7 +281,7 @@ def _tensors_of(step: Any) -> dict[str, Tensor]:
 
 def _outputs(computed: Computed) -> list[Tensor]:
     """All that a step hands out: gradients, then the tensors of its result."""
-    return [g for _, g in computed.gradients] + list(_tensors_of(computed.weighed.step).values())
+    return [g for _, g in computed.gradients] + list(_tensors_of(computed.step).values())
 
 
 def _copy(into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

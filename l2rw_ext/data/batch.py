@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -17,31 +17,26 @@ Batch: TypeAlias = tuple[Any, Any]
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
 
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, dict):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
 def forward(model: nn.Module, inputs: Any) -> Any:
     """Call ``model(x)`` for a tensor, ``model(*x)`` for a tuple, ``model(**x)`` for a dict."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    args, kwargs = _arguments(inputs)
+    return model(*args, **kwargs)
 
 
 def forward_with(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
     """:func:`forward` with other values of the named parameters."""
-    if isinstance(inputs, dict):
-        return torch.func.functional_call(model, dict(parameters), (), inputs)
-    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    return torch.func.functional_call(model, dict(parameters), args)
+    return torch.func.functional_call(model, dict(parameters), *_arguments(inputs))
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
+def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a nest of tuples, lists and dicts, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-        return
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            yield leaf
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def unpack(batch: Any, name: str) -> Batch:
@@ -51,7 +46,7 @@ def unpack(batch: Any, name: str) -> Batch:
         length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
         raise TypeError(f"{name}: expected a pair (inputs, targets), got {kind}{length}")
     inputs, targets = batch
-    found = list(tensors(inputs))
+    found = tensors(inputs)
     if not found:
         raise TypeError(
             f"{name}: inputs must be a tensor, or a tuple or dict with at least one tensor, "
@@ -71,29 +66,21 @@ def unpack(batch: Any, name: str) -> Batch:
     return inputs, targets
 
 
-def _tree_spec(tree: Any) -> tuple[list[Any], Any]:
-    if isinstance(tree, Tensor):
-        return [tree], None
-    return pytree.tree_flatten(tree)
-
-
 def describe(tree: Any) -> tuple[Any, ...]:
     """A hashable description of a nest of tensors: structure, shapes, dtypes and devices."""
-    if isinstance(tree, Tensor):
-        return (tree.shape, tree.dtype, tree.device, tree.is_contiguous())
     leaves, spec = pytree.tree_flatten(tree)
-    parts = tuple(
+    parts = (
         (x.shape, x.dtype, x.device, x.is_contiguous()) if isinstance(x, Tensor) else repr(x)
         for x in leaves
     )
-    return (str(spec), parts)
+    return (str(spec), *parts)
 
 
 def check_same_kind(train: Any, clean: Any) -> None:
     """Raise if training and clean inputs differ in structure, dtype or device."""
-    a, spec_a = _tree_spec(train)
-    b, spec_b = _tree_spec(clean)
-    if spec_a != spec_b or len(a) != len(b):
+    a, spec_a = pytree.tree_flatten(train)
+    b, spec_b = pytree.tree_flatten(clean)
+    if spec_a != spec_b:
         raise ValueError(
             "inputs of the training and the clean batch differ in structure: "
             f"{_structure(train)} and {_structure(clean)}"
@@ -136,9 +123,6 @@ def merge(train: Any, clean: Any, n: int, m: int, *, known_batched: bool = False
     batches. Comparing batched tensors then synchronises with the device, so the comparison is left
     out if an earlier step on batches of these shapes has shown that they are ``known_batched``.
     """
-    if isinstance(train, Tensor) and isinstance(clean, Tensor):
-        joined = _merge_leaf(train, clean, n, m, alone=True, known_batched=known_batched)
-        return None if joined is train else joined
     a, spec = pytree.tree_flatten(train)
     b = pytree.tree_leaves(clean)
     alone = sum(isinstance(x, Tensor) for x in a) == 1
@@ -182,30 +166,21 @@ def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
     The result is None if the outputs cannot be cut: dimension 0 of some output tensor has not size
     n + m, or some output is an object that may hold tensors and is neither a dataclass nor a dict.
     """
-    if isinstance(outputs, Tensor):
-        if outputs.dim() == 0 or outputs.size(0) != n + m:
-            return None
-        first, second = torch.unsafe_split_with_sizes(outputs, (n, m))
-        return first, second
     leaves, spec = pytree.tree_flatten(outputs)
-    train: list[Any] = []
-    clean: list[Any] = []
-    for x in leaves:
-        if x is None or isinstance(x, (bool, int, float, str)):
-            train.append(x)
-            clean.append(x)
-            continue
-        if isinstance(x, Tensor):
-            if x.dim() == 0 or x.size(0) != n + m:
-                return None
-            parts: tuple[Any, Any] | None = (x[:n], x[n:])
-        else:
-            parts = _split_object(x, n, m)
-        if parts is None:
-            return None
-        train.append(parts[0])
-        clean.append(parts[1])
+    pairs = [_split_leaf(x, n, m) for x in leaves]
+    if any(pair is None for pair in pairs):
+        return None
+    train, clean = ([pair[k] for pair in pairs if pair is not None] for k in (0, 1))
     return pytree.tree_unflatten(train, spec), pytree.tree_unflatten(clean, spec)
+
+
+def _split_leaf(x: Any, n: int, m: int) -> tuple[Any, Any] | None:
+    if isinstance(x, Tensor):
+        # Not the unsafe split: autograd would miss that a loss function writes to a part.
+        return x.split((n, m)) if x.dim() and x.size(0) == n + m else None
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return x, x
+    return _split_object(x, n, m)
 
 
 def _split_object(x: Any, n: int, m: int) -> tuple[Any, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
 
@@ -98,15 +98,14 @@ def _length(data: Any) -> int:
     if isinstance(data, (tuple, list)):
         if len(data) != 2:
             raise ValueError(f"data: expected a pair (inputs, targets), got {len(data)} parts")
-        lengths: list[int] = []
-        tree_map(lambda x: lengths.append(len(x)) if isinstance(x, Tensor) else None, tuple(data))
+        lengths = {len(x) for x in tree_leaves(tuple(data)) if isinstance(x, Tensor)}
         if not lengths:
             raise ValueError("data: no tensor among inputs and targets")
-        if len(set(lengths)) > 1:
-            raise ValueError(f"data: inputs and targets differ in length: {sorted(set(lengths))}")
-        return lengths[0]
-    if isinstance(data, Dataset) or (isinstance(data, Sized) and hasattr(data, "__getitem__")):
-        if not isinstance(data, Sized):
-            raise ValueError("data: the dataset has no length; a map-style dataset is needed")
+        if len(lengths) > 1:
+            raise ValueError(f"data: inputs and targets differ in length: {sorted(lengths)}")
+        return lengths.pop()
+    if isinstance(data, Sized) and (isinstance(data, Dataset) or hasattr(data, "__getitem__")):
         return len(data)
+    if isinstance(data, Dataset):
+        raise ValueError("data: the dataset has no length; a map-style dataset is needed")
     raise ValueError(f"data: expected a dataset or a pair of tensors, got {type(data).__name__}")

@@ -29,87 +29,81 @@ class ExampleRecord:
     """
 
     def __init__(self) -> None:
-        self._visits = torch.zeros(0, dtype=torch.int64)
+        self.visits = torch.zeros(0, dtype=torch.int64)
+        """How often each example was scored, int64, on the CPU."""
+        self.scores = torch.zeros(0)
+        """The last score u of each example; NaN where it was never scored."""
         self._positive = torch.zeros(0)
-        self._last = torch.zeros(0)
         self._total = torch.zeros(0)
 
     def __len__(self) -> int:
-        return self._visits.numel()
-
-    @property
-    def visits(self) -> Tensor:
-        """How often each example was scored, int64, on the CPU."""
-        return self._visits
-
-    @property
-    def scores(self) -> Tensor:
-        """The last score u of each example; NaN where it was never scored."""
-        return self._last
+        return self.visits.numel()
 
     @property
     def mean_scores(self) -> Tensor:
         """The mean score of each example; NaN where it was never scored."""
-        mean: Tensor = self._total / self._visits.to(self._total)
+        mean: Tensor = self._total / self.visits.to(self._total)
         return mean
 
     @property
     def kept_share(self) -> Tensor:
         """The share of its visits in which an example had a positive score; NaN without visits."""
-        share: Tensor = self._positive / self._visits.to(self._positive)
+        share: Tensor = self._positive / self.visits.to(self._positive)
         return share
 
     def knows(self, index: Tensor) -> bool:
         """Whether all of these examples have been scored."""
         index = index.cpu()
-        return int(index.max()) < len(self) and bool((self._visits[index] > 0).all())
+        return int(index.max()) < len(self) and bool((self.visits[index] > 0).all())
 
     def add(self, index: Tensor, scores: Tensor) -> None:
         """Add those scores of a step that are finite."""
         self._grow(int(index.max()) + 1, scores)
         on_cpu, index = index.cpu(), index.to(scores.device)
         finite = scores.isfinite()
-        self._visits.index_add_(0, on_cpu, finite.to(on_cpu))
+        self.visits.index_add_(0, on_cpu, finite.to(on_cpu))
         self._positive.index_add_(0, index, (finite & (scores > 0)).to(scores.dtype))
         self._total.index_add_(0, index, scores.where(finite, 0))
-        self._last[index] = scores.where(finite, self._last[index])
+        self.scores[index] = scores.where(finite, self.scores[index])
 
     def state_dict(self) -> dict[str, Any]:
         """The tables, for a checkpoint."""
         return {
-            "visits": self._visits.clone(),
+            "visits": self.visits.clone(),
             "positive": self._positive.clone(),
-            "last": self._last.clone(),
+            "last": self.scores.clone(),
             "total": self._total.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._visits = state["visits"].clone()
+        self.visits = state["visits"].clone()
         self._positive = state["positive"].clone()
-        self._last = state["last"].clone()
+        self.scores = state["last"].clone()
         self._total = state["total"].clone()
 
     def _grow(self, size: int, like: Tensor) -> None:
         more = size - len(self)
         if more > 0:
-            self._visits = torch.cat([self._visits, self._visits.new_zeros(more)])
+            self.visits = torch.cat([self.visits, self.visits.new_zeros(more)])
             zeros = like.new_zeros(more)
             self._positive = torch.cat([self._positive.to(like), zeros])
             self._total = torch.cat([self._total.to(like), zeros])
-            self._last = torch.cat([self._last.to(like), zeros + float("nan")])
-        elif self._last.device != like.device or self._last.dtype != like.dtype:
-            self._positive, self._total, self._last = (
-                x.to(like) for x in (self._positive, self._total, self._last)
+            self.scores = torch.cat([self.scores.to(like), zeros + float("nan")])
+        elif self.scores.device != like.device or self.scores.dtype != like.dtype:
+            self._positive, self._total, self.scores = (
+                x.to(like) for x in (self._positive, self._total, self.scores)
             )
 
 
-def check_index(index: Any, n: int) -> Tensor:
-    """The index as an int64 tensor of n numbers, none of which is negative.
+def check_index(index: Any, n: int) -> Tensor | None:
+    """The index as an int64 tensor of n numbers, none of which is negative; None if it is None.
 
     Raises:
         TypeError, ValueError: it is not.
     """
+    if index is None:
+        return None
     if not isinstance(index, Tensor):
         index = torch.as_tensor(index)
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:

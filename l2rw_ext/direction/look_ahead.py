@@ -83,9 +83,8 @@ class Preconditioner:
             gradient = decay * p.detach()
             step = gradient
             if momentum:
-                step = gradient if buffer is None else buffer * momentum
                 if buffer is not None:
-                    step = step + (1 - group["dampening"]) * gradient
+                    step = buffer * momentum + (1 - group["dampening"]) * gradient
                 if group["nesterov"]:
                     step = gradient + momentum * step
             point[p] = p.detach() - float(group["lr"]) * step

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.clean_gradient import Direction, clean_direction
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Task
+from l2rw_ext.task.task import Direction, Task, clean_direction
 from l2rw_ext.tracing.members import Members
 
 from .look_ahead import Preconditioner
@@ -174,20 +173,17 @@ class DirectionOptions:
         held = None
         if saved is not None:
             parameters = dict(members.parameters)
+            values = {}
             for name, v in saved["values"].items():
-                if name not in parameters or (v is not None and parameters[name].shape != v.shape):
+                p = parameters.get(name)
+                if p is None or (v is not None and p.shape != v.shape):
                     of_shape = "" if v is None else f"of shape {tuple(v.shape)} "
                     raise ValueError(
                         f"state: it has a direction {of_shape}for {name!r}; "
                         "the model has no such parameter"
                     )
-            held = _Held(
-                {
-                    parameters[name]: None if v is None else v.clone()
-                    for name, v in saved["values"].items()
-                },
-                saved["clean_loss"].clone(),
-            )
+                values[p] = None if v is None else v.clone()
+            held = _Held(values, saved["clean_loss"].clone())
         self._steps, self._held = int(state["steps"]), held
 
     def _of_clean_batch(self, task: Task, snapshot: Snapshot) -> Direction:

@@ -1,15 +1,16 @@
-"""The interface that all engines share."""
+"""The interface that all engines share, and what those that keep autograd's graph share."""
 
 from __future__ import annotations
 
 import abc
+from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from l2rw_ext.task.clean_gradient import Direction
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Task
+from l2rw_ext.task.task import Direction, Task
 
 from .explanation import Explanation
 from .plan import Plan
@@ -36,6 +37,40 @@ class Scored(abc.ABC):
         ``weights`` has shape (n,); None stands for weights that are all zero.
         """
 
+    @abc.abstractmethod
+    def explain(self) -> Explanation:
+        """Why the engine ran, and what the step costs."""
+
+
+@dataclass
+class GraphScored(Scored):
+    """Scores of an engine that keeps the graph; its one backward mixes all examples."""
+
+    cannot_exclude = True
+    task: Task
+    attached: Tensor
+    """Training losses, attached to the graph, shape (n,)."""
+    scores: Tensor
+    clean_loss: Tensor
+    explanation: Explanation
+
+    def __post_init__(self) -> None:
+        self.losses = self.attached.detach()
+
+    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+        """Step 13 of Algorithm 1."""
+        losses, parameters = self.attached, self.task.parameters
+        seeds = torch.zeros_like(losses) if weights is None else weights.to(losses.dtype)
+        gradients = torch.autograd.grad(
+            losses, parameters, self.task.scaled(seeds), allow_unused=True
+        )
+        pairs = zip(parameters, gradients, strict=True)
+        return [(p, g) for p, g in pairs if g is not None]
+
+    def explain(self) -> Explanation:
+        """See :class:`Scored`."""
+        return self.explanation
+
 
 class Engine(abc.ABC):
     """A way to compute Eq. 7 exactly."""
@@ -52,14 +87,4 @@ class Engine(abc.ABC):
 
         Raises:
             NotExactError: the numbers would be wrong for this model.
-        """
-
-    @abc.abstractmethod
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """What :meth:`score` would do and cost; the caller restores the snapshot.
-
-        Raises:
-            NotExactError: as :meth:`score`.
         """

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from l2rw_ext import reference
 from l2rw_ext.errors import NotExactError
-from l2rw_ext.task.clean_gradient import Direction, clean_direction
+from l2rw_ext.layers import corrections
 from l2rw_ext.task.isolation import Buffers, Snapshot
-from l2rw_ext.task.task import Task, require_grad
+from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
 
-from .base import Engine, Scored
-from .corrected import Corrected
+from .base import Engine, GraphScored, Scored
 from .explanation import Explanation
-from .graph_scored import GraphScored, check_readable
 
 
 class DoubleBackward(Engine):
@@ -31,12 +34,19 @@ class DoubleBackward(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Scores by Eq. 4-7; see :class:`Engine`."""
+        explanation = Explanation.of_graph(
+            self.name,
+            task,
+            "works for anything twice differentiable",
+            "a training forward, a backward with graph, a backward through it",
+            forwards=10,
+            given=direction is not None,
+        )
         with sdpa_kernel(SDPBackend.MATH):
-            with Corrected():
+            with _Corrected():
                 losses = task.forward_train()
             snapshot.trained = Buffers.of(task.model)
             require_grad(losses)
-            check_readable(task, losses)
             epsilon = torch.zeros(
                 losses.shape,
                 dtype=torch.promote_types(losses.dtype, torch.float32),
@@ -50,22 +60,9 @@ class DoubleBackward(Engine):
                 snapshot.restore_trained()
             values = [direction.values.get(id(p)) for p in task.parameters]
             moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
-            gradient = None
-            if moved:
-                gradient = _second(moved, epsilon)
+            gradient = _second(moved, epsilon) if moved else None
         scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
-        check_readable(task, losses, scores)
-        return GraphScored(task, losses, scores.detach(), direction.clean_loss)
-
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """See :class:`Engine`."""
-        clean = "a clean forward and backward, " if direction is None else ""
-        passes = f"a training forward, a backward with graph, {clean}a backward through it"
-        return Explanation.of_graph(
-            self.name, task, "works for anything twice differentiable", passes, forwards=10
-        )
+        return GraphScored(task, losses, scores.detach(), direction.clean_loss, explanation)
 
 
 def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | None:
@@ -89,3 +86,28 @@ def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | Non
             f"torch lacks a second derivative: {str(error).splitlines()[0]}"
         ) from error
     return gradient
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    F.prelu: corrections.prelu,
+    Tensor.prelu: corrections.prelu,
+    F.layer_norm: corrections.layer_norm,
+}
+
+
+class _Corrected(TorchFunctionMode):
+    """Replaces functions whose second derivative is wrong in torch by their corrections."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        replaced = _REPLACED.get(func)
+        if replaced is not None:
+            return replaced(*args, **kwargs)
+        if func is F.embedding and kwargs.get("scale_grad_by_freq", len(args) > 5 and args[5]):
+            raise NotExactError(
+                "embedding with scale_grad_by_freq divides gradients by counts over the whole "
+                "batch, which no second derivative knows"
+            )
+        return func(*args, **kwargs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from l2rw_ext.task.task import Task
@@ -71,30 +71,25 @@ class Explanation:
             else f"two passes ({plan.why_separate})"
         )
         reason = "every parameter use has a rule and no example reaches another's loss"
-        kept = sum(layer.kept_bytes for layer in layers)
-        memory = (
-            "the graph, for a second backward" if task.low_memory else f"{kept / 2**20:.2f} MiB"
-        )
+        kept = sum(layer.kept_bytes for layer in layers) / 2**20
+        memory = "the graph, for a second backward" if task.low_memory else f"{kept:.2f} MiB"
         ratio = paid / plain if plain else 1.0
         return cls("layerwise", reason, task.n, task.m, passes, ratio, memory, layers=tuple(layers))
 
     @classmethod
     def of_graph(
-        cls, engine: str, task: Task, reason: str, passes: str, forwards: float
+        cls, engine: str, task: Task, reason: str, passes: str, forwards: float, *, given: bool
     ) -> Explanation:
         """The explanation of an engine that keeps autograd's graph of the training forward.
 
-        ``forwards`` is its cost for one training example, in forwards of one example. A plain step
-        costs 3 forwards, and so does a clean example.
+        ``passes`` are those after the clean batch's, which are left out if the direction is
+        ``given``. ``forwards`` is the cost for one training example, in forwards of one example. A
+        plain step costs 3 forwards, and so does a clean example.
         """
         n, m = task.n, task.m
+        passes = passes if given else f"a clean forward and backward, {passes}"
         cost = (forwards * n + 3 * m) / (3 * (n + m))
         return cls(engine, reason, n, m, passes, cost, "the graph of the training forward")
-
-    def because(self, refusals: Sequence[str], options: Sequence[str]) -> Explanation:
-        """The explanation with the refusals of other engines and the effects of options."""
-        reason = "; ".join(refusals) or self.reason
-        return replace(self, reason=reason, options=tuple(options))
 
     @property
     def kept_bytes(self) -> float:

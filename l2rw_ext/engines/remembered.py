@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from l2rw_ext.task.clean_gradient import Direction
 from l2rw_ext.task.isolation import Buffers, Snapshot
-from l2rw_ext.task.task import Task, require_grad
+from l2rw_ext.task.task import Direction, Task, require_grad
 
-from .base import Engine, Scored
+from .base import Engine, GraphScored, Scored
 from .explanation import Explanation
-from .graph_scored import GraphScored, check_readable
 
 
 class Remembered(Engine):
@@ -32,14 +30,8 @@ class Remembered(Engine):
         losses = task.forward_train()
         snapshot.trained = Buffers.of(task.model)
         require_grad(losses)
-        check_readable(task, losses)
         scores, clean_loss = (x.to(losses.device) for x in (self._scores, self._clean_loss))
-        return GraphScored(task, losses, scores, clean_loss)
-
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """See :class:`Engine`."""
         passes = "one training forward and one weighted backward"
         reason = "the scores of all examples are remembered"
-        return Explanation.of_graph(self.name, task, reason, passes, forwards=3)
+        explanation = Explanation.of_graph(self.name, task, reason, passes, forwards=3, given=True)
+        return GraphScored(task, losses, scores, clean_loss, explanation)

@@ -1,9 +1,9 @@
-"""From scores to weights: Eq. 8-9, and the steps for which they give no usable weights."""
+"""From scores to weights: Eq. 8-9, the steps for which they give no usable weights, the result."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from l2rw_ext import devices, ops
 from l2rw_ext.engines.base import Scored
-from l2rw_ext.engines.graph_scored import check_finite as refuse_nonfinite
-from l2rw_ext.engines.graph_scored import check_scores, is_contaminated
+from l2rw_ext.engines.plan import Plan
 from l2rw_ext.task.isolation import BelowAutograd
 from l2rw_ext.task.task import Task
-
-from .result import Step, clean_loss_error
 
 Degenerate = Literal["zero", "uniform", "skip"]
 
@@ -24,62 +21,135 @@ Gradients = list[tuple[nn.Parameter, Tensor]]
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """The weights of one batch, and how its gradient is to be formed."""
+class Step:
+    """Weights and statistics of one step; all tensors are detached and on the model's device.
+
+    Attributes:
+        weights: w of Eq. 9, shape (n,), float32 (float64 for float64 losses); sums to one or is all
+            zero.
+        scores: u of Eq. 7 with α = η = 1, shape (n,); not finite for an excluded example.
+        losses: unreduced training losses, shape (n,).
+        engine: name of the engine that computed them.
+
+    The properties below read values; on CUDA each waits for the device.
+    """
+
+    weights: Tensor
+    scores: Tensor
+    losses: Tensor
+    engine: str
+    _clean_loss: Tensor = field(repr=False)
+    _excluded: Tensor | None = field(repr=False)
+    _contaminated: Tensor | None = field(default=None, repr=False)
+
+    def _check(self) -> None:
+        if not self._clean_loss.isfinite():
+            raise _clean_loss_error(self._clean_loss)
+        if self._contaminated is not None and self._contaminated:
+            raise ValueError(
+                "training batch: losses or gradients of some examples are not finite; the engine "
+                f"{self.engine!r} mixes examples in one backward and cannot leave them out. No "
+                "gradient was accumulated"
+            )
+
+    @property
+    def clean_loss(self) -> Tensor:
+        """Mean clean loss, shape ().
+
+        Raises:
+            ValueError: it is not finite (on CUDA, where the step could not wait to know).
+        """
+        self._check()
+        return self._clean_loss
+
+    @property
+    def loss(self) -> Tensor:
+        """Σ w_i f_i, shape (); comparable to a mean loss."""
+        self._check()
+        kept = self.weights != 0
+        return (self.losses[kept].to(self.weights.dtype) * self.weights[kept]).sum()
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether no score was positive, so that Eq. 9 gives zeros."""
+        self._check()
+        positive = self.scores > 0
+        return not bool((positive if self._excluded is None else positive & ~self._excluded).any())
+
+    @property
+    def nonfinite(self) -> int:
+        """How many training examples were left out because their loss or score is not finite."""
+        self._check()
+        return 0 if self._excluded is None else int(self._excluded.sum())
+
+    @property
+    def effective_sample_size(self) -> float:
+        """(Σ w_i)² / Σ w_i²; n for equal weights, 1 if one example counts, 0 if none does."""
+        self._check()
+        w = self.weights.double()
+        total = float(w.sum())
+        return total * total / float((w * w).sum()) if total > 0 else 0.0
+
+
+@dataclass
+class Computed:
+    """What one step has computed and not yet delivered to ``p.grad``."""
 
     step: Step
+    plan: Plan | None
     for_gradient: Tensor | None
     """Weights of the gradient, shape (n,); None where all are zero."""
-    uniform: bool
+    uniform: bool = False
     """Whether no score was positive and equal weights are used instead."""
-    skip: bool
+    skip: bool = False
     """Whether no score was positive and no gradient is to be accumulated."""
-    excluded: Tensor | None
-    """Examples left out because their loss or score is not finite, shape (n,); None for none."""
-    overflow: Tensor | None
+    overflow: Tensor | None = None
     """Whether gradients overflowed under a loss scale, shape (); None if that was not checked."""
-    contaminated: Tensor | None
-    """Whether values that are not finite reached every example through one backward, shape ()."""
+    gradients: Gradients = field(default_factory=list)
+    """d(Σ w_i f_i)/dp of each parameter p that the training losses reach."""
 
     @property
     def rectified(self) -> Tensor:
         """Eq. 8: max(u, 0), zero where excluded, shape (n,)."""
-        scores = self.step.scores
-        if self.excluded is not None:
-            scores = scores.masked_fill(self.excluded, 0)
-        return scores.clamp(min=0)
+        scores, excluded = self.step.scores, self.step._excluded
+        return (scores if excluded is None else scores.masked_fill(excluded, 0)).clamp(min=0)
 
     @property
     def kept(self) -> Tensor:
         """One for each example that is not excluded, shape (n,)."""
-        if self.excluded is None:
-            return torch.ones_like(self.step.scores)
-        return (~self.excluded).to(self.step.scores.dtype)
+        scores, excluded = self.step.scores, self.step._excluded
+        return torch.ones_like(scores) if excluded is None else (~excluded).to(scores.dtype)
 
 
 def weigh(
-    task: Task, scored: Scored, engine: str, *, on_degenerate: Degenerate, check_finite: bool
-) -> Weighed:
-    """Eq. 8-9 of the scores.
+    task: Task, scored: Scored, engine: str, on_degenerate: Degenerate, check_finite: bool
+) -> Computed:
+    """Eq. 8-9 of the scores; the gradients are still to be formed.
 
     On CUDA nothing here waits for the device, unless ``check_finite`` or an ``on_degenerate`` other
     than "zero" needs a decision.
 
     Raises:
-        ValueError: the clean loss is not finite, or no score is although the losses are.
+        ValueError: the clean loss is not finite, or no score is although the losses are; or some
+            training example is not finite and the engine cannot leave it out.
     """
     clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
     readable = devices.readable(clean_loss)
     deferred = not readable and not check_finite
     if not deferred and not math.isfinite(clean_loss.item()):
-        raise clean_loss_error(clean_loss)
-    if scored.cannot_exclude and check_finite and not readable:
-        refuse_nonfinite(losses, "losses")
-        check_scores(task, scores)
+        raise _clean_loss_error(clean_loss)
+    contaminating = _contaminating(task, scored) if scored.cannot_exclude else {}
+    if not deferred:
+        for what, bad in contaminating.items():
+            if bad.any():
+                raise ValueError(
+                    f"training batch: {what} of examples {bad.nonzero().flatten().tolist()[:8]} "
+                    f"are not finite; the engine {engine!r} mixes examples in one backward and "
+                    "cannot leave them out"
+                )
     with BelowAutograd():
-        overflow = contaminated = None
+        excluded = overflow = contaminated = None
         if not deferred and math.isfinite((losses.sum() + scores.sum()).item()):
-            excluded = None
             weights = ops.normalize_weights(scores)
         else:
             excluded = ~(losses.isfinite() & scores.isfinite())
@@ -90,8 +160,8 @@ def weigh(
                     "no score is finite, although the losses are: the gradient of the clean "
                     "loss overflowed. No gradient was accumulated"
                 )
-            if scored.cannot_exclude and deferred:
-                contaminated = is_contaminated(task, losses, scores)
+            if contaminating and deferred:
+                contaminated = torch.stack(list(contaminating.values())).any()
                 excluded = excluded | contaminated
             weights = ops.normalize_weights(scores.masked_fill(excluded, 0))
         if deferred:
@@ -108,32 +178,24 @@ def weigh(
                     weights = for_gradient = kept.to(weights.dtype) / kept.sum()
                     uniform = True
     step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
-    return Weighed(step, for_gradient, uniform, skip, excluded, overflow, contaminated)
+    return Computed(step, scored.plan, for_gradient, uniform, skip, overflow)
 
 
-def zero_if(contaminated: Tensor | None, gradients: Gradients) -> Gradients:
-    """The gradients, set to zero if examples that are not finite contaminated them."""
-    if contaminated is None:
-        return gradients
-    return [
-        (
-            p,
-            torch.sparse_coo_tensor(g._indices(), g._values().masked_fill(contaminated, 0), g.shape)
-            if g.is_sparse
-            else g.masked_fill(contaminated, 0),
-        )
-        for p, g in gradients
-    ]
+def _contaminating(task: Task, scored: Scored) -> dict[str, Tensor]:
+    """Which examples contaminate a backward over all of them, shape (n,), by what is not finite.
+
+    If no score is finite, the clean loss is the reason. Under a loss scale an overflow is left to
+    the gradient scaler.
+    """
+    found = {"losses": ~scored.losses.isfinite()}
+    if task.loss_scale is None:
+        finite = scored.scores.isfinite()
+        found["gradients"] = ~finite & finite.any()
+    return found
 
 
-def infinite_if(overflow: Tensor | None, gradients: Gradients) -> Gradients:
-    """The gradients, infinite if some overflowed, so that a gradient scaler skips its step."""
-    if overflow is None:
-        return gradients
-    return [
-        # ``masked_fill`` takes no sparse gradient; dividing by zero also gives no finite number.
-        (p, g / (~overflow).to(g.dtype))
-        if g.is_sparse
-        else (p, g.masked_fill(overflow, float("inf")))
-        for p, g in gradients
-    ]
+def _clean_loss_error(value: Tensor) -> ValueError:
+    return ValueError(
+        f"clean batch: the mean loss is {float(value)}; weights from it would be meaningless. "
+        "No gradient was accumulated"
+    )

@@ -7,7 +7,8 @@ see the operations inside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
-
-from .shared import Shared
 
 
 class _NonReentrant:
@@ -70,26 +69,16 @@ def recomputed() -> bool:
 
 def kept() -> AbstractContextManager[None]:
     """A context in which autograd saves tensors as it does outside of a checkpoint."""
-    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
-class _Replaced(Shared):
-    """The exchange of the class, for all threads of the process, also outside of a step."""
-
-    def change(self) -> None:
-        """See :class:`~l2rw_ext.task.shared.Shared`."""
-        # To mypy this name is one class; here another class replaces it on purpose.
-        self._original = checkpoint.CheckpointFunction
-        checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc,assignment]
-
-    def put_back(self) -> None:
-        """See :class:`~l2rw_ext.task.shared.Shared`."""
-        checkpoint.CheckpointFunction = self._original  # type: ignore[misc]
-
-
-without_reentrance = _Replaced()
-"""A context: checkpoints entered in it are non-reentrant."""
+@contextlib.contextmanager
+def non_reentrant() -> Iterator[None]:
+    """In the body, checkpoints of the whole process are non-reentrant."""
+    # To mypy this name is one class; here another class replaces it on purpose.
+    original = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original  # type: ignore[misc]

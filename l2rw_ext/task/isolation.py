@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.tracing.members import Members
 
-from .checkpointing import SERVES_ONCE, serves_once, without_reentrance
-from .uncompiled import eagerly
+from .checkpointing import SERVES_ONCE, serves_once
+from .process import for_steps
 
 
 class Buffers:
@@ -41,10 +41,9 @@ class Buffers:
         Values are compared and not version counters, because batch norm's kernels write running
         statistics without counting a version.
         """
-        return any(
-            module._buffers.get(name) is not live
-            or (live is not None and saved is not None and not torch.equal(live, saved))
-            for module, name, live, saved in self._slots
+        return self.assigned() is not None or any(
+            live is not None and saved is not None and not torch.equal(live, saved)
+            for _, _, live, saved in self._slots
         )
 
     def assigned(self) -> str | None:
@@ -105,8 +104,9 @@ class Snapshot:
 
     def __init__(self, members: Members, *, captured: bool = False) -> None:
         self._captured = captured
+        self._devices = set() if captured else members.devices()
         self.buffers = Buffers(members.buffers)
-        self.generators = self._generators(members)
+        self.generators = Generators(self._devices)
         self._begun = self.generators
         self.trained: Buffers | None = None
         """Buffers after the training forward, where a checkpoint may run parts of it again."""
@@ -116,15 +116,12 @@ class Snapshot:
         if self.trained is not None:
             self.trained.restore()
 
-    def mark_generators(self, members: Members) -> None:
+    def mark_generators(self) -> None:
         """Make the present state of the generators the one that a further engine starts from.
 
         It is called after the clean batch's forward, whose masks are not to be drawn again.
         """
-        self._begun = self._generators(members)
-
-    def _generators(self, members: Members) -> Generators:
-        return Generators(set() if self._captured else members.devices())
+        self._begun = Generators(self._devices)
 
     def restore(self) -> None:
         """Put both back, for another try."""
@@ -182,12 +179,7 @@ def preserved(members: Members, *, always: bool, captured: bool = False) -> Iter
     """
     snapshot = Snapshot(members, captured=captured)
     try:
-        with (
-            without_hooks(members.parameters),
-            without_autocast(),
-            without_reentrance,
-            eagerly,
-        ):
+        with without_hooks(members.parameters), without_autocast(), for_steps:
             yield snapshot
     except BaseException as error:
         snapshot.undo()

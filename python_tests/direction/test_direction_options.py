@@ -262,6 +262,11 @@ def test_scores_are_remembered_between() -> None:
     first = reweighter.backward((x, y), vectors(4), index=range(12))
     model.zero_grad()
     order = torch.tensor([7, 2, 11, 5])
+    explanation = reweighter.explain((x[order], y[order]), index=order)
+    assert (explanation.engine, explanation.m, explanation.cost) == ("remembered", 0, 1)
+    assert "remembered" in explanation.reason
+    assert reweighter.explain((x[order], y[order])).engine == "layerwise"
+    assert reweighter.explain((x, y), index=range(1, 13)).engine == "layerwise"  # 12 is unknown
     step = reweighter.backward((x[order], y[order]), index=order)
     assert step.engine == "remembered"
     assert torch.equal(step.scores, first.scores[order])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -249,28 +250,36 @@ def _tolerance(drawn: _Drawn) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=120)
-@given(_networks())
-def test_random_models(drawn: _Drawn) -> None:
-    expected = truth(drawn.model, cross_entropy, drawn.batch, drawn.clean)
-    if float(expected.scores.abs().max()) < 1e-9:
-        return  # a saturated loss, whose gradients are rounding
-    tolerance = _tolerance(drawn)
-    after = copy.deepcopy(drawn.model)
-    after(drawn.batch[0])
-    for engine in ENGINE_OPTIONS:
-        model = copy.deepcopy(drawn.model)
-        reweighter = Reweighter(
-            model,
-            cross_entropy,
-            engine=engine,  # type: ignore[arg-type]
-            low_memory=drawn.low_memory,
-        )
-        refusal: Any = contextlib.nullcontext()
-        if engine in ("layerwise", "forward"):
-            refusal = contextlib.suppress(NotExactError)
-        with refusal:
-            step = reweighter.backward(drawn.batch, drawn.clean)
-            assert_matches(step, model, expected, tolerance)
-            for name, buffer in after.named_buffers():
-                assert torch.allclose(model.get_buffer(name), buffer, rtol=1e-12, atol=1e-12), name
+def test_random_models() -> None:
+    steps: Counter[str] = Counter()
+
+    @settings(max_examples=120)
+    @given(_networks())
+    def check(drawn: _Drawn) -> None:
+        expected = truth(drawn.model, cross_entropy, drawn.batch, drawn.clean)
+        if float(expected.scores.abs().max()) < 1e-9:
+            return  # a saturated loss, whose gradients are rounding
+        tolerance = _tolerance(drawn)
+        after = copy.deepcopy(drawn.model)
+        after(drawn.batch[0])
+        for engine in ENGINE_OPTIONS:
+            model = copy.deepcopy(drawn.model)
+            reweighter = Reweighter(
+                model,
+                cross_entropy,
+                engine=engine,  # type: ignore[arg-type]
+                low_memory=drawn.low_memory,
+            )
+            refusal: Any = contextlib.nullcontext()
+            if engine in ("layerwise", "forward"):
+                refusal = contextlib.suppress(NotExactError)
+            with refusal:
+                step = reweighter.backward(drawn.batch, drawn.clean)
+                steps[engine] += 1
+                assert_matches(step, model, expected, tolerance)
+                for name, buffer in after.named_buffers():
+                    found = model.get_buffer(name)
+                    assert torch.allclose(found, buffer, rtol=1e-12, atol=1e-12), name
+
+    check()
+    assert all(steps[engine] for engine in ENGINE_OPTIONS), steps

@@ -698,3 +698,26 @@ def test_layer_on_no_rows() -> None:
     )
     batch, clean = (_sequence(5), _classes(5)), (_sequence(3), _classes(3))
     assert_exact(model, cross_entropy, batch, clean, engine="layerwise")
+
+
+class _Wrapped(nn.Sequential):
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (super().forward(x),)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, _Wrapped])
+@pytest.mark.parametrize("keeps_output", [False, True])
+def test_a_loss_that_writes_to_the_outputs(kind: Any, keeps_output: bool) -> None:
+    """It is exact, or the error is that of a plain backward: the last layer keeps its output."""
+    last = nn.Tanh() if keeps_output else nn.Identity()
+    model = kind(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES), last).double()
+
+    def loss_fn(outputs: Any, targets: Tensor) -> Tensor:
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        return cross_entropy(outputs.mul_(2), targets)
+
+    if keeps_output:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            Reweighter(model, loss_fn, engine="layerwise").backward(vectors(6), vectors(4))
+    else:
+        assert_exact(model, loss_fn, vectors(6), vectors(4), engine="layerwise")

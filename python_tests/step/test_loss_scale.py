@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2rw_ext import Reweighter
+from l2rw_ext import Reweighter, devices
 from l2rw_ext.reference import relative_error
 from support.models import ENGINES, cross_entropy, mlp, vectors
 from support.oracle import EXACT, flat, gradients_of, truth, unchanged
@@ -88,6 +88,20 @@ def test_overflow_skips_the_step_and_lowers_the_scale(engine: Any, warm: bool) -
     found = step(_scaler(2.0**8))
     assert found.engine == engine
     assert relative_error(found.weights, expected.weights) < 1e-2  # float16: eps is 1e-3
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_overflow_in_a_first_step_whose_values_are_not_readable(
+    low_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "readable", lambda x: False)
+    model = mlp(dtype=torch.float32)
+    batch, clean = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
+    reweighter = Reweighter(model, cross_entropy, engine="layerwise", low_memory=low_memory)
+    with torch.autocast("cpu", torch.float16):
+        step = reweighter.backward(batch, clean, grad_scaler=_scaler(2.0**40))
+    assert not step.weights.any()
+    assert all(p.grad is not None and p.grad.isinf().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "forward", "double_backward"])

@@ -11,14 +11,12 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from l2rw_ext.engines.base import Engine, Scored
+from l2rw_ext.engines.base import Engine, GraphScored, Scored
 from l2rw_ext.engines.explanation import Explanation
-from l2rw_ext.engines.graph_scored import GraphScored, check_readable
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.clean_gradient import Direction, clean_direction
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Task, require_grad
+from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
 
 from . import rules  # noqa: F401  registers the rules of :class:`Tangents`
 from .dual import unpack
@@ -39,44 +37,30 @@ class Forward(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Clean forward and backward, then the training forward; see :class:`Engine`."""
-        scored, _ = _score(task, snapshot, direction)
-        return scored
-
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """See :class:`Engine`."""
-        _, mode = _score(task, snapshot, direction)
+        given = direction is not None
+        if direction is None:
+            direction = clean_direction(task, snapshot)
+        try:
+            # Tangents keeps what a checkpoint would drop. If something is recomputed after all,
+            # torch counts what it saves and raises.
+            with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):
+                mode = Tangents(task, direction)
+                with mode:
+                    losses = task.forward_train()
+                require_grad(losses)
+                scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
+                losses, _ = unpack(losses)
+        except (NotCapturableError, NotExactError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            line = str(error).partition("\n")[0]
+            raise NotExactError(f"the forward cannot carry tangents: {line}") from error
         reason = "the forward has a derivative along the direction; examples may share statistics"
-        clean = "a clean forward and backward, " if direction is None else ""
-        passes = f"{clean}a training forward with tangents"
+        passes = "a training forward with tangents"
         if mode.attention:
             passes += " (attention on the math kernel)"
-        return Explanation.of_graph(self.name, task, reason, passes, forwards=5)
-
-
-def _score(
-    task: Task, snapshot: Snapshot, direction: Direction | None
-) -> tuple[GraphScored, Tangents]:
-    if direction is None:
-        direction = clean_direction(task, snapshot)
-    try:
-        # Tangents keeps what a checkpoint would drop. If something is recomputed after all, torch
-        # counts what it saves and raises.
-        with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):
-            mode = Tangents(task, direction)
-            with mode:
-                losses = task.forward_train()
-            require_grad(losses)
-            scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
-            losses, _ = unpack(losses)
-    except (NotCapturableError, NotExactError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        line = str(error).partition("\n")[0]
-        raise NotExactError(f"the forward cannot carry tangents: {line}") from error
-    check_readable(task, losses, scores)
-    return GraphScored(task, losses, scores, direction.clean_loss), mode
+        explanation = Explanation.of_graph(self.name, task, reason, passes, forwards=5, given=given)
+        return GraphScored(task, losses, scores, direction.clean_loss, explanation)
 
 
 @functools.cache

@@ -28,8 +28,7 @@ from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Layer
 from l2rw_ext.layers.torch_functions import writes
 from l2rw_ext.task.checkpointing import kept, recomputed
-from l2rw_ext.task.clean_gradient import Direction
-from l2rw_ext.task.task import Task
+from l2rw_ext.task.task import Direction, Task
 
 from .dual import dual, tangent_of, unpack
 

@@ -6,7 +6,7 @@ direction in which w̃ moves is J of that of θ. Both maps are small, because no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,10 @@ class Leaves:
     def __contains__(self, root: Tensor) -> bool:
         return id(root) in self._ids
 
-    def pull_back(self, totals: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
-        """Jᵀ: sums (root, gradient) pairs of equal shapes into parameters' gradients, by id."""
-        leaves: dict[int, Tensor] = {}
-        derived: list[tuple[Tensor, Tensor]] = []
-        for root, gradient in totals:
-            if root in self:
-                _add(leaves, id(root), gradient)
-            else:
-                derived.append((root, gradient.to(root.dtype)))
+    def pull_back(self, totals: Collection[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+        """Jᵀ: from one (root, gradient) pair for each root to the parameters' gradients, by id."""
+        leaves = {id(root): gradient for root, gradient in totals if root in self}
+        derived = [(root, value.to(root.dtype)) for root, value in totals if root not in self]
         if derived:
             pulled = torch.autograd.grad(
                 [root for root, _ in derived],
@@ -43,7 +38,8 @@ class Leaves:
             )
             for p, gradient in zip(self.parameters, pulled, strict=True):
                 if gradient is not None:
-                    _add(leaves, id(p), gradient)
+                    held = leaves.get(id(p))
+                    leaves[id(p)] = gradient if held is None else held + gradient
         return leaves
 
     def push_forward(self, root: Tensor, directions: dict[int, Tensor]) -> Tensor | None:
@@ -87,8 +83,3 @@ class Leaves:
             retain_graph=True,
         )
         return pushed
-
-
-def _add(totals: dict[int, Tensor], key: int, value: Tensor) -> None:
-    held = totals.get(key)
-    totals[key] = value if held is None else held + value

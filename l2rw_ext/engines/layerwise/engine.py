@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ from torch import Tensor, nn
 from l2rw_ext import devices
 from l2rw_ext.data.batch import describe, merge, split
 from l2rw_ext.engines.base import Engine, Scored
-from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.layers.base import Use
@@ -20,12 +21,10 @@ from l2rw_ext.layers.broadcast import BROADCAST, FACTORS
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.checkpointing import SERVES_ONCE, serves_once
-from l2rw_ext.task.clean_gradient import Direction, clean_direction
 from l2rw_ext.task.isolation import Buffers, Snapshot
-from l2rw_ext.task.task import Task, require_grad
+from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
 from l2rw_ext.tracing.graph import check_graph, sources
 from l2rw_ext.tracing.interception import Interception
-from l2rw_ext.tracing.members import Members
 
 from .derived import Leaves
 from .merging import NotMergeableError, check_mergeable
@@ -33,6 +32,29 @@ from .probe import Probe, seeds
 from .scoring import OverflowedError, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
+
+
+@dataclass
+class _Kind:
+    """What the engine remembers of a kind of step.
+
+    There are three sorts of kinds. A step whose clean batch gives the direction has a kind for each
+    pair of batches, and one whose direction is given has a kind for each training batch. Both run
+    the same pass over the training batch if they do not merge. The plan of that pass belongs to a
+    third kind, which is found by ``alone`` and ``by_row``: there is one for each length of the
+    training batch, not for each pair of lengths.
+    """
+
+    alone: Key
+    """The part of the key that does not depend on the clean batch."""
+    plan: Plan | None = None
+    """The plan of a merged step, or of a pass over the training batch."""
+    by_row: bool = False
+    """Whether tensors made without data are data if they have a row for each example."""
+    separate: str | None = None
+    """Why batches of this kind are never merged, if that is known."""
+    refused: str | None = None
+    """Why the engine is not exact, if it is not."""
 
 
 class Layerwise(Engine):
@@ -46,65 +68,59 @@ class Layerwise(Engine):
     name = "layerwise"
 
     def __init__(self) -> None:
-        self._plans: dict[Key, Plan] = {}
-        self._refused: dict[Key, str] = {}
-        self._by_row: set[Key] = set()
-        self._separate: dict[Key, str] = {}
+        self._kinds: dict[Key, _Kind] = {}
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
+        alone = _key(task)
+        pair = None if direction is not None else (task.m, describe(task.clean_inputs))
+        kind = self._kinds.get((alone, pair), _Kind(alone))
+        if kind.refused is not None:
+            raise NotExactError(kind.refused)
         try:
-            scoring, _ = self._planned(task, snapshot, direction, fresh=False)
+            try:
+                return self._attempt(task, snapshot, direction, kind)
+            except StalePlanError:
+                return self._attempt_anew(task, snapshot, direction, kind)
         except OverflowedError as error:
             error.scoring.overflow()
             return error.scoring
-        return scoring
-
-    def explain(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None = None
-    ) -> Explanation:
-        """A new plan for this model and these batches."""
-        _, plan = self._planned(task, snapshot, direction, fresh=True)
-        return Explanation.layerwise(task, plan)
-
-    def _planned(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None, *, fresh: bool
-    ) -> tuple[Scoring, Plan]:
-        key = _key(task, direction is not None)
-        if key in self._refused:
-            raise NotExactError(self._refused[key])
-        try:
-            try:
-                return self._attempt(task, snapshot, direction, key, fresh)
-            except StalePlanError:
-                snapshot.restore()
-                return self._attempt(task, snapshot, direction, key, True)
         except NotExactError as error:
-            if key not in self._by_row:
+            if not kind.by_row:
                 # Perhaps a tensor made without data has a row for each example.
-                self._by_row.add(key)
-                snapshot.restore()
+                kind.by_row = True
                 with contextlib.suppress(NotExactError):
-                    return self._planned(task, snapshot, direction, fresh=True)
-            self._refused[key] = str(error)
+                    return self._attempt_anew(task, snapshot, direction, kind)
+            kind.refused = str(error)
             raise
+        finally:
+            if kind != _Kind(alone):  # else its key, which is long, need not be kept
+                self._kinds[alone, pair] = kind
+
+    def _attempt_anew(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
+    ) -> Scoring:
+        """Attempt a step without the plans of the last attempt."""
+        snapshot.restore()
+        kind.plan = None
+        self._kinds.pop((kind.alone, kind.by_row), None)
+        return self._attempt(task, snapshot, direction, kind)
 
     def _attempt(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None, key: Key, fresh: bool
-    ) -> tuple[Scoring, Plan]:
-        if direction is not None:
-            given = "the direction is given, not the clean batch's own"
-            return self._two_passes(task, snapshot, direction, key, given, fresh)
-        why = self._separate.get(key)
+        self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
+    ) -> Scoring:
+        """Score in a merged step if that is possible, else in two passes."""
+        given = "the direction is given, not the clean batch's own"
+        why = kind.separate if direction is None else given
         if why is None:
             permanent = not devices.readable(task.parameters[0])  # another try waits
-            known_batched = key in self._plans
+            known_batched = kind.plan is not None
             inputs = merge(
                 task.inputs, task.clean_inputs, task.n, task.m, known_batched=known_batched
             )
             if inputs is not None:
                 try:
-                    return self._merged(task, snapshot, inputs, key, fresh)
+                    return self._merged(task, snapshot, inputs, kind)
                 except NotMergeableError as reason:
                     snapshot.restore()
                     why = str(reason)
@@ -112,83 +128,78 @@ class Layerwise(Engine):
             else:
                 why = "the inputs of the two batches do not agree in shape"
             if permanent:
-                self._separate[key] = why
-        return self._two_passes(task, snapshot, None, key, why, fresh)
+                kind.separate = why
+        return self._two_passes(task, snapshot, direction, kind, why)
 
-    def _merged(
-        self, task: Task, snapshot: Snapshot, inputs: Any, key: Key, fresh: bool
-    ) -> tuple[Scoring, Plan]:
+    def _merged(self, task: Task, snapshot: Snapshot, inputs: Any, kind: _Kind) -> Scoring:
         """One forward and one data-only backward over [train; clean]."""
-        leaves = Leaves(task.parameters)
-        scoring = Scoring(task, leaves)
-        interception = self._interception(task.members, scoring, key, task.n + task.m)
+        both = _Pass(task, None, task.n + task.m if kind.by_row else None)
+        interception = both.interception
         losses, clean_losses = _merged_losses(task, inputs, interception)
-        plan = None if fresh else self._plans.get(key)
+        plan = kind.plan
         if plan is None or plan.due() or plan.calls != interception.calls:
-            _check_not_captured(task, interception)
+            both.check_not_captured()
             precision = _precision(interception, losses)
             check_mergeable(task, snapshot, inputs, losses, clean_losses, precision)
-        trained, reached = _reached(interception, [losses, clean_losses])
-        require_grad(losses)
-        scoring.start(losses, clean_losses.detach().mean(), reached, trained)
-        seeded = [
-            (losses, task.scaled(_finite_seed(losses))),
-            (clean_losses, task.scaled(torch.full_like(clean_losses, 1 / task.m))),
-        ]
-        plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=True)
-        self._plans[key] = plan
-        return scoring, plan
+        kind.plan = both.backward([losses, clean_losses], clean_losses.detach().mean(), plan)
+        return both.scoring
 
     def _two_passes(
         self,
         task: Task,
         snapshot: Snapshot,
         direction: Direction | None,
-        key: Key,
+        kind: _Kind,
         why: str,
-        fresh: bool,
-    ) -> tuple[Scoring, Plan]:
+    ) -> Scoring:
         """A pass of the clean batch, which gives the direction, and one of the training batch."""
-        # Without the clean batch in the key there is one plan for each length, not each pair.
-        own = (_key(task, True) if direction is None else key, key in self._by_row)
+        own = self._kinds.setdefault((kind.alone, kind.by_row), _Kind(kind.alone))
         if direction is None:
             direction = clean_direction(task, snapshot)
-        leaves = Leaves(task.parameters)
-        scoring = Scoring(task, leaves, direction.values)
-        interception = self._interception(task.members, scoring, key, task.n)
-        interception.part = "train"
-        with interception:
+        train = _Pass(task, direction.values, task.n if kind.by_row else None)
+        train.interception.part = "train"
+        with train.interception:
             losses = task.forward_train()
-        if interception.saved_tensor_hooks:
+        if train.interception.saved_tensor_hooks:
             snapshot.trained = Buffers.of(task.model)
-        (reached,) = _reached(interception, [losses])
+        own.plan = train.backward([losses], direction.clean_loss, own.plan)
+        own.plan.why_separate = why
+        return train.scoring
+
+
+class _Pass:
+    """A forward whose uses report to a scoring, and the backwards over its graph.
+
+    Args:
+        task: the step.
+        directions: v by id of the parameter; None if the forward is that of both batches.
+        examples: see :class:`~l2rw_ext.tracing.interception.Interception`.
+    """
+
+    def __init__(
+        self, task: Task, directions: dict[int, Tensor] | None, examples: int | None
+    ) -> None:
+        self._task = task
+        self._leaves = Leaves(task.parameters)
+        self.scoring = Scoring(task, self._leaves, directions)
+        self.interception = Interception(task.members, self.scoring, examples)
+
+    def backward(self, outputs: list[Tensor], clean_loss: Tensor, plan: Plan | None) -> Plan:
+        """Score by a plan; if there is none, or it does not fit, make one first.
+
+        ``outputs`` are the training losses and, if the forward is that of both batches, the clean
+        losses.
+        """
+        task, scoring, interception = self._task, self.scoring, self.interception
+        losses, *clean_losses = outputs
+        after_each = check_graph(interception, outputs)
+        trained, reached = (
+            [use for use in interception.uses if use.index in after_each[k]] for k in (0, -1)
+        )
         require_grad(losses)
-        scoring.start(losses, direction.clean_loss, reached, reached)
+        scoring.start(losses, clean_loss, reached, trained)
         seeded = [(losses, task.scaled(_finite_seed(losses)))]
-        plan = None if fresh else self._plans.get(own)
-        plan = self._backward(task, interception, scoring, seeded, plan, leaves, merged=False)
-        plan.why_separate = why
-        self._plans[own] = plan
-        return scoring, plan
-
-    def _interception(
-        self, members: Members, sink: Scoring, key: Key, examples: int
-    ) -> Interception:
-        return Interception(members, sink, examples if key in self._by_row else None)
-
-    def _backward(
-        self,
-        task: Task,
-        interception: Interception,
-        scoring: Scoring,
-        seeded: list[tuple[Tensor, Tensor]],
-        plan: Plan | None,
-        leaves: Leaves,
-        *,
-        merged: bool,
-    ) -> Plan:
-        """Run the backward under a plan; if no plan fits, make one first."""
-        reached = scoring.reached
+        seeded += [(x, task.scaled(torch.full_like(x, 1 / task.m))) for x in clean_losses]
         signatures = [_signature(use, interception) for use in reached]
         if plan is None or not (
             plan.certain
@@ -197,68 +208,97 @@ class Layerwise(Engine):
             and plan.calls == interception.calls
             and [use.signature for use in plan.uses] == signatures
         ):
-            plan = self._probed(task, interception, scoring, seeded, plan, leaves, merged=merged)
+            plan = self._probed(seeded, signatures, 0 if plan is None else plan.steps)
         plan.steps += 1
         scoring.follow(plan)
         _run_backward(interception, seeded, retain=task.low_memory)
-        _check_reported(scoring, reached)
         scoring.finish()
         if task.low_memory:
-            losses = seeded[0][0]
             scoring.again = lambda seed: _run_backward(interception, [(losses, seed)], retain=False)
         return plan
 
     def _probed(
-        self,
-        task: Task,
-        interception: Interception,
-        scoring: Scoring,
-        seeded: list[tuple[Tensor, Tensor]],
-        before: Plan | None,
-        leaves: Leaves,
-        *,
-        merged: bool,
+        self, seeded: list[tuple[Tensor, Tensor]], signatures: list[Key], steps: int
     ) -> Plan:
         """Make a plan from two more backwards over the same graph."""
-        _check_not_captured(task, interception)
-        _check_wrappers(task.model)
+        self.check_not_captured()
+        _check_wrappers(self._task.model)
+        scoring, interception = self.scoring, self.interception
         reached = scoring.reached
         probe = scoring.probe = Probe(narrow=interception.narrow)
         _run_backward(interception, seeded, retain=True)
         finite = probe.finite or not bool(scoring.losses.isfinite().all())
-        if task.loss_scale is not None and not finite:
+        if self._task.loss_scale is not None and not finite:
             raise OverflowedError(scoring)
         _run_backward(interception, _with_seeds(seeded, probe), retain=True)
         scoring.probe = None
-        certain = probe.certain and interception.data_dependent is None
-        certain = certain and not any(_multiplies_by_zero(use) for use in reached)
-        certain = certain and not interception.zero_scalars()
-        plan = Plan(merged, certain=certain, steps=0 if before is None else before.steps)
-        plan.calls = interception.calls
-        plan.data_dependent = interception.data_dependent
-        counts: dict[int, int] = {}
-        for use in reached:
-            for root in use.roots:
-                for source in () if root is None else sources(root):
-                    counts[source] = counts.get(source, 0) + 1
-        for use in reached:
-            plan.uses.append(_plan_use(use, probe, interception, leaves, counts, task))
-        if not devices.readable(scoring.losses) and any(use.rows is None for use in plan.uses):
-            # A gradient that was zero may change, and only another probe shows that.
-            plan.certain = False
-        return plan
+        counts = Counter(
+            source
+            for use in reached
+            for root in use.roots
+            if root is not None
+            for source in sources(root)
+        )
+        uses = [
+            self._plan_use(use, signature, probe, counts)
+            for use, signature in zip(reached, signatures, strict=True)
+        ]
+        certain = (
+            probe.certain
+            and interception.data_dependent is None
+            and not any(_multiplies_by_zero(use) for use in reached)
+            and not interception.zero_scalars()
+            # A gradient that was zero may change; if values cannot be read, only a probe shows it.
+            and (devices.readable(scoring.losses) or all(use.rows is not None for use in uses))
+        )
+        return Plan(
+            merged=len(seeded) > 1,
+            certain=certain,
+            uses=uses,
+            calls=interception.calls,
+            data_dependent=interception.data_dependent,
+            steps=steps,
+        )
+
+    def _plan_use(self, use: Use, signature: Key, probe: Probe, counts: Counter[int]) -> UsePlan:
+        roots = [root for root in use.roots if root is not None]
+        joint = use.part != "merged" or any(
+            root not in self._leaves or counts[id(root)] > 1 for root in roots
+        )
+        rows = probe.maps.get(use.index)
+        positions = 1 if rows is None else rows.positions
+        size = Size(self._task.n, self._task.m, positions, positions)
+        form, costs = choose_form(use, size, without=("factored",) if joint else ())
+        names = ", ".join(dict.fromkeys(map(self.interception.name_of, roots)))
+        return UsePlan(names, signature, rows, form, joint, costs, use.operation, use.shape)
+
+    def check_not_captured(self) -> None:
+        """Raise if the engine would have to read values of a step that is captured.
+
+        Raises:
+            NotCapturableError: it would.
+        """
+        if not self._task.captured:
+            return
+        operation = self.interception.data_dependent
+        if operation is None:
+            raise NotCapturableError(
+                "the engine must look at this step, for the model calls other functions than "
+                "before",
+                "let the model do the same in each step, or ",
+            )
+        raise NotCapturableError(
+            f"values of the data decide what the model computes ({operation}), and the engine must "
+            "look at each step",
+            "replace the operation, or ",
+        )
 
 
-def _key(task: Task, given: bool) -> Key:
-    """What a plan depends on, apart from the operations that it records.
-
-    If the direction is ``given``, the key does not contain the clean batch.
-    """
+def _key(task: Task) -> Key:
+    """What a plan depends on, apart from the clean batch and the operations that it records."""
     return (
         task.n,
-        None if given else task.m,
         describe(task.inputs),
-        None if given else describe(task.clean_inputs),
         task.members.training,
         tuple(map(id, task.parameters)),
         id(task.loss_fn),
@@ -281,26 +321,6 @@ def _check_wrappers(model: nn.Module) -> None:
             )
 
 
-def _check_not_captured(task: Task, interception: Interception) -> None:
-    """Raise if the engine would have to read values of a step that is captured.
-
-    Raises:
-        NotCapturableError: it would.
-    """
-    if not task.captured:
-        return
-    if interception.data_dependent is None:
-        raise NotCapturableError(
-            "the engine must look at this step, for the model calls other functions than before",
-            "let the model do the same in each step, or ",
-        )
-    raise NotCapturableError(
-        "values of the data decide what the model computes "
-        f"({interception.data_dependent}), and the engine must look at each step",
-        "replace the operation, or ",
-    )
-
-
 def _multiplies_by_zero(use: Use) -> bool:
     """Whether a trained factor is zero, as that of a residual branch often is at first.
 
@@ -320,25 +340,6 @@ def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
         use.shape,
         *(None if r is None else names.get(id(r)) or (r.shape, sources(r)) for r in use.roots),
     )
-
-
-def _plan_use(
-    use: Use,
-    probe: Probe,
-    interception: Interception,
-    leaves: Leaves,
-    counts: dict[int, int],
-    task: Task,
-) -> UsePlan:
-    roots = [root for root in use.roots if root is not None]
-    joint = use.part != "merged" or any(r not in leaves or counts[id(r)] > 1 for r in roots)
-    rows = probe.maps.get(use.index)
-    positions = 1 if rows is None else rows.positions
-    size = Size(task.n, task.m, positions, positions)
-    form, costs = choose_form(use, size, without=("factored",) if joint else ())
-    names = dict.fromkeys(interception.name_of(root) for root in roots)
-    signature = _signature(use, interception)
-    return UsePlan(", ".join(names), signature, rows, form, joint, costs, use.operation, use.shape)
 
 
 def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple[Tensor, Tensor]:
@@ -378,14 +379,6 @@ def _precision(interception: Interception, losses: Tensor) -> float:
     return max(torch.finfo(dtype).eps for dtype in {x.dtype for x in (losses, *operands)})
 
 
-def _reached(interception: Interception, losses: list[Tensor]) -> list[list[Use]]:
-    """For each k, the uses that the first k losses reach, in the order of their calls."""
-    return [
-        [use for use in interception.uses if use.index in indices]
-        for indices in check_graph(interception, losses)
-    ]
-
-
 def _finite_seed(losses: Tensor) -> Tensor:
     """The seed of a backward: one for each finite loss, zero for the others, which are left out."""
     values = losses.detach()
@@ -398,32 +391,21 @@ def _run_backward(
     interception: Interception, seeded: list[tuple[Tensor, Tensor]], *, retain: bool
 ) -> None:
     outputs = [(x, seed) for x, seed in seeded if x.requires_grad]
-
-    arguments = (
-        [x for x, _ in outputs],
-        [interception.token],
-        [seed for _, seed in outputs],
-        retain,
-    )
-    if interception.saved_tensor_hooks:
-        try:
-            with interception.recompute():
-                inside(torch.autograd.grad)(*arguments, allow_unused=True)
-        except (AttributeError, RuntimeError) as error:
-            if serves_once(error):
-                raise NotExactError(SERVES_ONCE) from error
-            raise
-    else:
-        torch.autograd.grad(*arguments, allow_unused=True)
-
-
-def _check_reported(scoring: Scoring, reached: list[Use]) -> None:
-    for use in reached:
-        if use.index not in scoring.reported:
-            raise NotExactError(
-                f"the backward did not pass through {use.operation} on {use.shape}, which the "
-                "losses reach"
+    recomputes = interception.saved_tensor_hooks
+    differentiate = inside(torch.autograd.grad) if recomputes else torch.autograd.grad
+    try:
+        with interception.recompute() if recomputes else contextlib.nullcontext():
+            differentiate(
+                [x for x, _ in outputs],
+                [interception.token],
+                [seed for _, seed in outputs],
+                retain,
+                allow_unused=True,
             )
+    except (AttributeError, RuntimeError) as error:
+        if serves_once(error):
+            raise NotExactError(SERVES_ONCE) from error
+        raise
 
 
 def _with_seeds(seeded: list[tuple[Tensor, Tensor]], probe: Probe) -> list[tuple[Tensor, Tensor]]:

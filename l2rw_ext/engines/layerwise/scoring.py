@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from l2rw_ext import devices, ops
 from l2rw_ext.engines.base import Scored
+from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.plan import Plan, UsePlan
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers.base import Factors, Roots, RowMap, Use
@@ -24,7 +25,8 @@ from l2rw_ext.task.task import Task
 from .derived import Leaves
 from .probe import Probe
 
-Report = tuple[Use, Tensor, Tensor]
+Totals = dict[int, tuple[Tensor, Tensor]]
+"""Sums over uses: the root and the sum, by id of the root."""
 
 
 class StalePlanError(Exception):
@@ -48,14 +50,14 @@ def in_groups(g: Tensor) -> bool:
     return g.device.type != "cpu"
 
 
-def whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
+def _whole_direction(use: Use, z: Tensor, g: Tensor) -> Roots:
     """A use's part of the direction, if all its rows belong to the clean batch."""
     rows = math.prod(g.shape[: use.layer.leading(use, g)])
     z, g = use.layer.prepare(use, z, g, RowMap.of_all(rows))
     return use.layer.direction(use, z, g)
 
 
-def add_roots(totals: dict[int, tuple[Tensor, Tensor]], use: Use, values: Roots) -> None:
+def _add_roots(totals: Totals, use: Use, values: Roots) -> None:
     """Add a use's (weight, bias) values to the totals of its roots, by id."""
     for root, value in zip(use.roots, values, strict=True):
         if root is not None and value is not None:
@@ -78,22 +80,11 @@ class _Kept:
     examples: Roots | None = None
 
 
-@dataclass
-class _SecondBackward:
-    """The weighted gradient while a second backward forms it."""
-
-    ones: Tensor
-    """One for each example of positive weight, else zero, shape (n,)."""
-    active: Tensor | None
-    """The indices of these examples; None if the host does not know them."""
-    totals: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
 class Scoring(Scored):
     """Scores of the training examples, summed use by use while the backward runs.
 
-    It is the sink of one forward. It keeps nothing before :meth:`arm`, and nothing of uses that the
-    losses do not reach: a backward that the model itself runs, in its forward or in a hook,
+    It is the sink of one forward. It takes no report before :meth:`start`, and none of uses that
+    the losses do not reach: a backward that the model itself runs, in its forward or in a hook,
     produces constants.
 
     Args:
@@ -106,11 +97,10 @@ class Scoring(Scored):
     def __init__(
         self, task: Task, leaves: Leaves, directions: dict[int, Tensor] | None = None
     ) -> None:
-        self.armed = False
         self.probe: Probe | None = None
-        self.reports: dict[int, Report] = {}
-        self.reported: set[int] = set()
-        self.expected: set[int] = set()
+        self._expected: set[int] = set()
+        """Indices of the uses that the step's backward is to pass through."""
+        self._reported: set[int] = set()
         self._task = task
         self._n = task.n
         self._leaves = leaves
@@ -120,10 +110,14 @@ class Scoring(Scored):
         self._groups: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
         self.reached: list[Use] = []
         self._trained: list[Use] = []
-        self._planned: dict[int, UsePlan] | None = None
-        self._second: _SecondBackward | None = None
+        self._planned: dict[int, UsePlan] = {}
+        self._postponed: list[tuple[Use, UsePlan, Tensor, Tensor]] = []
+        """Reports of uses whose direction is the sum over several uses."""
+        self._second: tuple[Tensor, Tensor | None, Totals] | None = None
+        """While a second backward forms the weighted gradient: one for each example of positive
+        weight, else zero, shape (n,); the indices of these examples; and what it has formed."""
         self.again: Callable[[Tensor], None] | None = None
-        """Runs the backward of the training losses once more, with the given seeds."""
+        """Runs the backward of the training losses again, with other seeds; for ``low_memory``."""
         self.scores = torch.empty(0)
         self.losses = torch.empty(0)
         self.clean_loss = torch.empty(0)
@@ -141,7 +135,7 @@ class Scoring(Scored):
         self._trained = trained
         if self._directions is not None:
             self._push(reached, self._directions)
-        self.arm(reached)
+        self._expected = {use.index for use in reached}
 
     def follow(self, plan: Plan) -> None:
         """Follow a plan: from now on reports are processed as they come."""
@@ -149,11 +143,6 @@ class Scoring(Scored):
         self._planned = {
             use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
         }
-
-    def arm(self, reached: list[Use]) -> None:
-        """Expect the step's backward, which is to pass through the uses in ``reached``."""
-        self.expected = {use.index for use in reached}
-        self.armed = True
 
     def backward_of(self, use: Use) -> AbstractContextManager[None]:
         """See :class:`~l2rw_ext.layers.base.Sink`."""
@@ -165,47 +154,49 @@ class Scoring(Scored):
 
     def report(self, use: Use, z: Tensor, g: Tensor) -> None:
         """See :class:`~l2rw_ext.layers.base.Sink`."""
-        if not self.armed or use.index not in self.expected:
+        if use.index not in self._expected:
             return
         if self.probe is not None:
             self.probe.report(use, g)
             return
-        if use.index in self.reported:
+        if use.index in self._reported:
             raise NotExactError(
                 f"{use.operation} on {use.shape} was differentiated more than once in the backward"
             )
-        self.reported.add(use.index)
-        self.receive(use, z, g)
-
-    def receive(self, use: Use, z: Tensor, g: Tensor) -> None:
-        """Score a report, or keep it if there is no plan or its direction is incomplete."""
-        planned = None if self._planned is None else self._planned[use.index]
-        if self._second is not None:
-            assert planned is not None
-            self._add_weighted(self._second, use, planned, z, g)
-        elif planned is None or (planned.joint and self._directions is None):
-            self.reports[use.index] = (use, z, g)
-        else:
-            self._score(use, planned, z, g)
+        self._reported.add(use.index)
+        planned = self._planned[use.index]
+        if planned.joint and self._directions is None and self._second is None:
+            self._postponed.append((use, planned, z, g))
+            return
+        rows = self._rows(use, planned, z, g)
+        if rows is None:
+            return
+        if self._second is None:
+            self._score(use, planned.form, *rows)
+            return
+        # The gradients of the second backward contain the weights already.
+        ones, active, totals = self._second
+        kept = _Kept(use, rows[0][: self._n], rows[1][: self._n])
+        _add_roots(totals, use, _weighted(kept, ones, active))
 
     def finish(self) -> None:
-        """Score the kept reports after the backward, when all directions are complete."""
-        assert self._planned is not None
-        reports, self.reports = self.reports, {}
-        postponed = []
+        """Score what waited for the end of the backward.
+
+        Raises:
+            NotExactError: the backward did not pass through all uses.
+        """
+        for use in self.reached:
+            if use.index not in self._reported:
+                raise NotExactError(
+                    f"the backward did not pass through {use.operation} on {use.shape}, which the "
+                    "losses reach"
+                )
         with BelowAutograd():
-            for use, z, g in reports.values():
-                planned = self._planned[use.index]
-                if planned.joint and self._directions is None:
-                    postponed.append((use, planned, z, g))
-                else:
-                    self._score(use, planned, z, g)
-            reports.clear()
             while self._groups:
                 _, layers = self._groups.popitem()
                 self.scores += ops.factored_correlations(*zip(*layers, strict=True))
-        if postponed:
-            self._score_jointly(postponed)
+        if self._postponed:
+            self._score_jointly()
         self.scores = self._task.unscaled(self.scores)
         if self._directions is None:
             self.scores = self._task.unscaled(self.scores)
@@ -213,6 +204,11 @@ class Scoring(Scored):
     def overflow(self) -> None:
         """Set all scores to NaN: the loss scale was too large for the gradients."""
         self.scores = torch.full_like(self.scores, float("nan"))
+
+    def explain(self) -> Explanation:
+        """See :class:`~l2rw_ext.engines.base.Scored`."""
+        assert self.plan is not None
+        return Explanation.layerwise(self._task, self.plan)
 
     def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
         for use in uses:
@@ -238,19 +234,15 @@ class Scoring(Scored):
             return None
         return use.layer.prepare(use, z, g, planned.rows)
 
-    def _score(self, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
+    def _score(self, use: Use, form: str, z: Tensor, g: Tensor) -> None:
         """Score a use whose direction depends on no other use, or is known beforehand."""
-        rows = self._rows(use, planned, z, g)
-        if rows is None:
-            return
-        z, g = rows
         if self._directions is not None:
-            self._correlate(use, planned.form, z, g, self._direction_of(use))
+            self._correlate(use, form, z, g, self._direction_of(use))
             return
         parts = (self._n, z.shape[0] - self._n)
         z, z_clean = torch.unsafe_split_with_sizes(z, parts)
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
-        if planned.form == "factored":
+        if form == "factored":
             factors = use.layer.factors(use, z, g, z_clean, g_clean)
             if in_groups(g) and not self._task.low_memory:  # which keeps no tensors
                 self._groups.setdefault((g.dtype, g.device), []).append(factors)
@@ -259,7 +251,7 @@ class Scoring(Scored):
             self._keep(_Kept(use, z, g))
         else:
             direction = use.layer.direction(use, z_clean, g_clean)
-            self._correlate(use, planned.form, z, g, direction)
+            self._correlate(use, form, z, g, direction)
 
     def _correlate(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots) -> None:
         reaches = any(part is not None for part in direction)
@@ -277,16 +269,17 @@ class Scoring(Scored):
         if not self._task.low_memory:
             self._kept.append(kept)
 
-    def _score_jointly(self, postponed: list[tuple[Use, UsePlan, Tensor, Tensor]]) -> None:
+    def _score_jointly(self) -> None:
         """Score uses that share parameters, after summing their direction over all of them."""
         n = self._n
-        totals: dict[int, tuple[Tensor, Tensor]] = {}
+        totals: Totals = {}
         reports: list[tuple[Use, str, Tensor, Tensor]] = []
         training: list[tuple[Use, str, Tensor, Tensor]] = []
+        postponed, self._postponed = self._postponed, []
         with BelowAutograd():
             for use, planned, z, g in postponed:
                 if use.part == "clean":
-                    add_roots(totals, use, whole_direction(use, z, g))
+                    _add_roots(totals, use, _whole_direction(use, z, g))
                     continue
                 rows = self._rows(use, planned, z, g)
                 if rows is not None:
@@ -294,7 +287,7 @@ class Scoring(Scored):
             for use, form, z, g in self._side_by_side(reports):
                 training.append((use, form, z[:n], g[:n]))
                 if use.part == "merged":
-                    add_roots(totals, use, use.layer.direction(use, z[n:], g[n:]))
+                    _add_roots(totals, use, use.layer.direction(use, z[n:], g[n:]))
         directions = self._leaves.pull_back(totals.values())
         self._push([use for use, *_ in training], directions)
         with BelowAutograd():
@@ -311,10 +304,9 @@ class Scoring(Scored):
             use, form, z, g = report
             key: Any = use.index
             if use.layer.rows_add_up and g.shape[1] <= FEW_POSITIONS:
-                roots = tuple(map(id, use.roots))
+                operands = (use.layer, use.options, *map(id, use.roots))
                 features = (z.shape[2:], g.shape[2:], g.dtype)
-                reached = use.index in trained
-                key = (use.layer, use.part, roots, use.options, form, reached, features)
+                key = (operands, use.part, form, use.index in trained, features)
             groups.setdefault(key, []).append(report)
         for group in groups.values():
             use, form, z, g = group[0]
@@ -324,9 +316,9 @@ class Scoring(Scored):
 
     def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
         """See :class:`~l2rw_ext.engines.base.Scored`; frees what was kept as it goes."""
-        totals: dict[int, tuple[Tensor, Tensor]] = {}
-        if weights is not None and self._task.low_memory:
-            totals = self._second_backward(weights)
+        totals: Totals = {}
+        if weights is not None and self.again is not None:
+            totals = self._second_backward(self.again, weights)
         elif weights is not None:
             active = _active(weights)
             trained = {use.index for use in self._trained}
@@ -334,7 +326,7 @@ class Scoring(Scored):
                 while self._kept:
                     item = self._kept.pop()
                     if item.use.index in trained:
-                        add_roots(totals, item.use, _weighted(item, weights, active))
+                        _add_roots(totals, item.use, _weighted(item, weights, active))
         self._kept.clear()
         self.again = None
         roots = {id(root): root for use in self._trained for root in use.roots if root is not None}
@@ -346,26 +338,15 @@ class Scoring(Scored):
             (p, gradients[id(p)].to(p.dtype)) for p in self._leaves.parameters if id(p) in gradients
         ]
 
-    def _second_backward(self, weights: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    def _second_backward(self, again: Callable[[Tensor], None], weights: Tensor) -> Totals:
         """Σ w_i ∇f_i if nothing was kept, from a second backward of Σ w_i f_i."""
-        assert self.again is not None
-        second = self._second = _SecondBackward((weights != 0).to(weights.dtype), _active(weights))
-        self.arm(self._trained)
-        self.reported.clear()
-        self.again(self._task.scaled(weights.to(self.losses.dtype)))
+        totals: Totals = {}
+        self._second = (weights != 0).to(weights.dtype), _active(weights), totals
+        self._expected = {use.index for use in self._trained}
+        self._reported.clear()
+        again(self._task.scaled(weights.to(self.losses.dtype)))
         self._second = None
-        return second.totals
-
-    def _add_weighted(
-        self, second: _SecondBackward, use: Use, planned: UsePlan, z: Tensor, g: Tensor
-    ) -> None:
-        """Take a report of the second backward, whose gradients contain the weights already."""
-        rows = self._rows(use, planned, z, g)
-        if rows is None:
-            return
-        z, g = (x[: self._n] for x in rows)
-        ones = _for(g, second.ones)
-        add_roots(second.totals, use, use.layer.weighted_gradient(use, z, g, ones, second.active))
+        return totals
 
 
 def _active(weights: Tensor) -> Tensor | None:
