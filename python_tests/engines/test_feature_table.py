@@ -66,6 +66,22 @@ def test_cell(name: str, engine: str) -> None:
         reweighter.backward(batch, clean)
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("name", [f.name for f in FEATURES if f.layerwise is None])
+def test_layerwise_with_frozen_parameters(name: str, frozen: int) -> None:
+    """Every second parameter is frozen, so that weights are trained without biases and so on."""
+    feature = ROWS[name]
+    model, batch, clean = feature.make()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters[frozen::2]:
+        p.requires_grad_(False)
+    if any(p.requires_grad for p in parameters):
+        reweighter = Reweighter(model, feature.loss, engine="layerwise")
+        assert_exact_steps(
+            *(model, feature.loss, batch, clean, reweighter), count=1, copied=feature.copied
+        )
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_auto_takes_the_first_engine_that_is_exact(name: str) -> None:
     feature = ROWS[name]
