@@ -13,7 +13,6 @@ from .base import Layer
 from .convolution import CONVOLUTION
 from .embedding import EMBEDDING, EMBEDDING_BAG
 from .linear import INPUTS_FIRST, LINEAR
-from .mean_absolute_norm import MEAN_ABSOLUTE_NORM
 from .normalization import BATCH_NORM, GROUP_NORM, INSTANCE_NORM, LAYER_NORM, RMS_NORM
 from .transposed_convolution import TRANSPOSED_CONVOLUTION
 
@@ -29,7 +28,6 @@ LAYERS: dict[Callable[..., Any], Layer] = {
         LAYER_NORM,
         GROUP_NORM,
         RMS_NORM,
-        MEAN_ABSOLUTE_NORM,
         BATCH_NORM,
         INSTANCE_NORM,
     )

@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from l2rw_ext.layers.mean_absolute_norm import mean_absolute_norm
 from support.models import CLASSES, ENGINES, cross_entropy, model_of, token_loss
 
 Batch = tuple[Any, Any]
@@ -282,23 +281,6 @@ def _() -> Made:
 def _() -> Made:
     norms = nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)
     return pooled(nn.Sequential(nn.Conv2d(4, 8, 2), *norms), 8, 4, 4, 4)
-
-
-@feature("normalisation", "a norm of mean absolute values")
-def _() -> Made:
-    model = model_of(
-        lambda s, x: s.head(
-            mean_absolute_norm(
-                torch.tanh(s.first(mean_absolute_norm(x, s.before))), s.scale, s.shift
-            ).mean(1)
-        ),
-        before=torch.randn(5),
-        first=nn.Linear(5, 6),
-        scale=torch.randn(6),
-        shift=torch.randn(6),
-        head=nn.Linear(6, CLASSES),
-    )
-    return model, *batches(4, 5)
 
 
 @feature("normalisation", "`BatchNorm` in eval mode")
