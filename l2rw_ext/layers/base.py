@@ -16,6 +16,9 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from l2rw_ext import ops
+from l2rw_ext.ops.arithmetic import without_weight
+
 from .costs import Cost, Size
 
 Function: TypeAlias = Callable[..., Any]
@@ -128,6 +131,25 @@ class RowMap:
         inner += [d for d in range(2, positions) if positions % d == 0]
         for d in inner:
             yield RowMap(positions // d, size, d)
+
+
+def active_rows(
+    z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The z and w·g of ``active`` examples; rows of the others are never read (0·NaN is NaN).
+
+    If the host does not know which examples are active, the result has all rows, and those of the
+    others are zero. An index in z stays unchanged.
+    """
+    if active is None:
+        scaled = (g * weights.view(-1, *[1] * (g.dim() - 1))).to(g.dtype)
+        if z.is_floating_point():
+            z = z.masked_fill(without_weight(weights, z.dim()), 0)
+        return z, scaled.masked_fill(without_weight(weights, g.dim()), 0)
+    scaled = ops.scale_rows(g, weights, active)
+    if active.numel() < z.shape[0]:
+        z = z.index_select(0, active)
+    return z, scaled
 
 
 class Layer(abc.ABC):

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Layer, Roots, RowMap, Use
+from .base import Layer, Roots, RowMap, Use, active_rows
 from .costs import Cost, Size, rates_of
-from .rows import active_rows
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Call, Function, Layer, Roots, RowMap, Use
+from .base import Call, Function, Layer, Roots, RowMap, Use, active_rows
 from .costs import Cost, Size, rates_of
-from .rows import active_rows
 
 
 class Embedding(Layer):

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype, product
 
-from .base import Call, Factors, Function, Layer, Roots, RowMap, Use
+from .base import Call, Factors, Function, Layer, Roots, RowMap, Use, active_rows
 from .costs import BLOCKED_POSITIONS, Cost, Size, rates_of
-from .rows import active_rows
 
 
 def flat(x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def rewrites(*functions: Function, by_parts: bool = False) -> Callable[[Rewrite]
 
 
 class Interception(TorchFunctionMode):
-    """Runs the uses of a model through their rules and records them.
+    """Runs the calls of layers with trained parameters as uses, and records them.
 
     Args:
         members: of the model whose forward runs under the mode.
@@ -239,7 +239,7 @@ class Interception(TorchFunctionMode):
         return any(a._version != version or not bool(a.any()) for a, version in self.scalars)
 
     def other(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operation without a rule: run it, and follow roots and constants through it."""
+        """Run an operation as it is, and follow roots and constants through it."""
         root = None
         data = False
         roots, constants = self._roots, self._constants

@@ -226,7 +226,7 @@ class Scoring(Scored):
     def _rows(
         self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """The rule's z and g, examples first; None if g is zero as in the planning step."""
+        """The layer's z and g, examples first; None if g is zero as in the planning step."""
         if planned.rows is None:
             # If values cannot be read, the plan was made from the gradients of this same step.
             if devices.readable(g) and bool(g.any()):
