@@ -42,6 +42,8 @@ class Call:
     bias: Tensor | None = None
     options: Any = None
     """Everything else that the layer needs to know of the call."""
+    couples: bool = False
+    """Whether the examples of a batch share statistics, so that no layer-wise sum is exact."""
 
 
 class Sink(Protocol):

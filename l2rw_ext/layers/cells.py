@@ -15,7 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-Saved = tuple[Tensor, ...]
+States = Sequence[Tensor]
+
+Saved = Sequence[Tensor]
+"""What the walk back needs: first the hidden states."""
 
 
 class Cell(abc.ABC):
@@ -31,26 +34,13 @@ class Cell(abc.ABC):
 
     @abc.abstractmethod
     def run(
-        self,
-        pre: Tensor,
-        states: Sequence[Tensor],
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor | None, Saved]:
-        """(hidden, final memory or None, what the walk back needs besides hidden)."""
+        self, pre: Tensor, states: States, weight: Tensor, bias: Tensor | None, reverse: bool
+    ) -> tuple[Tensor | None, Saved]:
+        """(final memory or None, what the walk back needs)."""
 
     @abc.abstractmethod
     def walk_back(
-        self,
-        hidden: Tensor,
-        saved: Saved,
-        weight: Tensor,
-        g: Tensor,
-        g_memory: Tensor | None,
-        *,
-        reverse: bool,
+        self, saved: Saved, weight: Tensor, g: Tensor, g_memory: Tensor | None, reverse: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """From the gradients of all hidden states (T, N, H) and of the final memory (N, H).
 
@@ -60,22 +50,23 @@ class Cell(abc.ABC):
         """
 
 
-def _steps(count: int, reverse: bool) -> list[int]:
-    return list(range(count))[:: -1 if reverse else 1]
+def _walk(x: Tensor, reverse: bool) -> Sequence[Tensor]:
+    """The steps of x in the order of the walk."""
+    return x.unbind(0)[:: -1 if reverse else 1]
 
 
-def _hidden(pre: Tensor, state: Tensor, *, reverse: bool) -> Tensor:
+def _hidden(pre: Tensor, state: Tensor, reverse: bool) -> Tensor:
     hidden = pre.new_empty(pre.shape[0] + 1, *state.shape)
     hidden[-1 if reverse else 0] = state
     return hidden
 
 
-def before(hidden: Tensor, *, reverse: bool) -> Tensor:
+def before(hidden: Tensor, reverse: bool) -> Tensor:
     """h_{t-1}, or h_{t+1} for ``reverse``, at every t, (T, N, H)."""
     return hidden[1:] if reverse else hidden[:-1]
 
 
-def after(hidden: Tensor, *, reverse: bool) -> Tensor:
+def after(hidden: Tensor, reverse: bool) -> Tensor:
     """h_t at every t, (T, N, H)."""
     return hidden[:-1] if reverse else hidden[1:]
 
@@ -105,49 +96,34 @@ class LSTM(Cell):
     gates = 4
 
     def run(
-        self,
-        pre: Tensor,
-        states: Sequence[Tensor],
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor | None, Saved]:
+        self, pre: Tensor, states: States, weight: Tensor, bias: Tensor | None, reverse: bool
+    ) -> tuple[Tensor | None, Saved]:
         """See :class:`Cell`; saves the gates and the memory at all times."""
         size = weight.shape[1]
         gates = _plus_bias(pre, bias)
-        hidden = _hidden(pre, states[0], reverse=reverse)
-        memory = _hidden(pre, states[1], reverse=reverse)
+        hidden = _hidden(pre, states[0], reverse)
+        memory = _hidden(pre, states[1], reverse)
         squashed = torch.empty_like(hidden[1:])
-        i, f, g, o = (part.unbind(0) for part in gates.split(size, 2))
-        i_and_f = gates[:, :, : 2 * size].unbind(0)
-        gate, squash = gates.unbind(0), squashed.unbind(0)
-        h_before, h_after = _pairs(hidden, reverse)
-        c_before, c_after = _pairs(memory, reverse)
+        i, f, g, o = (_walk(part, reverse) for part in gates.split(size, 2))
+        i_and_f = _walk(gates[:, :, : 2 * size], reverse)
+        gate, squash, h, c = (_walk(x, reverse) for x in (gates, squashed, hidden, memory))
         transposed = weight.t()
-        for t in _steps(pre.shape[0], reverse):
-            gate[t].addmm_(h_before[t], transposed)
+        for t in range(len(gates)):
+            gate[t].addmm_(h[t], transposed)
             i_and_f[t].sigmoid_()
             g[t].tanh_()
             o[t].sigmoid_()
-            torch.mul(f[t], c_before[t], out=c_after[t])
-            c_after[t].addcmul_(i[t], g[t])
-            torch.tanh(c_after[t], out=squash[t])
-            torch.mul(o[t], squash[t], out=h_after[t])
-        return hidden, c_after[0 if reverse else -1].clone(), (gates, memory, squashed)
+            torch.mul(f[t], c[t], out=c[t + 1])
+            c[t + 1].addcmul_(i[t], g[t])
+            torch.tanh(c[t + 1], out=squash[t])
+            torch.mul(o[t], squash[t], out=h[t + 1])
+        return c[-1].clone(), (hidden, gates, memory, squashed)
 
     def walk_back(
-        self,
-        hidden: Tensor,
-        saved: Saved,
-        weight: Tensor,
-        g: Tensor,
-        g_memory: Tensor | None,
-        *,
-        reverse: bool,
+        self, saved: Saved, weight: Tensor, g: Tensor, g_memory: Tensor | None, reverse: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """See :class:`Cell`."""
-        gates, memory, squashed = saved
+        _, gates, memory, squashed = saved
         assert g_memory is not None
         size = weight.shape[1]
         steps, batch = gates.shape[:2]
@@ -155,19 +131,18 @@ class LSTM(Cell):
         # The factors of the gradient of c_t, for i, f and g, and of the gradient of h_t, for o.
         by_memory = gates.new_empty(steps, batch, 3, size)
         _through_sigmoid(candidate, i, out=by_memory[:, :, 0])
-        _through_sigmoid(before(memory, reverse=reverse), f, out=by_memory[:, :, 1])
+        _through_sigmoid(before(memory, reverse), f, out=by_memory[:, :, 1])
         _through_tanh(i, candidate, out=by_memory[:, :, 2])
         to_memory = _through_tanh(o, squashed)
         by_hidden = _through_sigmoid(squashed, o)
         d_gates = torch.empty_like(gates)
-        d_gate = d_gates.unbind(0)
-        d_ifg = d_gates[:, :, : 3 * size].unflatten(2, (3, size)).unbind(0)
-        d_o = d_gates[:, :, 3 * size :].unbind(0)
-        by_memory_at, to_memory_at, by_hidden_at, f_at, g_at = (
-            x.unbind(0) for x in (by_memory, to_memory, by_hidden, f, g)
+        d_ifg = _walk(d_gates[:, :, : 3 * size].unflatten(2, (3, size)), not reverse)
+        d_o = _walk(d_gates[:, :, 3 * size :], not reverse)
+        d_gate, by_memory_at, to_memory_at, by_hidden_at, f_at, g_at = (
+            _walk(x, not reverse) for x in (d_gates, by_memory, to_memory, by_hidden, f, g)
         )
         d_memory, d_hidden = g_memory, None
-        for t in _steps(steps, not reverse):
+        for t in range(steps):
             at = g_at[t] if d_hidden is None else d_hidden.add_(g_at[t])
             d_memory = torch.addcmul(d_memory, at, to_memory_at[t])
             torch.mul(at, by_hidden_at[t], out=d_o[t])
@@ -184,45 +159,30 @@ class GRU(Cell):
     gates = 3
 
     def run(
-        self,
-        pre: Tensor,
-        states: Sequence[Tensor],
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor | None, Saved]:
+        self, pre: Tensor, states: States, weight: Tensor, bias: Tensor | None, reverse: bool
+    ) -> tuple[Tensor | None, Saved]:
         """See :class:`Cell`; saves the gates and W_n h + b_n at all times."""
         size = weight.shape[1]
         gates = _plus_bias(pre, None)
-        hidden = _hidden(pre, states[0], reverse=reverse)
+        hidden = _hidden(pre, states[0], reverse)
         candidates = torch.empty_like(hidden[1:])
-        r, z, n = (part.unbind(0) for part in gates.split(size, 2))
-        r_and_z = gates[:, :, : 2 * size].unbind(0)
-        candidate = candidates.unbind(0)
-        h_before, h_after = _pairs(hidden, reverse)
+        r, z, n = (_walk(part, reverse) for part in gates.split(size, 2))
+        r_and_z = _walk(gates[:, :, : 2 * size], reverse)
+        candidate, h = _walk(candidates, reverse), _walk(hidden, reverse)
         transposed = weight.t()
-        for t in _steps(pre.shape[0], reverse):
-            h = h_before[t]
-            product = h @ transposed if bias is None else torch.addmm(bias, h, transposed)
+        for t in range(len(gates)):
+            product = h[t] @ transposed if bias is None else torch.addmm(bias, h[t], transposed)
             r_and_z[t].add_(product[:, : 2 * size]).sigmoid_()
             candidate[t].copy_(product[:, 2 * size :])
             n[t].addcmul_(r[t], candidate[t]).tanh_()
-            torch.lerp(n[t], h, z[t], out=h_after[t])
-        return hidden, None, (gates, candidates)
+            torch.lerp(n[t], h[t], z[t], out=h[t + 1])
+        return None, (hidden, gates, candidates)
 
     def walk_back(
-        self,
-        hidden: Tensor,
-        saved: Saved,
-        weight: Tensor,
-        g: Tensor,
-        g_memory: Tensor | None,
-        *,
-        reverse: bool,
+        self, saved: Saved, weight: Tensor, g: Tensor, g_memory: Tensor | None, reverse: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """See :class:`Cell`; the gradient of W_n h + b_n is r times that of pre_n."""
-        gates, candidates = saved
+        hidden, gates, candidates = saved
         size = weight.shape[1]
         steps, batch = gates.shape[:2]
         r, z, n = gates.split(size, 2)
@@ -230,15 +190,16 @@ class GRU(Cell):
         by_hidden = gates.new_empty(steps, batch, 3, size)
         by_n = _through_tanh(1 - z, n)
         _through_sigmoid(by_n * candidates, r, out=by_hidden[:, :, 0])
-        _through_sigmoid(before(hidden, reverse=reverse) - n, z, out=by_hidden[:, :, 1])
+        _through_sigmoid(before(hidden, reverse) - n, z, out=by_hidden[:, :, 1])
         torch.mul(by_n, r, out=by_hidden[:, :, 2])
         d_states = torch.empty_like(hidden[1:])
         d_products = torch.empty_like(gates)
-        d_product = d_products.unbind(0)
-        d_parts = d_products.unflatten(2, (3, size)).unbind(0)
-        d_state, by_hidden_at, z_at, g_at = (x.unbind(0) for x in (d_states, by_hidden, z, g))
+        d_parts = _walk(d_products.unflatten(2, (3, size)), not reverse)
+        d_product, d_state, by_hidden_at, z_at, g_at = (
+            _walk(x, not reverse) for x in (d_products, d_states, by_hidden, z, g)
+        )
         d_hidden = torch.zeros_like(hidden[0])
-        for t in _steps(steps, not reverse):
+        for t in range(steps):
             at = torch.add(d_hidden, g_at[t], out=d_state[t])
             torch.mul(at.unsqueeze(1), by_hidden_at[t], out=d_parts[t])
             d_hidden = torch.addcmul(d_product[t] @ weight, at, z_at[t])
@@ -255,50 +216,30 @@ class Elman(Cell):
         self._tanh = nonlinearity == "tanh"
 
     def run(
-        self,
-        pre: Tensor,
-        states: Sequence[Tensor],
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor | None, Saved]:
+        self, pre: Tensor, states: States, weight: Tensor, bias: Tensor | None, reverse: bool
+    ) -> tuple[Tensor | None, Saved]:
         """See :class:`Cell`; the walk back needs only the hidden states."""
-        hidden = _hidden(pre, states[0], reverse=reverse)
+        hidden = _hidden(pre, states[0], reverse)
         gates = _plus_bias(pre, bias)
-        gate = gates.unbind(0)
-        h_before, h_after = _pairs(hidden, reverse)
+        gate, h = _walk(gates, reverse), _walk(hidden, reverse)
         transposed = weight.t()
         squash = torch.tanh if self._tanh else torch.clamp_min
-        for t in _steps(pre.shape[0], reverse):
-            gate[t].addmm_(h_before[t], transposed)
-            squash(gate[t], *(() if self._tanh else (0,)), out=h_after[t])
-        return hidden, None, ()
+        for t in range(len(gates)):
+            gate[t].addmm_(h[t], transposed)
+            squash(gate[t], *(() if self._tanh else (0,)), out=h[t + 1])
+        return None, (hidden,)
 
     def walk_back(
-        self,
-        hidden: Tensor,
-        saved: Saved,
-        weight: Tensor,
-        g: Tensor,
-        g_memory: Tensor | None,
-        *,
-        reverse: bool,
+        self, saved: Saved, weight: Tensor, g: Tensor, g_memory: Tensor | None, reverse: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """See :class:`Cell`."""
-        h = after(hidden, reverse=reverse)
-        slope = (1 - h.square() if self._tanh else (h > 0).to(h.dtype)).unbind(0)
+        (hidden,) = saved
+        h = after(hidden, reverse)
+        slope = 1 - h.square() if self._tanh else (h > 0).to(h.dtype)
         d_gates = torch.empty_like(h)
-        d_gate, g_at = d_gates.unbind(0), g.unbind(0)
+        d_gate, slope_at, g_at = (_walk(x, not reverse) for x in (d_gates, slope, g))
         d_hidden = torch.zeros_like(hidden[0])
-        for t in _steps(g.shape[0], not reverse):
-            torch.mul(d_hidden.add_(g_at[t]), slope[t], out=d_gate[t])
+        for t in range(len(g)):
+            torch.mul(d_hidden.add_(g_at[t]), slope_at[t], out=d_gate[t])
             d_hidden = d_gate[t] @ weight
         return d_gates, d_gates, [d_hidden]
-
-
-def _pairs(states: Tensor, reverse: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return (
-        before(states, reverse=reverse).unbind(0),
-        after(states, reverse=reverse).unbind(0),
-    )

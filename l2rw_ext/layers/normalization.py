@@ -331,7 +331,7 @@ class RMSNorm(Scale):
 
 
 class BatchNorm(Scale):
-    """Normalises by running statistics; those of the batch would couple its examples."""
+    """Normalises by running statistics; those of the batch couple its examples."""
 
     functions: ClassVar[tuple[Function, ...]] = (F.batch_norm,)
 
@@ -346,10 +346,10 @@ class BatchNorm(Scale):
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> Call | None:
-        """Eval mode."""
+    ) -> Call:
+        """Both modes; with the statistics of the batch there is no layout."""
         if training or running_mean is None or running_var is None:
-            return None
+            return Call("BatchNorm in train mode", input, weight, bias, couples=True)
         layout = Layout(
             None,
             lambda x: F.batch_norm(x, running_mean, running_var, None, None, False, 0.0, eps),

@@ -166,12 +166,19 @@ class Interception(TorchFunctionMode):
         layer = LAYERS.get(func)
         if layer is not None:
             call = layer.bind(func, *args, **kwargs)
-            if call is not None and self.is_use(call.x, call.weight, call.bias):
+            if call is not None and call.couples:
+                if self.is_data(call.x) and torch.is_grad_enabled():
+                    raise NotExactError(self._coupled(call))
+            elif call is not None and self.is_use(call.x, call.weight, call.bias):
                 out = self.use(layer, call)
                 if out is not NotImplemented:
                     return out
         rewrite = _REWRITES.get(func)
         return NotImplemented if rewrite is None else rewrite(self, func, *args, **kwargs)
+
+    def _coupled(self, call: Call) -> str:
+        of = "" if call.weight is None else f" (parameter {self.name_of(call.weight)!r})"
+        return f"a {call.operation} couples the examples of a batch{of}"
 
     def _under_autocast(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As :meth:`_covered`, with autocast off, on operands as autocast would cast them."""

@@ -1,4 +1,4 @@
-"""Functions that are composed of layers, and run as such; and one that no layer can take."""
+"""Functions that are composed of layers, and run as such."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import corrections
 from l2rw_ext.layers.embedding import row_of
 from l2rw_ext.layers.torch_functions import inside
@@ -97,25 +96,3 @@ def _embedding_bag(
             return (rows * per_sample_weights.unsqueeze(-1)).masked_fill(padded, 0).sum(1)
         largest = rows.masked_fill(padded, -torch.inf).max(1).values
         return largest.masked_fill(padded.all(1), 0)
-
-
-@rewrites(F.batch_norm)
-def _batch_norm(
-    mode: Interception,
-    func: Function,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    """Refuse the statistics of a batch."""
-    if training and mode.is_data(input) and torch.is_grad_enabled():
-        raise NotExactError(
-            "a BatchNorm in train mode couples the examples of a batch"
-            + ("" if weight is None else f" (parameter {mode.name_of(weight)!r})")
-        )
-    return NotImplemented

@@ -39,26 +39,23 @@ class _Recurrence(torch.autograd.Function):
         *states: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.cell, ctx.use, ctx.reverse = cell, use, reverse
-        hidden, memory, saved = cell.run(pre, states, weight, bias, reverse=reverse)
-        ctx.save_for_backward(hidden, weight, *saved)
+        memory, saved = cell.run(pre, states, weight, bias, reverse)
+        ctx.save_for_backward(weight, *saved)
         # A copy, so that the model may write to what it gets.
-        return after(hidden, reverse=reverse).clone(), memory
+        return after(saved[0], reverse).clone(), memory
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, g_memory: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, *saved = ctx.saved_tensors
+        weight, *saved = ctx.saved_tensors
+        cell: Cell = ctx.cell
         use: Use | None = ctx.use
         if use is None:
-            d_pre, _, d_states = ctx.cell.walk_back(
-                hidden, saved, weight, g, g_memory, reverse=ctx.reverse
-            )
+            d_pre, _, d_states = cell.walk_back(saved, weight, g, g_memory, ctx.reverse)
         else:
             assert use.sink is not None
             with use.sink.backward_of(use):
-                d_pre, d_product, d_states = ctx.cell.walk_back(
-                    hidden, saved, weight, g, g_memory, reverse=ctx.reverse
-                )
-                use.sink.report(use, before(hidden, reverse=ctx.reverse), d_product)
+                d_pre, d_product, d_states = cell.walk_back(saved, weight, g, g_memory, ctx.reverse)
+                use.sink.report(use, before(saved[0], ctx.reverse), d_product)
         return d_pre, None, None, None, None, None, None, *d_states
 
 
