@@ -1,22 +1,18 @@
 #include "cpu/example_products.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+
+#include "cpu/grain.h"
 
 namespace l2rw {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::stable::parallel_for;
 
 // Multiply-adds below which a thread is not worth starting.
 constexpr double kGrain = 1e5;
-// Numbers a thread adds up at least.
-constexpr int64_t kSumGrain = 32768;
 // Bytes of packed examples that are multiplied together.
 constexpr int64_t kBatchBytes = 256 * 1024;
 
@@ -55,7 +51,7 @@ Units divide(const Convolution& convolution, int64_t threads) {
   const int64_t weights = convolution.outputs * convolution.inputs * convolution.taps();
   const int64_t items = std::max<int64_t>(convolution.examples * convolution.groups, 1);
   const int64_t wanted =
-      std::max<int64_t>((threads + items - 1) / items, weights * sizeof(T) / kUnitBytes);
+      std::max<int64_t>(ceil_div(threads, items), weights * sizeof(T) / kUnitBytes);
   int64_t parts = 1;
   for (int64_t more = 2; parts < wanted && convolution.outputs / more >= kUnitOutputs; ++more) {
     if (convolution.outputs % more == 0) {
@@ -91,7 +87,7 @@ void form_example_products(
     const Image& z,
     const Image& g,
     const ExampleProducts<T>& products) {
-  constexpr Element own = sizeof(T) == 8 ? Element::f64 : Element::f32;
+  constexpr Element own = kElement<T>;
   const Units units = divide<T>(convolution, torch::stable::get_num_threads());
   const GradientPlan<T> plan(units.conv, 1);
   const Kernels<T>& kernel = kernels<T>();
@@ -157,10 +153,8 @@ void form_example_products(
       partial_scores.data()[place] = score;
     }
   });
-  if (products.scores != nullptr) {
-    for (int64_t i = 0; i < convolution.examples; ++i) {
-      products.scores[i] = kernel.sum(partial_scores.data() + i * units.count, units.count);
-    }
+  for (int64_t i = 0; i < convolution.examples; ++i) {
+    products.scores[i] = kernel.sum(partial_scores.data() + i * units.count, units.count);
   }
 }
 
@@ -184,9 +178,8 @@ void form_weighted_sum(
   active_convolution.examples = count;
   const Units units = divide<T>(active_convolution, threads);
   // Each share of the examples has sums of its own, and no more shares than keep all threads busy.
-  const int64_t wanted = units.count >= 4 * threads
-                             ? 1
-                             : (2 * threads + units.count - 1) / std::max<int64_t>(units.count, 1);
+  const int64_t wanted =
+      units.count >= 4 * threads ? 1 : ceil_div(2 * threads, std::max<int64_t>(units.count, 1));
   const int64_t shares = std::max<int64_t>(std::min({wanted, threads, count}), 1);
 
   const GradientPlan<T> single(units.conv, 1);
@@ -233,8 +226,7 @@ void form_weighted_sum(
       }
     }
   });
-  const int64_t sum_grain = std::max<int64_t>(kSumGrain / std::max<int64_t>(shares * matrix, 1), 1);
-  parallel_for(0, units.count, sum_grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, units.count, grain_of(shares * matrix), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       T* total = matrices.data() + unit * shares * matrix;
       T* total_sums = sums.data() + unit * shares * outputs;

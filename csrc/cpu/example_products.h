@@ -8,7 +8,7 @@
 
 namespace l2rw {
 
-// Any pointer may be null: that part is then not formed, or counts as zero.
+// Any pointer but the scores may be null: that part is then not formed, or counts as zero.
 template <class T>
 struct ExampleProducts {
   const T* direction;       // [O, C / groups, taps]

@@ -1,10 +1,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-
+#include "layout.h"
 #include "operator_checks.h"
-#include "cpu/row_kernels.h"
+#include "cpu/grain.h"
+#include "cpu/isa/row_kernels.h"
 
 namespace l2rw {
 namespace {
@@ -25,16 +25,14 @@ void scale_examples(
   using A = accumulation_t<T>;
   const int64_t* const rows = data<int64_t>(active);
   const int64_t row_step = active.stride(0);
-  const bool narrow = weights.scalar_type() == g.scalar_type();
-  const int64_t grain = std::max<int64_t>(1, 32768 / inner);
-  torch::stable::parallel_for(0, active.size(0) * outer, grain, [&](int64_t begin, int64_t end) {
+  const int64_t runs = active.size(0) * outer;
+  torch::stable::parallel_for(0, runs, grain_of(inner), [&](int64_t begin, int64_t end) {
     for (int64_t run = begin; run < end; ++run) {
       const int64_t row = rows[run / outer * row_step];
-      const int64_t at = row * weights.stride(0);
-      const A weight = narrow ? static_cast<A>(data<T>(weights)[at]) : data<A>(weights)[at];
+      const A weight = data<A>(weights)[row * weights.stride(0)];
       const T* from = data<T>(g) + row * g.stride(0) + run % outer * outer_stride;
       T* to = data<T>(scaled) + run * inner;
-      L2RW_ISA_CALL(scale, from, inner_stride, weight, to, inner);
+      L2RW_ISA_CALL(RowKernels<T>::scale, from, inner_stride, weight, to, inner);
     }
   });
 }
@@ -64,14 +62,13 @@ Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) 
   const Sizes shape = by_channel ? Sizes{k, channels, positions} : Sizes{k, positions, channels};
   Tensor scaled = torch::stable::new_empty(g, shape);
   if (scaled.numel() > 0) {
+    const Tensor wide = *in_accumulation_dtype(weights);
     dispatch_floating(g.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       if (by_channel) {
-        scale_examples<T>(
-            g, weights, active, scaled, channels, g.stride(2), positions, g.stride(1));
+        scale_examples<T>(g, wide, active, scaled, channels, g.stride(2), positions, g.stride(1));
       } else {
-        scale_examples<T>(
-            g, weights, active, scaled, positions, g.stride(1), channels, g.stride(2));
+        scale_examples<T>(g, wide, active, scaled, positions, g.stride(1), channels, g.stride(2));
       }
     });
   }

@@ -387,8 +387,7 @@ void transpose(
     int64_t rows,
     int64_t columns,
     T scale) {
-  constexpr Element own = sizeof(T) == 8 ? Element::f64 : Element::f32;
-  if (element == own && (from_row == 1 || (rows == 1 && to_row == 1 && from_column == 1))) {
+  if (element == kElement<T> && (from_row == 1 || (rows == 1 && to_row == 1 && from_column == 1))) {
     // Already in the order of the result.
     const T* source = static_cast<const T*>(from);
     const int64_t lines = from_row == 1 ? columns : 1;
@@ -400,7 +399,7 @@ void transpose(
   }
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
-    if (element == own && from_column == 1) {
+    if (element == kElement<T> && from_column == 1) {
       const T* source = static_cast<const T*>(from);
       constexpr int64_t L = kLanes<T>;
       for (int64_t i = 0; i < rows; i += L) {
@@ -487,38 +486,23 @@ void column_sums(const T* a, int64_t lda, int64_t rows, int64_t columns, T* out)
   }
 }
 
+// The tiles of R rows that are V vectors wide, where the registers hold their sums.
 template <class T, int V, int R>
-constexpr typename Kernels<T>::ChannelTile channel_tile_or_none() {
-  if constexpr (R >= 1 && R <= kRowsByVectors[V]) {
-    return &channel_tile<T, R, V>;
-  } else {
-    return nullptr;
+constexpr void fill_tiles(Kernels<T>& kernels) {
+  if constexpr (R <= kRowsByVectors[V]) {
+    kernels.channel_tile[V][R] = &channel_tile<T, R, V>;
+    if constexpr (R <= kMaxRowTile) {
+      kernels.row_tile[V][R] = &row_tile<T, R, V>;
+    }
   }
-}
-
-template <class T, int V, int R>
-constexpr typename Kernels<T>::RowTile row_tile_or_none() {
-  if constexpr (R >= 1 && R <= kRowsByVectors[V]) {
-    return &row_tile<T, R, V>;
-  } else {
-    return nullptr;
-  }
-}
-
-template <class T, int V, int R>
-constexpr typename Kernels<T>::PlanarTile planar_tile_or_none() {
-  if constexpr (R >= 1 && R <= kPlanarRowsByVectors[V]) {
-    return &planar_tile<T, R, V>;
-  } else {
-    return nullptr;
+  if constexpr (R <= kPlanarRowsByVectors[V]) {
+    kernels.planar_tile[V][R] = &planar_tile<T, R, V>;
   }
 }
 
 template <class T, int V, int... R>
 constexpr void fill(Kernels<T>& kernels, std::integer_sequence<int, R...>) {
-  ((kernels.channel_tile[V][R] = channel_tile_or_none<T, V, R>()), ...);
-  ((kernels.row_tile[V][R] = row_tile_or_none<T, V, R>()), ...);
-  ((kernels.planar_tile[V][R] = planar_tile_or_none<T, V, R>()), ...);
+  (fill_tiles<T, V, R + 1>(kernels), ...);
   kernels.max_rows[V] = kRowsByVectors[V];
   kernels.max_planar_rows[V] = kPlanarRowsByVectors[V];
 }
@@ -526,7 +510,7 @@ constexpr void fill(Kernels<T>& kernels, std::integer_sequence<int, R...>) {
 template <class T>
 constexpr Kernels<T> make_kernels() {
   Kernels<T> kernels{};
-  const auto rows = std::make_integer_sequence<int, kMaxRows + 1>{};
+  const auto rows = std::make_integer_sequence<int, kMaxRows>{};
   fill<T, 1>(kernels, rows);
   fill<T, 2>(kernels, rows);
   fill<T, 3>(kernels, rows);
@@ -541,7 +525,13 @@ constexpr Kernels<T> make_kernels() {
 
 }  // namespace
 
-extern const Kernels<float> kernels_f32 = make_kernels<float>();
-extern const Kernels<double> kernels_f64 = make_kernels<double>();
+template <class T>
+const Kernels<T>& kernels() {
+  static constexpr Kernels<T> kKernels = make_kernels<T>();
+  return kKernels;
+}
+
+template const Kernels<float>& kernels();
+template const Kernels<double>& kernels();
 
 }  // namespace l2rw::L2RW_ISA

@@ -10,6 +10,12 @@
 
 namespace l2rw::cuda {
 
+// How many bytes of a vector exist if `left` bytes are left from its first one on.
+template <class Integer>
+L2RW_HOST_DEVICE constexpr int existing_bytes(Integer left) {
+  return static_cast<int>(left < 0 ? 0 : (left < kVectorBytes ? left : kVectorBytes));
+}
+
 // A matrix with evenly spaced rows. Each row starts at a multiple of 16 bytes; its width may cut
 // off the last vector.
 struct MatrixView {
@@ -18,11 +24,8 @@ struct MatrixView {
   int64_t rows;
   int64_t width;  // bytes of a row
 
-  // How many bytes of the vector at `byte` of a row exist.
-  L2RW_HOST_DEVICE int vector_bytes(int64_t byte) const {
-    const int64_t left = width - byte;
-    return static_cast<int>(left < 0 ? 0 : (left < kVectorBytes ? left : kVectorBytes));
-  }
+  // Of the vector at `byte` of a row.
+  L2RW_HOST_DEVICE int vector_bytes(int64_t byte) const { return existing_bytes(width - byte); }
 };
 
 // Images whose pixels hold the channels of a group contiguously. Every member but the width is a
@@ -34,11 +37,8 @@ struct ImageView {
   int64_t pixel;    // from pixel to pixel
   int64_t width;    // bytes of the channels of a group
 
-  // How many bytes of the vector at `byte` of a group exist.
-  L2RW_HOST_DEVICE int vector_bytes(int64_t byte) const {
-    const int64_t left = width - byte;
-    return static_cast<int>(left < 0 ? 0 : (left < kVectorBytes ? left : kVectorBytes));
-  }
+  // Of the vector at `byte` of a group.
+  L2RW_HOST_DEVICE int vector_bytes(int64_t byte) const { return existing_bytes(width - byte); }
 };
 
 }  // namespace l2rw::cuda
