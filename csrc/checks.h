@@ -10,7 +10,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>

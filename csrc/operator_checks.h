@@ -10,6 +10,7 @@
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "convolution_sizes.h"
@@ -70,11 +71,6 @@ inline void check_factored_layer(
   check_same(operation, inputs, clean_inputs);
   check_size(operation, clean_inputs, 2, z.size(2), "width of z");
   check_size(operation, clean_gradients, 2, g.size(2), "width of g");
-}
-
-inline void check_factored_correlation(
-    const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean) {
-  check_factored_layer("factored_correlation", "", z, g, z_clean, g_clean);
 }
 
 inline void check_factored_correlations(

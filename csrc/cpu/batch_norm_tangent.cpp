@@ -19,30 +19,6 @@ constexpr const char* kOperation = "batch_norm_tangent";
 constexpr int64_t kPositions = 4096;  // of one channel
 constexpr int64_t kRows = 1024;       // of all channels
 
-void check_arguments(
-    const Tensor& x,
-    const OptionalTensor& x_tangent,
-    const Tensor& mean,
-    const Tensor& rstd,
-    const OptionalTensor& weight,
-    const OptionalTensor& direction,
-    const OptionalTensor& direction_bias) {
-  const Argument input{"x", x};
-  check(x.dim() >= 2, kOperation, "x must have at least 2 dimensions, got shape ", shape_of(x));
-  check_floating(kOperation, input);
-  if (x_tangent.has_value()) {
-    check_like(kOperation, input, {"x_tangent", *x_tangent});
-  }
-  const auto check_channels = [&](const char* name, const OptionalTensor& tensor) {
-    check_vector(kOperation, input, name, tensor, x.size(1), "channels of x");
-  };
-  check_channels("mean", mean);
-  check_channels("rstd", rstd);
-  check_channels("weight", weight);
-  check_channels("direction", direction);
-  check_channels("direction_bias", direction_bias);
-}
-
 // What the tangent is made of, channel by channel: to = scale dx + slope (x - mean) + offset.
 template <class A>
 struct Coefficients {
@@ -176,7 +152,19 @@ Tensor batch_norm_tangent(
     const OptionalTensor& weight,
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
-  check_arguments(x, x_tangent, mean, rstd, weight, direction, direction_bias);
+  check(x.dim() >= 2, kOperation, "x must have at least 2 dimensions, got shape ", shape_of(x));
+  check_floating(kOperation, {"x", x});
+  if (x_tangent.has_value()) {
+    check_like(kOperation, {"x", x}, {"x_tangent", *x_tangent});
+  }
+  const auto check_channels = [&](const char* name, const OptionalTensor& tensor) {
+    check_vector(kOperation, {"x", x}, name, tensor, x.size(1), "channels of x");
+  };
+  check_channels("mean", mean);
+  check_channels("rstd", rstd);
+  check_channels("weight", weight);
+  check_channels("direction", direction);
+  check_channels("direction_bias", direction_bias);
 
   const bool side_by_side = !x.is_contiguous() && channels_last(x);
   const Tensor input = side_by_side ? x : torch::stable::contiguous(x);

@@ -32,41 +32,15 @@ Tensor examples_of(const Tensor& tensor, int64_t first, int64_t count) {
       tensor.scalar_type());
 }
 
-// u_i = sum_p g_i[:, p] . (V * z_i + V_b)[:, p], for contiguous tensors.
-template <class T>
-void correlate_outputs(
-    const Tensor& z,
-    const Tensor& g,
-    const Tensor& direction,
-    const OptionalTensor& direction_bias,
-    const Sizes& stride,
-    const Sizes& padding,
-    const Sizes& dilation,
-    int64_t groups,
-    T* scores) {
-  using torch::stable::detail::from;
+// u_i = sum_p g_i[:, p] . (V * z_i + V_b)[:, p], for contiguous tensors. convolve(z) is V * z +
+// V_b.
+template <class T, class Convolve>
+void correlate_outputs(const Tensor& z, const Tensor& g, const Convolve& convolve, T* scores) {
   const int64_t size = g.numel() / z.size(0);
   const int64_t most = std::max<int64_t>(kChunkBytes / (size * sizeof(T)), 1);
-  const Tensor weight = examples_of(direction, 0, direction.size(0));
-  OptionalTensor bias;
-  if (direction_bias) {
-    bias = examples_of(*direction_bias, 0, direction_bias->size(0));
-  }
   for (int64_t first = 0; first < z.size(0); first += most) {
     const int64_t count = std::min(most, z.size(0) - first);
-    std::array<StableIValue, 9> stack{
-        from(examples_of(z, first, count)),
-        from(weight),
-        from(bias),
-        from(stride),
-        from(padding),
-        from(dilation),
-        from(false),
-        from(Sizes(stride.size(), 0)),
-        from(groups)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-    const Tensor product = torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+    const Tensor product = convolve(examples_of(z, first, count));
     torch::stable::parallel_for(0, count, grain_of(size), [&](int64_t begin, int64_t end) {
       for (int64_t e = begin; e < end; ++e) {
         scores[first + e] =
@@ -102,8 +76,27 @@ Tensor conv_correlation(
   dispatch_accumulation(accumulation, [&](auto zero) {
     using T = decltype(zero);
     if (few_pixels && own_dtype && contiguous) {
-      correlate_outputs<T>(
-          z, g, direction, direction_bias, stride, padding, dilation, groups, data<T>(scores));
+      const auto convolve = [&](const Tensor& part) {
+        using torch::stable::detail::from;
+        OptionalTensor bias;
+        if (direction_bias) {
+          bias = examples_of(*direction_bias, 0, direction_bias->size(0));
+        }
+        std::array<StableIValue, 9> stack{
+            from(part),
+            from(examples_of(direction, 0, direction.size(0))),
+            from(bias),
+            from(stride),
+            from(padding),
+            from(dilation),
+            from(false),
+            from(Sizes(stride.size(), 0)),
+            from(groups)};
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+        return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+      };
+      correlate_outputs<T>(z, g, convolve, data<T>(scores));
       return;
     }
     const OptionalTensor V = contiguous_in_accumulation_dtype(direction);

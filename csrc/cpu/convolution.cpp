@@ -35,27 +35,10 @@ double loads_per_product(int64_t rows, int64_t vectors, double cost_of_vector) {
 
 }  // namespace
 
-Element element_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return Element::f64;
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    default:
-      return Element::f16;
-  }
-}
-
 Image image_of(const Tensor& tensor) {
   const int64_t dims = tensor.dim() - 2;
   Image image{
-      tensor.data_ptr(),
-      element_of(tensor.scalar_type()),
-      tensor.stride(0),
-      tensor.stride(1),
-      {0, 0, 0}};
+      tensor.data_ptr(), tensor.scalar_type(), tensor.stride(0), tensor.stride(1), {0, 0, 0}};
   for (int64_t d = 0; d < dims; ++d) {
     image.space[3 - dims + d] = tensor.stride(2 + d);
   }
@@ -80,7 +63,7 @@ void Fetch::add(
   }
   if (last < 2 * numbers) {
     ranges_.push_back(
-        {static_cast<const char*>(image.at(i, channel)), (last + 1) * element_size(image.element)});
+        {static_cast<const char*>(image.at(i, channel)), (last + 1) * bytes_of(image.dtype)});
     bytes_ += ranges_.back().bytes;
   }
 }
@@ -277,7 +260,7 @@ void GradientPlan<T>::pack(
     const {
   const auto& [channels, extents, padding, stride, padded, pitch, size] = operand;
   const Extents& space = image.space;
-  const int64_t element = element_size(image.element);
+  const int64_t element = bytes_of(image.dtype);
   const char* from = static_cast<const char*>(image.at(example, channel));
   if (form_ != Form::planar) {
     const bool seamless = padded[1] == extents[1] && padded[2] == extents[2] &&
@@ -291,7 +274,7 @@ void GradientPlan<T>::pack(
             to + pixel * pitch,
             pitch,
             from + element * (d * space[0] + h * space[1]),
-            image.element,
+            image.dtype,
             image.channel,
             space[2],
             channels,
@@ -316,7 +299,7 @@ void GradientPlan<T>::pack(
               to + c * pitch + phase * phase_size + place,
               padded[2],
               from + element * (c * image.channel + d * space[0] + h * space[1] + w * space[2]),
-              image.element,
+              image.dtype,
               stride[2] * space[2],
               stride[1] * space[1],
               ceil_div(extents[2] - w, stride[2]),
@@ -337,26 +320,14 @@ T GradientPlan<T>::multiply(
     bool add,
     const T* direction,
     Fetch& soon) const {
-  if (form_ != Form::planar) {
-    return multiply_channels(input, output, examples, matrix, add, direction, soon);
-  }
   T score = 0;
-  for (int64_t e = 0; e < examples; ++e) {
-    score += multiply_planes(
-        input + e * input_.size, output + e * output_.size, matrix, add || e > 0, direction);
+  if (form_ == Form::planar) {
+    for (int64_t e = 0; e < examples; ++e) {
+      score += multiply_planes(
+          input + e * input_.size, output + e * output_.size, matrix, add || e > 0, direction);
+    }
+    return score;
   }
-  return score;
-}
-
-template <class T>
-T GradientPlan<T>::multiply_channels(
-    const T* input,
-    const T* output,
-    int64_t examples,
-    T* matrix,
-    bool add,
-    const T* direction,
-    Fetch& soon) const {
   const T* a = form_ == Form::by_input ? output : input;
   const T* b = form_ == Form::by_input ? input : output;
   const int64_t rows = examples * rows_per_example_;
@@ -365,7 +336,6 @@ T GradientPlan<T>::multiply_channels(
   const int64_t tiles = static_cast<int64_t>(rows_.size() * columns_.size());
   const int64_t soon_bytes =
       round_up(ceil_div(soon.bytes(), std::max<int64_t>(passes * tiles, 1)), kCacheLine);
-  T score = 0;
   // One block of `count` rows of `width` pixels, all tiles.
   const auto pass = [&](int64_t row, int64_t count, int64_t skip, int64_t width) {
     PixelRows<T> pixels{
@@ -479,7 +449,7 @@ void GradientPlan<T>::to_gradient(const T* matrix, T* gradient) const {
   for_each_block([&](int64_t at, int64_t pitch, int64_t to, int64_t to_pitch, int64_t size) {
     const T* from = matrix + at;
     kernels_.transpose(
-        gradient + to, to_pitch, from, kElement<T>, pitch, 1, conv_.taps(), size, T(1));
+        gradient + to, to_pitch, from, kDtype<T>, pitch, 1, conv_.taps(), size, T(1));
   });
 }
 
@@ -492,7 +462,7 @@ void GradientPlan<T>::from_gradient(const T* gradient, T* matrix) const {
   for_each_block([&](int64_t at, int64_t pitch, int64_t from, int64_t from_pitch, int64_t size) {
     const T* source = gradient + from;
     kernels_.transpose(
-        matrix + at, pitch, source, kElement<T>, from_pitch, 1, size, conv_.taps(), T(1));
+        matrix + at, pitch, source, kDtype<T>, from_pitch, 1, size, conv_.taps(), T(1));
   });
 }
 

@@ -16,10 +16,8 @@ namespace l2rw {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Element element_of(ScalarType dtype);
-
-inline int64_t element_size(Element element) {
-  return element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
+inline int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
 // Pieces of at most `most`, as equal as can be: calls body(first, count).
@@ -36,14 +34,14 @@ void split_evenly(int64_t size, int64_t most, const Body& body) {
 // A tensor (examples, channels, depth, height, width); strides in elements.
 struct Image {
   const void* data;
-  Element element;
+  ScalarType dtype;
   int64_t example;
   int64_t channel;
   Extents space;
 
   // Where channel `c` of example `i` starts.
   const void* at(int64_t i, int64_t c) const {
-    return static_cast<const char*>(data) + element_size(element) * (i * example + c * channel);
+    return static_cast<const char*>(data) + bytes_of(dtype) * (i * example + c * channel);
   }
 };
 
@@ -163,14 +161,6 @@ class GradientPlan {
       const;
   template <class Body>
   void for_each_block(const Body& body) const;
-  T multiply_channels(
-      const T* input,
-      const T* output,
-      int64_t examples,
-      T* matrix,
-      bool add,
-      const T* direction,
-      Fetch& soon) const;
   T multiply_planes(const T* input, const T* output, T* matrix, bool add, const T* direction) const;
 
   Convolution conv_;

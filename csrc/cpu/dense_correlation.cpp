@@ -59,7 +59,7 @@ void correlate(
   const Kernels<T>& kernel = kernels<T>();
   Rows matrix{
       direction.data_ptr(),
-      element_of(direction.scalar_type()),
+      direction.scalar_type(),
       1,
       direction.size(0),
       direction.size(1),

@@ -63,20 +63,11 @@ Units divide(const Convolution& convolution, int64_t threads) {
   return units;
 }
 
-// Writes `size` numbers to place `at` of an array of `element`.
+// Writes `size` numbers to place `at` of an array of `dtype`.
 template <class T>
-void write(void* to, Element element, int64_t at, const T* values, int64_t size) {
-  const auto copy = [&](auto* typed) { std::copy(values, values + size, typed + at); };
-  switch (element) {
-    case Element::f64:
-      return copy(static_cast<double*>(to));
-    case Element::f32:
-      return copy(static_cast<float*>(to));
-    case Element::bf16:
-      return copy(static_cast<BFloat16*>(to));
-    case Element::f16:
-      return copy(static_cast<Half*>(to));
-  }
+void write(void* to, ScalarType dtype, int64_t at, const T* values, int64_t size) {
+  dispatch_floating(
+      dtype, [&](auto zero) { std::copy_n(values, size, static_cast<decltype(zero)*>(to) + at); });
 }
 
 }  // namespace
@@ -87,7 +78,6 @@ void form_example_products(
     const Image& z,
     const Image& g,
     const ExampleProducts<T>& products) {
-  constexpr Element own = kElement<T>;
   const Units units = divide<T>(convolution, torch::stable::get_num_threads());
   const GradientPlan<T> plan(units.conv, 1);
   const Kernels<T>& kernel = kernels<T>();
@@ -101,13 +91,13 @@ void form_example_products(
     }
   }
   const bool keeps = products.gradients != nullptr;
-  const bool in_place = keeps && z.element == own && plan.matrix_is_gradient();
+  const bool in_place = keeps && z.dtype == kDtype<T> && plan.matrix_is_gradient();
   Buffer<T> partial_scores(units.items());
   parallel_for(0, units.items(), units.grain(), [&](int64_t begin, int64_t end) {
     Buffer<T> input(plan.input_buffer());
     Buffer<T> output(plan.output_buffer());
     Buffer<T> own_matrix(keeps && !in_place ? plan.matrix_size() : 0);
-    Buffer<T> gradient(z.element == own ? 0 : units.weights);
+    Buffer<T> gradient(z.dtype == kDtype<T> ? 0 : units.weights);
     Buffer<T> sums(outputs);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = units.example(item);
@@ -131,12 +121,11 @@ void form_example_products(
           products.direction == nullptr ? nullptr : directions.data() + unit * plan.matrix_size(),
           soon);
       if (keeps && !in_place) {
-        if (z.element == own) {
+        if (z.dtype == kDtype<T>) {
           plan.to_gradient(matrix, static_cast<T*>(products.gradients) + place * units.weights);
         } else {
           plan.to_gradient(matrix, gradient.data());
-          write(
-              products.gradients, z.element, place * units.weights, gradient.data(), units.weights);
+          write(products.gradients, z.dtype, place * units.weights, gradient.data(), units.weights);
         }
       }
       if (products.direction_bias != nullptr || products.bias_gradients != nullptr) {
@@ -147,7 +136,7 @@ void form_example_products(
               sums.data(), products.direction_bias + units.output_channel(unit), outputs);
         }
         if (products.bias_gradients != nullptr) {
-          write(products.bias_gradients, z.element, place * outputs, sums.data(), outputs);
+          write(products.bias_gradients, z.dtype, place * outputs, sums.data(), outputs);
         }
       }
       partial_scores.data()[place] = score;

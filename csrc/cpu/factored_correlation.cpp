@@ -71,7 +71,7 @@ Tensor correlate(
 
 Tensor factored_correlation(
     const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean, bool bias) {
-  check_factored_correlation(z, g, z_clean, g_clean);
+  check_factored_layer("factored_correlation", "", z, g, z_clean, g_clean);
   return correlate({z}, {g}, {z_clean}, {g_clean}, {bias});
 }
 

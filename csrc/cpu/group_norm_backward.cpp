@@ -11,17 +11,16 @@ namespace {
 
 constexpr const char* kOperation = "group_norm_backward";
 
-void check_layer(
+std::tuple<Tensor, Tensor, Tensor> group_norm_backward(
     const Tensor& g,
     const Tensor& x,
     const Tensor& mean,
     const Tensor& rstd,
     const OptionalTensor& weight,
     int64_t groups) {
-  const Argument input{"x", x};
   check(x.dim() >= 2, kOperation, "x must have at least 2 dimensions, got shape ", shape_of(x));
-  check_floating(kOperation, input);
-  check_like(kOperation, input, {"g", g});
+  check_floating(kOperation, {"x", x});
+  check_like(kOperation, {"x", x}, {"g", g});
   check(
       groups > 0 && x.size(1) % groups == 0,
       kOperation,
@@ -31,22 +30,12 @@ void check_layer(
       groups);
   for (const auto& [name, statistic] : {std::pair{"mean", &mean}, std::pair{"rstd", &rstd}}) {
     const Argument argument{name, *statistic};
-    check_same_or_accumulation(kOperation, input, argument);
+    check_same_or_accumulation(kOperation, {"x", x}, argument);
     check_dim(kOperation, argument, 2);
     check_size(kOperation, argument, 0, x.size(0), "examples of x");
     check_size(kOperation, argument, 1, groups, "groups");
   }
-  check_vector(kOperation, input, "weight", weight, x.size(1), "channels of x");
-}
-
-std::tuple<Tensor, Tensor, Tensor> group_norm_backward(
-    const Tensor& g,
-    const Tensor& x,
-    const Tensor& mean,
-    const Tensor& rstd,
-    const OptionalTensor& weight,
-    int64_t groups) {
-  check_layer(g, x, mean, rstd, weight, groups);
+  check_vector(kOperation, {"x", x}, "weight", weight, x.size(1), "channels of x");
 
   const int64_t n = x.size(0);
   const int64_t channels = x.size(1);

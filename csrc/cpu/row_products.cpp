@@ -11,7 +11,7 @@ constexpr int64_t kDepth = 1024;
 
 const char* address(const Rows& rows, int64_t i, int64_t t, int64_t c) {
   return static_cast<const char*>(rows.data) +
-         element_size(rows.element) * (i * rows.example + t * rows.position + c * rows.feature);
+         bytes_of(rows.dtype) * (i * rows.example + t * rows.position + c * rows.feature);
 }
 
 }  // namespace
@@ -19,7 +19,7 @@ const char* address(const Rows& rows, int64_t i, int64_t t, int64_t c) {
 Rows rows_of(const Tensor& tensor) {
   Rows rows{
       tensor.data_ptr(),
-      element_of(tensor.scalar_type()),
+      tensor.scalar_type(),
       tensor.size(0),
       tensor.size(1),
       tensor.size(2),
@@ -63,7 +63,7 @@ Panels<T>::Panels(const Rows& source)
             packed_.data() + panel.first * depth_ + c,
             panel.width,
             address(source, i, t, 0),
-            source.element,
+            source.dtype,
             source.position,
             source.feature,
             size,
@@ -96,7 +96,7 @@ template <class T>
 RowBlock<T>::RowBlock(const Rows& rows)
     : rows_(rows),
       in_place_(
-          rows.element == kElement<T> && rows.feature == 1 &&
+          rows.dtype == kDtype<T> && rows.feature == 1 &&
           rows.example == rows.positions * rows.position),
       copy_(in_place_ ? 0 : kBlockRows * rows.width),
       stride_(in_place_ ? rows.position : rows.width) {}
@@ -113,7 +113,7 @@ void RowBlock<T>::take(int64_t first, int64_t count) {
         copy_.data() + r * stride_,
         0,
         address(rows_, row / rows_.positions, row % rows_.positions, 0),
-        rows_.element,
+        rows_.dtype,
         rows_.feature,
         0,
         rows_.width,

@@ -16,7 +16,7 @@ namespace l2rw {
 // A tensor (examples, positions, width) as rows of numbers; strides in elements.
 struct Rows {
   const void* data;
-  Element element;
+  ScalarType dtype;
   int64_t examples;
   int64_t positions;
   int64_t width;

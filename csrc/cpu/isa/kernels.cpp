@@ -249,13 +249,13 @@ inline float from_half(uint16_t half) {
 }
 
 template <class T>
-inline T element_at(const void* from, Element element, int64_t index) {
-  switch (element) {
-    case Element::f64:
+inline T element_at(const void* from, ScalarType dtype, int64_t index) {
+  switch (dtype) {
+    case ScalarType::Double:
       return static_cast<T>(static_cast<const double*>(from)[index]);
-    case Element::f32:
+    case ScalarType::Float:
       return static_cast<T>(static_cast<const float*>(from)[index]);
-    case Element::bf16:
+    case ScalarType::BFloat16:
       return static_cast<T>(
           from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(from)[index]) << 16));
     default:
@@ -381,13 +381,13 @@ void transpose(
     T* to,
     int64_t to_row,
     const void* from,
-    Element element,
+    ScalarType dtype,
     int64_t from_row,
     int64_t from_column,
     int64_t rows,
     int64_t columns,
     T scale) {
-  if (element == kElement<T> && (from_row == 1 || (rows == 1 && to_row == 1 && from_column == 1))) {
+  if (dtype == kDtype<T> && (from_row == 1 || (rows == 1 && to_row == 1 && from_column == 1))) {
     // Already in the order of the result.
     const T* source = static_cast<const T*>(from);
     const int64_t lines = from_row == 1 ? columns : 1;
@@ -399,7 +399,7 @@ void transpose(
   }
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
-    if (element == kElement<T> && from_column == 1) {
+    if (dtype == kDtype<T> && from_column == 1) {
       const T* source = static_cast<const T*>(from);
       constexpr int64_t L = kLanes<T>;
       for (int64_t i = 0; i < rows; i += L) {
@@ -420,7 +420,7 @@ void transpose(
 #endif
   for (int64_t j = 0; j < columns; ++j) {
     for (int64_t i = 0; i < rows; ++i) {
-      to[j * to_row + i] = scale * element_at<T>(from, element, i * from_row + j * from_column);
+      to[j * to_row + i] = scale * element_at<T>(from, dtype, i * from_row + j * from_column);
     }
   }
 }

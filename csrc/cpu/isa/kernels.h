@@ -4,16 +4,18 @@
 // instruction set (kernels.cpp). They know pointers, sizes and strides alone. docs/kernels.md says
 // how they are put together.
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
 
 #include "cpu/isa.h"
 
 namespace l2rw {
 
-// What a source of packing may hold.
-enum class Element { f64, f32, bf16, f16 };
+using torch::headeronly::ScalarType;
+
 template <class T>
-constexpr Element kElement = sizeof(T) == 8 ? Element::f64 : Element::f32;
+constexpr ScalarType kDtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
 constexpr int kMaxVectors = 4;  // vectors of the b side in one tile
 constexpr int kMaxRows = 16;    // rows of the a side in one tile
@@ -77,7 +79,7 @@ struct Kernels {
       T* to,
       int64_t to_row,
       const void* from,
-      Element element,
+      ScalarType dtype,  // of from
       int64_t from_row,
       int64_t from_column,
       int64_t rows,

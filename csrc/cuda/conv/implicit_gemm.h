@@ -15,7 +15,7 @@
 #include "cuda/gemm/tile.h"
 #include "cuda/util/host_device.h"
 #include "cuda/util/integers.h"
-#include "cuda/util/views.h"
+#include "cuda/util/vectors.h"
 
 namespace l2rw::cuda {
 

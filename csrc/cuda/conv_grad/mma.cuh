@@ -1,12 +1,11 @@
 #pragma once
 
-// How one stage of a gradient's tile is multiplied, and which tiles there are for which dtype.
+// How one stage of a gradient's tile is multiplied.
 
 #include <bit>
 #include <cstdint>
 
 #include "cuda/conv_grad/tile.h"
-#include "cuda/gemm/dispatch.cuh"
 #include "cuda/gemm/mma.cuh"
 #include "cuda/gemm/tile.h"
 #include "cuda/util/ptx.cuh"
@@ -168,36 +167,5 @@ struct GradientSimtMma : SynchronousMma {
     }
   }
 };
-
-// There are three tiles: one of 128 output channels, for sums over many examples of wide layers;
-// one of 64; and, for at most 16, one whose four warps share the pixels of a stage.
-template <
-    class T,
-    Access Kind,
-    template <class Element, class Tile, int PromotionPixels, int MinBlocks> class Mma,
-    int PromotionPixels>
-struct GradientTiles {
-  static constexpr int kBytes = static_cast<int>(sizeof(T));
-  template <int RowFragments, int WarpsM, int WarpsN, int SlicesK, int Depth>
-  using Tile = GradientTile<kBytes, Kind, RowFragments, WarpsM, WarpsN, SlicesK, Depth>;
-  using Large = Mma<T, Tile<2, 4, 2, 1, 64 / kBytes>, PromotionPixels, 1>;
-  using Small = Mma<T, Tile<1, 4, 1, 1, 128 / kBytes>, PromotionPixels, 3>;
-  using Narrow = Mma<T, Tile<1, 1, 1, 4, 128 / kBytes>, PromotionPixels, 3>;
-};
-
-template <class Config>
-struct GradientConfig;
-
-template <class T>
-struct GradientConfig<TensorCoreConfig<T>>
-    : GradientTiles<
-          T,
-          sizeof(T) == 2 ? Access::ldmatrix : Access::scalars,
-          GradientTensorCoreMma,
-          sizeof(T) == 2 ? 512 : 256> {};
-
-template <class T>
-struct GradientConfig<SimtConfig<T>>
-    : GradientTiles<T, Access::simt, GradientSimtMma, 512 / static_cast<int>(sizeof(T))> {};
 
 }  // namespace l2rw::cuda

@@ -14,7 +14,6 @@
 #include "cuda/util/launch.cuh"
 #include "cuda/util/types.cuh"
 #include "cuda/util/vectors.h"
-#include "cuda/util/views.h"
 
 namespace l2rw::cuda {
 

@@ -9,7 +9,6 @@
 #include "cuda/reduce/block.cuh"
 #include "cuda/reduce/partial_sums.cuh"
 #include "cuda/util/launch.cuh"
-#include "cuda/util/views.h"
 #include "layout.h"
 #include "operator_checks.h"
 
@@ -102,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> example_gradients(
                 data<T>(gradients),
                 data<T>(bias_gradients),
                 tile_scores,
-                problem.size(),
-                problem.bias_size()});
+                gradients.numel() / examples,
+                bias_gradients.size(1)});
       };
       if (has_direction) {
         const int64_t tiles = problem.tile_count();

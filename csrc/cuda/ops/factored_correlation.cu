@@ -20,7 +20,6 @@
 #include "cuda/util/limits.h"
 #include "cuda/util/ptx.cuh"
 #include "cuda/util/vectors.h"
-#include "cuda/util/views.h"
 #include "operator_checks.h"
 
 namespace l2rw::cuda {
@@ -353,7 +352,7 @@ Tensor correlate(
 
 Tensor factored_correlation(
     const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean, bool bias) {
-  check_factored_correlation(z, g, z_clean, g_clean);
+  check_factored_layer("factored_correlation", "", z, g, z_clean, g_clean);
   return correlate("factored_correlation", {z}, {g}, {z_clean}, {g_clean}, {bias});
 }
 
