@@ -21,8 +21,7 @@ inline int64_t column_blocks_for(
   return std::min(work_tiles, std::max<int64_t>(1, workspace_bytes / (rows * sum_bytes)));
 }
 
-// Which tile multiplies: large ones where they fit and there is one for every processor, else small
-// ones, and those for few columns.
+// Narrow tiles are for few columns, large ones for where they fit and give every processor work.
 enum class TileKind { large, small, narrow };
 
 struct GemmPlan {

@@ -21,7 +21,7 @@ struct alignas(sizeof(T) * Count) Vector {
 template <class T>
 constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
 
-// How many bytes of a vector exist if `left` bytes are left from its first one on.
+// The bytes of a vector that exist if `left` are left from its first one on.
 template <class Integer>
 L2RW_HOST_DEVICE constexpr int existing_bytes(Integer left) {
   return static_cast<int>(left < 0 ? 0 : (left < kVectorBytes ? left : kVectorBytes));
@@ -35,7 +35,7 @@ struct MatrixView {
   int64_t rows;
   int64_t width;  // bytes of a row
 
-  // Of the vector at `byte` of a row.
+  // How many bytes of the vector at `byte` of a row exist.
   L2RW_HOST_DEVICE int vector_bytes(int64_t byte) const { return existing_bytes(width - byte); }
 };
 
@@ -48,7 +48,7 @@ struct ImageView {
   int64_t pixel;    // from pixel to pixel
   int64_t width;    // bytes of the channels of a group
 
-  // Of the vector at `byte` of a group.
+  // How many bytes of the vector at `byte` of a group exist.
   L2RW_HOST_DEVICE int vector_bytes(int64_t byte) const { return existing_bytes(width - byte); }
 };
 
