@@ -1,4 +1,5 @@
-# Inner loops compiled once per instruction set, chosen at run time (csrc/cpu/isa.h).
+# Inner loops compiled once per instruction set, chosen at run time (csrc/cpu/isa.h, which has the
+# same names).
 #
 # l2rw_add_isa_object(TARGET SOURCE...) compiles every SOURCE once per name in L2RW_INSTRUCTION_SETS,
 # with L2RW_ISA defined to that name, and links the objects into TARGET. A source puts everything it
@@ -46,8 +47,4 @@ function(l2rw_add_isa_object target)
       )
     endif()
   endforeach()
-  list(LENGTH L2RW_INSTRUCTION_SETS count)
-  if(count GREATER 1)
-    target_compile_definitions(${target} PRIVATE L2RW_X86_ISA)
-  endif()
 endfunction()

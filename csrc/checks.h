@@ -10,11 +10,11 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace l2rw {
@@ -78,27 +78,14 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Double || dtype == ScalarType::Float ||
-         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-}
-
-// What sums are formed in, and scores and weight gradients returned in.
+// What sums are formed in, and scores and weight gradients returned in: float64 stays, everything
+// narrower accumulates in float32.
 inline ScalarType accumulation_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Float64 stays; everything narrower accumulates in float32.
 template <class T>
-struct Accumulation {
-  using type = float;
-};
-template <>
-struct Accumulation<double> {
-  using type = double;
-};
-template <class T>
-using accumulation_t = typename Accumulation<T>::type;
+using accumulation_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 inline void check_dim(const char* operation, Argument argument, int64_t dim) {
   check(
@@ -112,7 +99,7 @@ inline void check_dim(const char* operation, Argument argument, int64_t dim) {
       shape_of(argument.tensor));
 }
 
-// Each argument has size `size` in dimension `d`; `what` says what that size is.
+// `argument` has size `size` in dimension `d`; `what` says what that size is.
 inline void check_size(
     const char* operation, Argument argument, int64_t d, int64_t size, const char* what) {
   check(
@@ -130,12 +117,14 @@ inline void check_size(
 }
 
 inline void check_floating(const char* operation, Argument argument) {
+  const ScalarType dtype = argument.tensor.scalar_type();
   check(
-      is_floating(argument.tensor.scalar_type()),
+      dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+          dtype == ScalarType::Half,
       operation,
       argument.name,
       " must be float64, float32, bfloat16 or float16, got ",
-      dtype_name(argument.tensor.scalar_type()));
+      dtype_name(dtype));
 }
 
 inline void check_device(const char* operation, Argument reference, Argument argument) {
@@ -172,6 +161,16 @@ inline void check_same(const char* operation, Argument reference, Argument argum
       dtype_name(argument.tensor.scalar_type()));
 }
 
+// `argument` has the shape of `reference` as well.
+inline void check_like(const char* operation, Argument reference, Argument argument) {
+  check_same(operation, reference, argument);
+  check_dim(operation, argument, reference.tensor.dim());
+  const std::string what = std::string("as ") + reference.name;
+  for (int64_t d = 0; d < reference.tensor.dim(); ++d) {
+    check_size(operation, argument, d, reference.tensor.size(d), what.c_str());
+  }
+}
+
 // `argument` shares the device of `reference` and has its dtype or its accumulation dtype: what a
 // direction, a weight or a saved statistic may have.
 inline void check_same_or_accumulation(
@@ -193,6 +192,22 @@ inline void check_same_or_accumulation(
       dtype_name(actual));
 }
 
+// `vector`, if it is there, has `size` numbers and such a dtype; `what` says what that size is.
+inline void check_vector(
+    const char* operation,
+    Argument reference,
+    const char* name,
+    const OptionalTensor& vector,
+    int64_t size,
+    const char* what) {
+  if (vector) {
+    const Argument argument{name, *vector};
+    check_same_or_accumulation(operation, reference, argument);
+    check_dim(operation, argument, 1);
+    check_size(operation, argument, 0, size, what);
+  }
+}
+
 // Calls body(T{}) with the C++ type of a floating dtype that has been checked.
 template <class Body>
 auto dispatch_floating(ScalarType dtype, const Body& body) {
@@ -208,9 +223,21 @@ auto dispatch_floating(ScalarType dtype, const Body& body) {
   }
 }
 
+// The same with the type that the dtype accumulates in.
+template <class Body>
+auto dispatch_accumulation(ScalarType dtype, const Body& body) {
+  return dtype == ScalarType::Double ? body(double{}) : body(float{});
+}
+
 template <class T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
+}
+
+// Null without a tensor.
+template <class T>
+T* data(const OptionalTensor& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
 }
 
 }  // namespace l2rw

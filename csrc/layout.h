@@ -34,10 +34,28 @@ inline int64_t positions_of(const Tensor& x) {
   return positions;
 }
 
-inline Tensor in_accumulation_dtype(const Tensor& tensor) {
-  const ScalarType dtype = accumulation_dtype(tensor.scalar_type());
-  return torch::stable::contiguous(
-      tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+// `tensor` in the layout of `like`, which is contiguous unless its channels lie side by side.
+inline Tensor in_layout_of(const Tensor& like, bool side_by_side, const Tensor& tensor) {
+  if (side_by_side ? channels_last(tensor) : tensor.is_contiguous()) {
+    return tensor;
+  }
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+// A tensor in its accumulation dtype. What is not there stays so.
+inline OptionalTensor in_accumulation_dtype(const OptionalTensor& tensor) {
+  if (!tensor || tensor->scalar_type() == accumulation_dtype(tensor->scalar_type())) {
+    return tensor;
+  }
+  return torch::stable::to(*tensor, accumulation_dtype(tensor->scalar_type()));
+}
+
+// The same without gaps.
+inline OptionalTensor contiguous_in_accumulation_dtype(const OptionalTensor& tensor) {
+  const OptionalTensor wide = in_accumulation_dtype(tensor);
+  return wide ? OptionalTensor(torch::stable::contiguous(*wide)) : wide;
 }
 
 }  // namespace l2rw

@@ -38,15 +38,7 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
   // z [n, C, *s], g [n, O, *p], direction [O, C / groups, *k], direction_bias [O] -> u [n], acc
   m.def(
       "conv_correlation(Tensor z, Tensor g, Tensor direction, Tensor? direction_bias, int[] "
-      "stride, "
-      "int[] padding, int[] dilation, int groups) -> Tensor");
-
-  // With x^ = (x - mean) rstd: u_i = sum_t sum_c g_itc (x^_itc V_c + V_bc).
-  // x [n, T, d], g [n, T, d], mean and rstd broadcast to [n, T, d], direction [d],
-  // direction_bias [d] -> u [n], acc
-  m.def(
-      "affine_correlation(Tensor x, Tensor g, Tensor? mean, Tensor? rstd, Tensor? direction, "
-      "Tensor? direction_bias) -> Tensor");
+      "stride, int[] padding, int[] dilation, int groups) -> Tensor");
 
   // u_i = sum_t g_it . V[index_it].
   // index [n, T] of int64 or int32, g [n, T, d], direction [v, d] -> u [n], acc
@@ -72,10 +64,9 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
   // z [n, C, *s], g [n, O, *p], weights [n] -> [O, C / groups, *k], acc; [O], acc
   m.def(
       "conv_weighted_gradient(Tensor z, Tensor g, Tensor? weights, int[] kernel_size, int[] "
-      "stride, "
-      "int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)");
+      "stride, int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)");
 
-  // G_i = sum_t g_it x^_it, Gb_i = sum_t g_it.
+  // With x^ = (x - mean) rstd: G_i = sum_t g_it x^_it, Gb_i = sum_t g_it.
   // x [n, T, d], g [n, T, d], mean and rstd broadcast to [n, T, d] -> G [n, d], acc;
   // Gb [n, d], acc
   m.def(

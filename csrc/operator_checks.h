@@ -4,15 +4,54 @@
 // convolution in the form that its kernels read. No check looks at values, which may lie in device
 // memory.
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "convolution_sizes.h"
 
 namespace l2rw {
+
+// Two arguments of one layer, [n, T, *] each. `examples` and `positions` say whose n and T are.
+inline void check_rows(
+    const char* operation,
+    Argument first,
+    Argument second,
+    const char* examples,
+    const char* positions) {
+  check_dim(operation, first, 3);
+  check_dim(operation, second, 3);
+  check_floating(operation, first);
+  check_same(operation, first, second);
+  check_size(operation, second, 0, first.tensor.size(0), examples);
+  check_size(operation, second, 1, first.tensor.size(1), positions);
+}
+
+// A direction, if it is there, and its bias, whose size is the first of `shape`. `sizes` says what
+// the numbers of `shape` are, the last of all that follow.
+inline void check_direction(
+    const char* operation,
+    const Tensor& z,
+    const OptionalTensor& direction,
+    const OptionalTensor& direction_bias,
+    const Sizes& shape,
+    const std::array<const char*, 3>& sizes) {
+  if (direction) {
+    const Argument argument{"direction", *direction};
+    check_same_or_accumulation(operation, {"z", z}, argument);
+    check_dim(operation, argument, static_cast<int64_t>(shape.size()));
+    for (size_t d = 0; d < shape.size(); ++d) {
+      check_size(
+          operation, argument, static_cast<int64_t>(d), shape[d], sizes[std::min<size_t>(d, 2)]);
+    }
+  }
+  check_vector(operation, {"z", z}, "direction_bias", direction_bias, shape[0], sizes[0]);
+}
 
 // `which` follows the names of the arguments: which layer of several it is.
 inline void check_factored_layer(
@@ -23,27 +62,15 @@ inline void check_factored_layer(
     const Tensor& z_clean,
     const Tensor& g_clean) {
   const std::string names[] = {"z" + which, "g" + which, "z_clean" + which, "g_clean" + which};
-  const Argument arguments[] = {
-      {names[0].c_str(), z},
-      {names[1].c_str(), g},
-      {names[2].c_str(), z_clean},
-      {names[3].c_str(), g_clean}};
-  for (const Argument& argument : arguments) {
-    check_dim(operation, argument, 3);
-    check_floating(operation, argument);
-    check_same(operation, arguments[0], argument);
-  }
-  check_size(operation, arguments[1], 0, z.size(0), "examples of z");
-  check_size(operation, arguments[1], 1, z.size(1), "positions of z");
-  check_size(operation, arguments[3], 0, z_clean.size(0), "examples of z_clean");
-  check_size(operation, arguments[3], 1, z_clean.size(1), "positions of z_clean");
-  check_size(operation, arguments[2], 2, z.size(2), "width of z");
-  check_size(operation, arguments[3], 2, g.size(2), "width of g");
-}
-
-inline void check_factored_correlation(
-    const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean) {
-  check_factored_layer("factored_correlation", "", z, g, z_clean, g_clean);
+  const Argument inputs{names[0].c_str(), z};
+  const Argument clean_inputs{names[2].c_str(), z_clean};
+  const Argument clean_gradients{names[3].c_str(), g_clean};
+  check_rows(operation, inputs, {names[1].c_str(), g}, "examples of z", "positions of z");
+  check_rows(
+      operation, clean_inputs, clean_gradients, "examples of z_clean", "positions of z_clean");
+  check_same(operation, inputs, clean_inputs);
+  check_size(operation, clean_inputs, 2, z.size(2), "width of z");
+  check_size(operation, clean_gradients, 2, g.size(2), "width of g");
 }
 
 inline void check_factored_correlations(
@@ -74,83 +101,44 @@ inline void check_factored_correlations(
   }
 }
 
-inline void check_dense_correlation(
+// A linear layer z [n, T, i], g [n, T, o] with a direction [o, i] and its bias [o].
+inline void check_linear_layer(
+    const char* operation,
     const Tensor& z,
     const Tensor& g,
-    const Tensor& direction,
-    const OptionalTensor& direction_bias) {
-  constexpr const char* operation = "dense_correlation";
-  check_dim(operation, {"z", z}, 3);
-  check_dim(operation, {"g", g}, 3);
-  check_dim(operation, {"direction", direction}, 2);
-  check_floating(operation, {"z", z});
-  check_same(operation, {"z", z}, {"g", g});
-  check_same_or_accumulation(operation, {"z", z}, {"direction", direction});
-  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
-  check_size(operation, {"g", g}, 1, z.size(1), "positions of z");
-  check_size(operation, {"direction", direction}, 0, g.size(2), "width of g");
-  check_size(operation, {"direction", direction}, 1, z.size(2), "width of z");
-  if (direction_bias) {
-    const Argument argument{"direction_bias", *direction_bias};
-    check_same_or_accumulation(operation, {"z", z}, argument);
-    check_dim(operation, argument, 1);
-    check_size(operation, argument, 0, g.size(2), "width of g");
-  }
-}
-
-inline void check_affine_statistic(
-    const char* operation, Argument x, const char* name, const OptionalTensor& statistic) {
-  if (!statistic.has_value()) {
-    return;
-  }
-  const Argument argument{name, *statistic};
-  check_dim(operation, argument, 3);
-  check_same_or_accumulation(operation, x, argument);
-  for (int64_t d = 0; d < 3; ++d) {
-    check(
-        statistic->size(d) == 1 || statistic->size(d) == x.tensor.size(d),
-        operation,
-        name,
-        " must broadcast to the shape of x ",
-        shape_of(x.tensor),
-        ", got shape ",
-        shape_of(*statistic));
-  }
-}
-
-inline void check_affine_layer(
-    const char* operation,
-    const Tensor& x,
-    const Tensor& g,
-    const OptionalTensor& mean,
-    const OptionalTensor& rstd) {
-  check_dim(operation, {"x", x}, 3);
-  check_dim(operation, {"g", g}, 3);
-  check_floating(operation, {"x", x});
-  check_same(operation, {"x", x}, {"g", g});
-  check_size(operation, {"g", g}, 0, x.size(0), "examples of x");
-  check_size(operation, {"g", g}, 1, x.size(1), "positions of x");
-  check_size(operation, {"g", g}, 2, x.size(2), "channels of x");
-  check_affine_statistic(operation, {"x", x}, "mean", mean);
-  check_affine_statistic(operation, {"x", x}, "rstd", rstd);
-}
-
-inline void check_affine_correlation(
-    const Tensor& x,
-    const Tensor& g,
-    const OptionalTensor& mean,
-    const OptionalTensor& rstd,
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
-  constexpr const char* operation = "affine_correlation";
-  check_affine_layer(operation, x, g, mean, rstd);
-  for (const auto& [name, part] :
-       {std::pair{"direction", &direction}, std::pair{"direction_bias", &direction_bias}}) {
-    if (part->has_value()) {
-      const Argument argument{name, **part};
-      check_dim(operation, argument, 1);
-      check_size(operation, argument, 0, x.size(2), "channels of x");
-      check_same_or_accumulation(operation, {"x", x}, argument);
+  check_rows(operation, {"z", z}, {"g", g}, "examples of z", "positions of z");
+  check_direction(
+      operation,
+      z,
+      direction,
+      direction_bias,
+      {g.size(2), z.size(2)},
+      {"width of g", "width of z"});
+}
+
+inline void check_affine_example_gradients(
+    const Tensor& x, const Tensor& g, const OptionalTensor& mean, const OptionalTensor& rstd) {
+  constexpr const char* operation = "affine_example_gradients";
+  check_rows(operation, {"x", x}, {"g", g}, "examples of x", "positions of x");
+  check_size(operation, {"g", g}, 2, x.size(2), "channels of x");
+  for (const auto& [name, statistic] : {std::pair{"mean", &mean}, std::pair{"rstd", &rstd}}) {
+    if (!statistic->has_value()) {
+      continue;
+    }
+    const Argument argument{name, **statistic};
+    check_dim(operation, argument, 3);
+    check_same_or_accumulation(operation, {"x", x}, argument);
+    for (int64_t d = 0; d < 3; ++d) {
+      check(
+          argument.tensor.size(d) == 1 || argument.tensor.size(d) == x.size(d),
+          operation,
+          name,
+          " must broadcast to the shape of x ",
+          shape_of(x),
+          ", got shape ",
+          shape_of(argument.tensor));
     }
   }
 }
@@ -182,21 +170,18 @@ inline void check_weighted_sum(const Tensor& gradients, const Tensor& weights) {
       operation,
       "gradients must have at least 1 dimension, got shape ",
       shape_of(gradients));
-  check_dim(operation, {"weights", weights}, 1);
-  check_floating(operation, {"gradients", gradients});
-  check_same_or_accumulation(operation, {"gradients", gradients}, {"weights", weights});
-  check_size(operation, {"weights", weights}, 0, gradients.size(0), "examples of gradients");
+  const Argument argument{"gradients", gradients};
+  check_floating(operation, argument);
+  check_vector(operation, argument, "weights", weights, gradients.size(0), "examples of gradients");
 }
 
 inline void check_scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) {
   constexpr const char* operation = "scale_rows";
   check_dim(operation, {"g", g}, 3);
-  check_dim(operation, {"weights", weights}, 1);
   check_dim(operation, {"active", active}, 1);
   check_floating(operation, {"g", g});
-  check_same_or_accumulation(operation, {"g", g}, {"weights", weights});
+  check_vector(operation, {"g", g}, "weights", weights, g.size(0), "examples of g");
   check_device(operation, {"g", g}, {"active", active});
-  check_size(operation, {"weights", weights}, 0, g.size(0), "examples of g");
   check(
       active.scalar_type() == ScalarType::Long,
       operation,
@@ -264,17 +249,7 @@ inline Convolution check_convolution(
       g.size(1),
       "), got ",
       groups);
-  Convolution conv{
-      z.size(0),
-      groups,
-      z.size(1) / groups,
-      g.size(1) / groups,
-      {1, 1, 1},
-      {1, 1, 1},
-      {1, 1, 1},
-      {1, 1, 1},
-      {0, 0, 0},
-      {1, 1, 1}};
+  Convolution conv{z.size(0), groups, z.size(1) / groups, g.size(1) / groups};
   for (int64_t d = 0; d < dims; ++d) {
     const int64_t to = 3 - dims + d;
     conv.in[to] = z.size(2 + d);
@@ -289,32 +264,15 @@ inline Convolution check_convolution(
   return conv;
 }
 
-// Checks a direction [O, C / groups, *k] and its bias [O] against z.
-inline void check_direction(
-    const char* operation,
-    const Tensor& z,
-    const Convolution& conv,
-    const Sizes& kernel_size,
-    const OptionalTensor& direction,
-    const OptionalTensor& direction_bias) {
-  const int64_t outputs = conv.groups * conv.outputs;
-  if (direction) {
-    const Argument argument{"direction", *direction};
-    check_same_or_accumulation(operation, {"z", z}, argument);
-    check_dim(operation, argument, z.dim());
-    check_size(operation, argument, 0, outputs, "channels of g");
-    check_size(operation, argument, 1, conv.inputs, "channels of z in a group");
-    for (size_t d = 0; d < kernel_size.size(); ++d) {
-      check_size(operation, argument, 2 + d, kernel_size[d], "kernel_size");
-    }
-  }
-  if (direction_bias) {
-    const Argument argument{"direction_bias", *direction_bias};
-    check_same_or_accumulation(operation, {"z", z}, argument);
-    check_dim(operation, argument, 1);
-    check_size(operation, argument, 0, outputs, "channels of g");
-  }
+// The shape of an example's gradient and of a direction, [O, C / groups, *k].
+inline Sizes gradient_shape(const Convolution& conv, const Sizes& kernel_size) {
+  Sizes shape{conv.groups * conv.outputs, conv.inputs};
+  shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
+  return shape;
 }
+
+constexpr std::array<const char*, 3> kGradientSizes{
+    "channels of g", "channels of z in a group", "kernel_size"};
 
 inline Convolution check_conv_correlation(
     const Tensor& z,
@@ -333,57 +291,16 @@ inline Convolution check_conv_correlation(
   }
   const Convolution conv =
       check_convolution(operation, z, g, kernel_size, stride, padding, dilation, groups);
-  check_direction(operation, z, conv, kernel_size, direction, direction_bias);
+  const Sizes shape = gradient_shape(conv, kernel_size);
+  check_direction(operation, z, direction, direction_bias, shape, kGradientSizes);
   return conv;
 }
 
-// Checks the weights [n] of a weighted sum over examples of z.
-inline void check_example_weights(
-    const char* operation, const Tensor& z, const OptionalTensor& weights) {
-  if (weights) {
-    check_same_or_accumulation(operation, {"z", z}, {"weights", *weights});
-    check_dim(operation, {"weights", *weights}, 1);
-    check_size(operation, {"weights", *weights}, 0, z.size(0), "examples of z");
-  }
-}
-
-// Checks a linear layer z [n, T, i], g [n, T, o] and its direction, and gives it as a convolution
-// of width T with a kernel of one.
-inline Convolution check_linear_example_gradients(
-    const Tensor& z,
-    const Tensor& g,
-    const OptionalTensor& direction,
-    const OptionalTensor& direction_bias) {
-  constexpr const char* operation = "linear_example_gradients";
-  check_dim(operation, {"z", z}, 3);
-  check_dim(operation, {"g", g}, 3);
-  check_floating(operation, {"z", z});
-  check_same(operation, {"z", z}, {"g", g});
-  check_size(operation, {"g", g}, 0, z.size(0), "examples of z");
-  check_size(operation, {"g", g}, 1, z.size(1), "positions of z");
-  if (direction) {
-    check_same_or_accumulation(operation, {"z", z}, {"direction", *direction});
-    check_dim(operation, {"direction", *direction}, 2);
-    check_size(operation, {"direction", *direction}, 0, g.size(2), "width of g");
-    check_size(operation, {"direction", *direction}, 1, z.size(2), "width of z");
-  }
-  if (direction_bias) {
-    check_same_or_accumulation(operation, {"z", z}, {"direction_bias", *direction_bias});
-    check_dim(operation, {"direction_bias", *direction_bias}, 1);
-    check_size(operation, {"direction_bias", *direction_bias}, 0, g.size(2), "width of g");
-  }
-  const int64_t positions = z.size(1);
-  return {
-      z.size(0),
-      1,
-      z.size(2),
-      g.size(2),
-      {1, 1, positions},
-      {1, 1, positions},
-      {1, 1, 1},
-      {1, 1, 1},
-      {0, 0, 0},
-      {1, 1, 1}};
+// A linear layer z [n, T, i], g [n, T, o] as a convolution of width T with a kernel of one.
+inline Convolution as_convolution(const Tensor& z, const Tensor& g) {
+  Convolution conv{z.size(0), 1, z.size(2), g.size(2)};
+  conv.in[2] = conv.out[2] = z.size(1);
+  return conv;
 }
 
 }  // namespace l2rw

@@ -5,8 +5,9 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/row_kernels.h"
 #include "layout.h"
+#include "cpu/grain.h"
+#include "cpu/isa/row_kernels.h"
 
 namespace l2rw {
 namespace {
@@ -17,43 +18,6 @@ constexpr const char* kOperation = "batch_norm_tangent";
 // in float64.
 constexpr int64_t kPositions = 4096;  // of one channel
 constexpr int64_t kRows = 1024;       // of all channels
-
-void check_arguments(
-    const Tensor& x,
-    const OptionalTensor& x_tangent,
-    const Tensor& mean,
-    const Tensor& rstd,
-    const OptionalTensor& weight,
-    const OptionalTensor& direction,
-    const OptionalTensor& direction_bias) {
-  const Argument input{"x", x};
-  check(x.dim() >= 2, kOperation, "x must have at least 2 dimensions, got shape ", shape_of(x));
-  check_floating(kOperation, input);
-  if (x_tangent.has_value()) {
-    const Argument tangent{"x_tangent", *x_tangent};
-    check_same(kOperation, input, tangent);
-    check_dim(kOperation, tangent, x.dim());
-    for (int64_t d = 0; d < x.dim(); ++d) {
-      check_size(kOperation, tangent, d, x.size(d), "as x");
-    }
-  }
-  const auto check_channels = [&](const char* name, const Tensor& tensor) {
-    const Argument argument{name, tensor};
-    check_same_or_accumulation(kOperation, input, argument);
-    check_dim(kOperation, argument, 1);
-    check_size(kOperation, argument, 0, x.size(1), "channels of x");
-  };
-  check_channels("mean", mean);
-  check_channels("rstd", rstd);
-  for (const auto& [name, tensor] :
-       {std::pair{"weight", &weight},
-        std::pair{"direction", &direction},
-        std::pair{"direction_bias", &direction_bias}}) {
-    if (tensor->has_value()) {
-      check_channels(name, **tensor);
-    }
-  }
-}
 
 // What the tangent is made of, channel by channel: to = scale dx + slope (x - mean) + offset.
 template <class A>
@@ -106,31 +70,32 @@ void by_channel(
       }
     }
   };
-  const int64_t grain = 32768 / std::max<int64_t>(1, n * positions) + 1;
-  torch::stable::parallel_for(0, all.channels, grain, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      double sum = 0;
-      double product = 0;
-      if (all.dx != nullptr) {
-        each_part(c, [&](const BatchNormBlock<T>& part) {
-          A part_sum = 0;
-          A part_product = 0;
-          L2RW_ISA_CALL(batch_norm_sums_by_channel, part, &part_sum, &part_product);
-          sum += part_sum;
-          product += part_product;
-        });
-      }
-      channels.finish(c, sum, product, coefficients);
-      each_part(c, [&](const BatchNormBlock<T>& part) {
-        L2RW_ISA_CALL(
-            batch_norm_tangent_by_channel,
-            part,
-            coefficients.scale.data() + c,
-            coefficients.slope.data() + c,
-            coefficients.offset.data() + c);
+  torch::stable::parallel_for(
+      0, all.channels, grain_of(n * positions), [&](int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; ++c) {
+          double sum = 0;
+          double product = 0;
+          if (all.dx != nullptr) {
+            each_part(c, [&](const BatchNormBlock<T>& part) {
+              A part_sum = 0;
+              A part_product = 0;
+              L2RW_ISA_CALL(
+                  RowKernels<T>::batch_norm_sums_by_channel, part, &part_sum, &part_product);
+              sum += part_sum;
+              product += part_product;
+            });
+          }
+          channels.finish(c, sum, product, coefficients);
+          each_part(c, [&](const BatchNormBlock<T>& part) {
+            L2RW_ISA_CALL(
+                RowKernels<T>::batch_norm_tangent_by_channel,
+                part,
+                coefficients.scale.data() + c,
+                coefficients.slope.data() + c,
+                coefficients.offset.data() + c);
+          });
+        }
       });
-    }
-  });
 }
 
 // x, dx, to: [rows, channels].
@@ -148,13 +113,13 @@ void by_position(const BatchNormBlock<T>& all, const Channels<A>& channels, int6
         std::min(kRows, rows - k * kRows),
         all.channels};
   };
-  const int64_t grain = 32768 / std::max<int64_t>(1, kRows * all.channels) + 1;
+  const int64_t grain = grain_of(kRows * all.channels);
   std::vector<A> sums(static_cast<size_t>(2 * parts * all.channels));
   if (all.dx != nullptr) {
     torch::stable::parallel_for(0, parts, grain, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {
         A* const sum = sums.data() + 2 * k * all.channels;
-        L2RW_ISA_CALL(batch_norm_sums_by_position, part(k), sum, sum + all.channels);
+        L2RW_ISA_CALL(RowKernels<T>::batch_norm_sums_by_position, part(k), sum, sum + all.channels);
       }
     });
   }
@@ -170,7 +135,7 @@ void by_position(const BatchNormBlock<T>& all, const Channels<A>& channels, int6
   torch::stable::parallel_for(0, parts, grain, [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) {
       L2RW_ISA_CALL(
-          batch_norm_tangent_by_position,
+          RowKernels<T>::batch_norm_tangent_by_position,
           part(k),
           coefficients.scale.data(),
           coefficients.slope.data(),
@@ -187,39 +152,43 @@ Tensor batch_norm_tangent(
     const OptionalTensor& weight,
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
-  check_arguments(x, x_tangent, mean, rstd, weight, direction, direction_bias);
+  check(x.dim() >= 2, kOperation, "x must have at least 2 dimensions, got shape ", shape_of(x));
+  check_floating(kOperation, {"x", x});
+  if (x_tangent.has_value()) {
+    check_like(kOperation, {"x", x}, {"x_tangent", *x_tangent});
+  }
+  const auto check_channels = [&](const char* name, const OptionalTensor& tensor) {
+    check_vector(kOperation, {"x", x}, name, tensor, x.size(1), "channels of x");
+  };
+  check_channels("mean", mean);
+  check_channels("rstd", rstd);
+  check_channels("weight", weight);
+  check_channels("direction", direction);
+  check_channels("direction_bias", direction_bias);
 
   const bool side_by_side = !x.is_contiguous() && channels_last(x);
   const Tensor input = side_by_side ? x : torch::stable::contiguous(x);
   const Tensor result = torch::stable::empty_like(input);
-  OptionalTensor tangent = x_tangent;
-  if (tangent.has_value() &&
-      (side_by_side ? !channels_last(*tangent) : !tangent->is_contiguous())) {
-    tangent = torch::stable::empty_like(input);
-    torch::stable::copy_(*tangent, *x_tangent);
+  OptionalTensor tangent;
+  if (x_tangent.has_value()) {
+    tangent = in_layout_of(input, side_by_side, *x_tangent);
   }
-  const auto converted = [](const OptionalTensor& tensor) {
-    return tensor.has_value() ? OptionalTensor(in_accumulation_dtype(*tensor)) : std::nullopt;
-  };
-  const Tensor shift = in_accumulation_dtype(mean);
-  const Tensor factor = in_accumulation_dtype(rstd);
-  const OptionalTensor scale = converted(weight);
-  const OptionalTensor along = converted(direction);
-  const OptionalTensor constant = converted(direction_bias);
+  const OptionalTensor shift = contiguous_in_accumulation_dtype(mean);
+  const OptionalTensor factor = contiguous_in_accumulation_dtype(rstd);
+  const OptionalTensor scale = contiguous_in_accumulation_dtype(weight);
+  const OptionalTensor along = contiguous_in_accumulation_dtype(direction);
+  const OptionalTensor constant = contiguous_in_accumulation_dtype(direction_bias);
   const int64_t n = x.size(0);
   const int64_t positions = positions_of(x);
 
   dispatch_floating(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = accumulation_t<T>;
-    const auto pointer = [](const OptionalTensor& tensor) -> const A* {
-      return tensor.has_value() ? data<A>(*tensor) : nullptr;
-    };
     const Channels<A> channels{
-        data<A>(factor), pointer(scale), pointer(along), pointer(constant), n * positions};
+        data<A>(factor), data<A>(scale), data<A>(along), data<A>(constant), n * positions};
     const BatchNormBlock<T> all{
         data<T>(input),
-        tangent.has_value() ? data<T>(*tangent) : nullptr,
+        data<T>(tangent),
         data<T>(result),
         data<A>(shift),
         n * positions,

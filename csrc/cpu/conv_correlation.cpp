@@ -5,8 +5,9 @@
 #include <array>
 
 #include "operator_checks.h"
-#include "cpu/convolution_arguments.h"
+#include "layout.h"
 #include "cpu/example_products.h"
+#include "cpu/grain.h"
 
 namespace l2rw {
 namespace {
@@ -31,60 +32,21 @@ Tensor examples_of(const Tensor& tensor, int64_t first, int64_t count) {
       tensor.scalar_type());
 }
 
-Tensor convolve(
-    const Tensor& input,
-    const Tensor& weight,
-    const OptionalTensor& bias,
-    const Sizes& stride,
-    const Sizes& padding,
-    const Sizes& dilation,
-    int64_t groups) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 9> stack{
-      from(input),
-      from(weight),
-      from(bias),
-      from(stride),
-      from(padding),
-      from(dilation),
-      from(false),
-      from(Sizes(stride.size(), 0)),
-      from(groups)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
-}
-
-// u_i = sum_p g_i[:, p] . (V * z_i + V_b)[:, p], for contiguous tensors.
-template <class T>
-void correlate_outputs(
-    const Tensor& z,
-    const Tensor& g,
-    const Tensor& direction,
-    const OptionalTensor& direction_bias,
-    const Sizes& stride,
-    const Sizes& padding,
-    const Sizes& dilation,
-    int64_t groups,
-    T* scores) {
-  const int64_t size = g.numel() / std::max<int64_t>(g.size(0), 1);
+// u_i = sum_p g_i[:, p] . (V * z_i + V_b)[:, p], for contiguous tensors. convolve(z) is V * z +
+// V_b.
+template <class T, class Convolve>
+void correlate_outputs(const Tensor& z, const Tensor& g, const Convolve& convolve, T* scores) {
+  const int64_t size = g.numel() / z.size(0);
   const int64_t most = std::max<int64_t>(kChunkBytes / (size * sizeof(T)), 1);
-  const Tensor weight = examples_of(direction, 0, direction.size(0));
-  OptionalTensor bias;
-  if (direction_bias) {
-    bias = examples_of(*direction_bias, 0, direction_bias->size(0));
-  }
   for (int64_t first = 0; first < z.size(0); first += most) {
     const int64_t count = std::min(most, z.size(0) - first);
-    const Tensor product =
-        convolve(examples_of(z, first, count), weight, bias, stride, padding, dilation, groups);
-    torch::stable::parallel_for(
-        0, count, std::max<int64_t>(32768 / size, 1), [&](int64_t begin, int64_t end) {
-          for (int64_t e = begin; e < end; ++e) {
-            scores[first + e] = kernels<T>().dot(
-                data<T>(product) + e * size, data<T>(g) + (first + e) * size, size);
-          }
-        });
+    const Tensor product = convolve(examples_of(z, first, count));
+    torch::stable::parallel_for(0, count, grain_of(size), [&](int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e) {
+        scores[first + e] =
+            kernels<T>().dot(data<T>(product) + e * size, data<T>(g) + (first + e) * size, size);
+      }
+    });
   }
 }
 
@@ -103,7 +65,7 @@ Tensor conv_correlation(
       check_conv_correlation(z, g, direction, direction_bias, stride, padding, dilation, groups);
   const ScalarType accumulation = accumulation_dtype(z.scalar_type());
   Tensor scores = torch::stable::new_empty(z, {conv.examples}, accumulation);
-  if (conv.pixels() == 0 || conv.outputs == 0) {
+  if (g.numel() == 0) {
     return torch::stable::zero_(scores);
   }
   const bool own_dtype = z.scalar_type() == accumulation && direction.scalar_type() == accumulation;
@@ -111,20 +73,39 @@ Tensor conv_correlation(
                           (!direction_bias || direction_bias->is_contiguous());
   const bool few_pixels =
       conv.pixels() <= kFewPixels && conv.inputs >= kWideChannels && conv.outputs >= kWideChannels;
-  with_accumulation_type(accumulation, [&](auto zero) {
+  dispatch_accumulation(accumulation, [&](auto zero) {
     using T = decltype(zero);
     if (few_pixels && own_dtype && contiguous) {
-      correlate_outputs<T>(
-          z, g, direction, direction_bias, stride, padding, dilation, groups, data<T>(scores));
+      const auto convolve = [&](const Tensor& part) {
+        using torch::stable::detail::from;
+        OptionalTensor bias;
+        if (direction_bias) {
+          bias = examples_of(*direction_bias, 0, direction_bias->size(0));
+        }
+        std::array<StableIValue, 9> stack{
+            from(part),
+            from(examples_of(direction, 0, direction.size(0))),
+            from(bias),
+            from(stride),
+            from(padding),
+            from(dilation),
+            from(false),
+            from(Sizes(stride.size(), 0)),
+            from(groups)};
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+        return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+      };
+      correlate_outputs<T>(z, g, convolve, data<T>(scores));
       return;
     }
-    const std::vector<T> v = values_of<T>(direction);
-    const std::vector<T> v_bias = values_of<T>(direction_bias);
+    const OptionalTensor V = contiguous_in_accumulation_dtype(direction);
+    const OptionalTensor V_b = contiguous_in_accumulation_dtype(direction_bias);
     form_example_products<T>(
         conv,
         image_of(z),
         image_of(g),
-        {v.data(), direction_bias ? v_bias.data() : nullptr, data<T>(scores), nullptr, nullptr});
+        {data<T>(V), data<T>(V_b), data<T>(scores), nullptr, nullptr});
   });
   return scores;
 }

@@ -1,9 +1,6 @@
 #include "cpu/convolution.h"
 
 #include <algorithm>
-#include <cstring>
-
-#include "cpu/isa.h"
 
 namespace l2rw {
 namespace {
@@ -19,8 +16,6 @@ constexpr int64_t kPlaneBlock = 1024;
 // is added to others: the rounding of equal terms has one sign, and grows with the length of a sum.
 // In the planar form the lanes of a vector divide kPlaneBlock numbers among them.
 constexpr int64_t kLongestSum = 256;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -40,36 +35,26 @@ double loads_per_product(int64_t rows, int64_t vectors, double cost_of_vector) {
 
 }  // namespace
 
-template <>
-const Kernels<float>& kernels<float>() {
-  switch (cpu_isa()) {
-#ifdef L2RW_X86_ISA
-    case Isa::avx512:
-      return avx512::kernels_f32;
-    case Isa::avx2:
-      return avx2::kernels_f32;
-#endif
-    default:
-      return baseline::kernels_f32;
+Image image_of(const Tensor& tensor) {
+  const int64_t dims = tensor.dim() - 2;
+  Image image{
+      tensor.data_ptr(), tensor.scalar_type(), tensor.stride(0), tensor.stride(1), {0, 0, 0}};
+  for (int64_t d = 0; d < dims; ++d) {
+    image.space[3 - dims + d] = tensor.stride(2 + d);
   }
-}
-
-template <>
-const Kernels<double>& kernels<double>() {
-  switch (cpu_isa()) {
-#ifdef L2RW_X86_ISA
-    case Isa::avx512:
-      return avx512::kernels_f64;
-    case Isa::avx2:
-      return avx2::kernels_f64;
-#endif
-    default:
-      return baseline::kernels_f64;
+  // A dimension of size one may have any stride: give it the one that lets rows follow each other.
+  for (int64_t d = 1; d >= 0; --d) {
+    const int64_t at = d - (3 - dims);
+    if (at < 0 || tensor.size(2 + at) == 1) {
+      const int64_t inner = d + 1 - (3 - dims);
+      image.space[d] = image.space[d + 1] * tensor.size(2 + inner);
+    }
   }
+  return image;
 }
 
 void Fetch::add(
-    const Image& image, int64_t i, int64_t channel, int64_t channels, const int64_t* space) {
+    const Image& image, int64_t i, int64_t channel, int64_t channels, const Extents& space) {
   int64_t last = (channels - 1) * image.channel;
   int64_t numbers = channels;
   for (int d = 0; d < 3; ++d) {
@@ -78,7 +63,7 @@ void Fetch::add(
   }
   if (last < 2 * numbers) {
     ranges_.push_back(
-        {static_cast<const char*>(image.at(i, channel)), (last + 1) * element_size(image.element)});
+        {static_cast<const char*>(image.at(i, channel)), (last + 1) * bytes_of(image.dtype)});
     bytes_ += ranges_.back().bytes;
   }
 }
@@ -98,16 +83,12 @@ const char* Fetch::take(int64_t bytes) {
 }
 
 template <class T>
-Buffer<T>::Buffer(int64_t size)
-    : data_(
-          static_cast<T*>(
-              ::operator new(sizeof(T) * std::max<int64_t>(size, 1), std::align_val_t{64}))) {
-  std::memset(data_, 0, sizeof(T) * size);
-}
-
-template <class T>
 GradientPlan<T>::GradientPlan(const Convolution& convolution, int64_t slots)
-    : conv_(convolution), kernels_(kernels<T>()), slots_(slots) {
+    : conv_(convolution),
+      kernels_(kernels<T>()),
+      slots_(slots),
+      input_{conv_.inputs, conv_.in, conv_.padding, conv_.stride},
+      output_{conv_.outputs, conv_.out, {0, 0, 0}, {1, 1, 1}} {
   choose_form();
   if (form_ == Form::planar) {
     lay_out_planes();
@@ -165,10 +146,10 @@ int64_t GradientPlan<T>::tap_offset(int64_t tap) const {
   for (int d = 0; d < 3; ++d) {
     const int64_t shift = at[d] * conv_.dilation[d];
     const int64_t phases = form_ == Form::planar ? conv_.stride[d] : 1;
-    pixel = pixel * padded_[d] + shift / phases;
+    pixel = pixel * input_.padded[d] + shift / phases;
     phase = phase * phases + shift % phases;
   }
-  return phase * padded_[0] * padded_[1] * padded_[2] + pixel;
+  return phase * input_.padded[0] * input_.padded[1] * input_.padded[2] + pixel;
 }
 
 template <class T>
@@ -177,14 +158,16 @@ void GradientPlan<T>::lay_out_channels() {
   const int64_t taps = conv_.taps();
   const bool by_input = form_ == Form::by_input;
   for (int d = 0; d < 3; ++d) {
-    padded_[d] = conv_.in[d] + 2 * conv_.padding[d];
+    input_.padded[d] = conv_.in[d] + 2 * conv_.padding[d];
   }
-  input_pitch_ = by_input ? round_up(conv_.inputs, lanes) : conv_.inputs;
-  output_pitch_ = by_input ? conv_.outputs : round_up(conv_.outputs, lanes);
-  input_size_ = round_up(padded_[0] * padded_[1] * padded_[2] * input_pitch_, lanes);
-  output_size_ = round_up(conv_.pixels() * output_pitch_, lanes);
+  output_.padded = conv_.out;
+  input_.pitch = by_input ? round_up(conv_.inputs, lanes) : conv_.inputs;
+  output_.pitch = by_input ? conv_.outputs : round_up(conv_.outputs, lanes);
+  input_.size =
+      round_up(input_.padded[0] * input_.padded[1] * input_.padded[2] * input_.pitch, lanes);
+  output_.size = round_up(conv_.pixels() * output_.pitch, lanes);
   matrix_rows_ = by_input ? conv_.outputs : taps * conv_.inputs;
-  matrix_row_ = by_input ? taps * input_pitch_ : output_pitch_;
+  matrix_row_ = by_input ? taps * input_.pitch : output_.pitch;
 
   // Columns: all vectors of the matrix, by their start in the packed b side.
   const int64_t vectors = matrix_row_ / lanes;
@@ -193,7 +176,7 @@ void GradientPlan<T>::lay_out_channels() {
     for (int64_t v = 0; v < count; ++v) {
       const int64_t column = (first + v) * lanes;
       tile.offset[v] =
-          by_input ? tap_offset(column / input_pitch_) * input_pitch_ + column % input_pitch_
+          by_input ? tap_offset(column / input_.pitch) * input_.pitch + column % input_.pitch
                    : column;
     }
     columns_.push_back(tile);
@@ -203,16 +186,17 @@ void GradientPlan<T>::lay_out_channels() {
   const int64_t most = kernels_.max_rows[widest_piece(vectors, kChannelVectors)];
   const int64_t run = by_input ? conv_.outputs : taps_in_run() * conv_.inputs;
   for (int64_t start = 0; start < matrix_rows_; start += run) {
-    const int64_t offset = by_input ? 0 : tap_offset(start / conv_.inputs) * input_pitch_;
+    const int64_t offset = by_input ? 0 : tap_offset(start / conv_.inputs) * input_.pitch;
     split_evenly(run, most, [&](int64_t first, int64_t count) {
       rows_.push_back({start + first, count, {offset + first}});
     });
   }
 
   // Pixels: rows of the output, one after the other where both sides allow it.
-  const int64_t input_step = conv_.stride[2] * input_pitch_;
+  const int64_t input_step = conv_.stride[2] * input_.pitch;
   const auto input_pixel = [&](int64_t d, int64_t h) {
-    return ((d * conv_.stride[0] * padded_[1] + h * conv_.stride[1]) * padded_[2]) * input_pitch_;
+    return ((d * conv_.stride[0] * input_.padded[1] + h * conv_.stride[1]) * input_.padded[2]) *
+           input_.pitch;
   };
   const int64_t image_rows = conv_.out[0] * conv_.out[1];
   bool seamless = true;
@@ -222,19 +206,19 @@ void GradientPlan<T>::lay_out_channels() {
   }
   rows_per_example_ = seamless ? 1 : image_rows;
   row_width_ = conv_.pixels() / rows_per_example_;
-  step_a_ = by_input ? output_pitch_ : input_step;
-  step_b_ = by_input ? input_step : output_pitch_;
+  step_a_ = by_input ? output_.pitch : input_step;
+  step_b_ = by_input ? input_step : output_.pitch;
   for (int64_t e = 0; e < slots_; ++e) {
     for (int64_t row = 0; row < rows_per_example_; ++row) {
       const int64_t in =
-          e * input_size_ + (seamless ? 0 : input_pixel(row / conv_.out[1], row % conv_.out[1]));
-      const int64_t out = e * output_size_ + row * row_width_ * output_pitch_;
+          e * input_.size + (seamless ? 0 : input_pixel(row / conv_.out[1], row % conv_.out[1]));
+      const int64_t out = e * output_.size + row * row_width_ * output_.pitch;
       row_starts_a_.push_back(by_input ? out : in);
       row_starts_b_.push_back(by_input ? in : out);
     }
   }
   const int64_t bytes =
-      sizeof(T) * (output_pitch_ + conv_.stride[1] * conv_.stride[2] * input_pitch_);
+      sizeof(T) * (output_.pitch + conv_.stride[1] * conv_.stride[2] * input_.pitch);
   block_pixels_ = std::clamp<int64_t>(kBlockBytes / bytes, 16, kLongestSum);
 }
 
@@ -243,125 +227,86 @@ void GradientPlan<T>::lay_out_planes() {
   const int64_t lanes = kernels_.lanes;
   int64_t phases = 1;
   for (int d = 0; d < 3; ++d) {
-    padded_[d] = ceil_div(conv_.in[d] + 2 * conv_.padding[d], conv_.stride[d]);
+    input_.padded[d] = ceil_div(conv_.in[d] + 2 * conv_.padding[d], conv_.stride[d]);
     phases *= conv_.stride[d];
   }
   plane_length_ = round_up(
-      ((conv_.out[0] - 1) * padded_[1] + conv_.out[1] - 1) * padded_[2] + conv_.out[2], lanes);
-  input_pitch_ = phases * padded_[0] * padded_[1] * padded_[2];
-  output_pitch_ = plane_length_;
-  input_size_ = round_up(conv_.inputs * input_pitch_ + lanes, lanes);
-  output_size_ = conv_.outputs * output_pitch_;
+      ((conv_.out[0] - 1) * input_.padded[1] + conv_.out[1] - 1) * input_.padded[2] + conv_.out[2],
+      lanes);
+  input_.pitch = phases * input_.padded[0] * input_.padded[1] * input_.padded[2];
+  output_.pitch = plane_length_;
+  input_.size = round_up(conv_.inputs * input_.pitch + lanes, lanes);
+  output_.size = conv_.outputs * output_.pitch;
+  output_.padded = input_.padded;
   matrix_rows_ = conv_.outputs;
   matrix_row_ = conv_.inputs * conv_.taps();
   split_evenly(matrix_row_, kMaxVectors, [&](int64_t first, int64_t count) {
     Tiles tile{first, count, {}};
     for (int64_t v = 0; v < count; ++v) {
       tile.offset[v] =
-          (first + v) / conv_.taps() * input_pitch_ + tap_offset((first + v) % conv_.taps());
+          (first + v) / conv_.taps() * input_.pitch + tap_offset((first + v) % conv_.taps());
     }
     columns_.push_back(tile);
   });
   const int64_t most = kernels_.max_planar_rows[widest_piece(matrix_row_, kMaxVectors)];
   split_evenly(matrix_rows_, most, [&](int64_t first, int64_t count) {
-    rows_.push_back({first, count, {first * output_pitch_}});
+    rows_.push_back({first, count, {first * output_.pitch}});
   });
 }
 
 template <class T>
-void GradientPlan<T>::pack_input(const Image& z, int64_t example, int64_t channel, T* to) const {
-  const auto* in = conv_.in;
-  const int64_t element = element_size(z.element);
-  const char* from = static_cast<const char*>(z.at(example, channel));
+void GradientPlan<T>::pack(
+    const Operand& operand, const Image& image, int64_t example, int64_t channel, T scale, T* to)
+    const {
+  const auto& [channels, extents, padding, stride, padded, pitch, size] = operand;
+  const Extents& space = image.space;
+  const int64_t element = bytes_of(image.dtype);
+  const char* from = static_cast<const char*>(image.at(example, channel));
   if (form_ != Form::planar) {
-    const bool seamless = padded_[1] == in[1] && padded_[2] == in[2] &&
-                          z.space[1] == in[2] * z.space[2] && z.space[0] == in[1] * z.space[1];
-    const int64_t width = seamless ? in[0] * in[1] * in[2] : in[2];
-    for (int64_t d = 0; d < (seamless ? 1 : in[0]); ++d) {
-      for (int64_t h = 0; h < (seamless ? 1 : in[1]); ++h) {
+    const bool seamless = padded[1] == extents[1] && padded[2] == extents[2] &&
+                          space[1] == extents[2] * space[2] && space[0] == extents[1] * space[1];
+    const int64_t width = seamless ? extents[0] * extents[1] * extents[2] : extents[2];
+    for (int64_t d = 0; d < (seamless ? 1 : extents[0]); ++d) {
+      for (int64_t h = 0; h < (seamless ? 1 : extents[1]); ++h) {
         const int64_t pixel =
-            ((d + conv_.padding[0]) * padded_[1] + h + conv_.padding[1]) * padded_[2] +
-            conv_.padding[2];
+            ((d + padding[0]) * padded[1] + h + padding[1]) * padded[2] + padding[2];
         kernels_.transpose(
-            to + pixel * input_pitch_,
-            input_pitch_,
-            from + element * (d * z.space[0] + h * z.space[1]),
-            z.element,
-            z.channel,
-            z.space[2],
-            conv_.inputs,
-            width,
-            T(1));
-      }
-    }
-    return;
-  }
-  // Place p of the padded input is place p / stride of phase p % stride.
-  const int64_t phase_size = padded_[0] * padded_[1] * padded_[2];
-  const auto* stride = conv_.stride;
-  const auto* padding = conv_.padding;
-  for (int64_t c = 0; c < conv_.inputs; ++c) {
-    for (int64_t d = 0; d < in[0]; ++d) {
-      for (int64_t h = 0; h < std::min(stride[1], in[1]); ++h) {
-        for (int64_t w = 0; w < std::min(stride[2], in[2]); ++w) {
-          const int64_t at[3] = {d + padding[0], h + padding[1], w + padding[2]};
-          const int64_t phase =
-              (at[0] % stride[0] * stride[1] + at[1] % stride[1]) * stride[2] + at[2] % stride[2];
-          const int64_t place =
-              (at[0] / stride[0] * padded_[1] + at[1] / stride[1]) * padded_[2] + at[2] / stride[2];
-          kernels_.transpose(
-              to + c * input_pitch_ + phase * phase_size + place,
-              padded_[2],
-              from + element * (c * z.channel + d * z.space[0] + h * z.space[1] + w * z.space[2]),
-              z.element,
-              stride[2] * z.space[2],
-              stride[1] * z.space[1],
-              ceil_div(in[2] - w, stride[2]),
-              ceil_div(in[1] - h, stride[1]),
-              T(1));
-        }
-      }
-    }
-  }
-}
-
-template <class T>
-void GradientPlan<T>::pack_output(
-    const Image& g, int64_t example, int64_t channel, T scale, T* to) const {
-  const auto* out = conv_.out;
-  const int64_t element = element_size(g.element);
-  const char* from = static_cast<const char*>(g.at(example, channel));
-  if (form_ != Form::planar) {
-    const bool seamless = g.space[1] == out[2] * g.space[2] && g.space[0] == out[1] * g.space[1];
-    const int64_t width = seamless ? conv_.pixels() : out[2];
-    for (int64_t d = 0; d < (seamless ? 1 : out[0]); ++d) {
-      for (int64_t h = 0; h < (seamless ? 1 : out[1]); ++h) {
-        kernels_.transpose(
-            to + (d * out[1] + h) * out[2] * output_pitch_,
-            output_pitch_,
-            from + element * (d * g.space[0] + h * g.space[1]),
-            g.element,
-            g.channel,
-            g.space[2],
-            conv_.outputs,
+            to + pixel * pitch,
+            pitch,
+            from + element * (d * space[0] + h * space[1]),
+            image.dtype,
+            image.channel,
+            space[2],
+            channels,
             width,
             scale);
       }
     }
     return;
   }
-  for (int64_t o = 0; o < conv_.outputs; ++o) {
-    for (int64_t d = 0; d < out[0]; ++d) {
-      kernels_.transpose(
-          to + o * output_pitch_ + d * padded_[1] * padded_[2],
-          padded_[2],
-          from + element * (o * g.channel + d * g.space[0]),
-          g.element,
-          g.space[2],
-          g.space[1],
-          out[2],
-          out[1],
-          scale);
+  // Place p of the padded image is place p / stride of phase p % stride.
+  const int64_t phase_size = padded[0] * padded[1] * padded[2];
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t d = 0; d < extents[0]; ++d) {
+      for (int64_t h = 0; h < std::min(stride[1], extents[1]); ++h) {
+        for (int64_t w = 0; w < std::min(stride[2], extents[2]); ++w) {
+          const int64_t at[3] = {d + padding[0], h + padding[1], w + padding[2]};
+          const int64_t phase =
+              (at[0] % stride[0] * stride[1] + at[1] % stride[1]) * stride[2] + at[2] % stride[2];
+          const int64_t place =
+              (at[0] / stride[0] * padded[1] + at[1] / stride[1]) * padded[2] + at[2] / stride[2];
+          kernels_.transpose(
+              to + c * pitch + phase * phase_size + place,
+              padded[2],
+              from + element * (c * image.channel + d * space[0] + h * space[1] + w * space[2]),
+              image.dtype,
+              stride[2] * space[2],
+              stride[1] * space[1],
+              ceil_div(extents[2] - w, stride[2]),
+              ceil_div(extents[1] - h, stride[1]),
+              scale);
+        }
+      }
     }
   }
 }
@@ -375,26 +320,14 @@ T GradientPlan<T>::multiply(
     bool add,
     const T* direction,
     Fetch& soon) const {
-  if (form_ != Form::planar) {
-    return multiply_channels(input, output, examples, matrix, add, direction, soon);
-  }
   T score = 0;
-  for (int64_t e = 0; e < examples; ++e) {
-    score += multiply_planes(
-        input + e * input_size_, output + e * output_size_, matrix, add || e > 0, direction);
+  if (form_ == Form::planar) {
+    for (int64_t e = 0; e < examples; ++e) {
+      score += multiply_planes(
+          input + e * input_.size, output + e * output_.size, matrix, add || e > 0, direction);
+    }
+    return score;
   }
-  return score;
-}
-
-template <class T>
-T GradientPlan<T>::multiply_channels(
-    const T* input,
-    const T* output,
-    int64_t examples,
-    T* matrix,
-    bool add,
-    const T* direction,
-    Fetch& soon) const {
   const T* a = form_ == Form::by_input ? output : input;
   const T* b = form_ == Form::by_input ? input : output;
   const int64_t rows = examples * rows_per_example_;
@@ -403,7 +336,6 @@ T GradientPlan<T>::multiply_channels(
   const int64_t tiles = static_cast<int64_t>(rows_.size() * columns_.size());
   const int64_t soon_bytes =
       round_up(ceil_div(soon.bytes(), std::max<int64_t>(passes * tiles, 1)), kCacheLine);
-  T score = 0;
   // One block of `count` rows of `width` pixels, all tiles.
   const auto pass = [&](int64_t row, int64_t count, int64_t skip, int64_t width) {
     PixelRows<T> pixels{
@@ -465,7 +397,7 @@ T GradientPlan<T>::multiply_planes(
         const int64_t at = tile_rows.first * matrix_row_ + tile_columns.first;
         score += kernels_.planar_tile[tile_columns.count][tile_rows.count](
             output + tile_rows.offset[0] + start,
-            output_pitch_,
+            output_.pitch,
             vectors,
             length,
             {matrix == nullptr ? nullptr : matrix + at,
@@ -481,88 +413,59 @@ T GradientPlan<T>::multiply_planes(
 template <class T>
 void GradientPlan<T>::sum_pixels(const T* output, T* sums) const {
   if (form_ != Form::planar) {
-    kernels_.column_sums(output, output_pitch_, conv_.pixels(), conv_.outputs, sums);
+    kernels_.column_sums(output, output_.pitch, conv_.pixels(), conv_.outputs, sums);
     return;
   }
   for (int64_t o = 0; o < conv_.outputs; ++o) {
-    sums[o] += kernels_.sum(output + o * output_pitch_, plane_length_);
+    sums[o] += kernels_.sum(output + o * output_.pitch, plane_length_);
+  }
+}
+
+// Calls body(start, pitch, start in the gradient, pitch there, size) for blocks of the matrix with
+// `size` channels of every tap: the channels are contiguous in the matrix, the taps in the
+// gradient.
+template <class T>
+template <class Body>
+void GradientPlan<T>::for_each_block(const Body& body) const {
+  const int64_t taps = conv_.taps();
+  const int64_t row = conv_.inputs * taps;
+  if (form_ == Form::by_input) {
+    for (int64_t o = 0; o < conv_.outputs; ++o) {
+      body(o * matrix_row_, input_.pitch, o * row, taps, conv_.inputs);
+    }
+  } else {
+    for (int64_t c = 0; c < conv_.inputs; ++c) {
+      body(c * matrix_row_, conv_.inputs * matrix_row_, c * taps, row, conv_.outputs);
+    }
   }
 }
 
 template <class T>
 void GradientPlan<T>::to_gradient(const T* matrix, T* gradient) const {
-  constexpr Element element = sizeof(T) == 8 ? Element::f64 : Element::f32;
-  const int64_t taps = conv_.taps();
-  const int64_t row = conv_.inputs * taps;
   if (form_ == Form::planar) {
-    std::copy(matrix, matrix + matrix_size(), gradient);
-  } else if (form_ == Form::by_input) {
-    for (int64_t o = 0; o < conv_.outputs; ++o) {
-      kernels_.transpose(
-          gradient + o * row,
-          taps,
-          matrix + o * matrix_row_,
-          element,
-          input_pitch_,
-          1,
-          taps,
-          conv_.inputs,
-          T(1));
-    }
-  } else {
-    for (int64_t c = 0; c < conv_.inputs; ++c) {
-      kernels_.transpose(
-          gradient + c * taps,
-          row,
-          matrix + c * matrix_row_,
-          element,
-          conv_.inputs * matrix_row_,
-          1,
-          taps,
-          conv_.outputs,
-          T(1));
-    }
+    std::copy_n(matrix, matrix_size(), gradient);
+    return;
   }
+  for_each_block([&](int64_t at, int64_t pitch, int64_t to, int64_t to_pitch, int64_t size) {
+    const T* from = matrix + at;
+    kernels_.transpose(
+        gradient + to, to_pitch, from, kDtype<T>, pitch, 1, conv_.taps(), size, T(1));
+  });
 }
 
 template <class T>
 void GradientPlan<T>::from_gradient(const T* gradient, T* matrix) const {
-  constexpr Element element = sizeof(T) == 8 ? Element::f64 : Element::f32;
-  const int64_t taps = conv_.taps();
-  const int64_t row = conv_.inputs * taps;
   if (form_ == Form::planar) {
-    std::copy(gradient, gradient + matrix_size(), matrix);
-  } else if (form_ == Form::by_input) {
-    for (int64_t o = 0; o < conv_.outputs; ++o) {
-      kernels_.transpose(
-          matrix + o * matrix_row_,
-          input_pitch_,
-          gradient + o * row,
-          element,
-          taps,
-          1,
-          conv_.inputs,
-          taps,
-          T(1));
-    }
-  } else {
-    for (int64_t c = 0; c < conv_.inputs; ++c) {
-      kernels_.transpose(
-          matrix + c * matrix_row_,
-          conv_.inputs * matrix_row_,
-          gradient + c * taps,
-          element,
-          row,
-          1,
-          conv_.outputs,
-          taps,
-          T(1));
-    }
+    std::copy_n(gradient, matrix_size(), matrix);
+    return;
   }
+  for_each_block([&](int64_t at, int64_t pitch, int64_t from, int64_t from_pitch, int64_t size) {
+    const T* source = gradient + from;
+    kernels_.transpose(
+        matrix + at, pitch, source, kDtype<T>, from_pitch, 1, size, conv_.taps(), T(1));
+  });
 }
 
-template class Buffer<float>;
-template class Buffer<double>;
 template class GradientPlan<float>;
 template class GradientPlan<double>;
 

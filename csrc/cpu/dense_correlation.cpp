@@ -1,8 +1,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "layout.h"
 #include "operator_checks.h"
-#include "cpu/convolution_arguments.h"
 #include "cpu/row_products.h"
 
 namespace l2rw {
@@ -13,9 +13,9 @@ template <class T>
 void correlate(
     const Rows& left,
     const Rows& right,
-    const Rows& matrix,            // [1, width of right, width of left]
-    const std::vector<T>& offset,  // [width of right] or empty
-    T* per_row) {                  // [rows]
+    const Rows& matrix,  // [1, width of right, width of left]
+    const T* offset,     // [width of right] or null
+    T* per_row) {        // [rows]
   const Kernels<T>& kernel = kernels<T>();
   const Panels<T> columns(matrix);
   const double work = 1.0 * left.width * right.width;
@@ -29,11 +29,8 @@ void correlate(
       right_rows.take(first, count);
       for (const auto& panel : columns.panels()) {
         std::fill_n(products.data(), count * panel.width, T(0));
-        if (!offset.empty()) {
-          for (int64_t r = 0; r < count; ++r) {
-            std::copy_n(
-                offset.data() + panel.first, panel.columns, products.data() + r * panel.width);
-          }
+        for (int64_t r = 0; offset != nullptr && r < count; ++r) {
+          std::copy_n(offset + panel.first, panel.columns, products.data() + r * panel.width);
         }
         columns.multiply(left_rows.data(), left_rows.stride(), count, panel, products.data());
         for (int64_t r = 0; r < count; ++r) {
@@ -49,7 +46,7 @@ void correlate(
 template <class T>
 int64_t padded_work(int64_t depth, int64_t columns) {
   const int64_t lanes = kernels<T>().lanes;
-  return (columns + lanes - 1) / lanes * lanes * (depth + 2);
+  return ceil_div(columns, lanes) * lanes * (depth + 2);
 }
 
 template <class T>
@@ -57,13 +54,12 @@ void correlate(
     const Rows& z,
     const Rows& g,
     const Tensor& direction,
-    const OptionalTensor& direction_bias,
+    const T* bias,  // [width of g] or null
     T* scores) {
   const Kernels<T>& kernel = kernels<T>();
-  const std::vector<T> bias = values_of<T>(direction_bias);
   Rows matrix{
       direction.data_ptr(),
-      element_of(direction.scalar_type()),
+      direction.scalar_type(),
       1,
       direction.size(0),
       direction.size(1),
@@ -77,15 +73,15 @@ void correlate(
     std::swap(matrix.positions, matrix.width);
     std::swap(matrix.position, matrix.feature);
     matrix.example = matrix.positions * matrix.position;
-    correlate<T>(g, z, matrix, {}, per_row.data());
-    if (!bias.empty()) {
+    correlate<T>(g, z, matrix, nullptr, per_row.data());
+    if (bias != nullptr) {
       for_row_blocks(g.count(), g.width, [&](int64_t begin, int64_t end, int64_t size) {
         RowBlock<T> g_rows(g);
         for (int64_t first = begin; first < end; first += size) {
           const int64_t count = std::min(size, end - first);
           g_rows.take(first, count);
           for (int64_t r = 0; r < count; ++r) {
-            per_row.data()[first + r] += kernel.dot(g_rows.row(r), bias.data(), g.width);
+            per_row.data()[first + r] += kernel.dot(g_rows.row(r), bias, g.width);
           }
         }
       });
@@ -101,11 +97,12 @@ Tensor dense_correlation(
     const Tensor& g,
     const Tensor& direction,
     const OptionalTensor& direction_bias) {
-  check_dense_correlation(z, g, direction, direction_bias);
+  check_linear_layer("dense_correlation", z, g, direction, direction_bias);
   Tensor scores = torch::stable::new_empty(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
-  with_accumulation_type(z.scalar_type(), [&](auto zero) {
+  const OptionalTensor bias = contiguous_in_accumulation_dtype(direction_bias);
+  dispatch_accumulation(z.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    correlate<T>(rows_of(z), rows_of(g), direction, direction_bias, data<T>(scores));
+    correlate<T>(rows_of(z), rows_of(g), direction, data<T>(bias), data<T>(scores));
   });
   return scores;
 }

@@ -1,10 +1,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-
 #include "operator_checks.h"
-#include "cpu/row_kernels.h"
+#include "cpu/grain.h"
+#include "cpu/isa/row_kernels.h"
 
 namespace l2rw {
 namespace {
@@ -16,24 +15,23 @@ void correlate(const Tensor& index, const Tensor& g, const Tensor& direction, co
   using A = accumulation_t<T>;
   const int64_t positions = g.size(1);
   const int64_t width = g.size(2);
-  const int64_t per_example = std::max<int64_t>(1, positions * width);
-  torch::stable::parallel_for(
-      0, g.size(0), std::max<int64_t>(1, 32768 / per_example), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          A sum = 0;
-          for (int64_t t = 0; t < positions; ++t) {
-            const int64_t row = data<I>(index)[i * index.stride(0) + t * index.stride(1)];
-            sum += L2RW_ISA_CALL(
-                dot,
-                data<T>(g) + i * g.stride(0) + t * g.stride(1),
-                g.stride(2),
-                data<V>(direction) + row * direction.stride(0),
-                direction.stride(1),
-                width);
-          }
-          data<A>(u)[i] = sum;
-        }
-      });
+  const int64_t grain = grain_of(positions * width);
+  torch::stable::parallel_for(0, g.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      A sum = 0;
+      for (int64_t t = 0; t < positions; ++t) {
+        const int64_t row = data<I>(index)[i * index.stride(0) + t * index.stride(1)];
+        sum += L2RW_ISA_CALL(
+            RowKernels<T>::dot,
+            data<T>(g) + i * g.stride(0) + t * g.stride(1),
+            g.stride(2),
+            data<V>(direction) + row * direction.stride(0),
+            direction.stride(1),
+            width);
+      }
+      data<A>(u)[i] = sum;
+    }
+  });
 }
 
 template <class I>

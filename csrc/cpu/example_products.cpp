@@ -1,22 +1,18 @@
 #include "cpu/example_products.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+
+#include "cpu/grain.h"
 
 namespace l2rw {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::stable::parallel_for;
 
 // Multiply-adds below which a thread is not worth starting.
 constexpr double kGrain = 1e5;
-// Numbers a thread adds up at least.
-constexpr int64_t kSumGrain = 32768;
 // Bytes of packed examples that are multiplied together.
 constexpr int64_t kBatchBytes = 256 * 1024;
 
@@ -55,7 +51,7 @@ Units divide(const Convolution& convolution, int64_t threads) {
   const int64_t weights = convolution.outputs * convolution.inputs * convolution.taps();
   const int64_t items = std::max<int64_t>(convolution.examples * convolution.groups, 1);
   const int64_t wanted =
-      std::max<int64_t>((threads + items - 1) / items, weights * sizeof(T) / kUnitBytes);
+      std::max<int64_t>(ceil_div(threads, items), weights * sizeof(T) / kUnitBytes);
   int64_t parts = 1;
   for (int64_t more = 2; parts < wanted && convolution.outputs / more >= kUnitOutputs; ++more) {
     if (convolution.outputs % more == 0) {
@@ -67,20 +63,11 @@ Units divide(const Convolution& convolution, int64_t threads) {
   return units;
 }
 
-// Writes `size` numbers to place `at` of an array of `element`.
+// Writes `size` numbers to place `at` of an array of `dtype`.
 template <class T>
-void write(void* to, Element element, int64_t at, const T* values, int64_t size) {
-  const auto copy = [&](auto* typed) { std::copy(values, values + size, typed + at); };
-  switch (element) {
-    case Element::f64:
-      return copy(static_cast<double*>(to));
-    case Element::f32:
-      return copy(static_cast<float*>(to));
-    case Element::bf16:
-      return copy(static_cast<BFloat16*>(to));
-    case Element::f16:
-      return copy(static_cast<Half*>(to));
-  }
+void write(void* to, ScalarType dtype, int64_t at, const T* values, int64_t size) {
+  dispatch_floating(
+      dtype, [&](auto zero) { std::copy_n(values, size, static_cast<decltype(zero)*>(to) + at); });
 }
 
 }  // namespace
@@ -91,7 +78,6 @@ void form_example_products(
     const Image& z,
     const Image& g,
     const ExampleProducts<T>& products) {
-  constexpr Element own = sizeof(T) == 8 ? Element::f64 : Element::f32;
   const Units units = divide<T>(convolution, torch::stable::get_num_threads());
   const GradientPlan<T> plan(units.conv, 1);
   const Kernels<T>& kernel = kernels<T>();
@@ -105,13 +91,13 @@ void form_example_products(
     }
   }
   const bool keeps = products.gradients != nullptr;
-  const bool in_place = keeps && z.element == own && plan.matrix_is_gradient();
+  const bool in_place = keeps && z.dtype == kDtype<T> && plan.matrix_is_gradient();
   Buffer<T> partial_scores(units.items());
   parallel_for(0, units.items(), units.grain(), [&](int64_t begin, int64_t end) {
     Buffer<T> input(plan.input_buffer());
     Buffer<T> output(plan.output_buffer());
     Buffer<T> own_matrix(keeps && !in_place ? plan.matrix_size() : 0);
-    Buffer<T> gradient(z.element == own ? 0 : units.weights);
+    Buffer<T> gradient(z.dtype == kDtype<T> ? 0 : units.weights);
     Buffer<T> sums(outputs);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = units.example(item);
@@ -135,12 +121,11 @@ void form_example_products(
           products.direction == nullptr ? nullptr : directions.data() + unit * plan.matrix_size(),
           soon);
       if (keeps && !in_place) {
-        if (z.element == own) {
+        if (z.dtype == kDtype<T>) {
           plan.to_gradient(matrix, static_cast<T*>(products.gradients) + place * units.weights);
         } else {
           plan.to_gradient(matrix, gradient.data());
-          write(
-              products.gradients, z.element, place * units.weights, gradient.data(), units.weights);
+          write(products.gradients, z.dtype, place * units.weights, gradient.data(), units.weights);
         }
       }
       if (products.direction_bias != nullptr || products.bias_gradients != nullptr) {
@@ -151,16 +136,14 @@ void form_example_products(
               sums.data(), products.direction_bias + units.output_channel(unit), outputs);
         }
         if (products.bias_gradients != nullptr) {
-          write(products.bias_gradients, z.element, place * outputs, sums.data(), outputs);
+          write(products.bias_gradients, z.dtype, place * outputs, sums.data(), outputs);
         }
       }
       partial_scores.data()[place] = score;
     }
   });
-  if (products.scores != nullptr) {
-    for (int64_t i = 0; i < convolution.examples; ++i) {
-      products.scores[i] = kernel.sum(partial_scores.data() + i * units.count, units.count);
-    }
+  for (int64_t i = 0; i < convolution.examples; ++i) {
+    products.scores[i] = kernel.sum(partial_scores.data() + i * units.count, units.count);
   }
 }
 
@@ -184,9 +167,8 @@ void form_weighted_sum(
   active_convolution.examples = count;
   const Units units = divide<T>(active_convolution, threads);
   // Each share of the examples has sums of its own, and no more shares than keep all threads busy.
-  const int64_t wanted = units.count >= 4 * threads
-                             ? 1
-                             : (2 * threads + units.count - 1) / std::max<int64_t>(units.count, 1);
+  const int64_t wanted =
+      units.count >= 4 * threads ? 1 : ceil_div(2 * threads, std::max<int64_t>(units.count, 1));
   const int64_t shares = std::max<int64_t>(std::min({wanted, threads, count}), 1);
 
   const GradientPlan<T> single(units.conv, 1);
@@ -233,8 +215,7 @@ void form_weighted_sum(
       }
     }
   });
-  const int64_t sum_grain = std::max<int64_t>(kSumGrain / std::max<int64_t>(shares * matrix, 1), 1);
-  parallel_for(0, units.count, sum_grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, units.count, grain_of(shares * matrix), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       T* total = matrices.data() + unit * shares * matrix;
       T* total_sums = sums.data() + unit * shares * outputs;

@@ -8,14 +8,14 @@
 
 namespace l2rw {
 
-// Any pointer may be null: that part is then not formed, or counts as zero.
+// Any pointer but the scores may be null: that part is then not formed, or counts as zero.
 template <class T>
 struct ExampleProducts {
   const T* direction;       // [O, C / groups, taps]
   const T* direction_bias;  // [O]
   T* scores;                // [n], u_i = <V, G_i> + <V_b, Gb_i>
-  void* gradients;          // [n, O, C / groups, taps], of the element type of z
-  void* bias_gradients;     // [n, O], of the element type of z
+  void* gradients;          // [n, O, C / groups, taps], dtype of z
+  void* bias_gradients;     // [n, O], dtype of z
 };
 
 template <class T>

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "operator_checks.h"
-#include "cpu/convolution_arguments.h"
 #include "cpu/row_products.h"
 
 namespace l2rw {
@@ -10,7 +9,7 @@ namespace {
 
 // Adds the scores of a layer.
 template <class T>
-void correlate(
+void add_scores(
     const Rows& z, const Rows& g, const Rows& z_clean, const Rows& g_clean, bool bias, T* scores) {
   const Kernels<T>& kernel = kernels<T>();
   const Panels<T> inputs(z_clean);
@@ -46,29 +45,34 @@ void correlate(
   }
 }
 
-Tensor no_scores(const Tensor& z) {
-  return torch::stable::new_zeros(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
-}
-
-void add_scores(
-    const Tensor& z,
-    const Tensor& g,
-    const Tensor& z_clean,
-    const Tensor& g_clean,
-    bool bias,
-    const Tensor& scores) {
-  with_accumulation_type(z.scalar_type(), [&](auto zero) {
+// Both operators, whose arguments have been checked.
+Tensor correlate(
+    const Tensors& z,
+    const Tensors& g,
+    const Tensors& z_clean,
+    const Tensors& g_clean,
+    const std::vector<bool>& bias) {
+  const ScalarType accumulation = accumulation_dtype(z[0].scalar_type());
+  const Tensor scores = torch::stable::new_zeros(z[0], {z[0].size(0)}, accumulation);
+  dispatch_accumulation(accumulation, [&](auto zero) {
     using T = decltype(zero);
-    correlate<T>(rows_of(z), rows_of(g), rows_of(z_clean), rows_of(g_clean), bias, data<T>(scores));
+    for (size_t l = 0; l < z.size(); ++l) {
+      add_scores<T>(
+          rows_of(z[l]),
+          rows_of(g[l]),
+          rows_of(z_clean[l]),
+          rows_of(g_clean[l]),
+          bias[l],
+          data<T>(scores));
+    }
   });
+  return scores;
 }
 
 Tensor factored_correlation(
     const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean, bool bias) {
-  check_factored_correlation(z, g, z_clean, g_clean);
-  const Tensor scores = no_scores(z);
-  add_scores(z, g, z_clean, g_clean, bias, scores);
-  return scores;
+  check_factored_layer("factored_correlation", "", z, g, z_clean, g_clean);
+  return correlate({z}, {g}, {z_clean}, {g_clean}, {bias});
 }
 
 Tensor factored_correlations(
@@ -78,11 +82,7 @@ Tensor factored_correlations(
     const Tensors& g_clean,
     const std::vector<bool>& bias) {
   check_factored_correlations(z, g, z_clean, g_clean, bias);
-  const Tensor scores = no_scores(z[0]);
-  for (size_t l = 0; l < z.size(); ++l) {
-    add_scores(z[l], g[l], z_clean[l], g_clean[l], bias[l], scores);
-  }
-  return scores;
+  return correlate(z, g, z_clean, g_clean, bias);
 }
 
 }  // namespace

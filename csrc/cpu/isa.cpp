@@ -7,7 +7,7 @@ namespace l2rw {
 namespace {
 
 Isa detect() {
-#ifdef L2RW_X86_ISA
+#ifdef __x86_64__
   const char* limit = std::getenv("L2RW_CPU_ISA");
   const bool only_baseline = limit != nullptr && std::strcmp(limit, "baseline") == 0;
   const bool only_avx2 = limit != nullptr && std::strcmp(limit, "avx2") == 0;

@@ -15,7 +15,7 @@ Isa cpu_isa();
 // L2RW_FOR_EACH_ISA(declarations...) declares the same functions in the namespace of every
 // instruction set; L2RW_ISA_CALL(function, arguments...) calls the one of the instruction set in
 // use.
-#ifdef L2RW_X86_ISA
+#ifdef __x86_64__
 #define L2RW_FOR_EACH_ISA(...) \
   namespace l2rw::baseline {   \
   __VA_ARGS__                  \

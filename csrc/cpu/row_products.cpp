@@ -1,31 +1,25 @@
 #include "cpu/row_products.h"
 
-#include "cpu/convolution_arguments.h"
+#include "cpu/grain.h"
 
 namespace l2rw {
 namespace {
 
-// Vectors of a panel and rows of a tile.
 constexpr int64_t kPanelVectors = 3;
-constexpr int64_t kTileRows = 8;
 // Depth of a panel that is multiplied at a time, so that it stays in the second-level cache.
 constexpr int64_t kDepth = 1024;
-// Numbers a thread packs at least.
-constexpr int64_t kPackGrain = 32768;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const char* address(const Rows& rows, int64_t i, int64_t t, int64_t c) {
   return static_cast<const char*>(rows.data) +
-         element_size(rows.element) * (i * rows.example + t * rows.position + c * rows.feature);
+         bytes_of(rows.dtype) * (i * rows.example + t * rows.position + c * rows.feature);
 }
 
 }  // namespace
 
-Rows rows_of(const torch::stable::Tensor& tensor) {
+Rows rows_of(const Tensor& tensor) {
   Rows rows{
       tensor.data_ptr(),
-      element_of(tensor.scalar_type()),
+      tensor.scalar_type(),
       tensor.size(0),
       tensor.size(1),
       tensor.size(2),
@@ -54,36 +48,36 @@ Panels<T>::Panels(const Rows& source)
     panels_.push_back({first * lanes, columns, vectors, vectors * lanes});
     widest_ = std::max(widest_, vectors * lanes);
   });
-  const int64_t grain = std::max<int64_t>(kPackGrain / std::max<int64_t>(widest_ * depth_, 1), 1);
-  torch::stable::parallel_for(
-      0, static_cast<int64_t>(panels_.size()), grain, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) {
-          const Panel& panel = panels_[p];
-          // Columns of one example lie evenly.
-          for (int64_t c = 0, size = 0; c < panel.columns; c += size) {
-            const int64_t i = (panel.first + c) / source.positions;
-            const int64_t t = (panel.first + c) % source.positions;
-            const bool even = source.example == source.positions * source.position;
-            size = even ? panel.columns : std::min(panel.columns - c, source.positions - t);
-            kernels_.transpose(
-                packed_.data() + panel.first * depth_ + c,
-                panel.width,
-                address(source, i, t, 0),
-                source.element,
-                source.position,
-                source.feature,
-                size,
-                depth_,
-                T(1));
-          }
-        }
-      });
+  const auto count = static_cast<int64_t>(panels_.size());
+  const int64_t grain = grain_of(widest_ * depth_);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const Panel& panel = panels_[p];
+      // Columns of one example lie evenly.
+      for (int64_t c = 0, size = 0; c < panel.columns; c += size) {
+        const int64_t i = (panel.first + c) / source.positions;
+        const int64_t t = (panel.first + c) % source.positions;
+        const bool even = source.example == source.positions * source.position;
+        size = even ? panel.columns : std::min(panel.columns - c, source.positions - t);
+        kernels_.transpose(
+            packed_.data() + panel.first * depth_ + c,
+            panel.width,
+            address(source, i, t, 0),
+            source.dtype,
+            source.position,
+            source.feature,
+            size,
+            depth_,
+            T(1));
+      }
+    }
+  });
 }
 
 template <class T>
 void Panels<T>::multiply(const T* a, int64_t lda, int64_t rows, const Panel& panel, T* out) const {
   const T* b = packed_.data() + panel.first * depth_;
-  const int64_t most = std::min(kTileRows, kernels_.max_rows[panel.vectors]);
+  const int64_t most = std::min<int64_t>(kMaxRowTile, kernels_.max_rows[panel.vectors]);
   for (int64_t k = 0; k < depth_; k += kDepth) {
     const int64_t depth = std::min(kDepth, depth_ - k);
     split_evenly(rows, most, [&](int64_t first, int64_t count) {
@@ -102,7 +96,7 @@ template <class T>
 RowBlock<T>::RowBlock(const Rows& rows)
     : rows_(rows),
       in_place_(
-          rows.element == (sizeof(T) == 8 ? Element::f64 : Element::f32) && rows.feature == 1 &&
+          rows.dtype == kDtype<T> && rows.feature == 1 &&
           rows.example == rows.positions * rows.position),
       copy_(in_place_ ? 0 : kBlockRows * rows.width),
       stride_(in_place_ ? rows.position : rows.width) {}
@@ -119,7 +113,7 @@ void RowBlock<T>::take(int64_t first, int64_t count) {
         copy_.data() + r * stride_,
         0,
         address(rows_, row / rows_.positions, row % rows_.positions, 0),
-        rows_.element,
+        rows_.dtype,
         rows_.feature,
         0,
         rows_.width,

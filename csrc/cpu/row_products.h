@@ -4,7 +4,6 @@
 // panel of columns at a time. docs/kernels.md says how they are blocked.
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -17,7 +16,7 @@ namespace l2rw {
 // A tensor (examples, positions, width) as rows of numbers; strides in elements.
 struct Rows {
   const void* data;
-  Element element;
+  ScalarType dtype;
   int64_t examples;
   int64_t positions;
   int64_t width;
@@ -28,7 +27,7 @@ struct Rows {
   int64_t count() const { return examples * positions; }
 };
 
-Rows rows_of(const torch::stable::Tensor& tensor);  // [n, T, d]
+Rows rows_of(const Tensor& tensor);  // [n, T, d]
 
 // The rows of a tensor as the columns of a product.
 template <class T>
@@ -88,11 +87,11 @@ constexpr int64_t kBlockRows = 96;
 template <class Body>
 void for_row_blocks(int64_t rows, double work, const Body& body) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = threads * ((rows + threads * kBlockRows - 1) / (threads * kBlockRows));
-  const int64_t size = std::max<int64_t>((rows + blocks - 1) / std::max<int64_t>(blocks, 1), 1);
+  const int64_t blocks = threads * ceil_div(rows, threads * kBlockRows);
+  const int64_t size = std::max<int64_t>(ceil_div(rows, std::max<int64_t>(blocks, 1)), 1);
   const double per_block = std::max(work * static_cast<double>(size), 1.0);
   const int64_t grain = std::max<int64_t>(static_cast<int64_t>(1e5 / per_block), 1);
-  torch::stable::parallel_for(0, (rows + size - 1) / size, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, ceil_div(rows, size), grain, [&](int64_t begin, int64_t end) {
     body(begin * size, std::min(end * size, rows), size);
   });
 }

@@ -1,52 +1,24 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-
+#include "layout.h"
 #include "operator_checks.h"
-#include "cpu/row_kernels.h"
+#include "cpu/grain.h"
+#include "cpu/isa/row_kernels.h"
 
 namespace l2rw {
 namespace {
 
 constexpr const char* kOperation = "scale_rows";
 
-// [k, a, b] from g [n, a, b] with the given strides of a and b, b running fastest.
-template <class T>
-void scale_examples(
-    const Tensor& g,
-    const Tensor& weights,
-    const Tensor& active,
-    const Tensor& scaled,
-    int64_t outer,
-    int64_t outer_stride,
-    int64_t inner,
-    int64_t inner_stride) {
-  using A = accumulation_t<T>;
-  const int64_t* const rows = data<int64_t>(active);
-  const int64_t row_step = active.stride(0);
-  const bool narrow = weights.scalar_type() == g.scalar_type();
-  const int64_t grain = std::max<int64_t>(1, 32768 / inner);
-  torch::stable::parallel_for(0, active.size(0) * outer, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t run = begin; run < end; ++run) {
-      const int64_t row = rows[run / outer * row_step];
-      const int64_t at = row * weights.stride(0);
-      const A weight = narrow ? static_cast<A>(data<T>(weights)[at]) : data<A>(weights)[at];
-      const T* from = data<T>(g) + row * g.stride(0) + run % outer * outer_stride;
-      T* to = data<T>(scaled) + run * inner;
-      L2RW_ISA_CALL(scale, from, inner_stride, weight, to, inner);
-    }
-  });
-}
-
 Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) {
   check_scale_rows(g, weights, active);
   const int64_t n = g.size(0);
-  const int64_t positions = g.size(1);
-  const int64_t channels = g.size(2);
   const int64_t k = active.size(0);
+  const auto* const rows = data<int64_t>(active);
+  const int64_t step = active.stride(0);
   for (int64_t a = 0; a < k; ++a) {
-    const int64_t row = data<int64_t>(active)[a * active.stride(0)];
+    const int64_t row = rows[a * step];
     check(
         row >= 0 && row < n,
         kOperation,
@@ -61,18 +33,25 @@ Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) 
 
   // The dimension that lies side by side in g does so in the result: no transposition on the way.
   const bool by_channel = g.stride(1) == 1 && g.stride(2) != 1;
-  const Sizes shape = by_channel ? Sizes{k, channels, positions} : Sizes{k, positions, channels};
-  Tensor scaled = torch::stable::new_empty(g, shape);
+  const int64_t outer_dim = by_channel ? 2 : 1;
+  const int64_t inner_dim = by_channel ? 1 : 2;
+  const int64_t outer = g.size(outer_dim);
+  const int64_t inner = g.size(inner_dim);
+  Tensor scaled = torch::stable::new_empty(g, {k, outer, inner});
   if (scaled.numel() > 0) {
+    const Tensor wide = *in_accumulation_dtype(weights);
     dispatch_floating(g.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      if (by_channel) {
-        scale_examples<T>(
-            g, weights, active, scaled, channels, g.stride(2), positions, g.stride(1));
-      } else {
-        scale_examples<T>(
-            g, weights, active, scaled, positions, g.stride(1), channels, g.stride(2));
-      }
+      using A = accumulation_t<T>;
+      torch::stable::parallel_for(0, k * outer, grain_of(inner), [&](int64_t begin, int64_t end) {
+        for (int64_t run = begin; run < end; ++run) {
+          const int64_t row = rows[run / outer * step];
+          const A weight = data<A>(wide)[row * wide.stride(0)];
+          const T* from = data<T>(g) + row * g.stride(0) + run % outer * g.stride(outer_dim);
+          T* to = data<T>(scaled) + run * inner;
+          L2RW_ISA_CALL(RowKernels<T>::scale, from, g.stride(inner_dim), weight, to, inner);
+        }
+      });
     });
   }
   return by_channel ? torch::stable::transpose(scaled, 1, 2) : scaled;

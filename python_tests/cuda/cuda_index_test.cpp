@@ -21,7 +21,7 @@
 #include "cuda/reduce/segments.h"
 #include "cuda/util/integers.h"
 #include "cuda/util/strides.h"
-#include "cuda/util/views.h"
+#include "cuda/util/vectors.h"
 
 namespace {
 
@@ -248,9 +248,11 @@ void test_dense_heuristics() {
     const int64_t products = 1 + numbers.below(1 << numbers.below(7));
     const GemmPlan plan =
         plan_dense(products, rows, columns, k_tiles, large, small, narrow, processors, bytes);
-    const TileShape tile = plan.narrow ? narrow : plan.large ? large : small;
-    EXPECT(!plan.narrow || columns <= narrow.columns);
-    EXPECT(!plan.large || large_fit(rows, columns, large, small));
+    const bool is_narrow = plan.tile == TileKind::narrow;
+    const bool is_large = plan.tile == TileKind::large;
+    const TileShape tile = is_narrow ? narrow : is_large ? large : small;
+    EXPECT(is_narrow == (columns <= narrow.columns));
+    EXPECT(!is_large || large_fit(rows, columns, large, small));
     EXPECT(plan.row_tiles == ceil_div(rows, tile.rows));
     EXPECT(plan.column_tiles == ceil_div(columns, tile.columns));
     EXPECT(1 <= plan.column_blocks && plan.column_blocks <= plan.column_tiles * plan.splits);
@@ -285,14 +287,15 @@ void test_factored_heuristics() {
     int64_t large_tiles = 0;
     for (size_t l = 0; l < plans.size(); ++l) {
       const GemmPlan& plan = plans[l];
-      const TileShape tile = plan.large ? large : small;
+      const bool is_large = plan.tile == TileKind::large;
+      const TileShape tile = is_large ? large : small;
       EXPECT(plan.row_tiles == ceil_div(layers[l].rows, tile.rows));
       EXPECT(plan.column_tiles == ceil_div(layers[l].columns, tile.columns));
       EXPECT(1 <= plan.column_blocks && plan.column_blocks <= plan.column_tiles);
       const int64_t tiles = plan.row_tiles * plan.column_tiles;
       EXPECT(workspace.partial[l] == end);
       if (plan.z_splits > 0) {
-        EXPECT(!plan.large && plan.column_blocks == 1 && tiles < processors);
+        EXPECT(!is_large && plan.column_blocks == 1 && tiles < processors);
         const int64_t g_splits = plan.splits - plan.z_splits;
         EXPECT(plan.z_splits <= layers[l].z_k_tiles);
         EXPECT(1 <= g_splits && g_splits <= layers[l].g_k_tiles);
@@ -304,7 +307,7 @@ void test_factored_heuristics() {
         EXPECT(plan.tiles_of_block() * plan.column_blocks >= plan.column_tiles);
         most += plan.column_blocks > 1 ? plan.column_blocks * layers[l].rows * bytes : 0;
       }
-      large_tiles += plan.large ? tiles : 0;
+      large_tiles += is_large ? tiles : 0;
     }
     EXPECT(most <= kWorkspaceBytes);
     EXPECT(large_tiles == 0 || large_tiles >= processors);
@@ -336,16 +339,18 @@ void test_work_of_a_grouped_launch() {
   // A slice_k layer is split beside one that fills the processors, a layer like that one is not.
   const std::vector<GemmPlan> plans =
       plan_factored({{16384, 1024, 4, 4}, {64, 64, 64, 64}}, large, small, 132, 4);
-  EXPECT(plans[0].large && plans[0].z_splits == 0 && plans[1].z_splits > 0);
+  EXPECT(plans[0].tile == TileKind::large && plans[0].z_splits == 0 && plans[1].z_splits > 0);
   // Tiles that would be half empty are small ones.
-  EXPECT(!plan_factored({{65536, 64, 16, 16}}, large, small, 132, 4)[0].large);
-  EXPECT(plan_factored({{65536, 128, 16, 16}}, large, small, 132, 4)[0].large);
+  const auto tile_for = [&](int64_t columns) {
+    return plan_factored({{65536, columns, 16, 16}}, large, small, 132, 4)[0].tile;
+  };
+  EXPECT(tile_for(64) == TileKind::small && tile_for(128) == TileKind::large);
 }
 
 void test_longest_blocks_first() {
   const std::vector<FactoredProblem> layers{
       {64, 64, 1, 1}, {64, 64, 9, 9}, {64, 64, 3, 3}, {64, 64, 9, 9}};
-  const std::vector<GemmPlan> plans(4, GemmPlan{false, 1, 1, 1, 1});
+  const std::vector<GemmPlan> plans(4, GemmPlan{TileKind::small, 1, 1, 1, 1});
   EXPECT((longest_blocks_first(layers, plans) == std::vector<size_t>{1, 3, 2, 0}));
 }
 
@@ -389,12 +394,13 @@ void test_segments() {
       }
     }
   }
-  EXPECT(fits_vectors(64, 4, {8, 4, 1}, 8, 4));
-  EXPECT(!fits_vectors(64, 4, {8, 4, 1}, 6, 4));
-  EXPECT(!fits_vectors(64, 4, {8, 3, 1}, 8, 4));
-  EXPECT(!fits_vectors(64, 4, {9, 4, 1}, 8, 4));
-  EXPECT(!fits_vectors(68, 4, {8, 4, 1}, 8, 4));
-  EXPECT(!fits_vectors(64, 4, {8, 4, 2}, 8, 4));
+  alignas(16) const float numbers[8] = {};
+  EXPECT(fits_vectors(numbers, {8, 4, 1}, 8, 4));
+  EXPECT(!fits_vectors(numbers, {8, 4, 1}, 6, 4));
+  EXPECT(!fits_vectors(numbers, {8, 3, 1}, 8, 4));
+  EXPECT(!fits_vectors(numbers, {9, 4, 1}, 8, 4));
+  EXPECT(!fits_vectors(numbers + 1, {8, 4, 1}, 8, 4));
+  EXPECT(!fits_vectors(numbers, {8, 4, 2}, 8, 4));
 }
 
 void test_strided_layout() {
@@ -699,8 +705,9 @@ void test_gradient_coverage() {
         });
       }
     }
-    EXPECT(static_cast<int64_t>(stored.size()) == problem.size());
-    EXPECT(problem.size() == 0 || *stored.rbegin() + 1 == problem.size());
+    const int64_t size = conv.groups * conv.outputs * conv.inputs * conv.taps();
+    EXPECT(static_cast<int64_t>(stored.size()) == size);
+    EXPECT(size == 0 || *stored.rbegin() + 1 == size);
   }
 }
 

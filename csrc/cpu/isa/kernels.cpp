@@ -249,13 +249,13 @@ inline float from_half(uint16_t half) {
 }
 
 template <class T>
-inline T element_at(const void* from, Element element, int64_t index) {
-  switch (element) {
-    case Element::f64:
+inline T element_at(const void* from, ScalarType dtype, int64_t index) {
+  switch (dtype) {
+    case ScalarType::Double:
       return static_cast<T>(static_cast<const double*>(from)[index]);
-    case Element::f32:
+    case ScalarType::Float:
       return static_cast<T>(static_cast<const float*>(from)[index]);
-    case Element::bf16:
+    case ScalarType::BFloat16:
       return static_cast<T>(
           from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(from)[index]) << 16));
     default:
@@ -381,14 +381,13 @@ void transpose(
     T* to,
     int64_t to_row,
     const void* from,
-    Element element,
+    ScalarType dtype,
     int64_t from_row,
     int64_t from_column,
     int64_t rows,
     int64_t columns,
     T scale) {
-  constexpr Element own = sizeof(T) == 8 ? Element::f64 : Element::f32;
-  if (element == own && (from_row == 1 || (rows == 1 && to_row == 1 && from_column == 1))) {
+  if (dtype == kDtype<T> && (from_row == 1 || (rows == 1 && to_row == 1 && from_column == 1))) {
     // Already in the order of the result.
     const T* source = static_cast<const T*>(from);
     const int64_t lines = from_row == 1 ? columns : 1;
@@ -400,7 +399,7 @@ void transpose(
   }
 #if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
-    if (element == own && from_column == 1) {
+    if (dtype == kDtype<T> && from_column == 1) {
       const T* source = static_cast<const T*>(from);
       constexpr int64_t L = kLanes<T>;
       for (int64_t i = 0; i < rows; i += L) {
@@ -421,7 +420,7 @@ void transpose(
 #endif
   for (int64_t j = 0; j < columns; ++j) {
     for (int64_t i = 0; i < rows; ++i) {
-      to[j * to_row + i] = scale * element_at<T>(from, element, i * from_row + j * from_column);
+      to[j * to_row + i] = scale * element_at<T>(from, dtype, i * from_row + j * from_column);
     }
   }
 }
@@ -487,38 +486,23 @@ void column_sums(const T* a, int64_t lda, int64_t rows, int64_t columns, T* out)
   }
 }
 
+// The tiles of R rows that are V vectors wide, where the registers hold their sums.
 template <class T, int V, int R>
-constexpr typename Kernels<T>::ChannelTile channel_tile_or_none() {
-  if constexpr (R >= 1 && R <= kRowsByVectors[V]) {
-    return &channel_tile<T, R, V>;
-  } else {
-    return nullptr;
+constexpr void fill_tiles(Kernels<T>& kernels) {
+  if constexpr (R <= kRowsByVectors[V]) {
+    kernels.channel_tile[V][R] = &channel_tile<T, R, V>;
+    if constexpr (R <= kMaxRowTile) {
+      kernels.row_tile[V][R] = &row_tile<T, R, V>;
+    }
   }
-}
-
-template <class T, int V, int R>
-constexpr typename Kernels<T>::RowTile row_tile_or_none() {
-  if constexpr (R >= 1 && R <= kRowsByVectors[V]) {
-    return &row_tile<T, R, V>;
-  } else {
-    return nullptr;
-  }
-}
-
-template <class T, int V, int R>
-constexpr typename Kernels<T>::PlanarTile planar_tile_or_none() {
-  if constexpr (R >= 1 && R <= kPlanarRowsByVectors[V]) {
-    return &planar_tile<T, R, V>;
-  } else {
-    return nullptr;
+  if constexpr (R <= kPlanarRowsByVectors[V]) {
+    kernels.planar_tile[V][R] = &planar_tile<T, R, V>;
   }
 }
 
 template <class T, int V, int... R>
 constexpr void fill(Kernels<T>& kernels, std::integer_sequence<int, R...>) {
-  ((kernels.channel_tile[V][R] = channel_tile_or_none<T, V, R>()), ...);
-  ((kernels.row_tile[V][R] = row_tile_or_none<T, V, R>()), ...);
-  ((kernels.planar_tile[V][R] = planar_tile_or_none<T, V, R>()), ...);
+  (fill_tiles<T, V, R + 1>(kernels), ...);
   kernels.max_rows[V] = kRowsByVectors[V];
   kernels.max_planar_rows[V] = kPlanarRowsByVectors[V];
 }
@@ -526,7 +510,7 @@ constexpr void fill(Kernels<T>& kernels, std::integer_sequence<int, R...>) {
 template <class T>
 constexpr Kernels<T> make_kernels() {
   Kernels<T> kernels{};
-  const auto rows = std::make_integer_sequence<int, kMaxRows + 1>{};
+  const auto rows = std::make_integer_sequence<int, kMaxRows>{};
   fill<T, 1>(kernels, rows);
   fill<T, 2>(kernels, rows);
   fill<T, 3>(kernels, rows);
@@ -541,7 +525,13 @@ constexpr Kernels<T> make_kernels() {
 
 }  // namespace
 
-extern const Kernels<float> kernels_f32 = make_kernels<float>();
-extern const Kernels<double> kernels_f64 = make_kernels<double>();
+template <class T>
+const Kernels<T>& kernels() {
+  static constexpr Kernels<T> kKernels = make_kernels<T>();
+  return kKernels;
+}
+
+template const Kernels<float>& kernels();
+template const Kernels<double>& kernels();
 
 }  // namespace l2rw::L2RW_ISA

@@ -4,15 +4,22 @@
 // instruction set (kernels.cpp). They know pointers, sizes and strides alone. docs/kernels.md says
 // how they are put together.
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
+
+#include "cpu/isa.h"
 
 namespace l2rw {
 
-// What a source of packing may hold.
-enum class Element { f64, f32, bf16, f16 };
+using torch::headeronly::ScalarType;
+
+template <class T>
+constexpr ScalarType kDtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
 constexpr int kMaxVectors = 4;  // vectors of the b side in one tile
 constexpr int kMaxRows = 16;    // rows of the a side in one tile
+constexpr int kMaxRowTile = 8;  // and in one row tile
 
 // The pixels a tile sums over: `count` rows of `width` pixels.
 template <class T>
@@ -65,14 +72,14 @@ struct Kernels {
 
   // out[r * ldo + c] += sum_{k < depth} a[r * lda + k] * b[k * V * L + c], r < R, c < V * L.
   using RowTile = void (*)(const T* a, int64_t lda, const T* b, int64_t depth, T* out, int64_t ldo);
-  RowTile row_tile[kMaxVectors + 1][kMaxRows + 1];  // [V][R]
+  RowTile row_tile[kMaxVectors + 1][kMaxRowTile + 1];  // [V][R]
 
   // to[j * to_row + i] = scale * from[i * from_row + j * from_column], i < rows, j < columns.
   void (*transpose)(
       T* to,
       int64_t to_row,
       const void* from,
-      Element element,
+      ScalarType dtype,  // of from
       int64_t from_row,
       int64_t from_column,
       int64_t rows,
@@ -89,17 +96,16 @@ struct Kernels {
   void (*column_sums)(const T* a, int64_t lda, int64_t rows, int64_t columns, T* out);
 };
 
-namespace baseline {
-extern const Kernels<float> kernels_f32;
-extern const Kernels<double> kernels_f64;
-}  // namespace baseline
-namespace avx2 {
-extern const Kernels<float> kernels_f32;
-extern const Kernels<double> kernels_f64;
-}  // namespace avx2
-namespace avx512 {
-extern const Kernels<float> kernels_f32;
-extern const Kernels<double> kernels_f64;
-}  // namespace avx512
+}  // namespace l2rw
+
+L2RW_FOR_EACH_ISA(template <class T> const Kernels<T>& kernels();)
+
+namespace l2rw {
+
+// The kernels of the instruction set in use.
+template <class T>
+const Kernels<T>& kernels() {
+  return L2RW_ISA_CALL(kernels<T>);
+}
 
 }  // namespace l2rw

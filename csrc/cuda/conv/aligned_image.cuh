@@ -8,7 +8,7 @@
 #include "cuda/util/aligned_copy.cuh"
 #include "cuda/util/launch.cuh"
 #include "cuda/util/types.cuh"
-#include "cuda/util/views.h"
+#include "cuda/util/vectors.h"
 #include "layout.h"
 
 namespace l2rw::cuda {

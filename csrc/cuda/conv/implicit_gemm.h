@@ -15,7 +15,7 @@
 #include "cuda/gemm/tile.h"
 #include "cuda/util/host_device.h"
 #include "cuda/util/integers.h"
-#include "cuda/util/views.h"
+#include "cuda/util/vectors.h"
 
 namespace l2rw::cuda {
 
@@ -127,8 +127,7 @@ struct ImplicitGemmOperands {
         (result.offset[0] * geometry.in[1] + result.offset[1]) * geometry.in[2] + result.offset[2];
     result.z = pixel * z_pixel + channel;
     result.V = tap * V_tap + channel;
-    const int32_t left = number < taps ? width - channel * kVectorBytes : 0;
-    result.bytes = left < 0 ? 0 : (left < kVectorBytes ? left : kVectorBytes);
+    result.bytes = existing_bytes(number < taps ? width - channel * kVectorBytes : 0);
     return result;
   }
 

@@ -1,5 +1,6 @@
 #include "cuda/conv/narrow.cuh"
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/conv/geometry.h"
@@ -134,17 +135,13 @@ __global__ void __launch_bounds__(kBlockThreads, 3) narrow_kernel(
   }
 }
 
-// Whether `count` channels of every pixel can be read at once.
-bool fits_channel_vectors(const Tensor& tensor, const ImageStrides& strides, int64_t count) {
-  const auto address = reinterpret_cast<uint64_t>(tensor.data_ptr());
-  const auto bytes = static_cast<int64_t>(tensor.element_size());
-  for (const int64_t stride : strides.space) {
-    if (!fits_vectors(
-            address, bytes, {strides.example, stride, strides.channel}, tensor.size(1), count)) {
-      return false;
-    }
-  }
-  return true;
+// Whether the channels of every pixel can be read in the widest vectors.
+template <class T>
+bool fits_channel_vectors(const Tensor& tensor, const ImageStrides& strides) {
+  return std::ranges::all_of(strides.space, [&](int64_t stride) {
+    const Strides pixels{strides.example, stride, strides.channel};
+    return fits_vectors(data<T>(tensor), pixels, tensor.size(1), kVectorElements<T>);
+  });
 }
 
 }  // namespace
@@ -192,8 +189,7 @@ void correlate_narrow(
         Divisor(convolution.out[1])};
     const bool vectors =
         !by_pixel && convolution.inputs == 1 && convolution.outputs == 1 &&
-        fits_channel_vectors(z, z_strides, kVectorElements<T>) &&
-        fits_channel_vectors(g, g_strides, kVectorElements<T>) &&
+        fits_channel_vectors<T>(z, z_strides) && fits_channel_vectors<T>(g, g_strides) &&
         reinterpret_cast<uint64_t>(V.data_ptr()) % sizeof(Vector<A, kVectorElements<T>>) == 0;
     const BlockShape shape = block_shape(vectors ? inner / kVectorElements<T> : inner);
     const Segments segments = segments_of(convolution.examples, outer, shape, launch.processors());

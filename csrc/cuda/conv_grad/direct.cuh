@@ -12,7 +12,7 @@
 #include "cuda/gemm/scheduler.h"
 #include "cuda/util/integers.h"
 #include "cuda/util/launch.cuh"
-#include "cuda/util/views.h"
+#include "cuda/util/vectors.h"
 
 namespace l2rw::cuda {
 
@@ -38,8 +38,6 @@ struct DirectProblem {
   int tap_tiles;
 
   int64_t tile_count() const { return int64_t{channel_tiles} * inputs * tap_tiles; }
-  int64_t size() const { return int64_t{outputs} * inputs * taps; }
-  int64_t bias_size() const { return outputs; }
 };
 
 // A block has 32 output channels, one input channel of each group and some taps. Each of its warps

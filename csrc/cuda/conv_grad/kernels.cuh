@@ -19,6 +19,7 @@
 #include "cuda/conv_grad/direct.cuh"
 #include "cuda/conv_grad/mma.cuh"
 #include "cuda/conv_grad/tile.h"
+#include "cuda/gemm/dispatch.cuh"
 #include "cuda/gemm/mainloop.cuh"
 #include "cuda/gemm/scheduler.h"
 #include "cuda/gemm/tile.h"
@@ -26,7 +27,7 @@
 #include "cuda/util/launch.cuh"
 #include "cuda/util/ptx.cuh"
 #include "cuda/util/types.cuh"
-#include "cuda/util/views.h"
+#include "cuda/util/vectors.h"
 
 namespace l2rw::cuda {
 
@@ -171,13 +172,34 @@ constexpr int64_t kNarrowTileOutputs = 16;
 // Up to so many pairs of channels in a group, of several, tensor cores would find little to do.
 constexpr int64_t kFewPairs = 16;
 
-template <class Config>
-struct TiledKernels {
+// There are three tiles: one of 128 output channels, for sums over many examples of wide layers;
+// one of 64; and, for at most 16, one whose four warps share the pixels of a stage.
+template <
+    class T,
+    Access Kind,
+    template <class Element, class Tile, int PromotionPixels, int MinBlocks> class Mma,
+    int PromotionPixels>
+struct GradientTiles {
   static constexpr bool kByGroup = true;  // the rows of images are those of one group
-  using Large = TiledKernel<typename GradientConfig<Config>::Large>;
-  using Small = TiledKernel<typename GradientConfig<Config>::Small>;
-  using Narrow = TiledKernel<typename GradientConfig<Config>::Narrow>;
+  static constexpr int kBytes = static_cast<int>(sizeof(T));
+  template <int RowFragments, int WarpsM, int WarpsN, int SlicesK, int Depth>
+  using Tile = GradientTile<kBytes, Kind, RowFragments, WarpsM, WarpsN, SlicesK, Depth>;
+  using Large = TiledKernel<Mma<T, Tile<2, 4, 2, 1, 64 / kBytes>, PromotionPixels, 1>>;
+  using Small = TiledKernel<Mma<T, Tile<1, 4, 1, 1, 128 / kBytes>, PromotionPixels, 3>>;
+  using Narrow = TiledKernel<Mma<T, Tile<1, 1, 1, 4, 128 / kBytes>, PromotionPixels, 3>>;
 };
+
+template <class Config>
+struct TiledKernels;
+template <class T>
+struct TiledKernels<SimtConfig<T>>
+    : GradientTiles<T, Access::simt, GradientSimtMma, 512 / static_cast<int>(sizeof(T))> {};
+template <class T>
+struct TiledKernels<TensorCoreConfig<T>>
+    : GradientTiles<T, Access::ldmatrix, GradientTensorCoreMma, 512> {};
+template <>
+struct TiledKernels<TensorCoreConfig<float>>
+    : GradientTiles<float, Access::scalars, GradientTensorCoreMma, 256> {};
 
 template <class T>
 struct DirectKernels {

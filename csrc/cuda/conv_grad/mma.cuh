@@ -1,12 +1,11 @@
 #pragma once
 
-// How one stage of a gradient's tile is multiplied, and which tiles there are for which dtype.
+// How one stage of a gradient's tile is multiplied.
 
 #include <bit>
 #include <cstdint>
 
 #include "cuda/conv_grad/tile.h"
-#include "cuda/gemm/dispatch.cuh"
 #include "cuda/gemm/mma.cuh"
 #include "cuda/gemm/tile.h"
 #include "cuda/util/ptx.cuh"
@@ -167,34 +166,6 @@ struct GradientSimtMma : SynchronousMma {
       }
     }
   }
-};
-
-// There are three tiles: one of 128 output channels, for sums over many examples of wide layers;
-// one of 64; and, for at most 16, one whose four warps share the pixels of a stage.
-template <class Config>
-struct GradientConfig;
-
-template <class T>
-struct GradientConfig<TensorCoreConfig<T>> {
-  static constexpr int kBytes = static_cast<int>(sizeof(T));
-  static constexpr Access kAccess = kBytes == 2 ? Access::ldmatrix : Access::scalars;
-  static constexpr int kPromotion = kBytes == 2 ? 512 : 256;
-  template <int RowFragments, int WarpsM, int WarpsN, int SlicesK, int Depth>
-  using Tile = GradientTile<kBytes, kAccess, RowFragments, WarpsM, WarpsN, SlicesK, Depth>;
-  using Large = GradientTensorCoreMma<T, Tile<2, 4, 2, 1, 64 / kBytes>, kPromotion, 1>;
-  using Small = GradientTensorCoreMma<T, Tile<1, 4, 1, 1, 128 / kBytes>, kPromotion, 3>;
-  using Narrow = GradientTensorCoreMma<T, Tile<1, 1, 1, 4, 128 / kBytes>, kPromotion, 3>;
-};
-
-template <class T>
-struct GradientConfig<SimtConfig<T>> {
-  static constexpr int kBytes = static_cast<int>(sizeof(T));
-  static constexpr int kPromotion = 512 / kBytes;
-  template <int RowFragments, int WarpsM, int WarpsN, int SlicesK, int Depth>
-  using Tile = GradientTile<kBytes, Access::simt, RowFragments, WarpsM, WarpsN, SlicesK, Depth>;
-  using Large = GradientSimtMma<T, Tile<2, 4, 2, 1, 64 / kBytes>, kPromotion, 1>;
-  using Small = GradientSimtMma<T, Tile<1, 4, 1, 1, 128 / kBytes>, kPromotion, 3>;
-  using Narrow = GradientSimtMma<T, Tile<1, 1, 1, 4, 128 / kBytes>, kPromotion, 3>;
 };
 
 }  // namespace l2rw::cuda

@@ -18,7 +18,6 @@
 #include "cuda/util/integers.h"
 #include "cuda/util/limits.h"
 #include "cuda/util/vectors.h"
-#include "cuda/util/views.h"
 
 namespace l2rw::cuda {
 
@@ -207,9 +206,6 @@ struct GradientProblem {
   int k_tiles;  // stages of all pixels
 
   int64_t tile_count() const { return int64_t{groups} * tiling.row_tiles * tiling.column_tiles; }
-  // The sizes of an example's gradient, and of that of the bias.
-  L2RW_HOST_DEVICE int64_t size() const { return bias_size() * inputs * tiling.taps; }
-  L2RW_HOST_DEVICE int64_t bias_size() const { return int64_t{groups} * outputs; }
 };
 
 template <class Tile>

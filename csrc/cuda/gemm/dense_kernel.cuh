@@ -14,7 +14,6 @@
 #include "cuda/util/launch.cuh"
 #include "cuda/util/types.cuh"
 #include "cuda/util/vectors.h"
-#include "cuda/util/views.h"
 
 namespace l2rw::cuda {
 
@@ -159,7 +158,7 @@ void run_dense(
       launch.workspace_bytes());
   const int64_t parts = problem.products * plan.column_blocks;
   sum_parts_of_rows(launch, parts, rows, positions, u, [&](const Tensor& row_sums) {
-    const auto run = [&](auto mma) {
+    with_tile<Config>(plan, [&](auto mma) {
       using Mma = decltype(mma);
       using Loader = typename Operands::template Loader<typename Mma::Tile>;
       launch.run(
@@ -173,12 +172,7 @@ void run_dense(
           plan.column_blocks,
           SplitK(plan.splits, problem.k_tiles),
           data<A>(row_sums));
-    };
-    if (plan.narrow) {
-      run(typename Config::Narrow{});
-    } else {
-      with_tile<Config>(plan, run);
-    }
+    });
   });
 }
 

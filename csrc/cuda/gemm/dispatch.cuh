@@ -35,10 +35,13 @@ struct SimtConfig {
 // Calls run(Mma{}) with the tile of a plan.
 template <class Config, class Run>
 void with_tile(const GemmPlan& plan, const Run& run) {
-  if (plan.large) {
-    run(typename Config::Large{});
-  } else {
-    run(typename Config::Small{});
+  switch (plan.tile) {
+    case TileKind::large:
+      return run(typename Config::Large{});
+    case TileKind::small:
+      return run(typename Config::Small{});
+    case TileKind::narrow:
+      return run(typename Config::Narrow{});
   }
 }
 

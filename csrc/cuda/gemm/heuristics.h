@@ -21,8 +21,11 @@ inline int64_t column_blocks_for(
   return std::min(work_tiles, std::max<int64_t>(1, workspace_bytes / (rows * sum_bytes)));
 }
 
+// Narrow tiles are for few columns, large ones for where they fit and give every processor work.
+enum class TileKind { large, small, narrow };
+
 struct GemmPlan {
-  bool large;  // which of two tiles
+  TileKind tile;
   int64_t row_tiles;
   int64_t column_tiles;
   int64_t column_blocks;  // blocks for each tile of rows
@@ -30,7 +33,6 @@ struct GemmPlan {
   // How many of the splits of a factored product are those of Z Z'ᵀ. With zero, one block forms
   // both products.
   int64_t z_splits = 0;
-  bool narrow = false;  // the tile for few columns, instead of the two others
 
   int64_t blocks() const {
     return row_tiles * (z_splits > 0 ? column_tiles * splits : column_blocks);
@@ -49,27 +51,6 @@ inline bool large_fit(int64_t rows, int64_t columns, TileShape large, TileShape 
   return 2 * area(large) <= 3 * area(small);
 }
 
-// Large tiles where they fit and there is one for every processor, else small ones. `products` have
-// this size, in one launch.
-inline GemmPlan choose_tile(
-    int64_t rows,
-    int64_t columns,
-    TileShape large,
-    TileShape small,
-    int64_t processors,
-    int64_t products = 1) {
-  for (const bool is_large : {true, false}) {
-    const TileShape tile = is_large ? large : small;
-    const int64_t row_tiles = ceil_div(rows, tile.rows);
-    const int64_t column_tiles = ceil_div(columns, tile.columns);
-    if (!is_large || (large_fit(rows, columns, large, small) &&
-                      products * row_tiles * column_tiles >= processors)) {
-      return {is_large, row_tiles, column_tiles, column_tiles, 1};
-    }
-  }
-  return {};
-}
-
 // The products Z Vᵀ of one launch. The depth can be split without more memory than one sum for
 // every row, because the product of G with a tile is the sum of its products with the tile's parts.
 inline GemmPlan plan_dense(
@@ -83,10 +64,18 @@ inline GemmPlan plan_dense(
     int64_t processors,
     int64_t sum_bytes,
     int64_t workspace_bytes = kWorkspaceBytes) {
-  GemmPlan plan = choose_tile(rows, columns, large, small, processors, products);
-  if (columns <= narrow.columns) {
-    plan = {false, ceil_div(rows, narrow.rows), 1, 1, 1, 0, true};
-  }
+  const bool is_large = large_fit(rows, columns, large, small) &&
+                        products * tile_count(rows, columns, large) >= processors;
+  const bool is_narrow = columns <= narrow.columns;
+  const TileShape tile = is_narrow ? narrow : is_large ? large : small;
+  GemmPlan plan{
+      is_narrow  ? TileKind::narrow
+      : is_large ? TileKind::large
+                 : TileKind::small,
+      ceil_div(rows, tile.rows),
+      ceil_div(columns, tile.columns),
+      1,
+      1};
   const int64_t tiles = products * plan.row_tiles * plan.column_tiles;
   if (tiles < processors) {
     plan.splits = std::max<int64_t>(1, std::min(ceil_div(2 * processors, tiles), k_tiles / 2));
@@ -160,11 +149,15 @@ inline std::vector<GemmPlan> plan_factored(
     const FactoredProblem& layer = layers[l];
     const TileShape tile = is_large[l] ? large : small;
     GemmPlan plan{
-        is_large[l], ceil_div(layer.rows, tile.rows), ceil_div(layer.columns, tile.columns), 1, 1};
+        is_large[l] ? TileKind::large : TileKind::small,
+        ceil_div(layer.rows, tile.rows),
+        ceil_div(layer.columns, tile.columns),
+        1,
+        1};
     const double share = static_cast<double>(layer.steps(small)) / static_cast<double>(all_steps);
     const auto own_bytes = static_cast<int64_t>(share * static_cast<double>(workspace_bytes));
     const int64_t tiles = layer.tiles(small);
-    if (split && !plan.large && tiles < processors) {
+    if (split && !is_large[l] && tiles < processors) {
       const int64_t k_tiles = layer.k_tiles();
       const int64_t splits = std::min(
           {std::max<int64_t>(2, ceil_div(2 * processors * k_tiles, small_steps)),

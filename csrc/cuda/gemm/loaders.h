@@ -7,7 +7,7 @@
 #include "cuda/gemm/scheduler.h"
 #include "cuda/gemm/tile.h"
 #include "cuda/util/host_device.h"
-#include "cuda/util/views.h"
+#include "cuda/util/vectors.h"
 
 namespace l2rw::cuda {
 

@@ -11,14 +11,14 @@
 #include "cuda/util/strides.h"
 #include "cuda/util/types.cuh"
 #include "cuda/util/vectors.h"
+#include "layout.h"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
-// A mean, a factor or a direction in the accumulation dtype, broadcast to an example. It is absent
-// if data is null.
+// A mean or a factor in the accumulation dtype, broadcast to an example. It is absent if data is
+// null.
 template <class A>
 struct Broadcast {
   const A* data;
@@ -105,51 +105,6 @@ __device__ __forceinline__ void load_products(
   for (int k = 0; k < Count; ++k) {
     gradients[k] = static_cast<A>(g[k]);
     products[k] = gradients[k] * ((static_cast<A>(x[k]) - mean[k]) * rstd[k]);
-  }
-}
-
-// The terms of u_i in one segment of an example.
-template <class T, int Count>
-__global__ void __launch_bounds__(kBlockThreads) correlate(
-    const __grid_constant__ Operands<T> operands,
-    const __grid_constant__ Broadcast<accumulation_t<T>> direction,
-    const __grid_constant__ Broadcast<accumulation_t<T>> direction_bias,
-    Segments segments,
-    int64_t examples,
-    accumulation_t<T>* __restrict__ partial) {  // [segments, n]
-  using A = accumulation_t<T>;
-  const int64_t example = blockIdx.x / segments.count;
-  const int64_t segment = blockIdx.x % segments.count;
-  const Range range = segments.range(segment, operands.outer);
-  A sum = 0;
-  for (int64_t outer = range.begin + threadIdx.y; outer < range.end; outer += blockDim.y) {
-    for (int64_t inner = int64_t{threadIdx.x} * Count; inner < operands.inner;
-         inner += int64_t{blockDim.x} * Count) {
-      A gradients[Count];
-      A products[Count];
-      A factors[Count];
-      load_products(operands, example, outer, inner, gradients, products);
-      A terms = 0;
-      if (direction.data != nullptr) {
-        load_broadcast(direction, 0, outer, inner, A(0), factors);
-#pragma unroll
-        for (int k = 0; k < Count; ++k) {
-          terms += products[k] * factors[k];
-        }
-      }
-      if (direction_bias.data != nullptr) {
-        load_broadcast(direction_bias, 0, outer, inner, A(0), factors);
-#pragma unroll
-        for (int k = 0; k < Count; ++k) {
-          terms += gradients[k] * factors[k];
-        }
-      }
-      sum += terms;
-    }
-  }
-  sum = block_sum<kBlockThreads>(sum);
-  if (threadIdx.x == 0 && threadIdx.y == 0) {
-    partial[segment * examples + example] = sum;
   }
 }
 
@@ -248,157 +203,35 @@ __global__ void __launch_bounds__(kBlockThreads) sum_inner(
   }
 }
 
-OptionalTensor in_accumulation_dtype(const OptionalTensor& tensor) {
-  if (!tensor) {
-    return std::nullopt;
-  }
-  const ScalarType dtype = accumulation_dtype(tensor->scalar_type());
-  return tensor->scalar_type() == dtype ? *tensor : torch::stable::to(*tensor, dtype);
+// The strides along examples, the outer and the inner dimension, zero along one element. The inner
+// dimension are the channels, or with `by_channel` false the positions.
+Strides strides_of(const Tensor& tensor, bool by_channel) {
+  const auto stride = [&](int64_t d) { return tensor.size(d) == 1 ? 0 : tensor.stride(d); };
+  return {stride(0), stride(by_channel ? 1 : 2), stride(by_channel ? 2 : 1)};
 }
-
-// The arguments of a layer as the kernels read them. The inner dimension are the channels, unless
-// only the positions of x are contiguous.
-class Layer {
- public:
-  Layer(const Tensor& x, const Tensor& g, const OptionalTensor& mean, const OptionalTensor& rstd)
-      : by_channel(x.stride(2) == 1 || x.size(2) == 1 || x.stride(1) != 1),
-        x_(x),
-        g_(g),
-        mean_(in_accumulation_dtype(mean)),
-        rstd_(in_accumulation_dtype(rstd)) {}
-
-  int64_t outer() const { return x_.size(by_channel ? 1 : 2); }
-  int64_t inner() const { return x_.size(by_channel ? 2 : 1); }
-
-  Strides strides(const Tensor& tensor) const {
-    const auto stride = [&](int64_t d) { return tensor.size(d) == 1 ? 0 : tensor.stride(d); };
-    const int64_t along = inner() == 1 ? 1 : 0;  // one element is contiguous
-    return {stride(0), stride(by_channel ? 1 : 2), stride(by_channel ? 2 : 1) + along};
-  }
-
-  template <class A>
-  Broadcast<A> channels(const OptionalTensor& vector) const {
-    Broadcast<A> broadcast{nullptr, {0, 0, 0}};
-    if (vector) {
-      const int64_t stride = vector->size(0) == 1 ? 0 : vector->stride(0);
-      broadcast.data = data<A>(*vector);
-      (by_channel ? broadcast.strides.inner : broadcast.strides.outer) = stride;
-    }
-    return broadcast;
-  }
-
-  template <class T>
-  Operands<T> operands() const {
-    using A = accumulation_t<T>;
-    Operands<T> operands;
-    operands.x = data<T>(x_);
-    operands.x_strides = strides(x_);
-    operands.g = data<T>(g_);
-    operands.g_strides = strides(g_);
-    operands.mean = statistic<A>(mean_);
-    operands.rstd = statistic<A>(rstd_);
-    operands.outer = outer();
-    operands.inner = inner();
-    return operands;
-  }
-
-  const bool by_channel;
-
- private:
-  template <class A>
-  Broadcast<A> statistic(const OptionalTensor& tensor) const {
-    Broadcast<A> broadcast{nullptr, {0, 0, 0}};
-    if (tensor) {
-      const auto stride = [&](int64_t d) { return tensor->size(d) == 1 ? 0 : tensor->stride(d); };
-      broadcast.data = data<A>(*tensor);
-      broadcast.strides = {stride(0), stride(by_channel ? 1 : 2), stride(by_channel ? 2 : 1)};
-    }
-    return broadcast;
-  }
-
-  Tensor x_;
-  Tensor g_;
-  OptionalTensor mean_;
-  OptionalTensor rstd_;
-};
 
 template <class A>
-bool fits_broadcast(const Broadcast<A>& broadcast, int64_t inner, int64_t count) {
-  return broadcast.data == nullptr || broadcast.strides.inner != 1 ||
-         fits_vectors(
-             reinterpret_cast<uint64_t>(broadcast.data),
-             sizeof(A),
-             broadcast.strides,
-             inner,
-             count);
+Broadcast<A> broadcast(const OptionalTensor& tensor, bool by_channel) {
+  return {data<A>(tensor), tensor ? strides_of(*tensor, by_channel) : Strides{0, 0, 0}};
 }
 
+// Whether x and g, and what has a number for each inner element, can be read in the widest vectors.
 template <class T>
-bool fits_widest(
-    const Operands<T>& operands,
-    const Broadcast<accumulation_t<T>>& scale,
-    const Broadcast<accumulation_t<T>>& shift) {
-  constexpr int64_t kCount = kVectorElements<T>;
-  const auto fits = [&](const T* data, Strides strides) {
-    return fits_vectors(
-        reinterpret_cast<uint64_t>(data), sizeof(T), strides, operands.inner, kCount);
+bool fits_widest(const Operands<T>& operands) {
+  const auto fits = [&](const auto* data, Strides strides) {
+    return fits_vectors(data, strides, operands.inner, kVectorElements<T>);
+  };
+  const auto fits_broadcast = [&](const Broadcast<accumulation_t<T>>& broadcast) {
+    return broadcast.data == nullptr || broadcast.strides.inner != 1 ||
+           fits(broadcast.data, broadcast.strides);
   };
   return fits(operands.x, operands.x_strides) && fits(operands.g, operands.g_strides) &&
-         fits_broadcast(operands.mean, operands.inner, kCount) &&
-         fits_broadcast(operands.rstd, operands.inner, kCount) &&
-         fits_broadcast(scale, operands.inner, kCount) &&
-         fits_broadcast(shift, operands.inner, kCount);
-}
-
-Tensor affine_correlation(
-    const Tensor& x,
-    const Tensor& g,
-    const OptionalTensor& mean,
-    const OptionalTensor& rstd,
-    const OptionalTensor& direction,
-    const OptionalTensor& direction_bias) {
-  check_affine_correlation(x, g, mean, rstd, direction, direction_bias);
-  const Launch launch("affine_correlation", x);
-  const int64_t n = x.size(0);
-  Tensor u = torch::stable::new_empty(x, {n}, accumulation_dtype(x.scalar_type()));
-  if (x.numel() == 0) {
-    return torch::stable::zero_(u);
-  }
-  const Layer layer(x, g, mean, rstd);
-  const OptionalTensor V = in_accumulation_dtype(direction);
-  const OptionalTensor V_b = in_accumulation_dtype(direction_bias);
-  dispatch_device_type(x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = accumulation_t<T>;
-    const Operands<T> operands = layer.template operands<T>();
-    const Broadcast<A> scale = layer.template channels<A>(V);
-    const Broadcast<A> shift = layer.template channels<A>(V_b);
-    const bool vectors = fits_widest<T>(operands, scale, shift);
-    const BlockShape block = block_shape(operands.inner / (vectors ? kVectorElements<T> : 1));
-    const Segments segments = segments_of(n, operands.outer, block, launch.processors());
-    const Tensor partial =
-        segments.count == 1 ? u : torch::stable::new_empty(u, {int64_t{segments.count}, n});
-    launch.run(
-        vectors ? &correlate<T, kVectorElements<T>> : &correlate<T, 1>,
-        n * segments.count,
-        dim3(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y)),
-        0,
-        operands,
-        scale,
-        shift,
-        segments,
-        n,
-        data<A>(partial));
-    if (segments.count > 1) {
-      sum_positions(launch, partial, 1, u);
-    }
-  });
-  return u;
+         fits_broadcast(operands.mean) && fits_broadcast(operands.rstd);
 }
 
 std::tuple<Tensor, Tensor> affine_example_gradients(
     const Tensor& x, const Tensor& g, const OptionalTensor& mean, const OptionalTensor& rstd) {
-  check_affine_layer("affine_example_gradients", x, g, mean, rstd);
+  check_affine_example_gradients(x, g, mean, rstd);
   const Launch launch("affine_example_gradients", x);
   const int64_t n = x.size(0);
   const int64_t channels = x.size(2);
@@ -406,19 +239,31 @@ std::tuple<Tensor, Tensor> affine_example_gradients(
   Tensor gradients = torch::stable::new_empty(x, {n, channels}, accumulation);
   Tensor bias_gradients = torch::stable::new_empty(x, {n, channels}, accumulation);
   if (x.numel() == 0) {
-    torch::stable::zero_(gradients);
-    torch::stable::zero_(bias_gradients);
-    return {gradients, bias_gradients};
+    return {torch::stable::zero_(gradients), torch::stable::zero_(bias_gradients)};
   }
-  const Layer layer(x, g, mean, rstd);
+  const OptionalTensor shift = in_accumulation_dtype(mean);
+  const OptionalTensor factor = in_accumulation_dtype(rstd);
+  // The inner dimension are the channels, unless only the positions of x are contiguous.
+  const bool by_channel = x.stride(2) == 1 || channels == 1 || x.stride(1) != 1;
+  const int64_t outer = x.size(by_channel ? 1 : 2);
+  const int64_t inner = x.size(by_channel ? 2 : 1);
   dispatch_device_type(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = accumulation_t<T>;
-    const Operands<T> operands = layer.template operands<T>();
-    const Broadcast<A> none{nullptr, {0, 0, 0}};
-    const bool vectors = fits_widest<T>(operands, none, none);
-    const int64_t count = vectors ? kVectorElements<T> : 1;
-    if (!layer.by_channel) {
+    Operands<T> operands{
+        data<T>(x),
+        strides_of(x, by_channel),
+        data<T>(g),
+        strides_of(g, by_channel),
+        broadcast<A>(shift, by_channel),
+        broadcast<A>(factor, by_channel),
+        outer,
+        inner};
+    if (inner == 1) {  // one element is contiguous
+      operands.x_strides.inner = operands.g_strides.inner = 1;
+    }
+    const bool vectors = fits_widest(operands);
+    if (!by_channel) {
       launch.run(
           vectors ? &sum_inner<T, kVectorElements<T>> : &sum_inner<T, 1>,
           ceil_div(n * channels, kBlockThreads / 32),
@@ -430,42 +275,32 @@ std::tuple<Tensor, Tensor> affine_example_gradients(
           data<A>(bias_gradients));
       return;
     }
-    const BlockShape block = block_shape(channels / count);
-    const int64_t channel_blocks = ceil_div(channels / count, block.x);
-    const Segments segments =
-        segments_of(n * channel_blocks, operands.outer, block, launch.processors());
-    const auto workspace = [&](const Tensor& result) {
-      return segments.count == 1
-                 ? result
-                 : torch::stable::new_empty(result, {int64_t{segments.count}, n * channels});
+    const int64_t inner_vectors = channels / (vectors ? kVectorElements<T> : 1);
+    const BlockShape block = block_shape(inner_vectors);
+    const int64_t channel_blocks = ceil_div(inner_vectors, block.x);
+    const Segments segments = segments_of(n * channel_blocks, outer, block, launch.processors());
+    const auto form = [&](const Tensor& partial, const Tensor& partial_bias) {
+      launch.run(
+          vectors ? &sum_outer<T, kVectorElements<T>> : &sum_outer<T, 1>,
+          n * segments.count * channel_blocks,
+          dim3(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y)),
+          0,
+          operands,
+          segments,
+          static_cast<unsigned>(channel_blocks),
+          n,
+          data<A>(partial),
+          data<A>(partial_bias));
     };
-    const Tensor partial = workspace(gradients);
-    const Tensor partial_bias = workspace(bias_gradients);
-    launch.run(
-        vectors ? &sum_outer<T, kVectorElements<T>> : &sum_outer<T, 1>,
-        n * segments.count * channel_blocks,
-        dim3(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y)),
-        0,
-        operands,
-        segments,
-        static_cast<unsigned>(channel_blocks),
-        n,
-        data<A>(partial),
-        data<A>(partial_bias));
-    if (segments.count > 1) {
-      sum_parts(launch, partial, gradients);
-      sum_parts(launch, partial_bias, bias_gradients);
-    }
+    form_in_parts(launch, segments.count, form, gradients, bias_gradients);
   });
   return {gradients, bias_gradients};
 }
 
 }  // namespace
-}  // namespace cuda
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("affine_correlation", TORCH_BOX(&cuda::affine_correlation));
-  m.impl("affine_example_gradients", TORCH_BOX(&cuda::affine_example_gradients));
+  m.impl("affine_example_gradients", TORCH_BOX(&affine_example_gradients));
 }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

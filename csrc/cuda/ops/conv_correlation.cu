@@ -12,8 +12,7 @@
 #include "cuda/util/types.cuh"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 constexpr const char* kOperation = "conv_correlation";
@@ -79,10 +78,9 @@ Tensor conv_correlation(
 }
 
 }  // namespace
-}  // namespace cuda
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("conv_correlation", TORCH_BOX(&cuda::conv_correlation));
+  m.impl("conv_correlation", TORCH_BOX(&conv_correlation));
 }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

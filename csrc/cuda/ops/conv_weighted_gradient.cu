@@ -14,8 +14,7 @@
 #include "cuda/util/types.cuh"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 constexpr const char* kOperation = "conv_weighted_gradient";
@@ -89,41 +88,6 @@ struct SummedGradients {
   __device__ __forceinline__ void finish(A) const {}
 };
 
-// Adds up the sums of the parts, in order, to `gradient` and `bias_gradient`.
-template <class Kernel>
-void sum_gradients(
-    const Launch& launch,
-    const typename Kernel::Problem& problem,
-    const SplitExamples& split,
-    const ActiveExamples<typename Kernel::Sum>& examples,
-    const Tensor& gradient,
-    const Tensor& bias_gradient) {
-  using A = typename Kernel::Sum;
-  const auto partial_of = [&](const Tensor& total) {
-    return split.blocks == 1 ? total
-                             : torch::stable::new_empty(total, {split.blocks, total.numel()});
-  };
-  const Tensor partial = partial_of(gradient);
-  const Tensor bias_partial = partial_of(bias_gradient);
-  Kernel::run(
-      launch,
-      problem,
-      split.blocks,
-      SummedGradients<A>{
-          examples,
-          split,
-          data<A>(partial),
-          data<A>(bias_partial),
-          gradient.numel(),
-          bias_gradient.numel()});
-  if (split.blocks > 1) {
-    sum_parts(launch, bias_partial, bias_gradient);
-    if (gradient.numel() > 0) {
-      sum_parts(launch, partial, gradient);
-    }
-  }
-}
-
 std::tuple<Tensor, Tensor> conv_weighted_gradient(
     const Tensor& z,
     const Tensor& g,
@@ -135,15 +99,14 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
     int64_t groups) {
   const Convolution convolution =
       check_convolution(kOperation, z, g, kernel_size, stride, padding, dilation, groups);
-  check_example_weights(kOperation, z, weights);
+  check_vector(kOperation, {"z", z}, "weights", weights, z.size(0), "examples of z");
   const ScalarType dtype = z.scalar_type();
   const Launch launch(kOperation, z);
-  Sizes shape{g.size(1), convolution.inputs};
-  shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
+  const Sizes shape = gradient_shape(convolution, kernel_size);
   Tensor gradient = torch::stable::new_empty(z, shape, accumulation_dtype(dtype));
   Tensor bias_gradient = torch::stable::new_empty(z, {g.size(1)}, accumulation_dtype(dtype));
   const int64_t n = convolution.examples;
-  if (n * convolution.pixels() * convolution.outputs == 0) {
+  if (g.numel() == 0) {
     return {torch::stable::zero_(gradient), torch::stable::zero_(bias_gradient)};
   }
   check_countable(kOperation, convolution, z, g);
@@ -180,7 +143,20 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
       if (!must && problem.tile_count() * split.blocks < launch.processors()) {
         return false;
       }
-      sum_gradients<Kernel>(launch, problem, split, examples, gradient, bias_gradient);
+      const auto form = [&](const Tensor& partial, const Tensor& bias_partial) {
+        Kernel::run(
+            launch,
+            problem,
+            split.blocks,
+            SummedGradients<A>{
+                examples,
+                split,
+                data<A>(partial),
+                data<A>(bias_partial),
+                gradient.numel(),
+                bias_gradient.numel()});
+      };
+      form_in_parts(launch, split.blocks, form, gradient, bias_gradient);
       return true;
     };
     if (convolution.outputs <= kNarrowTileOutputs) {
@@ -193,10 +169,9 @@ std::tuple<Tensor, Tensor> conv_weighted_gradient(
 }
 
 }  // namespace
-}  // namespace cuda
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("conv_weighted_gradient", TORCH_BOX(&cuda::conv_weighted_gradient));
+  m.impl("conv_weighted_gradient", TORCH_BOX(&conv_weighted_gradient));
 }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

@@ -11,8 +11,7 @@
 #include "cuda/util/types.cuh"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 constexpr const char* kOperation = "dense_correlation";
@@ -22,7 +21,7 @@ Tensor dense_correlation(
     const Tensor& g,
     const Tensor& direction,
     const OptionalTensor& direction_bias) {
-  check_dense_correlation(z, g, direction, direction_bias);
+  check_linear_layer(kOperation, z, g, direction, direction_bias);
   const Launch launch(kOperation, z);
   Tensor u = torch::stable::new_empty(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
   if (z.size(0) * z.size(1) * g.size(2) == 0) {
@@ -51,10 +50,9 @@ Tensor dense_correlation(
 }
 
 }  // namespace
-}  // namespace cuda
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("dense_correlation", TORCH_BOX(&cuda::dense_correlation));
+  m.impl("dense_correlation", TORCH_BOX(&dense_correlation));
 }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

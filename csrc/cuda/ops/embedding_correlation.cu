@@ -13,8 +13,7 @@
 #include "cuda/util/vectors.h"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 struct Index {
@@ -95,38 +94,30 @@ Tensor embedding_correlation(const Tensor& index, const Tensor& g, const Tensor&
       // V is at least as wide as T, so that 16 bytes hold fewer numbers of it.
       constexpr int kCount = kVectorElements<V>;
       const bool vectors =
+          fits_vectors(data<T>(g), strides, width, kCount) &&
           fits_vectors(
-              reinterpret_cast<uint64_t>(g.data_ptr()), sizeof(T), strides, width, kCount) &&
-          fits_vectors(
-              reinterpret_cast<uint64_t>(direction.data_ptr()),
-              sizeof(V),
-              {0, direction.stride(0), direction.stride(1)},
-              width,
-              kCount);
+              data<V>(direction), {0, direction.stride(0), direction.stride(1)}, width, kCount);
       const BlockShape block = block_shape(width / (vectors ? kCount : 1));
       const Segments segments = segments_of(n, positions, block, launch.processors());
-      const Tensor partial =
-          segments.count == 1 ? u : torch::stable::new_empty(u, {int64_t{segments.count}, n});
-      launch.run(
-          vectors ? &correlate<T, V, kCount> : &correlate<T, V, 1>,
-          n * segments.count,
-          dim3(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y)),
-          0,
-          rows,
-          static_cast<const T*>(data<T>(g)),
-          strides,
-          static_cast<const V*>(data<V>(direction)),
-          direction.stride(0),
-          direction.stride(1),
-          direction.size(0),
-          positions,
-          width,
-          segments,
-          n,
-          data<A>(partial));
-      if (segments.count > 1) {
-        sum_positions(launch, partial, 1, u);
-      }
+      sum_parts_of_rows(launch, segments.count, n, 1, u, [&](const Tensor& partial) {
+        launch.run(
+            vectors ? &correlate<T, V, kCount> : &correlate<T, V, 1>,
+            n * segments.count,
+            dim3(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y)),
+            0,
+            rows,
+            data<T>(g),
+            strides,
+            data<V>(direction),
+            direction.stride(0),
+            direction.stride(1),
+            direction.size(0),
+            positions,
+            width,
+            segments,
+            n,
+            data<A>(partial));
+      });
     };
     if (direction.scalar_type() == dtype) {
       run(T{});
@@ -138,10 +129,9 @@ Tensor embedding_correlation(const Tensor& index, const Tensor& g, const Tensor&
 }
 
 }  // namespace
-}  // namespace cuda
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("embedding_correlation", TORCH_BOX(&cuda::embedding_correlation));
+  m.impl("embedding_correlation", TORCH_BOX(&embedding_correlation));
 }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

@@ -9,11 +9,10 @@
 #include "cuda/reduce/block.cuh"
 #include "cuda/reduce/partial_sums.cuh"
 #include "cuda/util/launch.cuh"
-#include "cuda/util/views.h"
+#include "layout.h"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 // The output that stores G_i and Gb_i in the dtype of z, and adds up their product with the
@@ -56,97 +55,71 @@ struct StoredGradients {
   }
 };
 
-struct Results {
-  Tensor gradients;
-  Tensor bias_gradients;
-  Tensor scores;
-};
-
-template <class Kernel>
-void store_gradients(
-    const Launch& launch,
-    const Convolution& convolution,
-    const ImageView& z,
-    const ImageView& g,
-    const OptionalTensor& direction,
-    const OptionalTensor& direction_bias,
-    const Results& results) {
-  using T = typename Kernel::Element;
-  using A = typename Kernel::Sum;
-  const auto problem = Kernel::make_problem(convolution, z, g);
-  const auto store = [&](A* scores) {
-    Kernel::run(
-        launch,
-        problem,
-        convolution.examples,
-        StoredGradients<T, A>{
-            direction ? data<A>(*direction) : nullptr,
-            direction_bias ? data<A>(*direction_bias) : nullptr,
-            data<T>(results.gradients),
-            data<T>(results.bias_gradients),
-            scores,
-            problem.size(),
-            problem.bias_size()});
-  };
-  if (!(direction || direction_bias)) {
-    store(nullptr);
-    return;
-  }
-  const int64_t tiles = problem.tile_count();
-  sum_parts_of_rows(
-      launch, 1, convolution.examples * tiles, tiles, results.scores, [&](const Tensor& partial) {
-        store(data<A>(partial));
-      });
-}
-
 std::tuple<Tensor, Tensor, Tensor> example_gradients(
     const char* operation,
     const Convolution& convolution,
-    const Tensor& z,              // [n, C, *s]
-    const Tensor& g,              // [n, O, *p]
-    const Sizes& gradient_shape,  // [O, C / groups, *k]
+    const Tensor& z,  // [n, C, *s]
+    const Tensor& g,  // [n, O, *p]
+    Sizes shape,      // [O, C / groups, *k]
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
   const ScalarType dtype = z.scalar_type();
-  const int64_t outputs = convolution.groups * convolution.outputs;
+  const int64_t examples = convolution.examples;
+  const bool has_direction = direction || direction_bias;
   const Launch launch(operation, z);
-  Sizes shape = gradient_shape;
-  shape.insert(shape.begin(), convolution.examples);
-  Results results{
-      torch::stable::new_empty(z, shape),
-      torch::stable::new_empty(z, {convolution.examples, outputs}),
-      torch::stable::new_empty(z, {convolution.examples}, accumulation_dtype(dtype))};
-  if (!(direction || direction_bias) || convolution.pixels() * outputs == 0) {
-    torch::stable::zero_(results.scores);
+  shape.insert(shape.begin(), examples);
+  Tensor gradients = torch::stable::new_empty(z, shape);
+  Tensor bias_gradients = torch::stable::new_empty(z, {examples, shape[1]});
+  Tensor scores = torch::stable::new_empty(z, {examples}, accumulation_dtype(dtype));
+  if (!has_direction || g.numel() == 0) {
+    torch::stable::zero_(scores);
   }
-  if (convolution.pixels() * outputs == 0) {
-    torch::stable::zero_(results.gradients);
-    torch::stable::zero_(results.bias_gradients);
+  if (g.numel() == 0) {
+    return {torch::stable::zero_(gradients), torch::stable::zero_(bias_gradients), scores};
   }
-  if (convolution.examples * convolution.pixels() * outputs > 0) {
-    check_countable(operation, convolution, z, g);
-    const auto wide = [](const OptionalTensor& part) {
-      return part ? OptionalTensor(in_accumulation_dtype(*part)) : OptionalTensor();
-    };
-    const OptionalTensor V = wide(direction);
-    const OptionalTensor V_b = wide(direction_bias);
-    with_gradient_kernels(launch, dtype, convolution, [&](auto kernels) {
-      using Kernels = decltype(kernels);
-      const int64_t groups = Kernels::kByGroup ? convolution.groups : 1;
-      const AlignedImage z_image = align_image(launch, z, groups, dtype);
-      const AlignedImage g_image = align_image(launch, g, groups, dtype);
-      const auto store = [&](auto kernel) {
-        store_gradients<decltype(kernel)>(
-            launch, convolution, z_image.view, g_image.view, V, V_b, results);
+  check_countable(operation, convolution, z, g);
+  const OptionalTensor V = contiguous_in_accumulation_dtype(direction);
+  const OptionalTensor V_b = contiguous_in_accumulation_dtype(direction_bias);
+  with_gradient_kernels(launch, dtype, convolution, [&](auto kernels) {
+    using Kernels = decltype(kernels);
+    const int64_t groups = Kernels::kByGroup ? convolution.groups : 1;
+    const AlignedImage z_image = align_image(launch, z, groups, dtype);
+    const AlignedImage g_image = align_image(launch, g, groups, dtype);
+    const auto store = [&](auto kernel) {
+      using Kernel = decltype(kernel);
+      using T = typename Kernel::Element;
+      using A = typename Kernel::Sum;
+      const auto problem = Kernel::make_problem(convolution, z_image.view, g_image.view);
+      const auto run = [&](A* tile_scores) {
+        Kernel::run(
+            launch,
+            problem,
+            examples,
+            StoredGradients<T, A>{
+                data<A>(V),
+                data<A>(V_b),
+                data<T>(gradients),
+                data<T>(bias_gradients),
+                tile_scores,
+                gradients.numel() / examples,
+                bias_gradients.size(1)});
       };
-      if (convolution.outputs <= kNarrowTileOutputs) {
-        store(typename Kernels::Narrow{});
+      if (has_direction) {
+        const int64_t tiles = problem.tile_count();
+        sum_parts_of_rows(launch, 1, examples * tiles, tiles, scores, [&](const Tensor& partial) {
+          run(data<A>(partial));
+        });
       } else {
-        store(typename Kernels::Small{});
+        run(nullptr);
       }
-    });
-  }
-  return {results.gradients, results.bias_gradients, results.scores};
+    };
+    if (convolution.outputs <= kNarrowTileOutputs) {
+      store(typename Kernels::Narrow{});
+    } else {
+      store(typename Kernels::Small{});
+    }
+  });
+  return {gradients, bias_gradients, scores};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_example_gradients(
@@ -162,9 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_example_gradients(
   constexpr const char* kOperation = "conv_example_gradients";
   const Convolution convolution =
       check_convolution(kOperation, z, g, kernel_size, stride, padding, dilation, groups);
-  check_direction(kOperation, z, convolution, kernel_size, direction, direction_bias);
-  Sizes shape{g.size(1), convolution.inputs};
-  shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
+  const Sizes shape = gradient_shape(convolution, kernel_size);
+  check_direction(kOperation, z, direction, direction_bias, shape, kGradientSizes);
   return example_gradients(kOperation, convolution, z, g, shape, direction, direction_bias);
 }
 
@@ -173,10 +145,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
     const Tensor& g,
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
-  const Convolution convolution = check_linear_example_gradients(z, g, direction, direction_bias);
+  constexpr const char* kOperation = "linear_example_gradients";
+  check_linear_layer(kOperation, z, g, direction, direction_bias);
   return example_gradients(
-      "linear_example_gradients",
-      convolution,
+      kOperation,
+      as_convolution(z, g),
       torch::stable::transpose(z, 1, 2),
       torch::stable::transpose(g, 1, 2),
       {g.size(2), z.size(2)},
@@ -185,11 +158,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
 }
 
 }  // namespace
-}  // namespace cuda
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("linear_example_gradients", TORCH_BOX(&cuda::linear_example_gradients));
-  m.impl("conv_example_gradients", TORCH_BOX(&cuda::conv_example_gradients));
+  m.impl("linear_example_gradients", TORCH_BOX(&linear_example_gradients));
+  m.impl("conv_example_gradients", TORCH_BOX(&conv_example_gradients));
 }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

@@ -20,11 +20,9 @@
 #include "cuda/util/limits.h"
 #include "cuda/util/ptx.cuh"
 #include "cuda/util/vectors.h"
-#include "cuda/util/views.h"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 template <class A>
@@ -253,7 +251,7 @@ void correlate_layers(
     const A bias = layer.bias ? A(1) : A(0);
     const int64_t g_splits = plan.splits - plan.z_splits;
     const bool is_split = plan.z_splits > 0;
-    Layers<A, Capacity>& table = is_split ? split : plan.large ? large : small;
+    Layers<A, Capacity>& table = is_split ? split : plan.tile == TileKind::large ? large : small;
     table.add(
         {layer.z.view,
          layer.g.view,
@@ -354,7 +352,7 @@ Tensor correlate(
 
 Tensor factored_correlation(
     const Tensor& z, const Tensor& g, const Tensor& z_clean, const Tensor& g_clean, bool bias) {
-  check_factored_correlation(z, g, z_clean, g_clean);
+  check_factored_layer("factored_correlation", "", z, g, z_clean, g_clean);
   return correlate("factored_correlation", {z}, {g}, {z_clean}, {g_clean}, {bias});
 }
 
@@ -369,11 +367,10 @@ Tensor factored_correlations(
 }
 
 }  // namespace
-}  // namespace cuda
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("factored_correlation", TORCH_BOX(&cuda::factored_correlation));
-  m.impl("factored_correlations", TORCH_BOX(&cuda::factored_correlations));
+  m.impl("factored_correlation", TORCH_BOX(&factored_correlation));
+  m.impl("factored_correlations", TORCH_BOX(&factored_correlations));
 }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

@@ -8,8 +8,7 @@
 #include "cuda/util/launch.cuh"
 #include "cuda/util/types.cuh"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 constexpr const char* kOperation = "normalize_weights";
@@ -61,24 +60,15 @@ Tensor normalize_weights(const Tensor& u) {
   }
   dispatch_device_type(u.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    launch.run(
-        &normalize<T>,
-        1,
-        kThreads,
-        0,
-        static_cast<const T*>(data<T>(u)),
-        u.stride(0),
-        data<T>(w),
-        u.size(0));
+    launch.run(&normalize<T>, 1, kThreads, 0, data<T>(u), u.stride(0), data<T>(w), u.size(0));
   });
   return w;
 }
 
 }  // namespace
-}  // namespace cuda
 
 STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("normalize_weights", TORCH_BOX(&cuda::normalize_weights));
+  m.impl("normalize_weights", TORCH_BOX(&normalize_weights));
 }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

@@ -11,8 +11,7 @@
 #include "cuda/util/vectors.h"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 // Scales rows of `inner` elements. A block takes one for each of its threads along y.
@@ -62,18 +61,17 @@ Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) 
     dispatch_device_type(g.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       constexpr int kCount = kVectorElements<T>;
-      const bool vectors =
-          fits_vectors(reinterpret_cast<uint64_t>(g.data_ptr()), sizeof(T), strides, inner, kCount);
+      const bool vectors = fits_vectors(data<T>(g), strides, inner, kCount);
       const BlockShape block = block_shape(inner / (vectors ? kCount : 1));
       launch.run(
           vectors ? &scale<T, kCount> : &scale<T, 1>,
           ceil_div(k * outer, block.y),
           dim3(static_cast<unsigned>(block.x), static_cast<unsigned>(block.y)),
           0,
-          static_cast<const T*>(data<T>(g)),
+          data<T>(g),
           strides,
           either_dtype(weights, g.scalar_type()),
-          static_cast<const int64_t*>(data<int64_t>(active)),
+          data<int64_t>(active),
           active.stride(0),
           g.size(0),
           k * outer,
@@ -86,8 +84,7 @@ Tensor scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) 
 }
 
 }  // namespace
-}  // namespace cuda
 
-STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) { m.impl("scale_rows", TORCH_BOX(&cuda::scale_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) { m.impl("scale_rows", TORCH_BOX(&scale_rows)); }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

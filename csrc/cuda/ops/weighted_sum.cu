@@ -14,8 +14,7 @@
 #include "cuda/util/vectors.h"
 #include "operator_checks.h"
 
-namespace l2rw {
-namespace cuda {
+namespace l2rw::cuda {
 namespace {
 
 constexpr const char* kOperation = "weighted_sum";
@@ -76,12 +75,8 @@ __global__ void __launch_bounds__(kThreads) sum_examples(
 Tensor weighted_sum(const Tensor& gradients, const Tensor& weights) {
   check_weighted_sum(gradients, weights);
   const Launch launch(kOperation, gradients);
-  Sizes shape;
-  Sizes strides;
-  for (int64_t d = 1; d < gradients.dim(); ++d) {
-    shape.push_back(gradients.size(d));
-    strides.push_back(gradients.stride(d));
-  }
+  const Sizes shape(gradients.sizes().begin() + 1, gradients.sizes().end());
+  const Sizes strides(gradients.strides().begin() + 1, gradients.strides().end());
   const ScalarType dtype = gradients.scalar_type();
   const int64_t n = gradients.size(0);
   Tensor total = torch::stable::new_empty(gradients, shape, accumulation_dtype(dtype));
@@ -102,9 +97,9 @@ Tensor weighted_sum(const Tensor& gradients, const Tensor& weights) {
     using T = decltype(zero);
     using A = accumulation_t<T>;
     constexpr int kCount = kVectorElements<T>;
-    const bool vectors = layout->dims == 1 && layout->strides[0] == 1 && count % kCount == 0 &&
-                         gradients.stride(0) % kCount == 0 &&
-                         reinterpret_cast<uint64_t>(gradients.data_ptr()) % 16 == 0;
+    const Strides whole{gradients.stride(0), 0, layout->strides[0]};
+    const bool vectors =
+        layout->dims == 1 && fits_vectors(data<T>(gradients), whole, count, kCount);
     const int64_t column_blocks = ceil_div(count / (vectors ? kCount : 1), kThreads);
     const int64_t parts = std::clamp<int64_t>(
         std::min(
@@ -112,33 +107,29 @@ Tensor weighted_sum(const Tensor& gradients, const Tensor& weights) {
             kWorkspaceBytes / (count * static_cast<int64_t>(sizeof(A)))),
         1,
         ceil_div(n, 32));
-    const Tensor partial = parts == 1 ? total : torch::stable::new_empty(total, {parts, count});
-    launch.run(
-        vectors ? &sum_examples<T, kCount> : &sum_examples<T, 1>,
-        column_blocks * parts,
-        kThreads,
-        0,
-        static_cast<const T*>(data<T>(gradients)),
-        gradients.stride(0),
-        *layout,
-        either_dtype(weights, dtype),
-        n,
-        count,
-        column_blocks,
-        parts,
-        data<A>(partial));
-    if (parts > 1) {
-      sum_parts(launch, partial, total);
-    }
+    const auto form = [&](const Tensor& partial) {
+      launch.run(
+          vectors ? &sum_examples<T, kCount> : &sum_examples<T, 1>,
+          column_blocks * parts,
+          kThreads,
+          0,
+          data<T>(gradients),
+          gradients.stride(0),
+          *layout,
+          either_dtype(weights, dtype),
+          n,
+          count,
+          column_blocks,
+          parts,
+          data<A>(partial));
+    };
+    form_in_parts(launch, parts, form, total);
   });
   return total;
 }
 
 }  // namespace
-}  // namespace cuda
 
-STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) {
-  m.impl("weighted_sum", TORCH_BOX(&cuda::weighted_sum));
-}
+STABLE_TORCH_LIBRARY_IMPL(l2rw_ext, CUDA, m) { m.impl("weighted_sum", TORCH_BOX(&weighted_sum)); }
 
-}  // namespace l2rw
+}  // namespace l2rw::cuda

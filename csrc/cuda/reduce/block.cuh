@@ -3,8 +3,6 @@
 // What the threads of a block find out together: sums, and which of them have a nonzero weight. The
 // order never depends on timing, so nothing is added up by atomics.
 
-#include <cstdint>
-
 namespace l2rw::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;

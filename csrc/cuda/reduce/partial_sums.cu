@@ -73,15 +73,6 @@ __global__ void __launch_bounds__(kPartColumns* kPartRows) sum_part(
   }
 }
 
-template <class Body>
-void with_accumulation_type(const Tensor& tensor, const Body& body) {
-  if (tensor.scalar_type() == ScalarType::Double) {
-    body(double{});
-  } else {
-    body(float{});
-  }
-}
-
 }  // namespace
 
 void sum_layers(
@@ -90,7 +81,7 @@ void sum_layers(
     const std::vector<LayerRowSums>& layers,
     bool add,
     const Tensor& u) {
-  with_accumulation_type(u, [&](auto zero) {
+  dispatch_accumulation(u.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const int64_t n = u.size(0);
     const auto run = [&](auto grouped) {
@@ -118,22 +109,20 @@ void sum_layers(
   });
 }
 
-void sum_positions(
-    const Launch& launch, const Tensor& partial, int64_t positions, const Tensor& u) {
-  sum_layers(launch, partial, {{0, partial.size(0), positions}}, false, u);
-}
-
 void sum_parts(const Launch& launch, const Tensor& partial, const Tensor& total) {
   const int64_t parts = partial.size(0);
   const int64_t count = total.numel();
-  with_accumulation_type(total, [&](auto zero) {
+  if (count == 0) {
+    return;
+  }
+  dispatch_accumulation(total.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     launch.run(
         &sum_part<A>,
         ceil_div(count, kPartColumns),
         dim3(kPartColumns, kPartRows),
         0,
-        static_cast<const A*>(data<A>(partial)),
+        data<A>(partial),
         parts,
         count,
         data<A>(total));

@@ -27,13 +27,6 @@ void sum_layers(
     bool add,
     const Tensor& u);  // [n], acc
 
-// u_i = sum over parts and positions of partial[part][i * positions + t].
-void sum_positions(
-    const Launch& launch,
-    const Tensor& partial,  // [parts, n * positions], acc
-    int64_t positions,
-    const Tensor& u);  // [n], acc
-
 // Calls form(row_sums) to fill [parts, rows], and forms the scores from it. With one sum for each
 // example there is nothing left to add up, and row_sums is u.
 template <class Form>
@@ -50,7 +43,7 @@ void sum_parts_of_rows(
   }
   const Tensor row_sums = torch::stable::new_empty(u, {parts, rows});
   form(row_sums);
-  sum_positions(launch, row_sums, positions, u);
+  sum_layers(launch, row_sums, {{0, parts, positions}}, false, u);
 }
 
 // total_j = sum over parts of partial[part][j].
@@ -58,5 +51,20 @@ void sum_parts(
     const Launch& launch,
     const Tensor& partial,  // [parts, count], acc
     const Tensor& total);   // [count], acc
+
+// Calls form(partials...) to fill [parts, count] for each total, and adds up the parts. A single
+// part is the total.
+template <class Form, class... Totals>
+void form_in_parts(const Launch& launch, int64_t parts, const Form& form, const Totals&... totals) {
+  if (parts == 1) {
+    form(totals...);
+    return;
+  }
+  const auto form_and_sum = [&](const auto&... partials) {
+    form(partials...);
+    (sum_parts(launch, partials, totals), ...);
+  };
+  form_and_sum(torch::stable::new_empty(totals, {parts, totals.numel()})...);
+}
 
 }  // namespace l2rw::cuda

@@ -108,7 +108,7 @@ AlignedMatrix align_matrix(const Launch& launch, const Tensor& tensor, ScalarTyp
           n * position_tiles * feature_tiles,
           dim3(kTileSide, kBlockRows),
           0,
-          static_cast<const From*>(data<From>(tensor)),
+          data<From>(tensor),
           tensor.stride(0),
           tensor.stride(1),
           tensor.stride(2),

@@ -4,7 +4,7 @@
 
 #include "checks.h"
 #include "cuda/util/launch.cuh"
-#include "cuda/util/views.h"
+#include "cuda/util/vectors.h"
 
 namespace l2rw::cuda {
 

@@ -2,10 +2,12 @@
 
 // Tensors with any strides: which of them can be read in vectors, and where an element lies.
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "collapse.h"
 #include "cuda/util/host_device.h"
 
 namespace l2rw::cuda {
@@ -19,11 +21,11 @@ struct Strides {
 
 // Whether rows of `inner` elements can be read in vectors of `count`: the elements are contiguous
 // and every row starts at a multiple of the vector.
-inline bool fits_vectors(
-    uint64_t address, int64_t element_bytes, Strides strides, int64_t inner, int64_t count) {
+template <class T>
+bool fits_vectors(const T* data, Strides strides, int64_t inner, int64_t count) {
   return inner % count == 0 && strides.inner == 1 && strides.outer % count == 0 &&
          strides.example % count == 0 &&
-         address % static_cast<uint64_t>(count * element_bytes) == 0;
+         reinterpret_cast<uintptr_t>(data) % (static_cast<uint64_t>(count) * sizeof(T)) == 0;
 }
 
 // A tensor with as few dimensions as its strides allow. Elements are numbered with the last
@@ -43,31 +45,15 @@ struct StridedLayout {
     return offset;
   }
 
-  // Merges dimensions that one stride covers. Returns nothing if more than kMaxDims are left.
-  static std::optional<StridedLayout> of(
-      const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-    StridedLayout layout{1, {1}, {1}};
-    bool first = true;
-    for (size_t d = 0; d < sizes.size(); ++d) {
-      const int last = layout.dims - 1;
-      if (sizes[d] == 1) {
-        continue;
-      }
-      if (first) {
-        layout.sizes[0] = sizes[d];
-        layout.strides[0] = strides[d];
-        first = false;
-      } else if (layout.strides[last] == sizes[d] * strides[d]) {
-        layout.sizes[last] *= sizes[d];
-        layout.strides[last] = strides[d];
-      } else if (layout.dims < kMaxDims) {
-        layout.sizes[layout.dims] = sizes[d];
-        layout.strides[layout.dims] = strides[d];
-        ++layout.dims;
-      } else {
-        return std::nullopt;
-      }
+  // Returns nothing if more than kMaxDims are left.
+  static std::optional<StridedLayout> of(std::vector<int64_t> sizes, std::vector<int64_t> strides) {
+    collapse(sizes, strides);
+    if (sizes.size() > kMaxDims) {
+      return std::nullopt;
     }
+    StridedLayout layout{std::max(1, static_cast<int>(sizes.size())), {1}, {1}};
+    std::copy(sizes.begin(), sizes.end(), layout.sizes);
+    std::copy(strides.begin(), strides.end(), layout.strides);
     return layout;
   }
 };

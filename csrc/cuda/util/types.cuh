@@ -11,23 +11,17 @@
 
 namespace l2rw::cuda {
 
-template <class T>
-struct DeviceType {
-  using type = T;
-};
-template <>
-struct DeviceType<BFloat16> {
-  using type = __nv_bfloat16;
-};
-template <>
-struct DeviceType<Half> {
-  using type = __half;
-};
-
 // Calls body(T{}) with the device's type of a floating dtype that has been checked.
 template <class Body>
 void dispatch_device_type(ScalarType dtype, const Body& body) {
-  dispatch_floating(dtype, [&](auto zero) { body(typename DeviceType<decltype(zero)>::type{}); });
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      return body(__nv_bfloat16{});
+    case ScalarType::Half:
+      return body(__half{});
+    default:
+      return dispatch_accumulation(dtype, body);
+  }
 }
 
 inline int64_t bytes_of(ScalarType dtype) {

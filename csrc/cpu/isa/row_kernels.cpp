@@ -1,6 +1,6 @@
 // Compiled once per instruction set: see cmake/InstructionSets.cmake.
 
-#include "cpu/row_kernels.h"
+#include "cpu/isa/row_kernels.h"
 
 #include <bit>
 
@@ -132,8 +132,7 @@ void affine_any(
 }  // namespace
 
 template <class T>
-void affine_gradient(
-    const AffineExample<T>& e, accumulation_t<T>* gradient, accumulation_t<T>* gradient_bias) {
+void RowKernels<T>::affine_gradient(const AffineExample<T>& e, A* gradient, A* gradient_bias) {
   const bool constant_along_channels = e.mean_channel == 0 && e.rstd_channel == 0;
   const bool constant_along_positions = e.mean_position == 0 && e.rstd_position == 0;
   if (e.x_channel == 1 && e.g_channel == 1) {
@@ -150,8 +149,7 @@ void affine_gradient(
 }
 
 template <class T>
-void group_norm_by_channel(const GroupNormBlock<T>& b) {
-  using A = accumulation_t<T>;
+void RowKernels<T>::group_norm_by_channel(const GroupNormBlock<T>& b) {
   // Partial sums bound the rounding error of large images.
   constexpr int64_t kPartial = 4096;
   const A mean = *b.mean;
@@ -198,8 +196,7 @@ void group_norm_by_channel(const GroupNormBlock<T>& b) {
 }
 
 template <class T>
-void group_norm_by_position(const GroupNormBlock<T>& b, accumulation_t<T>* buffer) {
-  using A = accumulation_t<T>;
+void RowKernels<T>::group_norm_by_position(const GroupNormBlock<T>& b, A* buffer) {
   const int64_t channels = b.groups * b.channels;
   A* __restrict__ mean = buffer;
   A* __restrict__ weight = buffer + channels;
@@ -252,9 +249,7 @@ void group_norm_by_position(const GroupNormBlock<T>& b, accumulation_t<T>* buffe
 }
 
 template <class T>
-void batch_norm_sums_by_channel(
-    const BatchNormBlock<T>& b, accumulation_t<T>* sum, accumulation_t<T>* product) {
-  using A = accumulation_t<T>;
+void RowKernels<T>::batch_norm_sums_by_channel(const BatchNormBlock<T>& b, A* sum, A* product) {
   const T* __restrict__ x = b.x;
   const T* __restrict__ dx = b.dx;
   const A mean = *b.mean;
@@ -271,11 +266,8 @@ void batch_norm_sums_by_channel(
 }
 
 template <class T>
-void batch_norm_sums_by_position(
-    const BatchNormBlock<T>& b,
-    accumulation_t<T>* __restrict__ sum,
-    accumulation_t<T>* __restrict__ product) {
-  using A = accumulation_t<T>;
+void RowKernels<T>::batch_norm_sums_by_position(
+    const BatchNormBlock<T>& b, A* __restrict__ sum, A* __restrict__ product) {
   const A* __restrict__ mean = b.mean;
   for (int64_t c = 0; c < b.channels; ++c) {
     sum[c] = 0;
@@ -294,12 +286,8 @@ void batch_norm_sums_by_position(
 }
 
 template <class T>
-void batch_norm_tangent_by_channel(
-    const BatchNormBlock<T>& b,
-    const accumulation_t<T>* scale,
-    const accumulation_t<T>* slope,
-    const accumulation_t<T>* offset) {
-  using A = accumulation_t<T>;
+void RowKernels<T>::batch_norm_tangent_by_channel(
+    const BatchNormBlock<T>& b, const A* scale, const A* slope, const A* offset) {
   const T* __restrict__ x = b.x;
   T* __restrict__ to = b.to;
   const A mean = *b.mean;
@@ -321,12 +309,12 @@ void batch_norm_tangent_by_channel(
 }
 
 template <class T>
-void batch_norm_tangent_by_position(
+void RowKernels<T>::batch_norm_tangent_by_position(
     const BatchNormBlock<T>& b,
-    const accumulation_t<T>* __restrict__ scale,
-    const accumulation_t<T>* __restrict__ slope,
-    const accumulation_t<T>* __restrict__ offset) {
-  const accumulation_t<T>* __restrict__ mean = b.mean;
+    const A* __restrict__ scale,
+    const A* __restrict__ slope,
+    const A* __restrict__ offset) {
+  const A* __restrict__ mean = b.mean;
   for (int64_t t = 0; t < b.positions; ++t) {
     const T* __restrict__ x = b.x + t * b.channels;
     T* __restrict__ to = b.to + t * b.channels;
@@ -345,9 +333,11 @@ void batch_norm_tangent_by_position(
   }
 }
 
-template <class T, class V>
-accumulation_t<T> dot(const T* a, int64_t a_stride, const V* b, int64_t b_stride, int64_t count) {
-  accumulation_t<T> sum = 0;
+template <class T>
+template <class V>
+accumulation_t<T> RowKernels<T>::dot(
+    const T* a, int64_t a_stride, const V* b, int64_t b_stride, int64_t count) {
+  A sum = 0;
   if (a_stride == 1 && b_stride == 1) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < count; ++c) {
@@ -362,12 +352,8 @@ accumulation_t<T> dot(const T* a, int64_t a_stride, const V* b, int64_t b_stride
 }
 
 template <class T>
-void scale(
-    const T* __restrict__ from,
-    int64_t stride,
-    accumulation_t<T> weight,
-    T* __restrict__ to,
-    int64_t count) {
+void RowKernels<T>::scale(
+    const T* __restrict__ from, int64_t stride, A weight, T* __restrict__ to, int64_t count) {
   if (stride == 1) {
 #pragma omp simd
     for (int64_t c = 0; c < count; ++c) {
@@ -381,14 +367,13 @@ void scale(
 }
 
 template <class T>
-void combine(
+void RowKernels<T>::combine(
     const T* const* from,
     int64_t stride,
-    const accumulation_t<T>* weights,
+    const A* weights,
     int64_t rows,
-    accumulation_t<T>* __restrict__ to,
+    A* __restrict__ to,
     int64_t count) {
-  using A = accumulation_t<T>;
   for (int64_t c = 0; c < count; ++c) {
     to[c] = 0;
   }
@@ -426,35 +411,16 @@ void combine(
   }
 }
 
-#define L2RW_INSTANTIATE(T)                                                                      \
-  template void affine_gradient<T>(                                                              \
-      const AffineExample<T>&, accumulation_t<T>*, accumulation_t<T>*);                          \
-  template void group_norm_by_channel<T>(const GroupNormBlock<T>&);                              \
-  template void group_norm_by_position<T>(const GroupNormBlock<T>&, accumulation_t<T>*);         \
-  template void batch_norm_sums_by_channel<T>(                                                   \
-      const BatchNormBlock<T>&, accumulation_t<T>*, accumulation_t<T>*);                         \
-  template void batch_norm_sums_by_position<T>(                                                  \
-      const BatchNormBlock<T>&, accumulation_t<T>*, accumulation_t<T>*);                         \
-  template void batch_norm_tangent_by_channel<T>(                                                \
-      const BatchNormBlock<T>&,                                                                  \
-      const accumulation_t<T>*,                                                                  \
-      const accumulation_t<T>*,                                                                  \
-      const accumulation_t<T>*);                                                                 \
-  template void batch_norm_tangent_by_position<T>(                                               \
-      const BatchNormBlock<T>&,                                                                  \
-      const accumulation_t<T>*,                                                                  \
-      const accumulation_t<T>*,                                                                  \
-      const accumulation_t<T>*);                                                                 \
-  template void scale<T>(const T*, int64_t, accumulation_t<T>, T*, int64_t);                     \
-  template void combine<T>(                                                                      \
-      const T* const*, int64_t, const accumulation_t<T>*, int64_t, accumulation_t<T>*, int64_t); \
-  template accumulation_t<T> dot<T, T>(const T*, int64_t, const T*, int64_t, int64_t);
-
-L2RW_INSTANTIATE(double)
-L2RW_INSTANTIATE(float)
-L2RW_INSTANTIATE(BFloat16)
-L2RW_INSTANTIATE(Half)
-template float dot<BFloat16, float>(const BFloat16*, int64_t, const float*, int64_t, int64_t);
-template float dot<Half, float>(const Half*, int64_t, const float*, int64_t, int64_t);
+template struct RowKernels<double>;
+template struct RowKernels<float>;
+template struct RowKernels<BFloat16>;
+template struct RowKernels<Half>;
+template double RowKernels<double>::dot(const double*, int64_t, const double*, int64_t, int64_t);
+template float RowKernels<float>::dot(const float*, int64_t, const float*, int64_t, int64_t);
+template float RowKernels<BFloat16>::dot(
+    const BFloat16*, int64_t, const BFloat16*, int64_t, int64_t);
+template float RowKernels<BFloat16>::dot(const BFloat16*, int64_t, const float*, int64_t, int64_t);
+template float RowKernels<Half>::dot(const Half*, int64_t, const Half*, int64_t, int64_t);
+template float RowKernels<Half>::dot(const Half*, int64_t, const float*, int64_t, int64_t);
 
 }  // namespace l2rw::L2RW_ISA
