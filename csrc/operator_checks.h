@@ -274,7 +274,8 @@ inline Sizes gradient_shape(const Convolution& conv, const Sizes& kernel_size) {
 constexpr std::array<const char*, 3> kGradientSizes{
     "channels of g", "channels of z in a group", "kernel_size"};
 
-inline Convolution check_conv_correlation(
+inline Convolution check_directed_convolution(
+    const char* operation,
     const Tensor& z,
     const Tensor& g,
     const Tensor& direction,
@@ -283,7 +284,6 @@ inline Convolution check_conv_correlation(
     const Sizes& padding,
     const Sizes& dilation,
     int64_t groups) {
-  constexpr const char* operation = "conv_correlation";
   check_dim(operation, {"direction", direction}, z.dim());
   Sizes kernel_size;
   for (int64_t d = 2; d < direction.dim(); ++d) {

@@ -61,8 +61,8 @@ Tensor conv_correlation(
     const Sizes& padding,
     const Sizes& dilation,
     int64_t groups) {
-  const Convolution conv =
-      check_conv_correlation(z, g, direction, direction_bias, stride, padding, dilation, groups);
+  const Convolution conv = check_directed_convolution(
+      "conv_correlation", z, g, direction, direction_bias, stride, padding, dilation, groups);
   const ScalarType accumulation = accumulation_dtype(z.scalar_type());
   Tensor scores = torch::stable::new_empty(z, {conv.examples}, accumulation);
   if (g.numel() == 0) {

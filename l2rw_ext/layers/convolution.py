@@ -187,7 +187,7 @@ class Convolution(Layer):
             assert V_b is not None
             u = g.flatten(2).sum(2, dtype=V_b.dtype) @ V_b
         else:
-            u = ops.conv_correlation(z, g, V, V_b, *use.options.of_operator())
+            u = correlate(use, z, g, V, V_b)
         return u if frames == 1 else u.view(-1, frames).sum(1)
 
     def example_gradients(
@@ -218,6 +218,12 @@ class Convolution(Layer):
             return None, bias
         W, W_b = gathered(use, z, g, weights)
         return W, (W_b if use.roots[1] is not None else None)
+
+
+def correlate(use: Use, z: Tensor, g: Tensor, V: Tensor, V_b: Tensor | None) -> Tensor:
+    """Σ_p g·(V * z + V_b) of each row."""
+    geometry: Geometry = use.options
+    return ops.conv_correlation(z, g, V, V_b, *geometry.of_operator())
 
 
 def examples_of(

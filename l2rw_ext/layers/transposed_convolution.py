@@ -16,7 +16,7 @@ from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
 from .base import Call, Function, Roots, RowMap, Use
-from .convolution import Convolution, Geometry, examples_of, gathered, numbers
+from .convolution import Convolution, Geometry, correlate, examples_of, gathered, numbers
 
 
 class TransposedConvolution(Convolution):
@@ -94,7 +94,7 @@ class TransposedConvolution(Convolution):
         V, V_b = direction
         parts = []
         if V is not None:
-            u = ops.conv_correlation(*_swapped(z, g), V, None, *use.options.of_operator())
+            u = correlate(use, *_swapped(z, g), V, None)
             parts.append(_by_example(u, g))
         if V_b is not None:
             parts.append(_bias_gradients(g) @ V_b)

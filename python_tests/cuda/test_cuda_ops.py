@@ -6,6 +6,7 @@ The kernels run on a GPU where there is one, and everywhere else on the host (su
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,23 +31,15 @@ from support.operator_cases import (
     map_tensors,
     sample,
 )
+from support.paths import ROOT
 
 on_a_gpu = pytest.mark.cuda
 
-KERNELS = (
-    "factored_correlation",
-    "factored_correlations",
-    "dense_correlation",
-    "conv_correlation",
-    "affine_example_gradients",
-    "linear_example_gradients",
-    "conv_example_gradients",
-    "conv_weighted_gradient",
-    "embedding_correlation",
-    "scale_rows",
-    "weighted_sum",
-    "normalize_weights",
-)
+KERNELS = [
+    name
+    for source in sorted((ROOT / "csrc" / "cuda" / "ops").glob("*.cu"))
+    for name in re.findall(r'm\.impl\("(\w+)"', source.read_text())
+]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 every_kernel = pytest.mark.parametrize("name", KERNELS)

@@ -19,6 +19,7 @@ from l2rw_ext.ops._operator import OPERATORS
 from l2rw_ext.ops.formulas import FORMULAS, Results, convert, sample
 from support.operator_cases import (
     ARGUMENTS,
+    EDGES,
     Draw,
     assert_operator_exact,
     call,
@@ -71,6 +72,11 @@ def test_matches_plain_float64(name: str, dtype: torch.dtype, data: st.DataObjec
     for argument, copy in zip(flat(arguments)[0], flat(before)[0], strict=True):
         if isinstance(argument, Tensor):
             assert torch.equal(argument, copy)
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name: str) -> None:
+    assert_operator_exact(name, torch.float32, EDGES[name], call(name, EDGES[name]))
 
 
 @every_operator

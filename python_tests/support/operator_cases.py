@@ -253,6 +253,16 @@ ARGUMENTS: dict[str, Callable[[Draw], Arguments]] = {
 }
 
 
+EDGES: dict[str, Arguments] = {
+    # Wide channels and few pixels have a kernel for themselves, which once divided by n.
+    "conv_correlation": (
+        *(torch.ones(0, 32, 3, 3), torch.ones(0, 32, 3, 3), torch.ones(32, 32, 3, 3), None),
+        *([1, 1], [1, 1], [1, 1], 1),
+    ),
+}
+"""Arguments on which an operator was wrong although drawn ones were right."""
+
+
 def call(name: str, arguments: Arguments) -> Results:
     """The operator's results as a tuple."""
     return as_results(OPERATORS[name](*arguments))

@@ -31,8 +31,8 @@ Tensor conv_correlation(
     const Sizes& padding,
     const Sizes& dilation,
     int64_t groups) {
-  const Convolution conv =
-      check_conv_correlation(z, g, direction, direction_bias, stride, padding, dilation, groups);
+  const Convolution conv = check_directed_convolution(
+      kOperation, z, g, direction, direction_bias, stride, padding, dilation, groups);
   check_image_size(kOperation, conv, z);
   const Launch launch(kOperation, z);
   Tensor u = torch::stable::new_empty(z, {z.size(0)}, accumulation_dtype(z.scalar_type()));
