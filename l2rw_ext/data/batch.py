@@ -17,6 +17,15 @@ Batch: TypeAlias = tuple[Any, Any]
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
 
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure; a tensor alone, the usual case, is its only leaf, without a walk."""
+    return ([tree], None) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
+
+
+def _unflatten(leaves: list[Any], structure: Any) -> Any:
+    return leaves[0] if structure is None else pytree.tree_unflatten(leaves, structure)
+
+
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, dict):
         return (), inputs
@@ -36,7 +45,7 @@ def forward_with(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any
 
 def tensors(tree: Any) -> list[Tensor]:
     """All tensors of a nest of tuples, lists and dicts, in order."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
 def unpack(batch: Any, name: str) -> Batch:
@@ -68,7 +77,7 @@ def unpack(batch: Any, name: str) -> Batch:
 
 def describe(tree: Any) -> tuple[Any, ...]:
     """A hashable description of a nest of tensors: structure, shapes, dtypes and devices."""
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves, spec = _flatten(tree)
     parts = (
         (x.shape, x.dtype, x.device, x.is_contiguous()) if isinstance(x, Tensor) else repr(x)
         for x in leaves
@@ -78,8 +87,8 @@ def describe(tree: Any) -> tuple[Any, ...]:
 
 def check_same_kind(train: Any, clean: Any) -> None:
     """Raise if training and clean inputs differ in structure, dtype or device."""
-    a, spec_a = pytree.tree_flatten(train)
-    b, spec_b = pytree.tree_flatten(clean)
+    a, spec_a = _flatten(train)
+    b, spec_b = _flatten(clean)
     if spec_a != spec_b:
         raise ValueError(
             "inputs of the training and the clean batch differ in structure: "
@@ -123,8 +132,8 @@ def merge(train: Any, clean: Any, n: int, m: int, *, known_batched: bool = False
     batches. Comparing batched tensors then synchronises with the device, so the comparison is left
     out if an earlier step on batches of these shapes has shown that they are ``known_batched``.
     """
-    a, spec = pytree.tree_flatten(train)
-    b = pytree.tree_leaves(clean)
+    a, spec = _flatten(train)
+    b = _flatten(clean)[0]
     alone = sum(isinstance(x, Tensor) for x in a) == 1
     merged = []
     batched = False
@@ -136,7 +145,7 @@ def merge(train: Any, clean: Any, n: int, m: int, *, known_batched: bool = False
         merged.append(one)
     if not batched:
         return None
-    return pytree.tree_unflatten(merged, spec)
+    return _unflatten(merged, spec)
 
 
 def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, known_batched: bool) -> Any | None:
@@ -166,12 +175,12 @@ def split(outputs: Any, n: int, m: int) -> tuple[Any, Any] | None:
     The result is None if the outputs cannot be cut: dimension 0 of some output tensor has not size
     n + m, or some output is an object that may hold tensors and is neither a dataclass nor a dict.
     """
-    leaves, spec = pytree.tree_flatten(outputs)
+    leaves, spec = _flatten(outputs)
     pairs = [_split_leaf(x, n, m) for x in leaves]
     if any(pair is None for pair in pairs):
         return None
     train, clean = ([pair[k] for pair in pairs if pair is not None] for k in (0, 1))
-    return pytree.tree_unflatten(train, spec), pytree.tree_unflatten(clean, spec)
+    return _unflatten(train, spec), _unflatten(clean, spec)
 
 
 def _split_leaf(x: Any, n: int, m: int) -> tuple[Any, Any] | None:

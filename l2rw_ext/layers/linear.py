@@ -18,7 +18,8 @@ from .costs import BLOCKED_POSITIONS, Cost, Size, rates_of
 
 def flat(x: Tensor) -> Tensor:
     """All rows as one dimension: (..., d) -> (rows, d)."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = -1 if x.numel() else math.prod(x.shape[:-1])
+    return x.reshape(rows, x.shape[-1])
 
 
 class Linear(Layer):
