@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,33 @@ from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers.base import Use
 
 from .interception import Interception
+
+
+def nodes_from(start: Tensor, seen: set[Any]) -> Iterator[Any]:
+    """The nodes of autograd's graph that lead to a tensor, but for those already seen."""
+    stack = [start.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(following for following, _ in node.next_functions)
+
+
+def _accumulate_type() -> Any:
+    leaf = torch.zeros((), requires_grad=True)
+    node = leaf.view_as(leaf).grad_fn
+    assert node is not None
+    return type(node.next_functions[0][0])
+
+
+_ACCUMULATE = _accumulate_type()
+
+
+def leaf_of(node: Any) -> Tensor | None:
+    """The leaf whose gradient a node accumulates; None for any other node."""
+    leaf: Tensor | None = node.variable if isinstance(node, _ACCUMULATE) else None
+    return leaf
 
 
 def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[set[int]]:
@@ -26,34 +53,17 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
     seen: set[Any] = set()
     hides = ""
     for loss in losses:
-        stack = [loss.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if isinstance(node, _ACCUMULATE):
-                variable = _leaf_of(node)
-                if variable is not interception.token:
-                    raise NotExactError(_uncovered(interception, variable))
-                continue
+        for node in nodes_from(loss, seen):
+            leaf = leaf_of(node)
+            if leaf is not None and leaf is not interception.token:
+                raise NotExactError(_uncovered(interception, leaf))
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 use = getattr(node, "use", None)
                 if isinstance(use, Use):
                     reached.add(use.index)
-                    for root, version in zip(use.roots, use.versions, strict=True):
-                        if root is not None and root.grad_fn is not None:
-                            _check_derivation(interception, root)
-                            if root._version != version:
-                                raise NotExactError(
-                                    f"{interception.name_of(root)} was changed in place after "
-                                    f"{use.operation} used it"
-                                )
+                    _check_roots(interception, use)
                 elif interception.without_grad is not None:
                     hides = type(node).__name__
-            for following, _ in node.next_functions:
-                if following is not None and following not in seen:
-                    stack.append(following)
         after_each.append(set(reached))
     if hides:
         raise NotExactError(
@@ -63,13 +73,20 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
     return after_each
 
 
-def _check_derivation(interception: Interception, root: Tensor) -> None:
-    """Raise if a derived root depends on the output of a layer, whose use it would hide."""
-    if id(interception.token) in sources(root):
-        raise NotExactError(
-            f"{interception.name_of(root)} also depends on the output of a layer, so that the "
-            "gradient takes a way past that layer"
-        )
+def _check_roots(interception: Interception, use: Use) -> None:
+    """Raise if a derived root depends on a layer's output, which it would hide, or was written."""
+    for root, version in zip(use.roots, use.versions, strict=True):
+        if root is None or root.grad_fn is None:
+            continue
+        if id(interception.token) in sources(root):
+            raise NotExactError(
+                f"{interception.name_of(root)} also depends on the output of a layer, so that the "
+                "gradient takes a way past that layer"
+            )
+        if root._version != version:
+            raise NotExactError(
+                f"{interception.name_of(root)} was changed in place after {use.operation} used it"
+            )
 
 
 def _uncovered(interception: Interception, variable: Tensor) -> str:
@@ -90,35 +107,9 @@ def _uncovered(interception: Interception, variable: Tensor) -> str:
     return f"parameter {name!r} goes into {operation}, which has no layer-wise rule"
 
 
-def _accumulate_type() -> type:
-    leaf = torch.zeros((), requires_grad=True)
-    node = leaf.view_as(leaf).grad_fn
-    assert node is not None
-    return type(node.next_functions[0][0])
-
-
-_ACCUMULATE = _accumulate_type()
-
-
-def _leaf_of(accumulator: Any) -> Tensor:
-    """The leaf that a node of the type ``_ACCUMULATE`` belongs to."""
-    leaf: Tensor = accumulator.variable
-    return leaf
-
-
 def sources(root: Tensor) -> frozenset[int]:
     """The ids of the parameters that a root is computed from; for a parameter, only its id."""
     if root.grad_fn is None:
         return frozenset((id(root),))
-    found: set[int] = set()
-    seen = {root.grad_fn}
-    stack = [root.grad_fn]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, _ACCUMULATE):
-            found.add(id(_leaf_of(node)))
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return frozenset(found)
+    leaves = (leaf_of(node) for node in nodes_from(root, set()))
+    return frozenset(id(leaf) for leaf in leaves if leaf is not None)

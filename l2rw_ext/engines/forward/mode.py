@@ -13,7 +13,7 @@ A tensor that breaks this rule went past the mode, and is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ from l2rw_ext.layers.base import Layer
 from l2rw_ext.layers.torch_functions import writes
 from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.task import Direction, Task
+from l2rw_ext.tracing.graph import leaf_of, nodes_from
 
 from .dual import dual, tangent_of, unpack
 
@@ -225,12 +226,14 @@ class Tangents(TorchFunctionMode):
                 raise NotExactError(
                     f"parameter {self._names[id(p)]!r} was changed during the forward"
                 )
-        for variable, user in _leaves(losses):
-            if id(variable) in self._duals and user not in self._entrances:
-                raise NotExactError(
-                    f"parameter {self._names[id(variable)]!r} is used where no torch function "
-                    "shows it (a compiled or scripted region)"
-                )
+        for node in nodes_from(losses, set()):
+            for following, _ in node.next_functions if node not in self._entrances else ():
+                leaf = leaf_of(following)
+                if leaf is not None and id(leaf) in self._duals:
+                    raise NotExactError(
+                        f"parameter {self._names[id(leaf)]!r} is used where no torch function "
+                        "shows it (a compiled or scripted region)"
+                    )
         tangent = tangent_of(losses)
         if tangent is None:
             if losses.requires_grad and not losses.is_leaf and losses not in self._still:
@@ -277,20 +280,3 @@ def _map(function: Callable[[Tensor], Tensor], tree: Any, seen: list[Tensor]) ->
     if kind is dict:
         return {key: _map(function, x, seen) for key, x in tree.items()}
     return tree
-
-
-def _leaves(out: Tensor) -> Iterator[tuple[Tensor, Any]]:
-    """Every leaf that autograd would reach from ``out``, with the node that leads to it."""
-    stack = [out.grad_fn]
-    seen = {out.grad_fn}
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        for following, _ in node.next_functions:
-            variable = getattr(following, "variable", None)
-            if variable is not None:
-                yield variable, node
-            elif following not in seen:
-                seen.add(following)
-                stack.append(following)
