@@ -53,7 +53,7 @@ class Captures:
         return (type(self), ())
 
     def step(self, task: Task, options: Key, compute: Compute) -> Computed:
-        """A step: run as ever, watched, captured or replayed, by how many there were of its kind.
+        """A step, run as it is, watched, captured or replayed, by how many there were of its kind.
 
         ``options`` are those of the reweighter that a graph depends on. After an error the model,
         its buffers, its gradients and torch's generators are as before.

@@ -1,12 +1,33 @@
-"""Facts about torch functions: which write to an argument, and how to run one as its body."""
+"""Facts about torch functions: which write to an argument, whose names, how to run one's body."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
 
 _WRITES: dict[Any, bool] = {}
+
+
+@functools.cache
+def _keywords(function: Callable[..., Any]) -> frozenset[str] | None:
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY)
+
+
+def takes(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function that stands in for one of torch's knows these keywords.
+
+    Torch also accepts names of NumPy's (``x`` for ``input``), and ``out``.
+    """
+    if not kwargs:
+        return True
+    known = _keywords(function)
+    return known is None or kwargs.keys() <= known
 
 
 def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Call, Layer, Roots, Use
-from l2rw_ext.layers.torch_functions import writes
+from l2rw_ext.layers.torch_functions import takes, writes
 
 from . import autocast
 from .members import Members
@@ -164,7 +164,7 @@ class Interception(TorchFunctionMode):
     def _covered(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function as a use or rewritten; NotImplemented if it is neither."""
         layer = LAYERS.get(func)
-        if layer is not None:
+        if layer is not None and takes(layer.bind, kwargs):
             call = layer.bind(func, *args, **kwargs)
             if call is not None and call.couples:
                 if self.is_data(call.x) and torch.is_grad_enabled():
@@ -174,7 +174,9 @@ class Interception(TorchFunctionMode):
                 if out is not NotImplemented:
                     return out
         rewrite = _REWRITES.get(func)
-        return NotImplemented if rewrite is None else rewrite(self, func, *args, **kwargs)
+        if rewrite is None or not takes(rewrite, kwargs):
+            return NotImplemented
+        return rewrite(self, func, *args, **kwargs)
 
     def _coupled(self, call: Call) -> str:
         of = "" if call.weight is None else f" (parameter {self.name_of(call.weight)!r})"

@@ -339,10 +339,11 @@ def wrong(name: str, int16: str) -> Iterator[tuple[str, Arguments, tuple[str, ..
         deeper = argument[None, None, None]
         if (name, label) != ("weighted_sum", "gradients"):
             yield f"{label} rank", replaced(deeper), ("dimension", "got shape")
-        if argument.dim() and (name, label) not in (
+        # A single argument, a list of rows and a table may have any length.
+        free = len(leaves) == 1 or (name, label) in (
             ("scale_rows", "active"),
-            ("normalize_weights", "u"),
             ("embedding_correlation", "direction"),
-        ):
+        )
+        if argument.dim() and not free:
             longer = torch.cat([argument, argument[:1], argument[:1]])
             yield f"{label} examples", replaced(longer), ("must", "got shape")

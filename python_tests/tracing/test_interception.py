@@ -205,6 +205,39 @@ def test_what_no_rule_covers_is_named_and_goes_to_another_engine(name: str) -> N
     assert warned == (1 if engine == "double_backward" else 0)
 
 
+KEYWORDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "torch's names": (
+        lambda s, x: torch.cat(
+            tensors=[F.linear(input=x, weight=s.w, bias=s.b), s.b.expand(x.shape[0], -1)], dim=1
+        ),
+        "layerwise",
+    ),
+    "NumPy's names": (lambda s, x: F.linear(x=x, weight=s.w, bias=s.b), "forward"),
+    "a factor by name": (lambda s, x: torch.matmul(x, other=s.w.t()) + s.b, "forward"),
+    "NumPy's name of an activation": (
+        lambda s, x: torch.relu(x=F.batch_norm(F.linear(x, s.w), None, None, training=True)),
+        "double_backward",
+    ),
+}
+"""Calls by name, and the first engine that knows the names."""
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+@pytest.mark.filterwarnings("ignore:l2rw_ext")
+def test_arguments_by_name(name: str) -> None:
+    """A name that no layer and no rule knows goes to an engine that is exact all the same."""
+    function, engine = KEYWORDS[name]
+    model = model_of(function, w=torch.randn(CLASSES, 5), b=torch.randn(CLASSES))
+    assert_exact(model, cross_entropy, vectors(6), vectors(4), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "forward"])
+def test_argument_that_torch_refuses_is_torchs_error(engine: Any) -> None:
+    model = model_of(lambda s, x: F.linear(x, s.w, scale=2), w=torch.randn(CLASSES, 5))
+    with pytest.raises(TypeError, match=r"linear\(\) got an unexpected keyword argument 'scale'"):
+        Reweighter(model, cross_entropy, engine=engine).backward(vectors(6), vectors(4))
+
+
 def test_loss_function_with_parameters_of_its_own() -> None:
     model, head = mlp(), nn.Linear(CLASSES, CLASSES).double()
     loss = lambda out, y: cross_entropy(head(out), y)  # noqa: E731

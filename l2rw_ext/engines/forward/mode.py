@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Layer
-from l2rw_ext.layers.torch_functions import writes
+from l2rw_ext.layers.torch_functions import takes, writes
 from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.task import Direction, Task
 from l2rw_ext.tracing.graph import leaf_of, nodes_from
@@ -131,7 +131,7 @@ class Tangents(TorchFunctionMode):
                     "hides how it depends on the parameters (a custom autograd Function, a "
                     "compiled or scripted region)"
                 )
-        run = func if still else self._rule_of(func)
+        run = func if still else self._rule_of(func, kwargs)
         if recomputed():
             # A recomputation in the weighted backward would have no tangents.
             with kept():
@@ -144,13 +144,18 @@ class Tangents(TorchFunctionMode):
             self._checked(name, kwargs.get("out", args[0]), still, tensors)
         return self._checked(name, out, still, tensors)
 
-    def _rule_of(self, func: Function) -> Callable[..., Any]:
+    def _rule_of(self, func: Function, kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What carries the tangent through a function; the function itself if torch does."""
         rule = _RULES.get(func)
         if rule is not None:
+            if not takes(rule, kwargs):
+                names = ", ".join(kwargs)
+                raise NotExactError(f"{func.__name__} is called with keywords ({names}) of NumPy's")
             return partial(rule, self, func)
         layer = LAYERS.get(func)
-        return func if layer is None or not layer.linear_in_x else partial(_through, layer, func)
+        if layer is None or not layer.linear_in_x or not takes(layer.bind, kwargs):
+            return func
+        return partial(_through, layer, func)
 
     def _gradients(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the result of a backward inside the forward constant, or refuse it.
