@@ -16,6 +16,7 @@ from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import corrections
 from l2rw_ext.task.isolation import Buffers, Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.tracing.graph import nodes_from
 
 from .base import Engine, GraphScored, Scored
 from .explanation import Explanation
@@ -71,6 +72,13 @@ def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | Non
     Raises:
         NotExactError: torch has no second derivative of some operation.
     """
+    seen: set[Any] = set()
+    for p, _ in moved:
+        if any(node.name() == "torch::autograd::Error" for node in nodes_from(p, seen)):
+            # No path from ε leads to its node, so that torch would leave its part out silently.
+            raise NotExactError(
+                "the backward of a custom autograd function is marked once_differentiable"
+            )
     try:
         (gradient,) = torch.autograd.grad(
             [p for p, _ in moved],

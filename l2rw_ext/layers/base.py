@@ -267,7 +267,8 @@ class UseFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, token: Tensor, use: Use) -> Tensor:
         """Run the operation; ``token`` requires grad, so that a first layer is in the graph too."""
         ctx.use = use
-        ctx.save_for_backward(x, use.weight)
+        # As in torch, the weight may be written to where no input needs a gradient.
+        ctx.save_for_backward(x, use.weight if ctx.needs_input_grad[0] else None)
         return use.layer.forward(x, use.weight, use.bias, use.options)
 
     @staticmethod

@@ -52,8 +52,10 @@ class Embedding(Layer):
     def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: int | None) -> Roots:
         """Σ of g where the index is k, for every row k."""
         assert like[0] is not None
-        g = _unpadded(g, x, options)
-        return _scatter(like[0], x, g, accumulation_dtype(g.dtype)), None
+        dtype = accumulation_dtype(g.dtype)
+        rows = _unpadded(g, x, options).reshape(x.numel(), g.shape[-1]).to(dtype)
+        zeros = torch.zeros(like[0].shape, dtype=dtype, device=g.device)
+        return zeros.index_add(0, x.reshape(x.numel()), rows), None
 
     def data_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, options: Any) -> Tensor:
         """An index has no gradient."""
@@ -115,8 +117,7 @@ def _unpadded(g: Tensor, index: Tensor, padding: int | None) -> Tensor:
 
 def _scatter(like: Tensor, index: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.zeros(like.shape, dtype=dtype, device=g.device)
-    rows = g.reshape(index.numel(), g.shape[-1]).to(dtype)
-    return out.index_add(0, index.reshape(index.numel()), rows)
+    return out.index_add_(0, index.reshape(-1), g.reshape(-1, g.shape[-1]).to(dtype))
 
 
 class Bag(NamedTuple):

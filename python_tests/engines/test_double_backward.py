@@ -215,3 +215,32 @@ def test_an_operation_without_a_second_derivative_is_named(engine: Any) -> None:
         pytest.raises(NotExactError, match=r"lacks a second derivative: .*cdist"),
     ):
         Reweighter(model, cross_entropy, engine=engine).backward(batch, clean)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.t(), x.t() @ g
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "double_backward"])
+@pytest.mark.filterwarnings("ignore:l2rw_ext")
+def test_backward_that_is_once_differentiable_is_refused(engine: Any, behind: bool) -> None:
+    """Torch would leave its part of the second derivative out, without an error."""
+    width = 4 if behind else CLASSES
+    model = model_of(
+        lambda s, x: s.head(_OnceDifferentiable.apply(x, s.w)),
+        w=torch.randn(5, width),
+        head=nn.Linear(width, CLASSES) if behind else nn.Identity(),
+    )
+    batch, clean = vectors(6), vectors(4)
+    with unchanged(model), pytest.raises(NotExactError, match="marked once_differentiable"):
+        Reweighter(model, cross_entropy, engine=engine).backward(batch, clean)

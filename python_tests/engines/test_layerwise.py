@@ -705,6 +705,17 @@ class _Wrapped(nn.Sequential):
         return (super().forward(x),)
 
 
+def test_a_loss_that_writes_to_the_outputs_is_remembered() -> None:
+    """After the first step no batch is merged in vain: two forwards a step."""
+    calls: list[int] = []
+    model = model_of(lambda s, x: calls.append(len(x)) or s.head(x), head=nn.Linear(5, CLASSES))
+    reweighter = Reweighter(model, lambda o, y: cross_entropy(o.mul_(2), y), engine="layerwise")
+    for _ in range(3):
+        calls.clear()
+        reweighter.backward(vectors(6), vectors(4))
+    assert sorted(calls) == [4, 6]
+
+
 @pytest.mark.parametrize("kind", [nn.Sequential, _Wrapped])
 @pytest.mark.parametrize("keeps_output", [False, True])
 def test_a_loss_that_writes_to_the_outputs(kind: Any, keeps_output: bool) -> None:

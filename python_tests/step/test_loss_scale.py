@@ -12,7 +12,7 @@ from torch import nn
 
 from l2rw_ext import Reweighter, devices
 from l2rw_ext.reference import relative_error
-from support.models import ENGINES, cross_entropy, mlp, vectors
+from support.models import ENGINES, cross_entropy, mlp, model_of, vectors
 from support.oracle import EXACT, flat, gradients_of, truth, unchanged
 
 
@@ -183,3 +183,15 @@ def test_what_is_no_scaler() -> None:
     model, batch, clean = mlp(), vectors(6), vectors(4)
     with unchanged(model), pytest.raises(TypeError, match="grad_scaler must be"):
         Reweighter(model, cross_entropy).backward(batch, clean, grad_scaler=3)  # type: ignore
+
+
+def test_overflow_in_the_second_attempt_of_a_first_step() -> None:
+    """The model is tried again, with repeated parameters as data, and only then overflows."""
+    model = model_of(
+        lambda s, x: torch.atan2(x @ s.w, s.p.expand(len(x), 3)),
+        w=torch.randn(5, 3),
+        p=torch.randn(3),
+    ).float()
+    batch, clean = ((x.float(), y) for x, y in (vectors(6), vectors(4)))
+    step = Reweighter(model, cross_entropy).backward(batch, clean, grad_scaler=_scaler(2.0**127))
+    assert bool(step.scores.isnan().all())

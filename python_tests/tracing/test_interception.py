@@ -213,6 +213,8 @@ KEYWORDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         "layerwise",
     ),
     "NumPy's names": (lambda s, x: F.linear(x=x, weight=s.w, bias=s.b), "forward"),
+    "addmm by name": (lambda s, x: torch.addmm(s.b, x, mat2=s.w.t()), "forward"),
+    "addmm with beta": (lambda s, x: torch.addmm(s.b, x, s.w.t(), beta=2), "layerwise"),
     "a factor by name": (lambda s, x: torch.matmul(x, other=s.w.t()) + s.b, "forward"),
     "NumPy's name of an activation": (
         lambda s, x: torch.relu(x=F.batch_norm(F.linear(x, s.w), None, None, training=True)),
@@ -236,6 +238,23 @@ def test_argument_that_torch_refuses_is_torchs_error(engine: Any) -> None:
     model = model_of(lambda s, x: F.linear(x, s.w, scale=2), w=torch.randn(CLASSES, 5))
     with pytest.raises(TypeError, match=r"linear\(\) got an unexpected keyword argument 'scale'"):
         Reweighter(model, cross_entropy, engine=engine).backward(vectors(6), vectors(4))
+
+
+def test_table_that_is_written_after_the_look_up() -> None:
+    """As in torch, what was looked up needs the table no more."""
+
+    def forward(s: Any, index: Tensor) -> Tensor:
+        rows = F.embedding(index, s.table)
+        with torch.no_grad():
+            s.table.mul_(1)
+        return s.head(rows.sum(1))
+
+    model = model_of(forward, table=torch.randn(7, 5), head=nn.Linear(5, CLASSES))
+
+    def batch(n: int) -> tuple[Tensor, Tensor]:
+        return torch.randint(7, (n, 3)), torch.randint(CLASSES, (n,))
+
+    assert_exact(model, cross_entropy, batch(6), batch(4), engine="layerwise")
 
 
 def test_loss_function_with_parameters_of_its_own() -> None:

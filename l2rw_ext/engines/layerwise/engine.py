@@ -78,24 +78,32 @@ class Layerwise(Engine):
         if kind.refused is not None:
             raise NotExactError(kind.refused)
         try:
-            try:
-                return self._attempt(task, snapshot, direction, kind)
-            except StalePlanError:
-                return self._attempt_anew(task, snapshot, direction, kind)
+            return self._attempts(task, snapshot, direction, kind)
         except OverflowedError as error:
             error.scoring.overflow()
             return error.scoring
         except NotExactError as error:
-            if not kind.by_row:
-                # Perhaps a tensor made without data has a row for each example.
-                kind.by_row = True
-                with contextlib.suppress(NotExactError):
-                    return self._attempt_anew(task, snapshot, direction, kind)
             kind.refused = str(error)
             raise
         finally:
             if kind != _Kind(alone):  # else its key, which is long, need not be kept
                 self._kinds[alone, pair] = kind
+
+    def _attempts(
+        self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
+    ) -> Scoring:
+        try:
+            try:
+                return self._attempt(task, snapshot, direction, kind)
+            except StalePlanError:
+                return self._attempt_anew(task, snapshot, direction, kind)
+        except NotExactError:
+            if not kind.by_row:
+                # Perhaps a tensor made without data has a row for each example.
+                kind.by_row = True
+                with contextlib.suppress(NotExactError):
+                    return self._attempt_anew(task, snapshot, direction, kind)
+            raise
 
     def _attempt_anew(
         self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
@@ -367,8 +375,10 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
     except (NotCapturableError, NotExactError, NotMergeableError):
         raise
     except Exception as error:
+        # A loss function that writes to its part of the outputs does so in each step.
+        writes = "modified inplace" in str(error)
         raise NotMergeableError(
-            f"{type(error).__name__} on the merged batch", permanent=False
+            f"{type(error).__name__} on the merged batch", permanent=writes
         ) from error
     return losses, clean_losses
 

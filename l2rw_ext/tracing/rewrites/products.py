@@ -158,19 +158,14 @@ def _matmul(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) ->
     Tensor.baddbmm,
 )
 def _product_plus(
-    mode: Interception,
-    func: Function,
-    start: Tensor,
-    a: Tensor,
-    b: Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-    out: Tensor | None = None,
+    mode: Interception, func: Function, /, *args: Any, beta: float = 1, alpha: float = 1
 ) -> Any:
-    """β start + α (a @ b)."""
-    if out is not None or not mode.root_meets_data([start, a, b]) or not torch.is_grad_enabled():
+    """β start + α (a @ b); other forms of the call than by position have no rule."""
+    if len(args) != 3 or not all(isinstance(a, Tensor) for a in args):
         return NotImplemented
+    if not mode.root_meets_data(args) or not torch.is_grad_enabled():
+        return NotImplemented
+    start, a, b = args
     with mode:
         product = torch.matmul(a, b)
         product = product if alpha == 1 else product * alpha
