@@ -125,7 +125,7 @@ class _Perturbed(torch.autograd.Function):
         dim = term.example_dim
         u = None
         if need_eps:
-            # An operator has neither a second derivative nor a tangent.
+            # An operator serves where nobody differentiates the scores again: it has no derivative.
             if g.numel() and not torch.is_grad_enabled() and not _forward_mode():
                 u = term.scores(x, g, (V, V_b))
             else:
