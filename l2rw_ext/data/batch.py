@@ -150,6 +150,8 @@ def merge(train: Any, clean: Any, n: int, m: int, *, known_batched: bool = False
 
 def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, known_batched: bool) -> Any | None:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
+        if x.layout != torch.strided or y.layout != torch.strided:
+            return None  # what is asked of merged rows, sparse tensors cannot say
         if x.dim() and y.dim() and x.size(0) == n and y.size(0) == m:
             if x.shape[1:] != y.shape[1:]:
                 return None

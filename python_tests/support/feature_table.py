@@ -811,6 +811,18 @@ def _() -> Made:
     return model, *batches(5)
 
 
+@feature(
+    "obstacles",
+    "sparse inputs",
+    layerwise=_no_rule("mm"),
+    forward=Refusal("the forward cannot carry tangents", "no forward mode in torch"),
+)
+def _() -> Made:
+    model = model_of(lambda s, x: torch.mm(x, s.w), w=torch.randn(5, CLASSES))
+    (x, y), (x_clean, y_clean) = batches(5)
+    return model, (x.to_sparse(), y), (x_clean.to_sparse(), y_clean)
+
+
 @feature("obstacles", "a loop over the examples", layerwise=_MIXES)
 def _() -> Made:
     def forward(model: Any, x: Tensor) -> Tensor:
