@@ -177,10 +177,12 @@ def perturb(
     example_dim: int,
     clean_shape: Callable[[Tensor], tuple[int, ...]],
     eps_name: str = "eps",
+    *,
+    bias_alone: bool = False,
 ) -> Tensor:
     """The plain layer's output ``y`` with ε_i times the term of the layer added to it.
 
-    Only a norm, for which ε is not called eps, may have a direction of its bias alone.
+    ``bias_alone`` allows a direction without V.
     """
     name = call.operation
     eps = checked_eps(name, eps_name, eps, y, example_dim)
@@ -192,7 +194,7 @@ def perturb(
         like = call.weight, call.bias if direction.bias else None
         V, V_b = layer.term_transpose(g_clean, z_clean, like, call.options)
     else:
-        if eps_name == "eps":
+        if not bias_alone:
             required(name, "V", direction.V)
         check_dense(name, direction, call.weight, call.bias)
         V, V_b = direction.V, direction.V_b

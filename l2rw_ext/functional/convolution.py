@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from l2rw_ext.layers.base import Call
-from l2rw_ext.layers.convolution import CONVOLUTION, Geometry, sides_of
+from l2rw_ext.layers.convolution import CONVOLUTION, Geometry, beforehand, numbers, sides_of
 
 from ._arguments import checked_example_dim, is_single
 from ._perturbation import perturb
@@ -19,12 +19,10 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 def _numbers(layer: str, name: str, value: int | Sequence[int], dims: int) -> list[int]:
     """``value`` for each spatial dimension."""
-    numbers = [value] if isinstance(value, int) else list(value)
-    if len(numbers) == 1:
-        numbers = numbers * dims
-    if len(numbers) != dims:
+    found = numbers(value, dims)
+    if len(found) != dims:
         raise ValueError(f"{layer}: {name} must be one number or {dims}, got {value}")
-    return numbers
+    return found
 
 
 def _padding_sides(
@@ -81,12 +79,8 @@ def _convolution(
     input = input.unsqueeze(0) if single else input
     checked_example_dim(layer, example_dim, input.dim(), 1)
     sides = _padding_sides(layer, padding, weight.shape[2:], strides, dilations)
-    paddings = [before for before, _ in sides]
-    amounts: tuple[int, ...] = ()
+    paddings, amounts = beforehand(sides, always=padding_mode != "zeros")
     mode = "constant" if padding_mode == "zeros" else padding_mode
-    if padding_mode != "zeros" or any(before != after for before, after in sides):
-        paddings = [0] * dims
-        amounts = tuple(amount for side in reversed(sides) for amount in side)
     geometry = Geometry(strides, paddings, dilations, groups, sides=amounts, mode=mode)
     y = CONVOLUTION.forward(CONVOLUTION.enter(input, geometry), weight, bias, geometry)
     if eps is None:

@@ -78,7 +78,17 @@ def _perturb(
 
     layout = Layout(features, lambda x: function(x, None, None))
     call = Call(layer, input, weight, bias, layout)
-    return perturb(SCALE, call, y, perturbation, direction, dim, clean_shape, "perturbation")
+    return perturb(
+        SCALE,
+        call,
+        y,
+        perturbation,
+        direction,
+        dim,
+        clean_shape,
+        "perturbation",
+        bias_alone=True,
+    )
 
 
 def layer_norm(

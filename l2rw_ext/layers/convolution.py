@@ -63,6 +63,15 @@ def sides_of(padding: str, kernel: Sequence[int], dilation: list[int]) -> list[t
     return [(total // 2, total - total // 2) for total in totals]
 
 
+def beforehand(
+    sides: Sequence[tuple[int, int]], *, always: bool = False
+) -> tuple[list[int], tuple[int, ...]]:
+    """What the convolution itself pads, and what ``F.pad`` does: all, if two sides differ."""
+    if always or any(before != after for before, after in sides):
+        return [0] * len(sides), tuple(amount for side in reversed(sides) for amount in side)
+    return [before for before, _ in sides], ()
+
+
 class Convolution(Layer):
     """y = W * z + b; forms: dense, per example.
 
@@ -94,11 +103,7 @@ class Convolution(Layer):
         if isinstance(padding, str):
             if padding == "same" and any(s != 1 for s in strides):
                 return None  # torch's own error
-            named = sides_of(padding, weight.shape[2:], dilations)
-            paddings = [before for before, _ in named]
-            if any(before != after for before, after in named):
-                paddings = [0] * spatial
-                sides = tuple(amount for side in reversed(named) for amount in side)
+            paddings, sides = beforehand(sides_of(padding, weight.shape[2:], dilations))
         else:
             paddings = numbers(padding, spatial)
         geometry = Geometry(strides, paddings, dilations, groups, sides=sides)

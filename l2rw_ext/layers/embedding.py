@@ -39,17 +39,17 @@ class Embedding(Layer):
         return Call("embedding", input, weight, None, row_of(padding_idx, weight))
 
     def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: int | None
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Any
     ) -> Tensor:
         """W[x]."""
         assert weight is not None
         return F.embedding(x, weight, options)
 
-    def term(self, x: Tensor, V: Tensor | None, V_b: Tensor | None, options: int | None) -> Tensor:
+    def term(self, x: Tensor, V: Tensor | None, V_b: Tensor | None, options: Any) -> Tensor:
         """V[x], zero at the padding index, whose row has no part in <V, ∇f_i>."""
         return _unpadded(self.forward(x, V, None, None), x, options)
 
-    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: int | None) -> Roots:
+    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: Any) -> Roots:
         """Σ of g where the index is k, for every row k."""
         assert like[0] is not None
         dtype = accumulation_dtype(g.dtype)
@@ -155,20 +155,24 @@ class EmbeddingBag(Embedding):
             return None
         return Call("embedding_bag", input, weight, None, Bag(mode, row_of(padding_idx, weight)))
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Bag
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, options: Any
     ) -> Tensor:
-        """Σ W[x], or its mean."""
+        """Σ W[x], or its mean; torch leaves the padding out."""
         assert weight is not None
         return F.embedding_bag(x, weight, mode=options.how, padding_idx=options.padding)
 
+    def term(self, x: Tensor, V: Tensor | None, V_b: Tensor | None, options: Any) -> Tensor:
+        """Σ V[x], or its mean."""
+        return self.forward(x, V, None, options)
+
+    def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: Any) -> Roots:
+        """As for an embedding of all indices."""
+        return super().term_transpose(_of_indices(g, x, options), x, like, options.padding)
+
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
-        """As for an embedding: every index of a bag has the gradient of the bag."""
-        bag: Bag = use.options
-        if bag.how == "mean":
-            counted = torch.ones_like(z) if bag.padding is None else z != bag.padding
-            g = g / counted.sum(1, keepdim=True).clamp(min=1)
-        g = _unpadded(g.unsqueeze(1).expand(*z.shape, g.shape[-1]), z, bag.padding)
+        """As for an embedding of all indices."""
+        g = _unpadded(_of_indices(g, z, use.options), z, use.options.padding)
         return rows.arrange(z, 1).flatten(1), rows.arrange(g, 1).flatten(1, 2)
 
     def costs(self, use: Use, size: Size) -> dict[str, Cost]:
@@ -177,6 +181,14 @@ class EmbeddingBag(Embedding):
         return super().costs(
             use, Size(size.n, size.m, size.positions * length, size.clean_positions * length)
         )
+
+
+def _of_indices(g: Tensor, index: Tensor, bag: Bag) -> Tensor:
+    """The gradient of each bag at every index in it, (N, L, d)."""
+    if bag.how == "mean":
+        counted = torch.ones_like(index) if bag.padding is None else index != bag.padding
+        g = g / counted.sum(1, keepdim=True).clamp(min=1)
+    return g.unsqueeze(1).expand(*index.shape, g.shape[-1])
 
 
 EMBEDDING = Embedding()

@@ -137,6 +137,7 @@ class _Library(torch.library.Library):
             return fn(keyset, *arguments)
 
         kernel = refuse_forward if dispatch_key == "Autograd" else fn
+        # Torch's method has no annotations.
         super().impl(op_name, kernel, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 

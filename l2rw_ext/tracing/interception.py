@@ -21,14 +21,11 @@ from torch.overrides import TorchFunctionMode
 from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
-from l2rw_ext.layers.base import Call, Layer, Roots, Use
+from l2rw_ext.layers.base import Call, Function, Layer, Roots, Use
 from l2rw_ext.layers.torch_functions import takes, writes
 
 from . import autocast
 from .members import Members
-
-Function: TypeAlias = Callable[..., Any]
-"""A torch function, as a function mode receives it."""
 
 Rewrite: TypeAlias = Callable[..., Any]
 """(mode, function, *args, **kwargs) -> result, or NotImplemented if it does not cover the call."""

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
-from l2rw_ext.layers.base import Layer
+from l2rw_ext.layers.base import Function, Layer
 from l2rw_ext.layers.torch_functions import takes, writes
 from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.task import Direction, Task
@@ -48,9 +48,6 @@ _HOOKS = {torch.Tensor.register_hook} | _getters("grad_fn")
 _GRADIENTS = {torch.autograd.grad} | _getters("grad")
 """How a forward can read the result of a backward that it runs."""
 
-
-Function: TypeAlias = Callable[..., Any]
-"""A torch function, as a function mode receives it."""
 
 Rule: TypeAlias = Callable[..., Any]
 """(mode, function, *args, **kwargs) -> what the function returns, as dual tensors."""

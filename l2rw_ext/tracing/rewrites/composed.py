@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext.layers import corrections
+from l2rw_ext.layers.base import Function
 from l2rw_ext.layers.embedding import row_of
 from l2rw_ext.layers.torch_functions import inside
-from l2rw_ext.tracing.interception import Function, Interception, rewrites
+from l2rw_ext.tracing.interception import Interception, rewrites
 
 
 @rewrites(F.multi_head_attention_forward, by_parts=True)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2rw_ext.tracing.interception import Function, Interception, rewrites
+from l2rw_ext.layers.base import Function
+from l2rw_ext.tracing.interception import Interception, rewrites
 
 
 @rewrites(

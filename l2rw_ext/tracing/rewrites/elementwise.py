@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2rw_ext.layers.base import Call
+from l2rw_ext.layers.base import Call, Function
 from l2rw_ext.layers.broadcast import BROADCAST
 from l2rw_ext.layers.torch_functions import writes
-from l2rw_ext.tracing.interception import Function, Interception, rewrites
+from l2rw_ext.tracing.interception import Interception, rewrites
 
 _BROADCASTING = [
     getattr(holder, name)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2rw_ext.layers.base import Call
+from l2rw_ext.layers.base import Call, Function
 from l2rw_ext.layers.batched import BATCHED_LINEAR
 from l2rw_ext.layers.linear import INPUTS_FIRST, LINEAR
-from l2rw_ext.tracing.interception import Function, Interception, rewrites
+from l2rw_ext.tracing.interception import Interception, rewrites
 
 
 def contract(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rw_ext.layers.base import Call, Use
+from l2rw_ext.layers.base import Call, Function, Use
 from l2rw_ext.layers.cells import GRU, LSTM, Cell, Elman, after, before
 from l2rw_ext.layers.linear import LINEAR
-from l2rw_ext.tracing.interception import Function, Interception, rewrites
+from l2rw_ext.tracing.interception import Interception, rewrites
 
 from .elementwise import meet
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext.engines.forward.dual import dual, tangent_of, unpack
-from l2rw_ext.engines.forward.mode import Function, Tangents, carries
+from l2rw_ext.engines.forward.mode import Tangents, carries
+from l2rw_ext.layers.base import Function
 
 
 @carries(F.relu, torch.relu, Tensor.relu)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from l2rw_ext.engines.forward.dual import dual, unpack
-from l2rw_ext.engines.forward.mode import Function, Tangents, carries
+from l2rw_ext.engines.forward.mode import Tangents, carries
 from l2rw_ext.errors import NotExactError
+from l2rw_ext.layers.base import Function
 from l2rw_ext.layers.embedding import EMBEDDING
 
 _SUM, _MEAN = 0, 1

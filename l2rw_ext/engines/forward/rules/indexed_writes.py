@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from l2rw_ext.engines.forward.dual import tangent_of
-from l2rw_ext.engines.forward.mode import Function, Tangents, carries
+from l2rw_ext.engines.forward.mode import Tangents, carries
 from l2rw_ext.errors import NotExactError
+from l2rw_ext.layers.base import Function
 
 Count: TypeAlias = Callable[..., Tensor | None]
 """(written tensor, *args, **kwargs) -> how often places are named; None where values add up."""

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from l2rw_ext import ops
 from l2rw_ext.engines.forward.dual import dual, unpack
-from l2rw_ext.engines.forward.mode import Function, Tangents, carries
+from l2rw_ext.engines.forward.mode import Tangents, carries
+from l2rw_ext.layers.base import Function
 from l2rw_ext.layers.normalization import format_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l2rw_ext.engines.forward.mode import Function, Tangents, carries
+from l2rw_ext.engines.forward.mode import Tangents, carries
 from l2rw_ext.layers import corrections
+from l2rw_ext.layers.base import Function
 from l2rw_ext.layers.torch_functions import inside
 
 _BY_PARTS = {
