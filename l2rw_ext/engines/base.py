@@ -21,6 +21,8 @@ class Scored(abc.ABC):
 
     plan: Plan | None = None
     """The plan that the engine follows, if it is of a kind that makes plans."""
+    proof: str = ""
+    """How the engine was compared with plain autograd, for ``explain()``."""
     cannot_exclude: ClassVar[bool] = False
     """Whether one backward serves all examples at once, so that it can leave out none of them."""
     scores: Tensor
@@ -31,10 +33,13 @@ class Scored(abc.ABC):
     """Mean clean loss, shape (), detached."""
 
     @abc.abstractmethod
-    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+    def weighted_gradients(
+        self, weights: Tensor | None, *, keep: bool = False
+    ) -> list[tuple[nn.Parameter, Tensor]]:
         """(p, d/dp Σ w_i f_i) for every parameter that the training losses reach.
 
-        ``weights`` has shape (n,); None stands for weights that are all zero.
+        ``weights`` has shape (n,); None stands for weights that are all zero. What the gradients
+        are formed from is freed, unless ``keep`` asks for another call.
         """
 
     @abc.abstractmethod
@@ -57,12 +62,14 @@ class GraphScored(Scored):
     def __post_init__(self) -> None:
         self.losses = self.attached.detach()
 
-    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+    def weighted_gradients(
+        self, weights: Tensor | None, *, keep: bool = False
+    ) -> list[tuple[nn.Parameter, Tensor]]:
         """Step 13 of Algorithm 1."""
         losses, parameters = self.attached, self.task.parameters
         seeds = torch.zeros_like(losses) if weights is None else weights.to(losses.dtype)
         gradients = torch.autograd.grad(
-            losses, parameters, self.task.scaled(seeds), allow_unused=True
+            losses, parameters, self.task.scaled(seeds), keep, allow_unused=True
         )
         pairs = zip(parameters, gradients, strict=True)
         return [(p, g) for p, g in pairs if g is not None]

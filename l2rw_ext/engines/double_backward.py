@@ -20,6 +20,7 @@ from l2rw_ext.tracing.graph import nodes_from
 
 from .base import Engine, GraphScored, Scored
 from .explanation import Explanation
+from .proof import Proofs
 
 
 class DoubleBackward(Engine):
@@ -33,37 +34,45 @@ class DoubleBackward(Engine):
 
     name = "double_backward"
 
+    def __init__(self) -> None:
+        self._proofs = Proofs()
+
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Scores by Eq. 4-7; see :class:`Engine`."""
-        explanation = Explanation.of_graph(
-            self.name,
-            task,
-            "works for anything twice differentiable",
-            "a training forward, a backward with graph, a backward through it",
-            forwards=10,
-            given=direction is not None,
+        given = direction is not None
+        if direction is None:
+            direction = clean_direction(task, snapshot)
+        return self._proofs.of(task).along(
+            task, direction, lambda: _score(task, snapshot, direction, given)
         )
-        with sdpa_kernel(SDPBackend.MATH):
-            with _Corrected():
-                losses = task.forward_train()
-            snapshot.trained = Buffers.of(task.model)
-            require_grad(losses)
-            epsilon = torch.zeros(
-                losses.shape,
-                dtype=torch.promote_types(losses.dtype, torch.float32),
-                device=losses.device,
-                requires_grad=True,
-            )
-            stepped = list(reference.look_ahead(task.model, losses, task.scaled(epsilon)).values())
-            if direction is None:
-                snapshot.buffers.restore()
-                direction = clean_direction(task, snapshot)
-                snapshot.restore_trained()
-            values = [direction.values.get(id(p)) for p in task.parameters]
-            moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
-            gradient = _second(moved, epsilon) if moved else None
-        scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
-        return GraphScored(task, losses, scores.detach(), direction.clean_loss, explanation)
+
+
+def _score(task: Task, snapshot: Snapshot, direction: Direction, given: bool) -> Scored:
+    with sdpa_kernel(SDPBackend.MATH):
+        with _Corrected():
+            losses = task.forward_train()
+        snapshot.trained = Buffers.of(task.model)
+        require_grad(losses)
+        epsilon = torch.zeros(
+            losses.shape,
+            dtype=torch.promote_types(losses.dtype, torch.float32),
+            device=losses.device,
+            requires_grad=True,
+        )
+        stepped = list(reference.look_ahead(task.model, losses, task.scaled(epsilon)).values())
+        values = [direction.values.get(id(p)) for p in task.parameters]
+        moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
+        gradient = _second(moved, epsilon) if moved else None
+    scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
+    explanation = Explanation.of_graph(
+        DoubleBackward.name,
+        task,
+        "works for anything twice differentiable",
+        "a training forward, a backward with graph, a backward through it",
+        forwards=10,
+        given=given,
+    )
+    return GraphScored(task, losses, scores.detach(), direction.clean_loss, explanation)
 
 
 def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from l2rw_ext.engines.base import Engine, GraphScored, Scored
 from l2rw_ext.engines.explanation import Explanation
+from l2rw_ext.engines.proof import Proofs
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import Snapshot
@@ -35,32 +36,39 @@ class Forward(Engine):
 
     name = "forward"
 
+    def __init__(self) -> None:
+        self._proofs = Proofs()
+
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Clean forward and backward, then the training forward; see :class:`Engine`."""
         given = direction is not None
         if direction is None:
             direction = clean_direction(task, snapshot)
-        try:
-            # Tangents keeps what a checkpoint would drop. If something is recomputed after all,
-            # torch counts what it saves and raises.
-            with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):
-                mode = Tangents(task, direction)
-                with mode:
-                    losses = task.forward_train()
-                require_grad(losses)
-                scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
-                losses, _ = unpack(losses)
-        except (NotCapturableError, NotExactError, torch.OutOfMemoryError):
-            raise
-        except RuntimeError as error:
-            line = str(error).partition("\n")[0]
-            raise NotExactError(f"the forward cannot carry tangents: {line}") from error
-        reason = "the forward has a derivative along the direction; examples may share statistics"
-        passes = "a training forward with tangents"
-        if mode.attention:
-            passes += " (attention on the math kernel)"
-        explanation = Explanation.of_graph(self.name, task, reason, passes, forwards=5, given=given)
-        return GraphScored(task, losses, scores, direction.clean_loss, explanation)
+        return self._proofs.of(task).along(task, direction, lambda: _score(task, direction, given))
+
+
+def _score(task: Task, direction: Direction, given: bool) -> Scored:
+    try:
+        # Tangents keeps what a checkpoint would drop. If something is recomputed after all, torch
+        # counts what it saves and raises.
+        with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):
+            mode = Tangents(task, direction)
+            with mode:
+                losses = task.forward_train()
+            require_grad(losses)
+            scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
+            losses, _ = unpack(losses)
+    except (NotCapturableError, NotExactError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        line = str(error).partition("\n")[0]
+        raise NotExactError(f"the forward cannot carry tangents: {line}") from error
+    reason = "the forward has a derivative along the direction; examples may share statistics"
+    passes = "a training forward with tangents"
+    if mode.attention:
+        passes += " (attention on the math kernel)"
+    explanation = Explanation.of_graph(Forward.name, task, reason, passes, forwards=5, given=given)
+    return GraphScored(task, losses, scores, direction.clean_loss, explanation)
 
 
 @functools.cache

@@ -222,7 +222,9 @@ class _Pass:
         _run_backward(interception, seeded, retain=task.low_memory)
         scoring.finish()
         if task.low_memory:
-            scoring.again = lambda seed: _run_backward(interception, [(losses, seed)], retain=False)
+            scoring.again = lambda seed, keep: _run_backward(
+                interception, [(losses, seed)], retain=keep
+            )
         return plan
 
     def _probed(

@@ -116,8 +116,9 @@ class Scoring(Scored):
         self._second: tuple[Tensor, Tensor | None, Totals] | None = None
         """While a second backward forms the weighted gradient: one for each example of positive
         weight, else zero, shape (n,); the indices of these examples; and what it has formed."""
-        self.again: Callable[[Tensor], None] | None = None
-        """Runs the backward of the training losses again, with other seeds; for ``low_memory``."""
+        self.again: Callable[[Tensor, bool], None] | None = None
+        """Runs the backward of the training losses again, with other seeds, and keeps the graph if
+        told to; for ``low_memory``."""
         self.scores = torch.empty(0)
         self.losses = torch.empty(0)
         self.clean_loss = torch.empty(0)
@@ -314,21 +315,25 @@ class Scoring(Scored):
                 z, g = torch.cat([r[2] for r in group], 1), torch.cat([r[3] for r in group], 1)
             yield use, form, z, g
 
-    def weighted_gradients(self, weights: Tensor | None) -> list[tuple[nn.Parameter, Tensor]]:
+    def weighted_gradients(
+        self, weights: Tensor | None, *, keep: bool = False
+    ) -> list[tuple[nn.Parameter, Tensor]]:
         """See :class:`~l2rw_ext.engines.base.Scored`; frees what was kept as it goes."""
         totals: Totals = {}
+        kept = list(self._kept) if keep else self._kept
         if weights is not None and self.again is not None:
-            totals = self._second_backward(self.again, weights)
+            totals = self._second_backward(self.again, weights, keep=keep)
         elif weights is not None:
             active = _active(weights)
             trained = {use.index for use in self._trained}
             with BelowAutograd():
-                while self._kept:
-                    item = self._kept.pop()
+                while kept:
+                    item = kept.pop()
                     if item.use.index in trained:
                         _add_roots(totals, item.use, _weighted(item, weights, active))
-        self._kept.clear()
-        self.again = None
+        if not keep:
+            self._kept.clear()
+            self.again = None
         roots = {id(root): root for use in self._trained for root in use.roots if root is not None}
         for key, root in roots.items():
             if key not in totals:
@@ -338,13 +343,15 @@ class Scoring(Scored):
             (p, gradients[id(p)].to(p.dtype)) for p in self._leaves.parameters if id(p) in gradients
         ]
 
-    def _second_backward(self, again: Callable[[Tensor], None], weights: Tensor) -> Totals:
+    def _second_backward(
+        self, again: Callable[[Tensor, bool], None], weights: Tensor, *, keep: bool
+    ) -> Totals:
         """Σ w_i ∇f_i if nothing was kept, from a second backward of Σ w_i f_i."""
         totals: Totals = {}
         self._second = (weights != 0).to(weights.dtype), _active(weights), totals
         self._expected = {use.index for use in self._trained}
         self._reported.clear()
-        again(self._task.scaled(weights.to(self.losses.dtype)))
+        again(self._task.scaled(weights.to(self.losses.dtype)), keep)
         self._second = None
         return totals
 

@@ -1,0 +1,305 @@
+"""An engine proves its numbers against plain autograd, at least once for each kind of step.
+
+The model runs as its user would run it, without any mode or interception. Plain autograd then forms
+<∇ Σ r_i f_i, v> and ∇ Σ r_i f_i for one draw of r, of which a few numbers are kept. The engine's
+scores, and its weighted gradient for the weights r, have to agree with them. That shows what nobody
+thought of: a derivative of torch that disagrees with its backward, a fast path that a function mode
+switches off, a rule that is wrong for one option.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from l2rw_ext.data.batch import describe
+from l2rw_ext.errors import NotExactError
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+from l2rw_ext.task.checkpointing import SERVES_ONCE, serves_once
+from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.task import Direction, Task
+from l2rw_ext.tracing.graph import nodes_from
+
+from .base import Scored
+
+Key = tuple[Any, ...]
+
+
+class _Tolerance(NamedTuple):
+    """The largest errors that rounding explains, by the coarsest dtype of the forward.
+
+    ``own`` is relative to what is compared: the largest loss, Σ |∇_p| |v_p| over the parameters p,
+    the norm of one parameter's gradient. ``shared`` is relative to the norm of the whole gradient,
+    for a parameter whose gradient is nothing but rounding errors, such as a bias before a batch
+    norm.
+    """
+
+    own: float
+    shared: float
+
+
+_TOLERANCES = {torch.float64: _Tolerance(1e-9, 1e-12), torch.float32: _Tolerance(1e-3, 1e-5)}
+_NARROW = _Tolerance(5e-2, 3e-2)
+"""For float16 and bfloat16."""
+
+_SUMS = 2
+"""Random sums that are kept of each gradient."""
+
+_FEW = 16
+"""How many sizes are each proved at once, and how often an incomplete proof is repeated."""
+
+_LARGEST_NUMBER_OF_RECORDS = 64
+
+
+class Proof:
+    """Numbers of plain autograd for one step, to which an engine's are held.
+
+    Args:
+        task: the step.
+        losses: training losses of a plain forward with their graph, shape (n,).
+        clean: the direction v, or the clean losses of the same forward, shape (m,).
+    """
+
+    def __init__(self, task: Task, losses: Tensor, clean: Direction | Tensor) -> None:
+        self._task = task
+        self._tolerance = _tolerance(losses)
+        self._losses = losses.detach()
+        self._r = _weights(losses)
+        self._rows: list[Tensor] = []
+        parameters = task.parameters
+        directions: Sequence[Tensor | None]
+        if isinstance(clean, Direction):
+            directions = [clean.values.get(id(p)) for p in parameters]
+        else:
+            seed = torch.full_like(clean, 1 / clean.numel())
+            directions = _gradients(clean, task.scaled(seed), parameters)
+            directions = [None if v is None else task.unscaled(v) for v in directions]
+        gradients = _gradients(losses, task.scaled(self._r.to(losses.dtype)), parameters)
+        for k, (g, v) in enumerate(zip(gradients, directions, strict=True)):
+            g = None if g is None else _real(task.unscaled(g))
+            v = None if v is None else _real(v)
+            self._rows.append(_row(k, g, v))
+        self.complete = not any(
+            g is not None and row[0] == 0 for g, row in zip(gradients, self._rows, strict=True)
+        )
+        """Whether the gradient of each parameter that the losses reach is other than zero."""
+        values = torch.stack([*self._rows]).sum() + self._losses.sum().double().cpu()
+        self.finite = math.isfinite(values.item())
+        """Whether there are numbers to compare."""
+
+    def losses_differ(self, losses: Tensor) -> bool:
+        """Whether training losses are not those of the plain forward."""
+        error = (losses.detach().double() - self._losses.double()).abs().max()
+        return not bool(error <= self._tolerance.own * self._losses.double().abs().max())
+
+    def disagreement(self, scored: Scored) -> str | None:
+        """What of the scores and the weighted gradient plain autograd says otherwise."""
+        norms, along, products, *sums = torch.stack(self._rows).T
+        own, shared = self._tolerance
+        found = float(self._r.double() @ scored.scores.double())
+        allowed = own * float((norms * along).sum())
+        if not abs(found - float(products.sum())) <= allowed:
+            return (
+                f"the sum of its scores under random weights is {found}, by plain autograd it is "
+                f"{float(products.sum())}"
+            )
+        gradients = {id(p): g for p, g in scored.weighted_gradients(self._r, keep=True)}
+        whole = shared * float(norms.norm())
+        for k, p in enumerate(self._task.parameters):
+            g = gradients.get(id(p))
+            row = _row(k, None if g is None else _real(self._task.unscaled(g)), None)
+            error = max(float((row[3 + j] - s[k]).abs()) for j, s in enumerate(sums))
+            if not error <= own * float(norms[k]) + whole:
+                name = next(name for name, q in self._task.members.parameters if q is p)
+                return f"its gradient of parameter {name!r} is not that of plain autograd"
+        return None
+
+
+def _row(k: int, g: Tensor | None, v: Tensor | None) -> Tensor:
+    """|g|, |v|, <g, v> and random sums of g, for the k-th parameter; zeros for what is None."""
+    row = torch.zeros(3 + _SUMS, dtype=torch.float64, device="cpu")
+    if v is not None:
+        row[1] = v.norm()
+    if g is not None:
+        row[0] = g.norm()
+        row[2] = row[2] if v is None else g @ v.to(g.dtype)
+        generator = torch.Generator(g.device).manual_seed(k)
+        for j in range(_SUMS):
+            row[3 + j] = g @ torch.randn(g.shape, generator=generator, device=g.device).to(g.dtype)
+    return row
+
+
+def _real(x: Tensor) -> Tensor:
+    """A gradient as a real vector of its accumulation dtype."""
+    x = x.detach()
+    x = x.to_dense() if x.is_sparse else x
+    x = torch.view_as_real(x) if x.is_complex() else x
+    return x.flatten().to(accumulation_dtype(x.dtype))
+
+
+def _weights(losses: Tensor) -> Tensor:
+    """Weights r in [1, 2), shape (n,): multiples of 1/64, which every floating dtype holds exactly."""
+    generator = torch.Generator("cpu").manual_seed(losses.numel())
+    drawn = torch.randint(64, 128, losses.shape, generator=generator, device="cpu") / 64
+    return drawn.to(losses.device, accumulation_dtype(losses.dtype))
+
+
+def _gradients(
+    losses: Tensor, seed: Tensor, parameters: Sequence[nn.Parameter]
+) -> Sequence[Tensor | None]:
+    """Of plain autograd; the graph may be that of other losses, too."""
+    if not losses.requires_grad:
+        return [None] * len(parameters)
+    try:
+        return torch.autograd.grad(losses, parameters, seed, retain_graph=True, allow_unused=True)
+    except (AttributeError, RuntimeError) as error:
+        if serves_once(error):
+            raise NotExactError(SERVES_ONCE) from error
+        raise
+
+
+def _tolerance(losses: Tensor) -> _Tolerance:
+    """By the coarsest floating dtype in the graph of the losses."""
+    dtypes = {losses.dtype}
+    for node in nodes_from(losses, set()):
+        dtypes.update(data.dtype for data in node._input_metadata)
+    real = {
+        torch.empty((), dtype=t).abs().dtype for t in dtypes if t.is_floating_point or t.is_complex
+    }
+    return _TOLERANCES.get(max(real, key=lambda t: torch.finfo(t).eps), _NARROW)
+
+
+def due(step: int) -> bool:
+    """Whether a step proves again what an earlier one has proved: steps 16, 256, 4096, ..."""
+    return step >= 16 and step & (step - 1) == 0 and (step.bit_length() - 1) % 4 == 0
+
+
+@dataclass
+class Record:
+    """What is known of a kind of steps: whether it was proved, and when it is due again."""
+
+    refused: str | None = None
+    """How the engine disagrees with plain autograd, if it does."""
+    note: str = "not compared with plain autograd yet"
+    """A sentence for ``explain()``."""
+    _impossible: bool = False
+    _complete: bool = False
+    _steps: int = 0
+    _sizes: set[int] = field(default_factory=set)
+
+    def due(self, size: Key) -> bool:
+        """Count a step, and tell whether it is to be proved.
+
+        Raises:
+            NotExactError: the engine is known to disagree with plain autograd.
+        """
+        if self.refused is not None:
+            raise NotExactError(self.refused)
+        step, self._steps = self._steps, self._steps + 1
+        if self._impossible:
+            return False
+        new = len(self._sizes) < _FEW and hash(size) not in self._sizes
+        if new:
+            self._sizes.add(hash(size))
+        missing = not self._complete and (step < _FEW or step & (step - 1) == 0)
+        return new or missing or due(step)
+
+    def along(self, task: Task, direction: Direction, score: Callable[[], Scored]) -> Scored:
+        """The result of ``score`` along a known direction, proved if that is due.
+
+        Raises:
+            NotExactError: the engine disagrees with plain autograd.
+        """
+        due = not task.captured and self.due((task.n, describe(task.inputs)))
+        if due:
+            scored = self.prove(task, lambda: (task.forward_train(), direction), score)
+        else:
+            scored = score()
+        scored.proof = self.note
+        return scored
+
+    def prove(
+        self,
+        task: Task,
+        plain: Callable[[], tuple[Tensor, Direction | Tensor]],
+        score: Callable[[], Scored],
+    ) -> Scored:
+        """The result of ``score``, after a comparison with plain autograd.
+
+        Both start from the present buffers and generators. ``plain`` runs a forward without any
+        mode and returns what :class:`Proof` takes.
+
+        Raises:
+            NotExactError: the two disagree.
+        """
+        start = Snapshot(task.members)
+        proof = Proof(task, *plain())
+        start.restore()
+        scored = score()
+        if not proof.finite:
+            return scored  # and the next step is due
+        if proof.losses_differ(scored.losses):
+            after = Snapshot(task.members)
+            start.restore()
+            with torch.no_grad():
+                repeated, _ = plain()
+            after.restore()
+            if proof.losses_differ(repeated):
+                self._impossible = True
+                self.note = "not comparable with plain autograd: two forwards give other losses"
+                return scored
+            found: str | None = "its losses are not those of the model's plain forward"
+        else:
+            found = proof.disagreement(scored)
+        if found is not None:
+            self.refused = f"the engine disagrees with plain autograd: {found}"
+            raise NotExactError(self.refused)
+        self._complete = proof.complete
+        self.note = f"agrees with plain autograd, compared at step {self._steps} of this kind"
+        if not proof.complete:
+            self.note += ", where some parameter's gradient was zero"
+        return scored
+
+
+class Proofs:
+    """The records of an engine, one for each kind of step.
+
+    A proof is due at the first step of a kind and at its steps 16, 256, 4096, ... Kinds that differ
+    in sizes alone count as one, and of them the first sixteen are each proved at once. While some
+    parameter has a gradient of zero, which proves nothing of it, a proof is due at each of the
+    first sixteen steps and then at powers of two.
+    """
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[Key, Record] = OrderedDict()
+
+    def of(self, task: Task, *more: Any) -> Record:
+        """The record of this kind of step; ``more`` is what else the engine tells kinds by."""
+        key = (
+            tuple(map(_kind, pytree.tree_leaves(task.inputs))),
+            task.members.training,
+            tuple(map(id, task.parameters)),
+            id(task.loss_fn),
+            id(task.clean_loss_fn),
+            task.autocast.key,
+            *more,
+        )
+        record = self._records.setdefault(key, Record())
+        self._records.move_to_end(key)
+        if len(self._records) > _LARGEST_NUMBER_OF_RECORDS:
+            self._records.popitem(last=False)
+        return record
+
+
+def _kind(leaf: Any) -> Any:
+    """What a leaf of the inputs says of the kind of a step, apart from sizes."""
+    if isinstance(leaf, Tensor):
+        return leaf.dim(), leaf.dtype, leaf.device
+    return leaf if isinstance(leaf, (bool, str)) else type(leaf)
