@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from l2rw_ext.engines.plan import Plan, due
+from l2rw_ext.engines.plan import Plan
+from l2rw_ext.engines.proof import due
 from l2rw_ext.errors import NotCapturableError
 from l2rw_ext.step.accumulation import filled_if
 from l2rw_ext.step.weighing import Computed
@@ -146,13 +147,10 @@ class _Kind:
         self._own.load(batches)
         self._again = self._again or (self._recording is not None and due(self._steps))
         self._steps += 1
-        probes = self._plan is not None and self._plan.due()
-        if self._recording is not None and not (probes or self._again):
-            if self._plan is not None:
-                self._plan.steps += 1
+        if self._recording is not None and not self._again:
             return self._replayed(self._recording)
         task = self._task = self._own.in_place_of(task)
-        if probes or not self._ready():
+        if self._engine is None:
             return self._unwatched(task, compute)
         if self._again or self._rehearsals < REHEARSALS:
             return self._rehearse(task, compute)
@@ -164,13 +162,9 @@ class _Kind:
             return self._refused[0]
         if self._recording is not None:
             return "steps on these batches are replayed from a graph"
-        if not self._ready():
+        if self._engine is None:
             return "steps on these batches run as they are until there is a lasting plan"
         return "steps on these batches are about to be captured"
-
-    def _ready(self) -> bool:
-        """Whether an engine has run, and need not look at the values of each step."""
-        return self._engine is not None and (self._plan is None or self._plan.final)
 
     def _forget(self) -> None:
         self._engine, self._plan = None, None
@@ -183,15 +177,7 @@ class _Kind:
             computed = compute(task, snapshot, None)
             _check_assigned(snapshot)
         found, before = computed.plan, self._plan
-        same = computed.step.engine == self._engine and (
-            found is before
-            or (
-                found is not None
-                and before is not None
-                and replace(found, steps=0) == replace(before, steps=0)
-            )
-        )
-        if not same:
+        if computed.step.engine != self._engine or found != before:
             self._changes += self._recording is not None
             self._forget()
         self._engine, self._plan = computed.step.engine, computed.plan

@@ -40,6 +40,8 @@ class Explanation:
     memory: str
     """What is kept between scores and weighted gradient."""
     layers: tuple[LayerExplanation, ...] = ()
+    proof: str = ""
+    """How the engine's numbers were compared with plain autograd's."""
     options: tuple[str, ...] = ()
     """One sentence for each option that changes the weights."""
 
@@ -71,6 +73,8 @@ class Explanation:
             else f"two passes ({plan.why_separate})"
         )
         reason = "every parameter use has a rule and no example reaches another's loss"
+        if not plan.certain:
+            reason += f"; each step is probed, since {plan.reason}"
         kept = sum(layer.kept_bytes for layer in layers) / 2**20
         memory = "the graph, for a second backward" if task.low_memory else f"{kept:.2f} MiB"
         ratio = paid / plain if plain else 1.0
@@ -106,6 +110,8 @@ class Explanation:
         yield f"batch:  {self.n} training and {self.m} clean examples; {self.passes}"
         yield f"cost:   {self.cost:.2f} times the multiply-adds of a plain step on both batches"
         yield f"memory: kept between scores and weighted gradient: {self.memory}"
+        if self.proof:
+            yield f"proof:  {self.proof}"
         for option in self.options:
             yield f"option: {option}"
         if not self.layers:

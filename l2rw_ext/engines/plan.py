@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Cost, Size
@@ -14,9 +13,8 @@ class UsePlan:
     """The part of a plan that concerns one use."""
 
     name: str
-    signature: tuple[Any, ...]
     rows: RowMap | None
-    """Which rows belong to which example; None if a gradient of zero did not show it."""
+    """Which rows belong to which example; None if the gradient of a probed step is zero."""
     form: str
     joint: bool
     """Whether its direction must exist before it is scored, so that the factored form is ruled out.
@@ -30,36 +28,15 @@ class UsePlan:
 
 @dataclass
 class Plan:
-    """What a first step has found out about a model on batches of given shapes."""
+    """What a first step has found out about forwards of one structure."""
 
     merged: bool
     certain: bool
-    """Whether the row maps hold at every later step.
-
-    That is so if each gradient fits one row map only, no value of the data decides what is
-    computed, and no trained factor is zero.
-    """
+    """Whether the row maps hold whatever the values are; else each step is probed."""
+    reason: str
+    """Why they hold, or what in the forward leaves it open."""
     why_separate: str = ""
     uses: list[UsePlan] = field(default_factory=list)
-    calls: list[str] = field(default_factory=list)
-    """Names of the torch functions called, in order; another list of calls needs a new plan."""
-    data_dependent: str | None = None
-    """The operation through which values of the data may decide what is computed."""
-    steps: int = 0
-
-    @property
-    def final(self) -> bool:
-        """True if later steps reuse this plan, or if none ever can."""
-        return self.certain or self.data_dependent is not None
-
-    def due(self) -> bool:
-        """Whether this step checks the row maps again."""
-        return due(self.steps)
-
-
-def due(step: int) -> bool:
-    """Whether a step checks again what an earlier step has found: at steps 16, 256, 4096, ..."""
-    return step >= 16 and step & (step - 1) == 0 and (step.bit_length() - 1) % 4 == 0
 
 
 def choose_form(

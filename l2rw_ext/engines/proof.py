@@ -145,7 +145,7 @@ def _real(x: Tensor) -> Tensor:
 
 
 def _weights(losses: Tensor) -> Tensor:
-    """Weights r in [1, 2), shape (n,): multiples of 1/64, which every floating dtype holds exactly."""
+    """Weights r in [1, 2), shape (n,): multiples of 1/64, exact in every floating dtype."""
     generator = torch.Generator("cpu").manual_seed(losses.numel())
     drawn = torch.randint(64, 128, losses.shape, generator=generator, device="cpu") / 64
     return drawn.to(losses.device, accumulation_dtype(losses.dtype))
@@ -240,7 +240,17 @@ class Record:
             NotExactError: the two disagree.
         """
         start = Snapshot(task.members)
-        proof = Proof(task, *plain())
+        try:
+            proof = Proof(task, *plain())
+        except (NotExactError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            # An error of the user's own comes back from the engine.
+            start.restore()
+            self._impossible = True
+            line = str(error).partition("\n")[0]
+            self.note = f"not compared with plain autograd, which raises: {line}"
+            return score()
         start.restore()
         scored = score()
         if not proof.finite:

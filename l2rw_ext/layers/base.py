@@ -209,7 +209,6 @@ class Layer(abc.ABC):
     def run(self, use: Use, x: Tensor, token: Tensor) -> Tensor:
         """The operation as a node of autograd's graph that reports z and g of the use."""
         out: Tensor = UseFunction.apply(self.enter(x, use.options), token, use)
-        use.output_shape = tuple(out.shape)
         return out
 
     @abc.abstractmethod

@@ -41,8 +41,14 @@ def leaf_of(node: Any) -> Tensor | None:
     return leaf
 
 
-def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[set[int]]:
-    """The indices of the uses that the first loss reaches, then the first two losses, and so on.
+def check_graph(
+    interception: Interception, losses: Iterable[Tensor]
+) -> tuple[list[set[int]], list[str]]:
+    """What the losses reach.
+
+    Returns:
+        the indices of the uses that the first loss reaches, then the first two losses, and so on;
+        and the names of all nodes in the order of the walk, which tell two graphs apart.
 
     Raises:
         NotExactError: a gradient accumulator is reachable past the intercepted uses, or a custom
@@ -50,10 +56,12 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
     """
     reached: set[int] = set()
     after_each: list[set[int]] = []
+    names: list[str] = []
     seen: set[Any] = set()
     hides = ""
     for loss in losses:
         for node in nodes_from(loss, seen):
+            names.append(node.name())
             leaf = leaf_of(node)
             if leaf is not None and leaf is not interception.token:
                 raise NotExactError(_uncovered(interception, leaf))
@@ -70,7 +78,7 @@ def check_graph(interception: Interception, losses: Iterable[Tensor]) -> list[se
             f"parameter {interception.without_grad!r} is used without grad and the custom autograd "
             f"function {hides} may hide that use"
         )
-    return after_each
+    return after_each, names
 
 
 def _check_roots(interception: Interception, use: Use) -> None:

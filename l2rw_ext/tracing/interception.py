@@ -12,6 +12,7 @@ has a rewrite, which runs the composition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +26,7 @@ from l2rw_ext.layers.base import Call, Function, Layer, Roots, Use
 from l2rw_ext.layers.torch_functions import takes, writes
 
 from . import autocast
+from .example_map import ExampleMap
 from .members import Members
 
 Rewrite: TypeAlias = Callable[..., Any]
@@ -60,24 +62,30 @@ class Interception(TorchFunctionMode):
         examples: the number of examples. If it is given, tensors with a row for each example count
             as data although they are made without data: a first hidden state of zeros, token
             types, a parameter that is expanded to the batch.
+        example_map: follows the forward, if the plan of a step is to be made.
     """
 
-    def __init__(self, members: Members, sink: Any, examples: int | None = None) -> None:
+    def __init__(
+        self,
+        members: Members,
+        sink: Any,
+        examples: int | None = None,
+        example_map: ExampleMap | None = None,
+    ) -> None:
         super().__init__()
         self._examples = examples
+        self.example_map = example_map
+        self.labels: dict[int, Tensor] = {}
+        """By index of the use: whose loss may have a gradient at its output, as ids of the map."""
         # On the CPU for any model: its gradient is never formed, so nothing is copied.
         self.token = torch.zeros((), requires_grad=True, device="cpu")
         self.uses: list[Use] = []
-        self.calls: list[str] = []
-        """All torch functions called, in order; see :meth:`_described`."""
+        self.calls: list[Any] = []
+        """All torch functions called, in order; see :func:`_described`."""
         self.part = ""
         self.sink = sink
         self.unruled: dict[int, str] = {}
         self.without_grad: str | None = None
-        self.scalars: list[tuple[Tensor, int]] = []
-        """Zero-dimensional tensors that the host cannot read, and their versions when used."""
-        self.data_dependent: str | None = None
-        """The first operation through which values of the data may decide what is computed."""
         self.saved_tensor_hooks = False
         self.narrow = False
         """Whether some of the forward ran in float16 under autocast, with its small range."""
@@ -148,7 +156,7 @@ class Interception(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self._listing:
-            self.calls.append(self._described(func, args, kwargs or {}))
+            self.calls.append(_described(func, args, kwargs))
         if func in LAYERS or func in _REWRITES:
             if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
                 out = self._under_autocast(func, args, kwargs or {})
@@ -217,32 +225,6 @@ class Interception(TorchFunctionMode):
         if rule.output is None:
             return out
         return autocast.each(lambda x: autocast.cast(x, rule.output), out)
-
-    def _described(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """The function's name, with a mark if a number among its arguments is zero.
-
-        A zero hides what it multiplies from the checks of this step, but the next step may show it.
-        """
-        name = getattr(func, "__name__", "")
-        for a in (*args, *kwargs.values()) if kwargs else args:
-            if type(a) is float or type(a) is int:
-                zero = not a
-            elif isinstance(a, Tensor) and a.dim() == 0:
-                if torch._C._functorch.peek_interpreter_stack() is not None:
-                    continue
-                if not devices.readable(a):
-                    self.scalars.append((a, a._version))
-                    continue
-                zero = not a.any()
-            else:
-                continue
-            if zero:
-                return f"{name} of zero"
-        return name
-
-    def zero_scalars(self) -> bool:
-        """Whether one of :attr:`scalars` is zero, or may have been; this waits for the device."""
-        return any(a._version != version or not bool(a.any()) for a, version in self.scalars)
 
     def other(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation as it is, and follow roots and constants through it."""
@@ -318,7 +300,25 @@ class Interception(TorchFunctionMode):
     def use(self, layer: Layer, call: Call) -> Any:
         """The output of a use of the layer; NotImplemented if autograd should run the operation."""
         use = self.use_of(layer, call)
-        return NotImplemented if use is None else layer.run(use, call.x, self.token)
+        if use is None:
+            return NotImplemented
+        with self.following(call.x):
+            out = layer.run(use, call.x, self.token)
+        use.output_shape = tuple(out.shape)
+        self.label([use], out)
+        return out
+
+    def following(self, *inputs: Tensor) -> AbstractContextManager[None]:
+        """A context for the Function of a use: the map, if there is one, goes on inside."""
+        return nullcontext() if self.example_map is None else self.example_map.use(*inputs)
+
+    def label(
+        self, uses: Sequence[Use], out: Any, part: Callable[[Tensor], Tensor] = lambda ids: ids
+    ) -> None:
+        """Take the labels of uses from a result, or from the part of it that they became."""
+        if self.example_map is not None and uses and isinstance(out, Tensor):
+            ids = part(self.example_map.labels(out))
+            self.labels.update((use.index, ids) for use in uses)
 
     def use_of(self, layer: Layer, call: Call) -> Use | None:
         """A new use of the operands of a call; None if autograd should run the operation.
@@ -385,6 +385,45 @@ class Recomputation:
     def __exit__(self, *error: Any) -> None:
         self._interception.__exit__(*error)
         self._interception._listing = True
+
+
+_ARITHMETIC = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "pow")
+    for prefix, suffix in (("", ""), ("", "_"), ("__", "__"), ("__r", "__"), ("__i", "__"))
+)
+"""Functions to which a whole number is a number, not a dimension or a place."""
+
+
+def _described(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """What a call tells of the structure of a forward: all but tensors and numbers.
+
+    Two forwards of equal calls bring the same examples together, if the same tensors meet in them.
+    """
+    name = getattr(func, "__name__", "")
+    found = [name, torch.is_grad_enabled()]
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        kind = type(a)
+        if kind is int:
+            found.append(None if name in _ARITHMETIC else a)
+        elif kind in _STRUCTURAL:
+            found.append(a)
+        elif kind is tuple or kind is list or kind is slice or kind is torch.Size:
+            found.append(_structure(a))
+    if kwargs:
+        found.append(tuple(kwargs))
+    return tuple(found)
+
+
+_STRUCTURAL = frozenset((bool, str, type(None), torch.dtype, type(Ellipsis)))
+
+
+def _structure(a: Any) -> Any:
+    if isinstance(a, slice):
+        return ":", _structure(a.start), _structure(a.stop), _structure(a.step)
+    if isinstance(a, (tuple, list)):
+        return tuple(map(_structure, a))
+    return a if type(a) is int or type(a) in _STRUCTURAL else type(a)
 
 
 def _has_saved_tensor_hooks() -> bool:

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l2rw_ext import devices
-from l2rw_ext.data.batch import describe, merge, split
+from l2rw_ext.data.batch import describe, merge, split, tensors
 from l2rw_ext.engines.base import Engine, Scored
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
+from l2rw_ext.engines.proof import Proofs
 from l2rw_ext.errors import NotCapturableError, NotExactError
-from l2rw_ext.layers.base import Use
-from l2rw_ext.layers.broadcast import BROADCAST, FACTORS
+from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.checkpointing import SERVES_ONCE, serves_once
 from l2rw_ext.task.isolation import Buffers, Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
 from l2rw_ext.tracing.graph import check_graph, sources
 from l2rw_ext.tracing.interception import Interception
 
 from .derived import Leaves
 from .merging import NotMergeableError, check_mergeable
 from .probe import Probe, seeds
+from .rows import labelled, rows_of
 from .scoring import OverflowedError, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
+
+_LARGEST_NUMBER_OF_PLANS = 32
+"""Of one kind of step, whose model may call other functions in each forward."""
 
 
 @dataclass
@@ -40,15 +47,15 @@ class _Kind:
 
     There are three sorts of kinds. A step whose clean batch gives the direction has a kind for each
     pair of batches, and one whose direction is given has a kind for each training batch. Both run
-    the same pass over the training batch if they do not merge. The plan of that pass belongs to a
+    the same pass over the training batch if they do not merge. The plans of that pass belong to a
     third kind, which is found by ``alone`` and ``by_row``: there is one for each length of the
     training batch, not for each pair of lengths.
     """
 
     alone: Key
     """The part of the key that does not depend on the clean batch."""
-    plan: Plan | None = None
-    """The plan of a merged step, or of a pass over the training batch."""
+    plans: OrderedDict[Key, Plan] = field(default_factory=OrderedDict)
+    """The plans of a merged step, or of a pass over the training batch, by the forward's form."""
     by_row: bool = False
     """Whether tensors made without data are data if they have a row for each example."""
     separate: str | None = None
@@ -56,19 +63,28 @@ class _Kind:
     refused: str | None = None
     """Why the engine is not exact, if it is not."""
 
+    def add(self, form: Key, plan: Plan) -> None:
+        """Remember a plan, and forget the oldest if there are many."""
+        self.plans[form] = plan
+        if len(self.plans) > _LARGEST_NUMBER_OF_PLANS:
+            self.plans.popitem(last=False)
+
 
 class Layerwise(Engine):
     """Sums per-layer products; exact if each loss depends only on its own rows.
 
-    The engine checks this and does not assume it: see ``tracing.graph.check_graph`` and ``probe``.
-    The first step on batches of given shapes stores its findings in a plan, which is checked again
-    at steps 16, 256, ...
+    The engine proves this and does not assume it. In the first step of a kind an example map
+    follows the forward (see ``tracing.example_map``), and plain autograd has to agree with the
+    numbers (see ``engines.proof``). What was found is stored in a plan, which later forwards follow
+    if they call the same functions on the same batch shapes. Where the map leaves it to values
+    which examples meet, each step is probed (see ``probe``).
     """
 
     name = "layerwise"
 
     def __init__(self) -> None:
         self._kinds: dict[Key, _Kind] = {}
+        self._proofs = Proofs()
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
@@ -91,44 +107,47 @@ class Layerwise(Engine):
 
     def _attempts(
         self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
-    ) -> Scoring:
+    ) -> Scored:
         try:
             try:
-                return self._attempt(task, snapshot, direction, kind)
+                return self._attempt(task, snapshot, direction, kind, new=False)
             except StalePlanError:
-                return self._attempt_anew(task, snapshot, direction, kind)
+                snapshot.restore()
+                return self._attempt(task, snapshot, direction, kind, new=True)
         except NotExactError:
             if not kind.by_row:
                 # Perhaps a tensor made without data has a row for each example.
                 kind.by_row = True
+                kind.plans.clear()
+                snapshot.restore()
                 with contextlib.suppress(NotExactError):
-                    return self._attempt_anew(task, snapshot, direction, kind)
+                    return self._attempt(task, snapshot, direction, kind, new=True)
             raise
 
-    def _attempt_anew(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
-    ) -> Scoring:
-        """Attempt a step without the plans of the last attempt."""
-        snapshot.restore()
-        kind.plan = None
-        self._kinds.pop((kind.alone, kind.by_row), None)
-        return self._attempt(task, snapshot, direction, kind)
-
     def _attempt(
-        self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
-    ) -> Scoring:
-        """Score in a merged step if that is possible, else in two passes."""
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        direction: Direction | None,
+        kind: _Kind,
+        *,
+        new: bool,
+    ) -> Scored:
+        """Score in a merged step if that is possible, else in two passes.
+
+        ``new``: whether no plan that is known fits.
+        """
         given = "the direction is given, not the clean batch's own"
         why = kind.separate if direction is None else given
         if why is None:
             permanent = not devices.readable(task.parameters[0])  # another try waits
-            known_batched = kind.plan is not None
+            known_batched = bool(kind.plans)
             inputs = merge(
                 task.inputs, task.clean_inputs, task.n, task.m, known_batched=known_batched
             )
             if inputs is not None:
                 try:
-                    return self._merged(task, snapshot, inputs, kind)
+                    return self._merged(task, snapshot, inputs, kind, new=new)
                 except NotMergeableError as reason:
                     snapshot.restore()
                     why = str(reason)
@@ -137,20 +156,32 @@ class Layerwise(Engine):
                 why = "the inputs of the two batches do not agree in shape"
             if permanent:
                 kind.separate = why
-        return self._two_passes(task, snapshot, direction, kind, why)
+        return self._two_passes(task, snapshot, direction, kind, why, new=new)
 
-    def _merged(self, task: Task, snapshot: Snapshot, inputs: Any, kind: _Kind) -> Scoring:
+    def _merged(
+        self, task: Task, snapshot: Snapshot, inputs: Any, kind: _Kind, *, new: bool
+    ) -> Scored:
         """One forward and one data-only backward over [train; clean]."""
-        both = _Pass(task, None, task.n + task.m if kind.by_row else None)
-        interception = both.interception
-        losses, clean_losses = _merged_losses(task, inputs, interception)
-        plan = kind.plan
-        if plan is None or plan.due() or plan.calls != interception.calls:
-            both.check_not_captured()
-            precision = _precision(interception, losses)
-            check_mergeable(task, snapshot, inputs, losses, clean_losses, precision)
-        kind.plan = both.backward([losses, clean_losses], clean_losses.detach().mean(), plan)
-        return both.scoring
+
+        def plain() -> tuple[Tensor, Tensor]:
+            return _merged_losses(task, inputs, lambda part: contextlib.nullcontext())
+
+        def score(new: bool) -> Scoring:
+            both = _Pass(task, None, kind, task.n + task.m, new=new)
+            both.enter(inputs)
+            both.enter(task.targets, task.n)
+            both.enter(task.clean_targets, task.m, task.n)
+            losses, clean_losses = _merged_losses(task, inputs, both.part)
+            both.judge([losses, clean_losses])
+            if both.verdict is not None:
+                if not both.verdict.apart:
+                    raise NotMergeableError(both.verdict.together)
+                precision = _precision(both.interception, losses)
+                check_mergeable(task, snapshot, inputs, losses, clean_losses, precision)
+            both.backward([losses, clean_losses], clean_losses.detach().mean(), "")
+            return both.scoring
+
+        return self._proved(task, kind, "merged", plain, score, new=new)
 
     def _two_passes(
         self,
@@ -159,20 +190,50 @@ class Layerwise(Engine):
         direction: Direction | None,
         kind: _Kind,
         why: str,
-    ) -> Scoring:
+        *,
+        new: bool,
+    ) -> Scored:
         """A pass of the clean batch, which gives the direction, and one of the training batch."""
-        own = self._kinds.setdefault((kind.alone, kind.by_row), _Kind(kind.alone))
-        if direction is None:
-            direction = clean_direction(task, snapshot)
-        train = _Pass(task, direction.values, task.n if kind.by_row else None)
-        train.interception.part = "train"
-        with train.interception:
-            losses = task.forward_train()
-        if train.interception.saved_tensor_hooks:
-            snapshot.trained = Buffers.of(task.model)
-        own.plan = train.backward([losses], direction.clean_loss, own.plan)
-        own.plan.why_separate = why
-        return train.scoring
+        own = self._kinds.setdefault(
+            (kind.alone, kind.by_row), _Kind(kind.alone, by_row=kind.by_row)
+        )
+        direction = clean_direction(task, snapshot) if direction is None else direction
+        values, clean_loss = direction.values, direction.clean_loss
+
+        def plain() -> tuple[Tensor, Direction]:
+            return task.forward_train(), direction
+
+        def score(new: bool) -> Scoring:
+            train = _Pass(task, values, own, task.n, new=new)
+            train.enter(task.inputs)
+            train.enter(task.targets)
+            with train.part("train"):
+                losses = task.forward_train()
+            if train.interception.saved_tensor_hooks:
+                snapshot.trained = Buffers.of(task.model)
+            train.judge([losses])
+            train.backward([losses], clean_loss, why)
+            return train.scoring
+
+        return self._proved(task, own, "train", plain, score, new=new)
+
+    def _proved(
+        self,
+        task: Task,
+        kind: _Kind,
+        passes: str,
+        plain: Callable[[], tuple[Tensor, Direction | Tensor]],
+        score: Callable[[bool], Scoring],
+        *,
+        new: bool,
+    ) -> Scored:
+        """Score by a known plan, or make a new one; both against plain autograd if that is due."""
+        record = self._proofs.of(task, passes, kind.by_row)
+        due = not task.captured and record.due((kind.alone, len(kind.plans) if new else 0))
+        new = new or not kind.plans
+        scored = record.prove(task, plain, lambda: score(new)) if due else score(new)
+        scored.proof = record.note
+        return scored
 
 
 class _Pass:
@@ -181,26 +242,68 @@ class _Pass:
     Args:
         task: the step.
         directions: v by id of the parameter; None if the forward is that of both batches.
-        examples: see :class:`~l2rw_ext.tracing.interception.Interception`.
+        kind: what is known of such forwards.
+        count: the number of examples in the forward.
+        new: whether to make a plan; a step without one is made to follow a plan of the kind.
     """
 
     def __init__(
-        self, task: Task, directions: dict[int, Tensor] | None, examples: int | None
+        self,
+        task: Task,
+        directions: dict[int, Tensor] | None,
+        kind: _Kind,
+        count: int,
+        *,
+        new: bool,
     ) -> None:
         self._task = task
+        self._kind = kind
         self._leaves = Leaves(task.parameters)
         self.scoring = Scoring(task, self._leaves, directions)
-        self.interception = Interception(task.members, self.scoring, examples)
+        self.verdict: Verdict | None = None
+        self._map: ExampleMap | None = None
+        if new:
+            members = task.members
+            buffers = [(name, x) for _, name, x in members.buffers if x is not None]
+            permanent = [*members.parameters, *buffers]
+            self._map = ExampleMap(count, permanent, by_row=kind.by_row)
+        self.interception = Interception(
+            task.members, self.scoring, count if kind.by_row else None, self._map
+        )
 
-    def backward(self, outputs: list[Tensor], clean_loss: Tensor, plan: Plan | None) -> Plan:
-        """Score by a plan; if there is none, or it does not fit, make one first.
+    def enter(self, batch: Any, size: int | None = None, first: int = 0) -> None:
+        """Tell the map, if there is one, that tensors hold the examples from ``first`` on."""
+        if self._map is not None:
+            for x in tensors(batch):
+                self._map.enter(x, first=first, size=size)
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A context for a part of the forward: "merged", "train" or "clean"."""
+        self.interception.part = name
+        followed = contextlib.nullcontext() if self._map is None else self._map
+        seen = contextlib.nullcontext() if self._map is None else Exits(self._map)
+        with followed, self.interception, seen:
+            yield
+
+    def judge(self, outputs: list[Tensor]) -> None:
+        """Set the verdict of the map, if there is one."""
+        if self._map is not None:
+            self.verdict = judge(self._map, outputs, ours=_reports)
+
+    def backward(self, outputs: list[Tensor], clean_loss: Tensor, why_separate: str) -> None:
+        """Score by a plan.
 
         ``outputs`` are the training losses and, if the forward is that of both batches, the clean
         losses.
+
+        Raises:
+            StalePlanError: no plan of the kind fits the forward.
+            NotExactError: the forward mixes examples.
         """
         task, scoring, interception = self._task, self.scoring, self.interception
         losses, *clean_losses = outputs
-        after_each = check_graph(interception, outputs)
+        after_each, nodes = check_graph(interception, outputs)
         trained, reached = (
             [use for use in interception.uses if use.index in after_each[k]] for k in (0, -1)
         )
@@ -208,16 +311,18 @@ class _Pass:
         scoring.start(losses, clean_loss, reached, trained)
         seeded = [(losses, task.scaled(_finite_seed(losses)))]
         seeded += [(x, task.scaled(torch.full_like(x, 1 / task.m))) for x in clean_losses]
-        signatures = [_signature(use, interception) for use in reached]
-        if plan is None or not (
-            plan.certain
-            and interception.data_dependent is None
-            and not plan.due()
-            and plan.calls == interception.calls
-            and [use.signature for use in plan.uses] == signatures
-        ):
-            plan = self._probed(seeded, signatures, 0 if plan is None else plan.steps)
-        plan.steps += 1
+        signatures = (_signature(use, interception) for use in reached)
+        form = (*interception.calls, *nodes, *signatures)
+        if self.verdict is None:
+            plan = self._kind.plans.get(form)
+            if plan is None:
+                raise StalePlanError
+        else:
+            plan = self._planned(self.verdict, merged=bool(clean_losses))
+            plan.why_separate = why_separate
+            self._kind.add(form, plan)
+        if not plan.certain:
+            plan = replace(plan, uses=self._probed(seeded, plan.reason))
         scoring.follow(plan)
         _run_backward(interception, seeded, retain=task.low_memory)
         scoring.finish()
@@ -225,16 +330,39 @@ class _Pass:
             scoring.again = lambda seed, keep: _run_backward(
                 interception, [(losses, seed)], retain=keep
             )
-        return plan
 
-    def _probed(
-        self, seeded: list[tuple[Tensor, Tensor]], signatures: list[Key], steps: int
-    ) -> Plan:
-        """Make a plan from two more backwards over the same graph."""
-        self.check_not_captured()
+    def _planned(self, verdict: Verdict, *, merged: bool) -> Plan:
+        """A plan from what the map says; its uses are left open if it is not certain."""
+        if self._task.captured:
+            raise NotCapturableError(
+                "the engine must look at this step, for the model calls other functions than "
+                "before",
+                "let the model do the same in each step, or ",
+            )
         _check_wrappers(self._task.model)
+        if verdict.kind == "mixed":
+            raise NotExactError(verdict.reason)
+        rows = {}
+        if verdict.certain:
+            n, m = self._task.n, self._task.m
+            examples = {"merged": (0, n + m), "train": (0, n), "clean": (n, m)}
+            for use in self.scoring.reached:
+                labels = self.interception.labels.get(use.index)
+                if labels is None or not labelled(use, labels):
+                    reason = f"some rows of {use.operation} on {use.shape} show no example"
+                    verdict = replace(verdict, kind="unsure", reason=reason)
+                    break
+                rows[use.index] = rows_of(use, labels, *examples[use.part])
+        uses = self._uses(rows) if verdict.certain else []
+        return Plan(merged, verdict.certain, verdict.reason, uses=uses)
+
+    def _probed(self, seeded: list[tuple[Tensor, Tensor]], reason: str) -> list[UsePlan]:
+        """The plans of all uses from two more backwards over the same graph."""
+        if self._task.captured:
+            raise NotCapturableError(
+                f"{reason}, and the engine must look at each step", "replace the operation, or "
+            )
         scoring, interception = self.scoring, self.interception
-        reached = scoring.reached
         probe = scoring.probe = Probe(narrow=interception.narrow)
         _run_backward(interception, seeded, retain=True)
         finite = probe.finite or not bool(scoring.losses.isfinite().all())
@@ -242,6 +370,10 @@ class _Pass:
             raise OverflowedError(scoring)
         _run_backward(interception, _with_seeds(seeded, probe), retain=True)
         scoring.probe = None
+        return self._uses(probe.maps)
+
+    def _uses(self, maps: Mapping[int, RowMap | None]) -> list[UsePlan]:
+        reached = self.scoring.reached
         counts = Counter(
             source
             for use in reached
@@ -249,59 +381,23 @@ class _Pass:
             if root is not None
             for source in sources(root)
         )
-        uses = [
-            self._plan_use(use, signature, probe, counts)
-            for use, signature in zip(reached, signatures, strict=True)
-        ]
-        certain = (
-            probe.certain
-            and interception.data_dependent is None
-            and not any(_multiplies_by_zero(use) for use in reached)
-            and not interception.zero_scalars()
-            # A gradient that was zero may change; if values cannot be read, only a probe shows it.
-            and (devices.readable(scoring.losses) or all(use.rows is not None for use in uses))
-        )
-        return Plan(
-            merged=len(seeded) > 1,
-            certain=certain,
-            uses=uses,
-            calls=interception.calls,
-            data_dependent=interception.data_dependent,
-            steps=steps,
-        )
+        return [self._plan_use(use, maps.get(use.index), counts) for use in reached]
 
-    def _plan_use(self, use: Use, signature: Key, probe: Probe, counts: Counter[int]) -> UsePlan:
+    def _plan_use(self, use: Use, rows: RowMap | None, counts: Counter[int]) -> UsePlan:
         roots = [root for root in use.roots if root is not None]
         joint = use.part != "merged" or any(
             root not in self._leaves or counts[id(root)] > 1 for root in roots
         )
-        rows = probe.maps.get(use.index)
         positions = 1 if rows is None else rows.positions
         size = Size(self._task.n, self._task.m, positions, positions)
         form, costs = choose_form(use, size, without=("factored",) if joint else ())
         names = ", ".join(dict.fromkeys(map(self.interception.name_of, roots)))
-        return UsePlan(names, signature, rows, form, joint, costs, use.operation, use.shape)
+        return UsePlan(names, rows, form, joint, costs, use.operation, use.shape)
 
-    def check_not_captured(self) -> None:
-        """Raise if the engine would have to read values of a step that is captured.
 
-        Raises:
-            NotCapturableError: it would.
-        """
-        if not self._task.captured:
-            return
-        operation = self.interception.data_dependent
-        if operation is None:
-            raise NotCapturableError(
-                "the engine must look at this step, for the model calls other functions than "
-                "before",
-                "let the model do the same in each step, or ",
-            )
-        raise NotCapturableError(
-            f"values of the data decide what the model computes ({operation}), and the engine must "
-            "look at each step",
-            "replace the operation, or ",
-        )
+def _reports(node: Any) -> bool:
+    """Whether a node of autograd's graph belongs to a use or to a recurrence."""
+    return hasattr(node, "use")
 
 
 def _key(task: Task) -> Key:
@@ -331,17 +427,6 @@ def _check_wrappers(model: nn.Module) -> None:
             )
 
 
-def _multiplies_by_zero(use: Use) -> bool:
-    """Whether a trained factor is zero, as that of a residual branch often is at first.
-
-    The tensor that it multiplies has no gradient in this step, but may have one in the next.
-    """
-    root = use.roots[0]
-    if root is None or (use.layer is BROADCAST and use.operation not in FACTORS):
-        return False
-    return not bool(root.any())
-
-
 def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
     names = interception.names
     return (
@@ -352,27 +437,24 @@ def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
     )
 
 
-def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple[Tensor, Tensor]:
-    """Training and clean losses of one forward.
+def _merged_losses(
+    task: Task, inputs: Any, part: Callable[[str], AbstractContextManager[None]]
+) -> tuple[Tensor, Tensor]:
+    """Training and clean losses of one forward; ``part`` gives the context of each of its parts.
 
     Raises:
-        NotMergeableError: the model or a loss function cannot work on the merged batch, or the
-            values of the data decide what is computed. (An error that is the model's own comes
-            back from the two passes.)
+        NotMergeableError: the model or a loss function cannot work on the merged batch. (An error
+            that is the model's own comes back from the two passes.)
     """
-    interception.part = "merged"
     try:
-        with interception:
+        with part("merged"):
             outputs = task.forward(inputs)
-        if interception.data_dependent is not None:
-            raise NotMergeableError(f"values of the data decide ({interception.data_dependent})")
         parts = split(outputs, task.n, task.m)
         if parts is None:
             raise NotMergeableError("an output has no dimension 0 that counts examples")
-        with interception:
-            interception.part = "train"
+        with part("train"):
             losses = task.losses(parts[0])
-            interception.part = "clean"
+        with part("clean"):
             clean_losses = task.clean_losses(parts[1])
     except (NotCapturableError, NotExactError, NotMergeableError):
         raise

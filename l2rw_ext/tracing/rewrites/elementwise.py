@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,10 +86,13 @@ def _elementwise(mode: Interception, func: Function, /, *args: Any, **kwargs: An
     if mode.is_root(args[0]) and writes(func, kwargs):
         return NotImplemented
     shape = torch.broadcast_shapes(*[a.shape for a in args if isinstance(a, Tensor)])
+    first = len(mode.uses)
     met = [meet(mode, func, a, shape) if mode.is_root(a) else a for a in args]
     if any(m is None and a is not None for m, a in zip(met, args, strict=True)):
         return NotImplemented
-    return func(*met, **kwargs)
+    out = func(*met, **kwargs)
+    mode.label(mode.uses[first:], out)
+    return out
 
 
 def _promotes(mode: Interception, operands: tuple[Any, ...]) -> bool:
@@ -104,10 +109,28 @@ def _join(mode: Interception, func: Function, /, *args: Any, **kwargs: Any) -> A
     parts = args[0] if args else None
     if not isinstance(parts, (tuple, list)) or not mode.root_meets_data(parts):
         return NotImplemented
-    met = [meet(mode, func, a, a.shape) if mode.is_root(a) else a for a in parts]
+    met, uses = [], []
+    for a in parts:
+        first = len(mode.uses)
+        met.append(meet(mode, func, a, a.shape) if mode.is_root(a) else a)
+        uses.append(mode.uses[first:])
     if any(m is None for m in met):
         return NotImplemented
-    return func(met, *args[1:], **kwargs)
+    out = func(met, *args[1:], **kwargs)
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    for part, made in enumerate(uses):
+        mode.label(made, out, functools.partial(_ids_of, func, parts, part, dim))
+    return out
+
+
+def _ids_of(func: Function, parts: Sequence[Tensor], part: int, dim: int, ids: Tensor) -> Tensor:
+    """The ids of one part of what was joined."""
+    if func is torch.stack:
+        return ids.select(dim, 0 if ids.shape[dim] == 1 else part)
+    if ids.shape[dim] == 1:
+        return ids
+    sizes = [x.shape[dim] if x.dim() == ids.dim() else 0 for x in parts]  # torch leaves out (0,)
+    return ids.narrow(dim, sum(sizes[:part]), sizes[part])
 
 
 def meet(mode: Interception, func: Function, root: Tensor, shape: torch.Size) -> Tensor | None:

@@ -84,9 +84,12 @@ def _layer(
         weight, bias = use.weight, use.bias
     weight = weight.detach().to(pre.dtype)
     bias = None if bias is None else bias.detach().to(pre.dtype)
-    out: tuple[Tensor, Tensor | None] = _Recurrence.apply(
-        pre, mode.token, cell, weight, bias, use, reverse, *states
-    )
+    out: tuple[Tensor, Tensor | None]
+    with mode.following(pre, *states):
+        out = _Recurrence.apply(pre, mode.token, cell, weight, bias, use, reverse, *states)
+    if use is not None:
+        use.output_shape = tuple(out[0].shape)
+        mode.label([use], out[0])
     return out
 
 
@@ -151,7 +154,9 @@ def _recurrent_layers(mode: Interception, func: Function, /, *args: Any, **kwarg
         layers * directions * each
     ):
         return NotImplemented
+    first = len(mode.uses)
     states = _data_states(mode, func, initial)
+    of_states = mode.uses[first:]
     if states is None:
         return NotImplemented
     if batch_first:
@@ -179,7 +184,9 @@ def _recurrent_layers(mode: Interception, func: Function, /, *args: Any, **kwarg
         x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
     if batch_first:
         x = x.transpose(0, 1)
-    return x, *(torch.stack(states) for states in zip(*final, strict=True))
+    result = [torch.stack(last) for last in zip(*final, strict=True)]
+    mode.label(of_states, result[0])
+    return x, *result
 
 
 def _packed(mode: Interception, func: Function, args: tuple[Any, ...]) -> Any:
@@ -213,10 +220,13 @@ def _recurrent_cell(
     initial: Sequence[Tensor] = hx if isinstance(hx, (tuple, list)) else (hx,)
     if input.dim() != 2 or not _covers(mode, cell, input, initial, parameters):
         return NotImplemented
+    first = len(mode.uses)
     states = _data_states(mode, func, initial)
+    of_states = mode.uses[first:]
     if states is None:
         return NotImplemented
     hidden, memory = _layer(
         mode, func.__name__, cell, input.unsqueeze(0), states, parameters, reverse=False
     )
+    mode.label(of_states, hidden[0])
     return hidden[0] if memory is None else (hidden[0], memory)
