@@ -111,7 +111,9 @@ class ExampleMap(TorchDispatchMode):
         """Around a custom autograd Function of this package, which uses trained parameters.
 
         The dispatcher shows its inside without grad. It is followed as if autograd recorded it,
-        with a trained parameter in every operation, so that first labels start here.
+        with a trained parameter in every operation, so that first labels start here. Whoever weighs
+        the gradients of the rows of its output must find a label at each of them: one that is NONE
+        says that nobody follows this gradient.
 
         Args:
             inputs: the tensors that the Function sends gradients to.
@@ -235,13 +237,15 @@ class ExampleMap(TorchDispatchMode):
         for x in c.writes:
             self._storage(x).known = False
         for x in [] if c.writes else filter(plain, c.outs):
+            if self._found(x) is None:
+                self._storage(x).known = fixed
             d = _first_of_size(x, self.count)
             for_all = c.tensors and c.name not in ("expand", "repeat", "new_zeros")
             if self._by_row and d < x.dim() and not for_all:
                 ids = counted(x.dim(), d, 0, self.count)
-                self._storage(x, sound=bool(c.tensors)).views[geometry(x)] = full(x.dim()), ids
-            elif self._found(x) is None:
-                self._storage(x).known = fixed
+                storage = self._storage(x)
+                storage.sound = bool(c.tensors)
+                storage.views[geometry(x)] = full(x.dim()), ids
 
     def _with_data(self, c: Call, pairs: list[Pair]) -> None:
         in_use = self._within is not None
@@ -254,7 +258,8 @@ class ExampleMap(TorchDispatchMode):
             labels = values
         else:
             labels = self._labels(c, values, recorded=recorded, meets=meets)
-        if meets and not all(map(unowned, labels)) and bool((labels[0] < 0).any()):
+        partly = meets and not in_use and not all(map(unowned, labels))
+        if partly and bool((labels[0] < 0).any()):
             self.note("gaps", c.name)
         if self._within is not None:  # from its first label on, an element leads gradients on
             given = {key(x) for x in c.tensors if plain(x)}
@@ -281,7 +286,7 @@ class ExampleMap(TorchDispatchMode):
         labels = self._ids(c.read(lambda x: self._pair(x)[1], prefer))
         if c.chose:
             self.note("may choose", c.name)
-        if not recorded:
+        if not recorded or c.func.is_view:  # a view is the same elements
             return labels
         graded = self._ids(c.read(self._graded, join, today=True))
         if c.chose:
