@@ -100,10 +100,7 @@ class ExampleMap(TorchDispatchMode):
         with self.aside():
             d = _first_of_size(x, size) if dimension is None else dimension % x.dim()
             if d < x.dim():
-                shared = x.stride(d) == 0 and size > 1
-                ids = full(x.dim(), MIXED) if shared else counted(x.dim(), d, first, size)
-                for k in range(x.dim()):
-                    x = x.narrow(k, 0, 1) if x.stride(k) == 0 else x
+                ids = counted(x.dim(), d, first, size)
                 self._storage(x, sound=False).set(x, (ids, ids))
 
     @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -62,13 +63,16 @@ class Storage:
 
     def set(self, x: Tensor, pair: Pair) -> None:
         """Other values were written to all elements of x."""
+        for d in range(x.dim()):
+            if x.stride(d) == 0 and x.shape[d] > 1:  # the same memory all along d
+                x, pair = x.narrow(d, 0, 1), _both(lambda ids, d=d: over(ids, [d]), pair)
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         whole = x.numel() * x.element_size() == x.untyped_storage().nbytes()
         if whole and x.permute(order).is_contiguous():
             self.views, self._flat, self._width = {geometry(x): pair}, None, x.element_size()
         elif x.numel() and not all(map(_same, self.get(x), pair)):
             flat = self._flatten(x)
-            if x.element_size() == self._width:
+            if x.element_size() == self._width and _separate(x.shape, x.stride()):
                 for kept, ids in zip(flat, pair, strict=True):
                     elements = kept.as_strided(x.shape, x.stride(), x.storage_offset())
                     elements.copy_(ids.expand(x.shape))
@@ -98,7 +102,7 @@ class Storage:
             for (offset, shape, stride, width), pair in self.views.items():
                 if width != self._width:
                     flat = _both(join, flat, _both(_whole, pair))
-                elif all(t or s == 1 for s, t in zip(shape, stride, strict=True)):
+                elif _separate(shape, stride):  # others are views of these
                     for kept, ids in zip(flat, pair, strict=True):
                         kept.as_strided(shape, stride, offset).copy_(ids.expand(shape))
             self._flat = flat
@@ -106,6 +110,16 @@ class Storage:
         if missing > 0:
             self._flat = _both(lambda f: torch.cat([f, full(1, MIXED).expand(missing)]), self._flat)
         return self._flat
+
+
+def _separate(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether no two elements share memory; False where that is hard to say."""
+    extent = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1 and step < extent:
+            return False
+        extent += (size - 1) * step
+    return True
 
 
 def _both(function: Any, *pairs: Pair) -> Pair:
