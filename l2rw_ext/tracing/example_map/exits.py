@@ -10,12 +10,13 @@ from torch.overrides import TorchFunctionMode
 
 from .map import ExampleMap
 
-_GRAD_FN: Any = Tensor.grad_fn.__get__  # type: ignore[union-attr]
-"""Whoever reads this may put a hook on the node."""
+_TENSOR: Any = Tensor
+_ATTRIBUTES = {_TENSOR.grad_fn.__get__: "grad_fn", _TENSOR.data.__set__: "data"}
+"""The first may put a hook on the node; the second keeps the graph of the old values."""
 
 _LEAVES = {
     *("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage", "storage"),
-    *("register_hook", "grad_fn"),
+    *("register_hook", "grad_fn", "data"),
 }
 
 
@@ -37,8 +38,8 @@ class Exits(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if func == _GRAD_FN:
-            name = "grad_fn" if args[0].requires_grad else ""
+        if func in _ATTRIBUTES:
+            name = _ATTRIBUTES[func] if args[0].requires_grad else ""
         if name in _LEAVES and self._map.owned(args[0]):
             self._map.note("unseen", name)
         # ``one_hot`` compares values with the number of classes, and decides nothing by them.

@@ -33,6 +33,9 @@ _NOT_THE_USERS = tuple(
 )
 """The folders of torch and of this package, whose lines a note does not name."""
 
+_CHECKS = ("_linalg_check_errors", "_assert_async", "_assert_tensor_metadata")
+"""Operations that read values to raise an error, and decide nothing else by them."""
+
 _SEEN_BY_GEOMETRY = ("detach", "alias", "as_strided")
 """Views whose ids are found by storage and geometry, with no rule."""
 
@@ -59,6 +62,8 @@ class ExampleMap(TorchDispatchMode):
         >>> bool((example_map.labels(mixed) == MIXED).all())
         True
     """
+
+    supports_higher_order_operators = True
 
     def __init__(
         self, count: int, permanent: Iterable[tuple[str, Tensor]], *, by_row: bool = False
@@ -162,9 +167,12 @@ class ExampleMap(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self._resting and func._opname not in _SEEN_BY_GEOMETRY:
+        if not self._resting:
             with torch._C.DisableTorchFunction():
-                self._follow(Call(func, args, kwargs or {}, tensors_in(out), self._known))
+                if not isinstance(func, torch._ops.OpOverload):
+                    self._opaque(func, tensors_in(out))
+                elif func._opname not in _SEEN_BY_GEOMETRY:
+                    self._follow(Call(func, args, kwargs or {}, tensors_in(out), self._known))
         return out
 
     @contextlib.contextmanager
@@ -212,20 +220,29 @@ class ExampleMap(TorchDispatchMode):
 
     # ---- an operation
 
+    def _opaque(self, func: Any, outs: list[Tensor]) -> None:
+        """An operator that takes functions, as ``torch.cond`` does: its results may be anyone's."""
+        self.note("unknown", str(func))
+        self._anyones(outs)
+
+    def _anyones(self, outs: list[Tensor]) -> None:
+        for x in filter(plain, outs):
+            self._storage(x, sound=False).set(x, (full(x.dim(), MIXED), full(x.dim(), MIXED)))
+
     def _follow(self, c: Call) -> None:
         if c.name == "lift_fresh" and self._found(c.outs[0]) is None:
             self._storage(c.outs[0])  # numbers of the program, which may be others the next time
         pairs = [self._pair(x) for x in c.tensors]
         if "empty" in c.name:  # whoever fills it may do so unseen
-            for x in filter(plain, c.outs):
-                self._storage(x, sound=False).set(x, (full(x.dim(), MIXED), full(x.dim(), MIXED)))
+            self._anyones(c.outs)
         elif torch.Tag.inplace_view in c.func.tags:
-            pass  # storage and geometry say what it is
+            if c.name == "set_" and any(map(self.owned, c.tensors)):
+                self.note("unseen", c.name)  # the graph stays that of the old elements
         elif all(unowned(ids) for pair in pairs for ids in pair):
             self._without_data(c)
         elif c.outs or c.writes:
             self._with_data(c, pairs)
-        elif not self.checks_values:
+        elif not self.checks_values and c.name not in _CHECKS:
             self.note("reads", c.name)
 
     def _without_data(self, c: Call) -> None:
@@ -245,6 +262,8 @@ class ExampleMap(TorchDispatchMode):
                 storage.views[geometry(x)] = full(x.dim()), ids
 
     def _with_data(self, c: Call, pairs: list[Pair]) -> None:
+        if _shaped_by_values(c):
+            self.note("reads", c.name)
         in_use = self._within is not None
         recorded = in_use or (torch.is_grad_enabled() and any(x.requires_grad for x in c.tensors))
         meets = in_use or (recorded and any(map(self._is_root, c.tensors)))
@@ -262,7 +281,7 @@ class ExampleMap(TorchDispatchMode):
             given = {key(x) for x in c.tensors if plain(x)}
             made = {key(x) for x in c.outs if plain(x)} - given
             self._within |= made | {key(x) for x in c.writes if plain(x)}
-        fate = {id(x): pair for x, *pair in zip(c.outs, values, labels, strict=True)}
+        fate = {id(x): pair for x, *pair in zip(c.outs or c.writes, values, labels, strict=True)}
         for x in c.writes:
             missing = [over(ids[0], None, x.dim()) for ids in (values, labels)]
             self._write(x, *fate.pop(id(x), missing), recorded=recorded)
@@ -319,6 +338,17 @@ class ExampleMap(TorchDispatchMode):
             found.becomes_sound(keep=x.requires_grad)
         found.set(x, (values, labels))
         found.known = False
+
+
+def _shaped_by_values(c: Call) -> bool:
+    """Whether the shape of the result shows values to the program."""
+    if torch.Tag.dynamic_output_shape not in c.func.tags:
+        return False
+    return c.name != "index" or any(_is_mask(i) for i in c["indices"])
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def _first_of_size(x: Tensor, size: int) -> int:

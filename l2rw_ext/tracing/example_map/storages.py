@@ -47,7 +47,7 @@ class Storage:
         self._alive = StorageWeakRef(x.untyped_storage())  # no other storage gets its address
         self.views: dict[Geometry, Pair] = {}
         self._flat: Pair | None = None
-        self._width = x.element_size()
+        self._width, self._bytes = x.element_size(), x.untyped_storage().nbytes()
         self.sound = sound
         self.known = False
         """Whether it holds the same in each forward, being made of shapes and numbers alone."""
@@ -69,7 +69,8 @@ class Storage:
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         whole = x.numel() * x.element_size() == x.untyped_storage().nbytes()
         if whole and x.permute(order).is_contiguous():
-            self.views, self._flat, self._width = {geometry(x): pair}, None, x.element_size()
+            self.views, self._flat = {geometry(x): pair}, None
+            self._width, self._bytes = x.element_size(), x.untyped_storage().nbytes()
         elif x.numel() and not all(map(_same, self.get(x), pair)):
             flat = self._flatten(x)
             if x.element_size() == self._width and _separate(x.shape, x.stride()):
@@ -96,8 +97,8 @@ class Storage:
 
     def _flatten(self, x: Tensor) -> Pair:
         """Ids by element of the storage; a storage that grew has new elements of any value."""
-        size = x.untyped_storage().nbytes() // self._width
         if self._flat is None:
+            size = self._bytes // self._width
             flat = _both(lambda ids: ids.expand(size).clone(), (full(1), full(1)))
             for (offset, shape, stride, width), pair in self.views.items():
                 if width != self._width:
@@ -106,7 +107,7 @@ class Storage:
                     for kept, ids in zip(flat, pair, strict=True):
                         kept.as_strided(shape, stride, offset).copy_(ids.expand(shape))
             self._flat = flat
-        missing = size - self._flat[0].numel()
+        missing = x.untyped_storage().nbytes() // self._width - self._flat[0].numel()
         if missing > 0:
             self._flat = _both(lambda f: torch.cat([f, full(1, MIXED).expand(missing)]), self._flat)
         return self._flat
