@@ -1,0 +1,120 @@
+"""What an example map says of the losses of its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .ids import NONE, counted
+from .map import ExampleMap
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether each loss keeps to its own example."""
+
+    kind: Literal["certain", "today", "mixed", "unsure"]
+    """*certain*: no gradient of a loss reaches the rows of another example, at these or any other
+    values. *today*: so it is for what indices choose today, unless a custom Function, a hook or
+    unseen code mixes. *mixed*: it may reach them. *unsure*: it may, or there was an operation
+    without a rule, or an index chose rows before the first layer."""
+    apart: bool
+    """Whether no loss is computed from the data of another example, at these or any other values,
+    so that two batches may be merged; the size of the batch may still enter."""
+    reason: str
+    """A sentence that names the operation and the line of the user's code."""
+    notes: dict[str, dict[str, str]]
+    """As :attr:`ExampleMap.notes`, with the kind "functions": custom autograd Functions."""
+
+    @property
+    def certain(self) -> bool:
+        """Whether the kind is *certain*."""
+        return self.kind == "certain"
+
+
+_TODAY = {
+    "chooses": "an index that may change decides which examples {} reads or writes",
+    "reads": "the program reads values of the data by {}, and may decide by them",
+    "unseen": "{} takes values or gradients out of torch's sight",
+    "functions": "the custom autograd function {} may do anything in its backward",
+    "gaps": "{} uses a parameter on rows that belong to no example",
+}
+"""Kinds of notes with which a verdict holds for this forward only."""
+
+_UNSURE = {
+    "unknown": "no rule says which examples {} brings together",
+    "chooses": _TODAY["chooses"],
+    "reads": _TODAY["reads"],
+    "may choose": "before the first layer, an index decides which examples {} reads or writes",
+    "strays": "{} is in no batch, parameter or buffer, and may belong to examples",
+}
+"""Kinds of notes with which mixed ids need not mean that examples mix."""
+
+
+def judge(
+    example_map: ExampleMap,
+    losses: Sequence[Tensor],
+    *,
+    ours: Callable[[Any], bool] = lambda node: False,
+) -> Verdict:
+    """What the map says of consecutive parts of the losses.
+
+    Args:
+        example_map: of the forward.
+        losses: one tensor (k,) or more; loss i of the first has example i, and the next part goes
+            on where one ends, as those of the merged batch [train; clean] do.
+        ours: whether a node of autograd's graph, of a custom Function, sends each gradient to its
+            own example only.
+    """
+    found = _custom_functions(losses, ours)
+    notes = {k: v for k, v in (example_map.notes | {"functions": found}).items() if v}
+    each = sum(x.numel() for x in losses) == example_map.count and all(x.dim() == 1 for x in losses)
+    labelled = apart = each
+    first = 0
+    with example_map.aside():
+        for x in losses if each else ():
+            ids = counted(1, 0, first, x.numel())
+            labelled = labelled and bool((example_map.graded(x) == ids).all())
+            values = example_map.values(x)
+            apart = apart and bool(((values == ids) | (values == NONE)).all())
+            first += x.numel()
+    today, unsure = _reason(notes, _TODAY), _reason(notes, _UNSURE)
+    if labelled and today is None:
+        return Verdict("certain", apart, "each loss keeps to the rows of its example", notes)
+    if labelled and today is not None:
+        return Verdict("today", False, today, notes)
+    if unsure is not None:
+        return Verdict("unsure", apart and today is None, unsure, notes)
+    mixes = _reason(notes, {"mixes": "{} mixes the gradients of examples"})
+    if not each:
+        mixes = "there is not one loss for each example"
+    if mixes is None:
+        mixes = "the losses do not come in the order of the examples"
+    return Verdict("mixed", apart and today is None, mixes, notes)
+
+
+def _reason(notes: dict[str, dict[str, str]], kinds: dict[str, str]) -> str | None:
+    """A sentence on the first note of these kinds."""
+    for kind, sentence in kinds.items():
+        for name, place in notes.get(kind, {}).items():
+            return sentence.format(f"{name} ({place})" if place else name)
+    return None
+
+
+def _custom_functions(losses: Sequence[Tensor], ours: Callable[[Any], bool]) -> dict[str, str]:
+    """Names of the custom Functions that gradients of the losses pass."""
+    stack: list[Any] = [x.grad_fn for x in losses]
+    seen: set[Any] = {None}
+    found: dict[str, str] = {}
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+            if isinstance(node, torch.autograd.function.BackwardCFunction) and not ours(node):
+                found[type(node).__name__.removesuffix("Backward")] = ""
+    return found
