@@ -48,6 +48,22 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in _flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def cloned(tree: Any) -> Any:
+    """The nest with copies of its tensors."""
+    leaves, structure = _flatten(tree)
+    copies = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+    return _unflatten(copies, structure)
+
+
+def share_memory(a: Any, b: Any) -> bool:
+    """Whether some tensor of one nest lies on the memory of one of the other."""
+    strided = (
+        {x.untyped_storage()._cdata for x in tensors(t) if x.layout == torch.strided}
+        for t in (a, b)
+    )
+    return not set.isdisjoint(*strided)
+
+
 def unpack(batch: Any, name: str) -> Batch:
     """Check that ``batch`` is a pair (inputs, targets) whose tensors can be used."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:

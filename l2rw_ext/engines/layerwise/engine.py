@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext import devices
-from l2rw_ext.data.batch import describe, merge, split, tensors
+from l2rw_ext.data.batch import (
+    cloned,
+    describe,
+    merge,
+    share_memory,
+    split,
+    tensors,
+)
 from l2rw_ext.engines.base import Engine, Scored
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
 from l2rw_ext.engines.proof import Proofs
@@ -162,6 +169,9 @@ class Layerwise(Engine):
         self, task: Task, snapshot: Snapshot, inputs: Any, kind: _Kind, *, new: bool
     ) -> Scored:
         """One forward and one data-only backward over [train; clean]."""
+        if share_memory(task.targets, task.clean_targets):
+            # The map tells by its memory whose a tensor is.
+            task = replace(task, clean_targets=cloned(task.clean_targets))
 
         def plain() -> tuple[Tensor, Tensor]:
             return _merged_losses(task, inputs, lambda part: contextlib.nullcontext())
@@ -177,7 +187,7 @@ class Layerwise(Engine):
                 if not both.verdict.apart:
                     raise NotMergeableError(both.verdict.together)
                 precision = _precision(both.interception, losses)
-                check_mergeable(task, snapshot, inputs, losses, clean_losses, precision)
+                check_mergeable(task, snapshot, inputs, precision)
             both.backward([losses, clean_losses], clean_losses.detach().mean(), "")
             return both.scoring
 

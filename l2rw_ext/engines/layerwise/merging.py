@@ -1,11 +1,13 @@
 """Whether training and clean batch may go through the model as one batch.
 
 The example map says whether data of one example reaches another's loss. What is left is a forward
-that looks at the size of its batch: only values show that.
+that computes with the size of its batch.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from l2rw_ext.data.batch import forward_with, split
+from l2rw_ext.data.batch import split
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Task
+from l2rw_ext.tracing.numbers import Numbers
 
 
 class NotMergeableError(Exception):
@@ -30,25 +33,15 @@ class NotMergeableError(Exception):
         self.permanent = permanent
 
 
-def check_mergeable(
-    task: Task,
-    snapshot: Snapshot,
-    inputs: Any,
-    losses: Tensor,
-    clean_losses: Tensor,
-    precision: float,
-) -> None:
-    """Check, by values, that two forwards give the losses of the merged one.
+def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: float) -> None:
+    """Check that two separate forwards do what the merged one does.
 
-    Parameters that are zero, as those of a last layer often are at first, would hide what they
-    multiply, so other values replace them.
+    They have to compute with the same numbers, whatever these multiply, and give the same losses.
 
     Args:
         task: the step.
         snapshot: the state that the merged forward started from.
         inputs: the merged inputs.
-        losses: training losses of the merged forward.
-        clean_losses: its clean losses.
         precision: the largest machine epsilon among the dtypes that the forward computed in.
 
     Raises:
@@ -61,9 +54,7 @@ def check_mergeable(
     try:
         # With grad, as in the step, but without the memory of a graph.
         with torch.autograd.graph.saved_tensors_hooks(_drop, _refuse):
-            same = _Trial(task, snapshot, precision).agrees(
-                inputs, losses, clean_losses, draws=draws
-            )
+            same = _agree(task, snapshot, inputs, precision, draws=draws)
     except _BackwardInsideError:
         raise NotMergeableError("the forward runs a backward of its own") from None
     except Exception as error:
@@ -76,57 +67,30 @@ def check_mergeable(
         raise NotMergeableError("an example's output depends on the size of its batch")
 
 
-class _Trial:
-    """Forwards from the same state as the step's, with other sizes."""
+def _agree(task: Task, snapshot: Snapshot, inputs: Any, eps: float, *, draws: bool) -> bool:
+    """Whether the forward of each batch does what the merged forward does."""
 
-    def __init__(self, task: Task, snapshot: Snapshot, precision: float) -> None:
-        self._task = task
-        self._snapshot = snapshot
-        self._precision = precision
-        generator = torch.Generator("cpu").manual_seed(0)
-        self._stand_ins = {
-            name: (
-                torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu")
-                .mul(0.1)
-                .to(p)
-                .requires_grad_(p.requires_grad)
-            )
-            for name, p in task.model.named_parameters()
-            if p.numel() and p.is_floating_point() and not p.any()
-        }
-
-    def agrees(self, inputs: Any, losses: Tensor, clean_losses: Tensor, *, draws: bool) -> bool:
-        """Whether all forwards give the losses of the merged one, row by row."""
-        eps = self._precision
-        loose = max(16 * eps, min(256 * eps, 2.0**-12))
-        train, clean = losses.detach(), clean_losses.detach()
-        if self._stand_ins:
-            train, clean = self._merged(inputs)
-        if not draws:
-            return _same(train, self._train(), loose) and _same(clean, self._clean(), loose)
-        with _WithoutDropout():
-            train, clean = self._merged(inputs)
-            if not self._snapshot.generators.unchanged():
-                return True  # two forwards draw other numbers, and nothing can be compared
-            return _same(train, self._train(), loose) and _same(clean, self._clean(), loose)
-
-    def _merged(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        parts = split(self._forward(inputs), self._task.n, self._task.m)
+    def merged() -> tuple[Tensor, Tensor]:
+        parts = split(task.forward(inputs), task.n, task.m)
         assert parts is not None
-        return self._task.losses(parts[0]).detach(), self._task.clean_losses(parts[1]).detach()
+        return task.losses(parts[0]), task.clean_losses(parts[1])
 
-    def _train(self) -> Tensor:
-        return self._task.losses(self._forward(self._task.inputs)).detach()
-
-    def _clean(self) -> Tensor:
-        return self._task.clean_losses(self._forward(self._task.clean_inputs)).detach()
-
-    def _forward(self, inputs: Any) -> Any:
-        self._snapshot.restore()
-        if not self._stand_ins:
-            return self._task.forward(inputs)
-        with self._task.autocast:
-            return forward_with(self._task.model, self._stand_ins, inputs)
+    runs: tuple[Callable[[], Any], ...] = (merged, task.forward_train, task.forward_clean)
+    found = []
+    numbers = []
+    with _WithoutDropout() if draws else contextlib.nullcontext():
+        for run in runs:
+            snapshot.restore()
+            with Numbers() as read:
+                found.append(run())
+            numbers.append(read.found)
+        drawn = not snapshot.generators.unchanged()
+    (train, clean), own_train, own_clean = found
+    tolerance = max(16 * eps, min(256 * eps, 2.0**-12))
+    return numbers[0] == numbers[1] == numbers[2] and (
+        drawn  # other numbers in each forward, and nothing can be compared
+        or (_same(train, own_train, tolerance) and _same(clean, own_clean, tolerance))
+    )
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -172,6 +136,7 @@ def _refuse(saved: None) -> Tensor:
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether two results of the same rows agree, relative to the largest value."""
+    a, b = a.detach(), b.detach()
     finite = a.isfinite() & b.isfinite()
     error = (a - b).abs().masked_fill(~finite, 0).max()
     scale = a.abs().masked_fill(~finite, 0).max()

@@ -90,6 +90,11 @@ class ExampleMap(TorchDispatchMode):
         self._within: set[int] | None = None
         self._resting = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No step runs compiled code, and to skip the compiler would load it, for seconds."""
+        return False
+
     def enter(
         self, x: Tensor, *, dimension: int | None = None, first: int = 0, size: int | None = None
     ) -> None:
@@ -166,9 +171,9 @@ class ExampleMap(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not self._resting:
-            with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction():
+            out = func(*args, **(kwargs or {}))
+            if not self._resting:
                 if not isinstance(func, torch._ops.OpOverload):
                     self._opaque(func, tensors_in(out))
                 elif func._opname not in _SEEN_BY_GEOMETRY:
@@ -255,6 +260,7 @@ class ExampleMap(TorchDispatchMode):
                 self._storage(x).known = fixed
             d = _first_of_size(x, self.count)
             for_all = c.tensors and c.name not in ("expand", "repeat", "new_zeros")
+            for_all = for_all or c.name == "arange"  # which counts positions rather than examples
             if self._by_row and d < x.dim() and not for_all:
                 ids = counted(x.dim(), d, 0, self.count)
                 storage = self._storage(x)
@@ -336,6 +342,8 @@ class ExampleMap(TorchDispatchMode):
             labels = join(found.get(x)[1], labels if recorded else values)
         elif recorded:
             found.becomes_sound(keep=x.requires_grad)
+        else:
+            labels = prefer(labels, found.get(x)[1])
         found.set(x, (values, labels))
         found.known = False
 

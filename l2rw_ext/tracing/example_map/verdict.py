@@ -25,6 +25,8 @@ class Verdict:
     apart: bool
     """Whether no loss is computed from the data of another example, at these or any other values,
     so that two batches may be merged; the size of the batch may still enter."""
+    together: str
+    """Why they are not apart."""
     reason: str
     """A sentence that names the operation and the line of the user's code."""
     notes: dict[str, dict[str, str]]
@@ -78,23 +80,30 @@ def judge(
     with example_map.aside():
         for x in losses if each else ():
             ids = counted(1, 0, first, x.numel())
-            labelled = labelled and bool((example_map.graded(x) == ids).all())
+            own = not x.requires_grad or bool((example_map.graded(x) == ids).all())
+            labelled = labelled and own
             values = example_map.values(x)
             apart = apart and bool(((values == ids) | (values == NONE)).all())
             first += x.numel()
     today, unsure = _reason(notes, _TODAY), _reason(notes, _UNSURE)
+    apart = apart and today is None
+    together = "an example's output depends on the rest of its batch"
+    what = _reason(notes, {"mixes values": "{}"} | _TODAY | _UNSURE)
+    if what is not None:
+        together += f": {what}"
     if labelled and today is None:
-        return Verdict("certain", apart, "each loss keeps to the rows of its example", notes)
+        why = "each loss keeps to the rows of its example"
+        return Verdict("certain", apart, together, why, notes)
     if labelled and today is not None:
-        return Verdict("today", False, today, notes)
+        return Verdict("today", apart, together, today, notes)
     if unsure is not None:
-        return Verdict("unsure", apart and today is None, unsure, notes)
-    mixes = _reason(notes, {"mixes": "{} mixes the gradients of examples"})
+        return Verdict("unsure", apart, together, unsure, notes)
+    mixes = _reason(notes, {"mixes": "{} mixes examples"})
     if not each:
         mixes = "there is not one loss for each example"
     if mixes is None:
         mixes = "the losses do not come in the order of the examples"
-    return Verdict("mixed", apart and today is None, mixes, notes)
+    return Verdict("mixed", apart, together, mixes, notes)
 
 
 def _reason(notes: dict[str, dict[str, str]], kinds: dict[str, str]) -> str | None:

@@ -49,7 +49,10 @@ def reduced(c: Call) -> list[Tensor] | Tensor:
     argsort glu _fft_r2c _fft_c2c _fft_c2r linalg_cross"""
 )
 def _along(c: Call) -> Tensor:
-    return over(pointwise(c), [c["dim"]] if isinstance(c["dim"], int) else c["dim"])
+    ids = pointwise(c)
+    whole = over(ids, [c["dim"]] if isinstance(c["dim"], int) else c["dim"])
+    # Where every place has an example, a first label may be that of the place.
+    return c.join(ids, whole) if c.outs[0].shape == c.tensors[0].shape else whole
 
 
 @rule(
