@@ -35,14 +35,7 @@ class DoubleBackward(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Scores by Eq. 4-7; see :class:`Engine`."""
-        explanation = Explanation.of_graph(
-            self.name,
-            task,
-            "works for anything twice differentiable",
-            "a training forward, a backward with graph, a backward through it",
-            forwards=10,
-            given=direction is not None,
-        )
+        given = direction is not None
         with sdpa_kernel(SDPBackend.MATH):
             with _Corrected():
                 losses = task.forward_train()
@@ -63,6 +56,14 @@ class DoubleBackward(Engine):
             moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
             gradient = _second(moved, epsilon) if moved else None
         scores = torch.zeros_like(epsilon) if gradient is None else -task.unscaled(gradient)
+        explanation = Explanation.of_graph(
+            self.name,
+            task,
+            "works for anything twice differentiable",
+            "a training forward, a backward with graph, a backward through it",
+            forwards=10,
+            given=given,
+        )
         return GraphScored(task, losses, scores.detach(), direction.clean_loss, explanation)
 
 

@@ -33,6 +33,8 @@ class Plan:
     """What a first step has found out about a model on batches of given shapes."""
 
     merged: bool
+    sizes: tuple[int, ...]
+    """The numbers of examples: inputs of the same shapes may hold another number of them."""
     certain: bool
     """Whether the row maps hold at every later step.
 

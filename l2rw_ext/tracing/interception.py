@@ -26,6 +26,7 @@ from l2rw_ext.layers.torch_functions import takes, writes
 
 from . import autocast
 from .members import Members
+from .saved_tensors import hooked, recomputed
 
 Rewrite: TypeAlias = Callable[..., Any]
 """(mode, function, *args, **kwargs) -> result, or NotImplemented if it does not cover the call."""
@@ -79,6 +80,8 @@ class Interception(TorchFunctionMode):
         self.data_dependent: str | None = None
         """The first operation through which values of the data may decide what is computed."""
         self.saved_tensor_hooks = False
+        self.checkpointed = False
+        """Whether some use is computed again in backward, and not kept."""
         self.narrow = False
         """Whether some of the forward ran in float16 under autocast, with its small range."""
         self.below_autocast: tuple[str, torch.dtype | None] | None = None
@@ -353,8 +356,9 @@ class Interception(TorchFunctionMode):
         if self._listing:
             use.index = len(self.uses)
             self.uses.append(use)
-            if not self.saved_tensor_hooks:
-                self.saved_tensor_hooks = _has_saved_tensor_hooks()
+            if not self.checkpointed and hooked():
+                self.saved_tensor_hooks = True
+                self.checkpointed = recomputed()
         return use
 
     def _operand(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -385,8 +389,3 @@ class Recomputation:
     def __exit__(self, *error: Any) -> None:
         self._interception.__exit__(*error)
         self._interception._listing = True
-
-
-def _has_saved_tensor_hooks() -> bool:
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return top is not None

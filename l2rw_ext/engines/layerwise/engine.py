@@ -33,6 +33,9 @@ from .scoring import OverflowedError, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
 
+_LARGEST_NUMBER_OF_KINDS = 256
+"""Kinds of steps that are remembered; graphs and sentences come with ever new shapes."""
+
 
 @dataclass
 class _Kind:
@@ -87,7 +90,14 @@ class Layerwise(Engine):
             raise
         finally:
             if kind != _Kind(alone):  # else its key, which is long, need not be kept
-                self._kinds[alone, pair] = kind
+                self._remember((alone, pair), kind)
+
+    def _remember(self, key: Key, kind: _Kind) -> None:
+        """Remember a kind, and forget the one that was not used for the longest time."""
+        self._kinds.pop(key, None)
+        self._kinds[key] = kind
+        if len(self._kinds) > _LARGEST_NUMBER_OF_KINDS:
+            del self._kinds[next(iter(self._kinds))]
 
     def _attempts(
         self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
@@ -161,7 +171,8 @@ class Layerwise(Engine):
         why: str,
     ) -> Scoring:
         """A pass of the clean batch, which gives the direction, and one of the training batch."""
-        own = self._kinds.setdefault((kind.alone, kind.by_row), _Kind(kind.alone))
+        own = self._kinds.get((kind.alone, kind.by_row)) or _Kind(kind.alone)
+        self._remember((kind.alone, kind.by_row), own)
         if direction is None:
             direction = clean_direction(task, snapshot)
         train = _Pass(task, direction.values, task.n if kind.by_row else None)
@@ -211,6 +222,7 @@ class _Pass:
         signatures = [_signature(use, interception) for use in reached]
         if plan is None or not (
             plan.certain
+            and plan.sizes == tuple(x.numel() for x in outputs)
             and interception.data_dependent is None
             and not plan.due()
             and plan.calls == interception.calls
@@ -218,10 +230,12 @@ class _Pass:
         ):
             plan = self._probed(seeded, signatures, 0 if plan is None else plan.steps)
         plan.steps += 1
+        automatic = task.low_memory == "auto"
+        scoring.low_memory = interception.checkpointed if automatic else bool(task.low_memory)
         scoring.follow(plan)
-        _run_backward(interception, seeded, retain=task.low_memory)
+        _run_backward(interception, seeded, retain=scoring.low_memory)
         scoring.finish()
-        if task.low_memory:
+        if scoring.low_memory:
             scoring.again = lambda seed: _run_backward(interception, [(losses, seed)], retain=False)
         return plan
 
@@ -261,6 +275,7 @@ class _Pass:
         )
         return Plan(
             merged=len(seeded) > 1,
+            sizes=tuple(x.numel() for x, _ in seeded),
             certain=certain,
             uses=uses,
             calls=interception.calls,
@@ -359,12 +374,13 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
             back from the two passes.)
     """
     interception.part = "merged"
+    sizes = n, m = task.n, task.m
     try:
         with interception:
             outputs = task.forward(inputs)
         if interception.data_dependent is not None:
             raise NotMergeableError(f"values of the data decide ({interception.data_dependent})")
-        parts = split(outputs, task.n, task.m)
+        parts = split(outputs, n, m)
         if parts is None:
             raise NotMergeableError("an output has no dimension 0 that counts examples")
         with interception:
@@ -372,6 +388,8 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
             losses = task.losses(parts[0])
             interception.part = "clean"
             clean_losses = task.clean_losses(parts[1])
+        if (losses.numel(), clean_losses.numel()) != sizes:
+            raise NotMergeableError("the batches hold other numbers of examples than rows")
     except (NotCapturableError, NotExactError, NotMergeableError):
         raise
     except Exception as error:
