@@ -32,7 +32,8 @@ def _unflatten(leaves: list[Any], structure: Any) -> Any:
     return leaves[0] if structure is None else pytree.tree_unflatten(leaves, structure)
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of the model; a packed sequence is one of them."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
@@ -40,17 +41,14 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping, else ``model(x)``.
-
-    A packed sequence is one argument although it is a tuple.
-    """
-    args, kwargs = _arguments(inputs)
+    """Call ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping, else ``model(x)``."""
+    args, kwargs = arguments(inputs)
     return model(*args, **kwargs)
 
 
 def forward_with(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
     """:func:`forward` with other values of the named parameters."""
-    return torch.func.functional_call(model, dict(parameters), *_arguments(inputs))
+    return torch.func.functional_call(model, dict(parameters), *arguments(inputs))
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -97,7 +95,7 @@ def unpack(batch: Any, name: str) -> Batch:
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
     found = list(leaves_inside(inputs))
-    if all(map(is_plain, found)):
+    if all(is_plain(x) or (hasattr(x, "__array__") and not isinstance(x, Tensor)) for x in found):
         raise TypeError(
             f"{name}: inputs must be a tensor, or a tuple or dict with at least one tensor, "
             f"got {type(inputs).__name__}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .batch import LossFn, is_plain, leaves_inside
+from .batch import LossFn, arguments, is_plain, leaves_inside
 
 
 class BatchSize:
@@ -28,7 +28,8 @@ class BatchSize:
         index: the examples' numbers in the training set, if the caller gives them, shape (n,).
 
     Raises:
-        ValueError: the batch is empty; or ``index`` has another length than ``given``.
+        ValueError: the batch is empty, or nothing in it has a length; or ``index`` has another
+            length than ``given``.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class BatchSize:
         leaves = list(leaves_inside(inputs))
         self._inputs = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
         self._opaque = not all(isinstance(x, Tensor) or is_plain(x) for x in leaves)
-        self._lengths = list(_lengths(targets)) or [x.size(0) for x in self._inputs]
+        args, kwargs = arguments(inputs)
+        self._lengths = list(_lengths(targets))
+        if not self._lengths:  # Only the first: masks and tables among the inputs have rows too.
+            self._lengths = [n for x in (*args, *kwargs.values()) for n in _lengths(x)][:1]
         self.number = self._suggested()
         """What the batch suggests; once the losses are known, how many there are."""
         if given is not None:
@@ -68,26 +72,29 @@ class BatchSize:
             return self._given
         if self._index is not None:
             return self._index.numel()
-        if self._lengths and not any(self._lengths):
-            raise self._empty()
-        rows = {x.size(0) for x in self._inputs}
+        if not self._lengths:
+            raise ValueError(
+                f"{self._name}: no tensor and no list among inputs and targets says how many "
+                "examples there are; say so by batch_size="
+            )
         lengths = [n for n in self._lengths if n]
-        agreed = [n for n in lengths if n in rows]
-        return (agreed or lengths or [0])[0]
+        if not lengths:
+            raise self._empty()
+        rows = [x.size(0) for x in self._inputs]
+        anywhere = [size for x in self._inputs for size in x.shape]
+        agreed = [n for sizes in (rows, anywhere) for n in lengths if n in sizes]
+        return (agreed or lengths)[0]
 
     def _check(self, losses: Any) -> None:
         name, n = self._name, self.number
-        shape = f"({n},)" if n else "(n,)"
         if not isinstance(losses, Tensor):
             raise TypeError(
-                f"{name}: loss_fn must return a tensor of shape {shape}, got "
-                f"{type(losses).__name__}"
+                f"{name}: loss_fn must return a tensor of shape ({n},), got {type(losses).__name__}"
             )
         if losses.dim() != 1 or not self._explains(losses.numel()):
             raise ValueError(
-                f"{name}: loss_fn must return one loss for each "
-                f"{f'of the {n} examples' if n else 'example'}, shape {shape}, got shape "
-                f"{tuple(losses.shape)}; {self._hint(losses)}"
+                f"{name}: loss_fn must return one loss for each of the {n} examples, shape "
+                f"({n},), got shape {tuple(losses.shape)}; {self._hint(losses)}"
             )
         if losses.numel() == 0:
             raise self._empty()
@@ -116,8 +123,8 @@ class BatchSize:
             hint += ", and sum or average what belongs to one example: losses.flatten(1).sum(1)"
         elif losses.dim() == 1:
             hint += (
-                ", and sum or average what belongs to one example; if there are as many examples "
-                f"as losses, say so: batch_size={losses.numel()}"
+                ", and sum or average what belongs to one example; or say by batch_size= that "
+                f"there are {losses.numel()} examples"
             )
         return hint
 
@@ -132,16 +139,16 @@ class BatchSize:
         return ValueError(f"{self._name}: the batch is empty; give at least one example")
 
 
-def _lengths(targets: Any) -> Iterator[int]:
+def _lengths(tree: Any) -> Iterator[int]:
     """The lengths of all lists and the rows of all tensors in a nest, from outside in."""
-    if isinstance(targets, PackedSequence):
-        yield int(targets.batch_sizes[0])  # which is on the CPU wherever the data is
-    elif isinstance(targets, (tuple, list)):
-        yield len(targets)
-        for part in targets:
+    if isinstance(tree, PackedSequence):
+        yield int(tree.batch_sizes[0])  # which is on the CPU wherever the data is
+    elif isinstance(tree, (tuple, list)):
+        yield len(tree)
+        for part in tree:
             yield from _lengths(part)
         return
-    for leaf in leaves_inside(targets):
+    for leaf in leaves_inside(tree):
         if isinstance(leaf, Tensor) and leaf.dim():
             yield leaf.size(0)
 
@@ -154,12 +161,10 @@ def given_sizes(batch_size: Any) -> tuple[int | None, int | None]:
     """
     if batch_size is None:
         return None, None
-    pair = batch_size if isinstance(batch_size, (tuple, list)) else (batch_size, None)
-    (n, m), one = (pair if len(pair) == 2 else (0, 0)), pair is not batch_size
-    for size in (n,) if one else (n, m):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(
-                "batch_size must be the number of training examples, or a pair of those of the "
-                f"training and the clean batch, each at least 1, got {batch_size!r}"
-            )
-    return n, m
+    sizes = batch_size if isinstance(batch_size, (tuple, list)) else (batch_size,)
+    if len(sizes) not in (1, 2) or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(
+            "batch_size must be the number of training examples, or a pair of those of the "
+            f"training and the clean batch, each at least 1, got {batch_size!r}"
+        )
+    return sizes[0], (sizes[1] if len(sizes) == 2 else None)

@@ -33,8 +33,6 @@ class Plan:
     """What a first step has found out about a model on batches of given shapes."""
 
     merged: bool
-    sizes: tuple[int, ...]
-    """The numbers of examples: inputs of the same shapes may hold another number of them."""
     certain: bool
     """Whether the row maps hold at every later step.
 
@@ -42,6 +40,8 @@ class Plan:
     computed, and no trained factor is zero.
     """
     why_separate: str = ""
+    sizes: tuple[int, ...] = ()
+    """The numbers of losses; batches of the same shapes may hold other numbers of examples."""
     uses: list[UsePlan] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     """Names of the torch functions called, in order; another list of calls needs a new plan."""
