@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ from l2rw_ext import devices
 
 Batch: TypeAlias = tuple[Any, Any]
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
+
+_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -59,27 +62,30 @@ def tensors(tree: Any) -> list[Tensor]:
 def leaves_inside(tree: Any) -> Iterator[Any]:
     """The leaves of a nest, also those inside of mappings of any type and of dataclasses."""
     for leaf in _flatten(tree)[0]:
-        inside = _inside(leaf)
-        if inside is None:
+        parts = parts_of(leaf)
+        if parts is None:
             yield leaf
         else:
-            yield from leaves_inside(inside)
+            yield from leaves_inside(parts)
 
 
-def _inside(leaf: Any) -> list[Any] | None:
-    """What an object holds that is no leaf but to torch's trees; None for any other leaf."""
-    if isinstance(leaf, PackedSequence):
-        return list(leaf)
-    if isinstance(leaf, Mapping):
-        return list(leaf.values())
-    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-        return [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
+def parts_of(x: Any) -> list[Any] | None:
+    """The parts of a tuple, list, mapping or dataclass; None for anything else.
+
+    Torch's trees do not know every type of these, and take the others for leaves.
+    """
+    if isinstance(x, (tuple, list)):
+        return list(x)
+    if isinstance(x, Mapping):
+        return list(x.values())
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return [getattr(x, field.name, None) for field in dataclasses.fields(x)]
     return None
 
 
 def is_plain(leaf: Any) -> bool:
     """Whether a leaf is a number, a string or the like, which holds no tensor."""
-    return leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes))
+    return leaf is None or isinstance(leaf, _PLAIN)
 
 
 def unpack(batch: Any, name: str) -> Batch:
@@ -125,12 +131,11 @@ def describe(tree: Any) -> tuple[Any, ...]:
 def _describe_leaf(x: Any) -> Any:
     if isinstance(x, Tensor):
         return x.shape, x.dtype, x.device, x.is_contiguous()
-    inside = _inside(x)
-    if inside is not None:
-        return type(x).__qualname__, *describe(inside)
-    # The default text of an object has its address, which differs from batch to batch.
-    addressed: Any = object.__repr__
-    return type(x).__qualname__ if type(x).__repr__ is addressed else repr(x)
+    parts = parts_of(x)
+    if parts is not None:
+        return type(x).__qualname__, *describe(parts)
+    # The text of another object may have an address or values, which differ from batch to batch.
+    return repr(x) if is_plain(x) else type(x).__qualname__
 
 
 def check_same_kind(train: Any, clean: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .batch import LossFn, arguments, is_plain, leaves_inside
+from .batch import LossFn, arguments, is_plain, leaves_inside, parts_of
 
 
 class BatchSize:
@@ -141,16 +141,14 @@ class BatchSize:
 
 def _lengths(tree: Any) -> Iterator[int]:
     """The lengths of all lists and the rows of all tensors in a nest, from outside in."""
-    if isinstance(tree, PackedSequence):
+    if isinstance(tree, Tensor) and tree.dim():
+        yield tree.size(0)
+    elif isinstance(tree, PackedSequence):
         yield int(tree.batch_sizes[0])  # which is on the CPU wherever the data is
     elif isinstance(tree, (tuple, list)):
         yield len(tree)
-        for part in tree:
-            yield from _lengths(part)
-        return
-    for leaf in leaves_inside(tree):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            yield leaf.size(0)
+    for part in parts_of(tree) or ():
+        yield from _lengths(part)
 
 
 def given_sizes(batch_size: Any) -> tuple[int | None, int | None]:
