@@ -41,10 +41,11 @@ class BatchSize:
         index: Tensor | None = None,
     ) -> None:
         self._name = name
-        self._index = index
+        self._indexed = None if index is None else index.numel()
         self._given = given
         leaves = list(leaves_inside(inputs))
-        self._inputs = [x for x in leaves if isinstance(x, Tensor) and x.dim()]
+        # Not the tensors: a step that is captured keeps its task, but not its batches.
+        self._shapes = [x.shape for x in leaves if isinstance(x, Tensor) and x.dim()]
         self._opaque = not all(isinstance(x, Tensor) or is_plain(x) for x in leaves)
         args, kwargs = arguments(inputs)
         self._lengths = list(_lengths(targets))
@@ -70,8 +71,8 @@ class BatchSize:
     def _suggested(self) -> int:
         if self._given is not None:
             return self._given
-        if self._index is not None:
-            return self._index.numel()
+        if self._indexed is not None:
+            return self._indexed
         if not self._lengths:
             raise ValueError(
                 f"{self._name}: no tensor and no list among inputs and targets says how many "
@@ -80,8 +81,8 @@ class BatchSize:
         lengths = [n for n in self._lengths if n]
         if not lengths:
             raise self._empty()
-        rows = [x.size(0) for x in self._inputs]
-        anywhere = [size for x in self._inputs for size in x.shape]
+        rows = [shape[0] for shape in self._shapes]
+        anywhere = [size for shape in self._shapes for size in shape]
         agreed = [n for sizes in (rows, anywhere) for n in lengths if n in sizes]
         return (agreed or lengths)[0]
 
@@ -106,12 +107,12 @@ class BatchSize:
         """Whether the caller or the batch says that there are so many examples."""
         if self._given is not None:
             return count == self._given
-        if self._index is not None and count == self._index.numel():
+        if count == self._indexed:
             return True
         allowed = (
             self._opaque
-            or not self._inputs
-            or any(count <= x.size(0) or count in x.shape for x in self._inputs)
+            or not self._shapes
+            or any(count <= shape[0] or count in shape for shape in self._shapes)
         )
         return allowed and count in self._lengths
 
@@ -129,10 +130,10 @@ class BatchSize:
         return hint
 
     def _check_index(self, count: int) -> None:
-        if self._index is not None and self._index.numel() != count:
+        if self._indexed is not None and self._indexed != count:
             raise ValueError(
                 f"index must have one number for each of the {count} training examples, got shape "
-                f"{tuple(self._index.shape)}"
+                f"({self._indexed},)"
             )
 
     def _empty(self) -> ValueError:
