@@ -70,17 +70,20 @@ def leaves_inside(tree: Any) -> Iterator[Any]:
 
 
 def parts_of(x: Any) -> list[Any] | None:
-    """The parts of a tuple, list, mapping or dataclass; None for anything else.
+    """The parts of a tuple, list, mapping, dataclass or whatever torch's trees know; else None.
 
-    Torch's trees do not know every type of these, and take the others for leaves.
+    Those trees do not know every mapping and dataclass, and take the others for leaves.
     """
+    if isinstance(x, Tensor) or is_plain(x):
+        return None
     if isinstance(x, (tuple, list)):
         return list(x)
     if isinstance(x, Mapping):
         return list(x.values())
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         return [getattr(x, field.name, None) for field in dataclasses.fields(x)]
-    return None
+    leaves, _ = _flatten(x)
+    return None if any(leaf is x for leaf in leaves) else leaves
 
 
 def is_plain(leaf: Any) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections import UserDict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import Reweighter
+from l2rw_ext.data.batch_size import BatchSize
+from l2rw_ext.engines.layerwise import engine as layerwise
 from support.models import (
     CLASSES,
     ENGINE_OPTIONS,
@@ -210,8 +215,6 @@ def _block_batch(n: int, rows: int) -> Batch:
 
 
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from l2rw_ext.engines.layerwise import engine as layerwise
-
     monkeypatch.setattr(layerwise, "_LARGEST_NUMBER_OF_KINDS", 6)
     model = _blocks().double()
     reweighter = Reweighter(model, cross_entropy)
@@ -333,6 +336,26 @@ def test_an_index_gives_the_number_of_training_examples() -> None:
     )
     assert reweighter.backward(train, clean, index=range(5)).scores.shape == (5,)
     assert reweighter.record.visits.tolist() == [1] * 5
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda y: deque([y, 2.0]), lambda y: {"a": [y]}, lambda y: UserDict(y=y), lambda y: y]
+)
+def test_lengths_are_found_wherever_tensors_are(wrap: Any) -> None:
+    """Of the inputs, the first would say 7."""
+    inputs = (_numbers(7, 7), _numbers(4, 7))
+    assert BatchSize("a batch", inputs, wrap(_classes(4))).number == 4
+
+
+def test_a_batch_size_keeps_no_batch() -> None:
+    """A captured step keeps its task."""
+    x, y = vectors(6)
+    size = BatchSize("a batch", x, y, index=torch.arange(6))
+    alive = weakref.ref(x), weakref.ref(y)
+    del x, y
+    gc.collect()
+    assert size.number == 6
+    assert [a() for a in alive] == [None, None]
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, True, 2.0, "6", (6,) * 3, (6, 0), (6, None), ()])

@@ -374,7 +374,7 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
             back from the two passes.)
     """
     interception.part = "merged"
-    sizes = n, m = task.n, task.m
+    n, m = task.n, task.m
     try:
         with interception:
             outputs = task.forward(inputs)
@@ -388,7 +388,7 @@ def _merged_losses(task: Task, inputs: Any, interception: Interception) -> tuple
             losses = task.losses(parts[0])
             interception.part = "clean"
             clean_losses = task.clean_losses(parts[1])
-        if (losses.numel(), clean_losses.numel()) != sizes:
+        if (losses.numel(), clean_losses.numel()) != (n, m):
             raise NotMergeableError("the batches hold other numbers of examples than rows")
     except (NotCapturableError, NotExactError, NotMergeableError):
         raise
