@@ -116,9 +116,9 @@ def l2rw(case: Case, **options: Any) -> Step:
     return step
 
 
-def l2rw_low_memory(case: Case) -> Step:
-    """This package, with a second backward instead of what it keeps of each layer."""
-    return l2rw(case, low_memory=True)
+def l2rw_kept(case: Case) -> Step:
+    """This package, keeping tensors of each layer also where the model checkpoints."""
+    return l2rw(case, low_memory=False)
 
 
 def l2rw_captured(case: Case) -> Step:
@@ -350,9 +350,7 @@ METHODS: dict[str, Method] = {
         Method("plain", "plain, n", "plain", plain),
         Method("plain_union", "plain, union", "plain", plain_union),
         Method("l2rw_ext", "l2rw_ext", "exact", l2rw),
-        Method(
-            "l2rw_ext_low_memory", "l2rw_ext, low memory", "exact", l2rw_low_memory, default=False
-        ),
+        Method("l2rw_ext_kept", "l2rw_ext, low_memory=False", "exact", l2rw_kept, default=False),
         Method("double_backward", "double backward", "exact", double_backward),
         Method("jvp", "torch.func.jvp", "exact", forward_mode),
         Method("finite_difference", "finite differences", "approximate", finite_difference),

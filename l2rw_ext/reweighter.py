@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .compiled.capture import Captures
-from .data.batch import LossFn, batch_size, check_same_kind, in_order_of, unpack
+from .data.batch import LossFn, check_same_kind, in_order_of, unpack
+from .data.batch_size import BatchSize, given_sizes
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
 from .engines.base import Engine, Scored
@@ -32,6 +33,7 @@ from .tracing.members import Members
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
+LowMemory = Literal[False, True, "auto"]
 
 Only = Remembered | str | None
 """The one engine that a step may use, or its name; None for what the reweighter was made with."""
@@ -63,8 +65,9 @@ class Reweighter:
             out. Without it such a step accumulates zeros and raises when its result is read. On the
             CPU the check is free and always made.
         low_memory: keep no tensors of a layer between scores and weighted gradient, and run a
-            second backward instead, so that checkpoints still save memory. Numbers are the same up
-            to rounding; engines other than ``"layerwise"`` keep no such tensors anyway.
+            second backward instead, so that checkpoints still save memory. ``"auto"`` does so where
+            a layer runs inside of ``torch.utils.checkpoint``. Numbers are the same up to rounding;
+            engines other than ``"layerwise"`` keep no such tensors anyway.
         every: the clean batch is used only on every ``every``-th step; the steps in between use
             what it gave then (see ``reuse``), and ``clean`` may be left out of them.
         reuse: what the steps in between use. ``"direction"``: scores along the last direction,
@@ -121,7 +124,7 @@ class Reweighter:
         clean_loss_fn: LossFn | None = None,
         on_degenerate: Degenerate = "zero",
         check_finite: bool = False,
-        low_memory: bool = False,
+        low_memory: LowMemory = "auto",
         every: int = 1,
         reuse: Reuse = "direction",
         direction_decay: float = 0.0,
@@ -139,6 +142,7 @@ class Reweighter:
             ("engine", engine, EngineName),
             ("on_degenerate", on_degenerate, Degenerate),
             ("reuse", reuse, Reuse),
+            ("low_memory", low_memory, LowMemory),
         ):
             if value not in get_args(allowed):
                 listed = ", ".join(map(repr, get_args(allowed)))
@@ -186,19 +190,24 @@ class Reweighter:
         clean: Any = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         index: Tensor | Sequence[int] | None = None,
+        batch_size: int | tuple[int, int] | None = None,
     ) -> Step:
         """Score, weigh, and accumulate d(Σ w_i f_i)/dθ into ``p.grad``, like ``Tensor.backward``.
 
         Args:
-            batch: (inputs, targets) of n training examples. ``inputs`` is a tensor, a tuple
-                (``model(*inputs)``) or a dict (``model(**inputs)``).
-            clean: (inputs, targets) of m clean examples, of the same structure. May be None where
+            batch: (inputs, targets) of n training examples. ``inputs`` is a tuple or list
+                (``model(*inputs)``), a mapping (``model(**inputs)``), or any other object
+                (``model(inputs)``): a tensor, a packed sequence, a dataclass. Wrap a tuple, list or
+                mapping that is one argument: ``(inputs,)``. n is the length of the losses.
+            clean: (inputs, targets) of m clean examples, with the same arguments. May be None where
                 :attr:`needs_clean` is False.
             grad_scaler: gradients are scaled by it, as those of ``grad_scaler.scale(loss)`` are;
                 weights and scores do not depend on the scale. If gradients overflow, ``inf`` is
                 left in ``p.grad``, so that ``grad_scaler.step`` skips the step.
             index: the examples' numbers in the training set, shape (n,), from 0; their scores are
                 kept in :attr:`record`.
+            batch_size: n, or (n, m), where targets do not show it: neither has one of their
+                tensors n rows, nor one of their lists n entries.
 
         Returns:
             A :class:`~l2rw_ext.Step`.
@@ -213,8 +222,8 @@ class Reweighter:
         After an error the model, its buffers, its gradients and torch's default generators are as
         before, unless the error comes from a hook while gradients are accumulated.
         """
-        task = self._task(batch, clean, grad_scaler)
-        numbers = check_index(index, task.n)
+        numbers = check_index(index)
+        task = self._task(batch, clean, batch_size, numbers, grad_scaler)
         if numbers is None and self.reuse == "scores" and self._direction_options.every > 1:
             raise ValueError("index must be given: reuse='scores' remembers scores by it")
         if self._captures is not None:
@@ -290,18 +299,24 @@ class Reweighter:
             return False
         return not self._direction_options.active or self._direction_options.due(self.model)
 
-    def weights(self, batch: Any, clean: Any = None) -> Tensor:
+    def weights(
+        self, batch: Any, clean: Any = None, batch_size: int | tuple[int, int] | None = None
+    ) -> Tensor:
         """Return only the weights of Eq. 9, shape (n,); no gradient, buffer or generator changes.
 
         Arguments and errors are those of :meth:`backward`. With ``on_degenerate="skip"`` the
         weights of a degenerate step are zeros.
         """
-        task = self._task(batch, clean)
+        task = self._task(batch, clean, batch_size)
         with self._dry(), preserved(task.members, always=True) as snapshot:
             return self._weigh(task, snapshot)[1].step.weights
 
     def explain(
-        self, batch: Any, clean: Any = None, index: Tensor | Sequence[int] | None = None
+        self,
+        batch: Any,
+        clean: Any = None,
+        index: Tensor | Sequence[int] | None = None,
+        batch_size: int | tuple[int, int] | None = None,
     ) -> Explanation:
         """Explain which engine would run and why, and the form, cost and memory of each layer.
 
@@ -309,8 +324,9 @@ class Reweighter:
         generator changes. Without an ``index``, the answer is for a step that computes its scores.
         Print the result, or take it as plain data from its ``as_dict()``.
         """
-        task = self._task(batch, clean)
-        remembered = self._remembered(task, check_index(index, task.n))
+        numbers = check_index(index)
+        task = self._task(batch, clean, batch_size, numbers)
+        remembered = self._remembered(task, numbers)
         lines = self._direction_options.lines()
         if self._captures is not None:
             lines.append(self._captures.line(task, self._options()))
@@ -341,20 +357,26 @@ class Reweighter:
         self.record.load_state_dict(record)
 
     def _task(
-        self, batch: Any, clean: Any, grad_scaler: torch.amp.GradScaler | None = None
+        self,
+        batch: Any,
+        clean: Any,
+        batch_size: Any,
+        index: Tensor | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> Task:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("scores need gradients: leave torch.inference_mode for this call")
         if not torch.is_grad_enabled():
             raise RuntimeError("scores need gradients: leave torch.no_grad for this call")
+        n, m = given_sizes(batch_size)
         inputs, targets = unpack(batch, "training batch")
-        clean_inputs = clean_targets = None
-        m = 0
+        size = BatchSize("training batch", inputs, targets, n, index)
+        clean_inputs = clean_targets = clean_size = None
         if clean is not None or self.needs_clean:
             clean_inputs, clean_targets = unpack(clean, "clean batch")
             clean_inputs = in_order_of(inputs, clean_inputs)
             check_same_kind(inputs, clean_inputs)
-            m = batch_size(clean_inputs, clean_targets, "clean batch")
+            clean_size = BatchSize("clean batch", clean_inputs, clean_targets, m)
         members = Members.of(self.model)
         parameters = [p for _, p in members.parameters if p.requires_grad]
         if not parameters:
@@ -373,8 +395,8 @@ class Reweighter:
             targets,
             clean_inputs,
             clean_targets,
-            batch_size(inputs, targets, "training batch"),
-            m,
+            size,
+            clean_size,
             parameters,
             _loss_scale(grad_scaler, parameters[0].device),
             self.low_memory,

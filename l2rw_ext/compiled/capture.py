@@ -386,6 +386,7 @@ def _key(task: Task, batches: _Batches, options: Key) -> Key:
     return (
         tuple(described),
         str(batches.structure),
+        (task.n, task.m),
         tuple([(name, p.requires_grad) for name, p in task.members.parameters]),
         task.members.training,
         id(task.loss_fn),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import enum
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from l2rw_ext import devices
@@ -16,35 +18,44 @@ from l2rw_ext import devices
 Batch: TypeAlias = tuple[Any, Any]
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]
 
+_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves and structure; a tensor alone, the usual case, is its only leaf, without a walk."""
-    return ([tree], None) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
+    """Leaves and structure; a tensor alone, the usual case, is its only leaf, without a walk.
+
+    A packed sequence is one leaf: the rows of its tensors are not examples.
+    """
+    if isinstance(tree, Tensor):
+        return [tree], None
+    return pytree.tree_flatten(tree, is_leaf=lambda x: isinstance(x, PackedSequence))
 
 
 def _unflatten(leaves: list[Any], structure: Any) -> Any:
     return leaves[0] if structure is None else pytree.tree_unflatten(leaves, structure)
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments of the model; a packed sequence is one of them."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    several = isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence)
+    return (tuple(inputs) if several else (inputs,)), {}
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
-    """Call ``model(x)`` for a tensor, ``model(*x)`` for a tuple, ``model(**x)`` for a dict."""
-    args, kwargs = _arguments(inputs)
+    """Call ``model(*x)`` for a tuple or list, ``model(**x)`` for a mapping, else ``model(x)``."""
+    args, kwargs = arguments(inputs)
     return model(*args, **kwargs)
 
 
 def forward_with(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
     """:func:`forward` with other values of the named parameters."""
-    return torch.func.functional_call(model, dict(parameters), *_arguments(inputs))
+    return torch.func.functional_call(model, dict(parameters), *arguments(inputs))
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """All tensors of a nest of tuples, lists and dicts, in order."""
+    """The tensors of a nest of tuples, lists and dicts, in order: those that :func:`merge` sees."""
     return [leaf for leaf in _flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
@@ -64,20 +75,59 @@ def share_memory(a: Any, b: Any) -> bool:
     return not set.isdisjoint(*strided)
 
 
+def leaves_inside(tree: Any) -> Iterator[Any]:
+    """The leaves of a nest, also those inside of mappings of any type and of dataclasses."""
+    for leaf in _flatten(tree)[0]:
+        parts = parts_of(leaf)
+        if parts is None:
+            yield leaf
+        else:
+            yield from leaves_inside(parts)
+
+
+def parts_of(x: Any) -> list[Any] | None:
+    """The parts of a tuple, list, mapping, dataclass or whatever torch's trees know; else None.
+
+    Those trees do not know every mapping and dataclass, and take the others for leaves.
+    """
+    if isinstance(x, Tensor) or is_plain(x):
+        return None
+    if isinstance(x, (tuple, list)):
+        return list(x)
+    if isinstance(x, Mapping):
+        return list(x.values())
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return [getattr(x, field.name, None) for field in dataclasses.fields(x)]
+    leaves, _ = _flatten(x)
+    return None if any(leaf is x for leaf in leaves) else leaves
+
+
+def is_plain(leaf: Any) -> bool:
+    """Whether a leaf is a number, a string or the like, which holds no tensor."""
+    return leaf is None or isinstance(leaf, _PLAIN)
+
+
 def unpack(batch: Any, name: str) -> Batch:
-    """Check that ``batch`` is a pair (inputs, targets) whose tensors can be used."""
+    """Check that ``batch`` is a pair (inputs, targets) whose tensors can be used.
+
+    Inputs that are a mapping come back as a dict.
+    """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         kind = type(batch).__name__
         length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
         raise TypeError(f"{name}: expected a pair (inputs, targets), got {kind}{length}")
     inputs, targets = batch
-    found = tensors(inputs)
-    if not found:
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)
+    found = list(leaves_inside(inputs))
+    if all(is_plain(x) or (hasattr(x, "__array__") and not isinstance(x, Tensor)) for x in found):
         raise TypeError(
             f"{name}: inputs must be a tensor, or a tuple or dict with at least one tensor, "
             f"got {type(inputs).__name__}"
         )
     for x in found:
+        if not isinstance(x, Tensor):
+            continue
         if x.requires_grad:
             raise ValueError(
                 f"{name}: an input of shape {tuple(x.shape)} requires grad; gradients flow to "
@@ -94,18 +144,29 @@ def unpack(batch: Any, name: str) -> Batch:
 def describe(tree: Any) -> tuple[Any, ...]:
     """A hashable description of a nest of tensors: structure, shapes, dtypes and devices."""
     leaves, spec = _flatten(tree)
-    parts = (
-        (x.shape, x.dtype, x.device, x.is_contiguous()) if isinstance(x, Tensor) else repr(x)
-        for x in leaves
-    )
-    return (str(spec), *parts)
+    return (str(spec), *map(_describe_leaf, leaves))
+
+
+def _describe_leaf(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype, x.device, x.is_contiguous()
+    parts = parts_of(x)
+    if parts is not None:
+        return type(x).__qualname__, *describe(parts)
+    # The text of another object may have an address or values, which differ from batch to batch.
+    return repr(x) if is_plain(x) else type(x).__qualname__
 
 
 def check_same_kind(train: Any, clean: Any) -> None:
-    """Raise if training and clean inputs differ in structure, dtype or device."""
+    """Raise if training and clean inputs differ in their arguments, in dtype or in device.
+
+    Inside of an argument the two may differ, as two lists of images do.
+    """
     a, spec_a = _flatten(train)
     b, spec_b = _flatten(clean)
     if spec_a != spec_b:
+        if _structure(train) == _structure(clean):
+            return
         raise ValueError(
             "inputs of the training and the clean batch differ in structure: "
             f"{_structure(train)} and {_structure(clean)}"
@@ -149,7 +210,9 @@ def merge(train: Any, clean: Any, n: int, m: int, *, known_batched: bool = False
     out if an earlier step on batches of these shapes has shown that they are ``known_batched``.
     """
     a, spec = _flatten(train)
-    b = _flatten(clean)[0]
+    b, spec_b = _flatten(clean)
+    if spec != spec_b:
+        return None
     alone = sum(isinstance(x, Tensor) for x in a) == 1
     merged = []
     batched = False
@@ -175,9 +238,7 @@ def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, known_batched: b
                 return None
             return torch.cat([x, y])
         return x if x.shape == y.shape and _equal(x, y, ask=False) else None
-    if isinstance(x, Tensor) or isinstance(y, Tensor):
-        return None
-    return x if x is y or x == y else None
+    return x if x is y or (is_plain(x) and is_plain(y) and x == y) else None
 
 
 def _equal(x: Tensor, y: Tensor, *, ask: bool) -> bool:
@@ -205,7 +266,7 @@ def _split_leaf(x: Any, n: int, m: int) -> tuple[Any, Any] | None:
     if isinstance(x, Tensor):
         # Not the unsafe split: autograd would miss that a loss function writes to a part.
         return x.split((n, m)) if x.dim() and x.size(0) == n + m else None
-    if x is None or isinstance(x, (bool, int, float, str)):
+    if is_plain(x):
         return x, x
     return _split_object(x, n, m)
 
@@ -239,53 +300,3 @@ def _with_parts(x: Any, values: dict[Any, Any]) -> Any:
         if key in vars(x):
             object.__setattr__(new, key, value)
     return new
-
-
-def batch_size(inputs: Any, targets: Any, name: str) -> int:
-    """The number of examples: dimension 0 of the first tensor of targets, else of inputs."""
-    size: int | None = None
-    for tree in (targets, inputs):
-        for x in tensors(tree):
-            if x.dim():
-                size = x.size(0)
-                break
-        if size is not None:
-            break
-    if size is None:
-        raise ValueError(f"{name}: no tensor with a batch dimension among inputs and targets")
-    if size == 0:
-        raise ValueError(f"{name}: the batch is empty; give at least one example")
-    first = next((x for x in tensors(inputs) if x.dim()), None)
-    if first is not None and not any(size in x.shape for x in tensors(inputs)):
-        raise ValueError(
-            f"{name}: inputs have {first.size(0)} examples (shape {tuple(first.shape)}), "
-            f"targets have {size}"
-        )
-    return size
-
-
-def per_example_losses(loss_fn: LossFn, outputs: Any, targets: Any, size: int, name: str) -> Tensor:
-    """Call ``loss_fn`` and check that it returned one unreduced loss for each example."""
-    losses = loss_fn(outputs, targets)
-    with torch._C.DisableTorchFunction():  # a function mode is to see the model's calls only
-        _check_losses(losses, size, name)
-    return losses
-
-
-def _check_losses(losses: Any, size: int, name: str) -> None:
-    if not isinstance(losses, Tensor):
-        raise TypeError(
-            f"{name}: loss_fn must return a tensor of shape ({size},), got {type(losses).__name__}"
-        )
-    if losses.shape != (size,):
-        hint = (
-            'give unreduced losses, for example F.cross_entropy(outputs, targets, reduction="none")'
-        )
-        if losses.dim() > 1 and losses.size(0) == size:
-            hint += ", and sum or average what belongs to one example: losses.flatten(1).sum(1)"
-        raise ValueError(
-            f"{name}: loss_fn must return one loss for each of the {size} examples, shape "
-            f"({size},), got shape {tuple(losses.shape)}; {hint}"
-        )
-    if not losses.is_floating_point():
-        raise TypeError(f"{name}: loss_fn must return floating losses, got {losses.dtype}")

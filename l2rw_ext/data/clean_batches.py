@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
+
+from .batch import is_plain
 
 
 class CleanBatches:
@@ -20,13 +23,17 @@ class CleanBatches:
 
     Args:
         data: a map-style dataset of (input, target) pairs, or a pair (inputs, targets) of tensors
-            (or nests of tensors) whose dimension 0 counts examples.
+            (or nests of tensors) whose dimension 0 counts examples. Graphs, or images with any
+            number of boxes, need a dataset.
         batch_size: m; default the whole set.
         seed: of the order; no global generator is used or advanced.
         device: where the batches go; default where the data is.
+        collate_fn: makes a pair (inputs, targets) of a list of m examples of a dataset, as that of
+            a ``DataLoader`` does; default torch's.
 
     Raises:
-        ValueError: the set is empty, its tensors disagree in length, or ``batch_size`` < 1.
+        ValueError: the set is empty, its tensors disagree in length, a pair holds objects that have
+            no rows, or ``batch_size`` < 1.
 
     Example:
         >>> import torch
@@ -43,8 +50,10 @@ class CleanBatches:
         *,
         seed: int = 0,
         device: torch.device | str | None = None,
+        collate_fn: Callable[[list[Any]], Any] = default_collate,
     ) -> None:
-        self._data = data
+        self._data = data = _with_dicts(data) if isinstance(data, (tuple, list)) else data
+        self._collate = collate_fn
         self._size = _length(data)
         if self._size == 0:
             raise ValueError("data: the clean set is empty")
@@ -84,20 +93,40 @@ class CleanBatches:
         if isinstance(self._data, (tuple, list)):
             batch = tree_map(lambda x: _rows(x, indices), tuple(self._data))
         else:
-            batch = tuple(default_collate([self._data[i] for i in indices]))
-        if self.device is None:
-            return batch
-        return tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, batch)
+            batch = tuple(self._collate([self._data[i] for i in indices]))
+        return batch if self.device is None else _moved(batch, self.device)
 
 
 def _rows(x: Any, indices: list[int]) -> Any:
     return x[torch.tensor(indices, device=x.device)] if isinstance(x, Tensor) else x
 
 
+def _with_dicts(tree: Any) -> Any:
+    """The nest with a dict in place of every mapping, because torch's trees do not know all."""
+    return tree_map(lambda x: _with_dicts(dict(x)) if isinstance(x, Mapping) else x, tree)
+
+
+def _moved(tree: Any, device: torch.device | str) -> Any:
+    """The nest on a device; a packed sequence and other objects know what of them is to move."""
+
+    def move(x: Any) -> Any:
+        if hasattr(x, "to"):
+            return x.to(device)
+        return _moved(dict(x), device) if isinstance(x, Mapping) else x
+
+    return tree_map(move, tree, is_leaf=lambda x: isinstance(x, PackedSequence))
+
+
 def _length(data: Any) -> int:
     if isinstance(data, (tuple, list)):
         if len(data) != 2:
             raise ValueError(f"data: expected a pair (inputs, targets), got {len(data)} parts")
+        for x in tree_leaves(tuple(data)):
+            if not (isinstance(x, Tensor) or is_plain(x)):
+                raise ValueError(
+                    f"data: an object of type {type(x).__name__} has no rows; give a dataset, and "
+                    "a collate_fn if its examples need one"
+                )
         lengths = {len(x) for x in tree_leaves(tuple(data)) if isinstance(x, Tensor)}
         if not lengths:
             raise ValueError("data: no tensor among inputs and targets")

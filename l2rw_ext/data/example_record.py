@@ -96,8 +96,8 @@ class ExampleRecord:
             )
 
 
-def check_index(index: Any, n: int) -> Tensor | None:
-    """The index as an int64 tensor of n numbers, none of which is negative; None if it is None.
+def check_index(index: Any) -> Tensor | None:
+    """The index as an int64 tensor of numbers, none of which is negative; None if it is None.
 
     Raises:
         TypeError, ValueError: it is not.
@@ -108,9 +108,9 @@ def check_index(index: Any, n: int) -> Tensor | None:
         index = torch.as_tensor(index)
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         raise TypeError(f"index must hold whole numbers, got {index.dtype}")
-    if index.shape != (n,):
+    if index.dim() != 1 or index.numel() == 0:
         raise ValueError(
-            f"index must have one number for each of the {n} training examples, got shape "
+            "index must have one number for each of the training examples, got shape "
             f"{tuple(index.shape)}"
         )
     if int(index.min()) < 0:

@@ -46,15 +46,15 @@ class Explanation:
     """One sentence for each option that changes the weights."""
 
     @classmethod
-    def layerwise(cls, task: Task, plan: Plan) -> Explanation:
-        """The explanation of a layer-wise plan."""
+    def layerwise(cls, task: Task, plan: Plan, *, low_memory: bool) -> Explanation:
+        """The explanation of a layer-wise plan, followed with or without ``low_memory``."""
         layers = []
         plain = paid = 0.0
         for use in plan.uses:
             cost = use.costs[use.form]
             forward = use.costs["dense"].score if "dense" in use.costs else 0.0
             plain += 3 * forward
-            paid += 2 * forward + cost.score + cost.weighted + task.low_memory * forward
+            paid += 2 * forward + cost.score + cost.weighted + low_memory * forward
             layers.append(
                 LayerExplanation(
                     use.name,
@@ -63,7 +63,7 @@ class Explanation:
                     use.form + (" (joint)" if use.joint else ""),
                     0 if use.rows is None else use.rows.positions,
                     cost.score + cost.weighted,
-                    0.0 if task.low_memory else cost.kept_bytes,
+                    0.0 if low_memory else cost.kept_bytes,
                     {form: c.seconds for form, c in use.costs.items()},
                 )
             )
@@ -76,7 +76,9 @@ class Explanation:
         if not plan.certain:
             reason += f"; each step is probed, since {plan.reason}"
         kept = sum(layer.kept_bytes for layer in layers) / 2**20
-        memory = "the graph, for a second backward" if task.low_memory else f"{kept:.2f} MiB"
+        memory = "the graph, for a second backward" if low_memory else f"{kept:.2f} MiB"
+        if low_memory and task.low_memory == "auto":
+            memory += " (low_memory='auto': the model checkpoints)"
         ratio = paid / plain if plain else 1.0
         return cls("layerwise", reason, task.n, task.m, passes, ratio, memory, layers=tuple(layers))
 

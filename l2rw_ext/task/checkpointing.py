@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,17 +58,6 @@ def serves_once(error: BaseException) -> bool:
     if isinstance(error, AttributeError):
         return "_GeneratorContextManager" in text
     return isinstance(error, RuntimeError) and "selective activation checkpoint" in text
-
-
-def recomputed() -> bool:
-    """Whether a checkpoint drops what autograd saves now, to compute it again in backward."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return top is not None and top[0].__module__ == checkpoint.__name__
-
-
-def kept() -> AbstractContextManager[None]:
-    """A context in which autograd saves tensors as it does outside of a checkpoint."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from l2rw_ext.data.batch import LossFn, forward, per_example_losses
+from l2rw_ext.data.batch import LossFn, forward
+from l2rw_ext.data.batch_size import BatchSize
 from l2rw_ext.devices import Autocast
 from l2rw_ext.tracing.members import Members
 
@@ -27,17 +28,29 @@ class Task:
     targets: Any
     clean_inputs: Any
     clean_targets: Any
-    n: int
-    m: int
+    size: BatchSize
+    clean_size: BatchSize | None
+    """None if there is no clean batch."""
     parameters: list[nn.Parameter]
     loss_scale: Tensor | None = None
     """The factor of a gradient scaler, shape (); gradients carry it, scores do not."""
-    low_memory: bool = False
-    """Whether to keep no z and g of a layer, and to run a second backward instead."""
+    low_memory: bool | Literal["auto"] = False
+    """Whether to keep no z and g of a layer, and to run a second backward instead; "auto" if the
+    model checkpoints."""
     captured: bool = False
     """Whether the step is to be replayed, so that an engine may not read its values."""
     autocast: Autocast = field(default_factory=Autocast)
     """The caller's autocast, under which the model and the loss functions run."""
+
+    @property
+    def n(self) -> int:
+        """The number of training examples: a guess until the training losses are known."""
+        return self.size.number
+
+    @property
+    def m(self) -> int:
+        """The number of clean examples, a guess until the clean losses are known; 0 for none."""
+        return 0 if self.clean_size is None else self.clean_size.number
 
     def scaled(self, seed: Tensor) -> Tensor:
         """The seed of a backward, times the loss scale."""
@@ -50,14 +63,13 @@ class Task:
     def losses(self, outputs: Any) -> Tensor:
         """Unreduced training losses of the model's outputs, shape (n,)."""
         with self.autocast:
-            return per_example_losses(self.loss_fn, outputs, self.targets, self.n, "training batch")
+            return self.size.losses(self.loss_fn, outputs, self.targets)
 
     def clean_losses(self, outputs: Any) -> Tensor:
         """Unreduced clean losses of the model's outputs, shape (m,)."""
+        assert self.clean_size is not None
         with self.autocast:
-            return per_example_losses(
-                self.clean_loss_fn, outputs, self.clean_targets, self.m, "clean batch"
-            )
+            return self.clean_size.losses(self.clean_loss_fn, outputs, self.clean_targets)
 
     def forward(self, inputs: Any) -> Any:
         """The model's outputs."""

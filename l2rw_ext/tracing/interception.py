@@ -28,6 +28,7 @@ from l2rw_ext.layers.torch_functions import takes, writes
 from . import autocast
 from .example_map import ExampleMap
 from .members import Members
+from .saved_tensors import hooked, recomputed
 
 Rewrite: TypeAlias = Callable[..., Any]
 """(mode, function, *args, **kwargs) -> result, or NotImplemented if it does not cover the call."""
@@ -87,6 +88,8 @@ class Interception(TorchFunctionMode):
         self.unruled: dict[int, str] = {}
         self.without_grad: str | None = None
         self.saved_tensor_hooks = False
+        self.checkpointed = False
+        """Whether some use is computed again in backward, and not kept."""
         self.narrow = False
         """Whether some of the forward ran in float16 under autocast, with its small range."""
         self.below_autocast: tuple[str, torch.dtype | None] | None = None
@@ -353,8 +356,9 @@ class Interception(TorchFunctionMode):
         if self._listing:
             use.index = len(self.uses)
             self.uses.append(use)
-            if not self.saved_tensor_hooks:
-                self.saved_tensor_hooks = _has_saved_tensor_hooks()
+            if not self.checkpointed and hooked():
+                self.saved_tensor_hooks = True
+                self.checkpointed = recomputed()
         return use
 
     def _operand(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -424,8 +428,3 @@ def _structure(a: Any) -> Any:
     if isinstance(a, (tuple, list)):
         return tuple(map(_structure, a))
     return a if type(a) is int or type(a) in _STRUCTURAL else type(a)
-
-
-def _has_saved_tensor_hooks() -> bool:
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return top is not None

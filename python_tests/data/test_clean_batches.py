@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections import UserDict
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 from torch.utils.data import Dataset, TensorDataset
 
 from l2rw_ext import CleanBatches
@@ -99,6 +102,36 @@ def test_datasets_and_nests() -> None:
     assert torch.equal(targets[0] + 1, targets[1])
 
 
+def test_mappings_of_any_type() -> None:
+    """What torch's trees take for a leaf is drawn from, too."""
+    x, y = _set(6)
+    inputs, targets = next(CleanBatches((UserDict(x=x, more=MappingProxyType({"x": x})), y), 4))
+    assert torch.equal(inputs["x"].squeeze(1), targets.float())
+    assert torch.equal(inputs["more"]["x"], inputs["x"])
+    examples = [(UserDict(x=a), b) for a, b in zip(x, y, strict=True)]
+    inputs, targets = next(CleanBatches(_List(examples), 4, device="meta"))
+    assert inputs["x"].device.type == targets.device.type == "meta"
+
+
+def test_examples_that_torch_does_not_collate() -> None:
+    """Sequences of several lengths: a packed one moves, but for its lengths, which stay."""
+
+    def collate(examples: list[Any]) -> Any:
+        sequences, classes = zip(*examples, strict=True)
+        return pack_sequence(sequences, enforce_sorted=False), torch.stack(classes)
+
+    examples = [(torch.full((k, 2), float(k)), torch.tensor(k)) for k in (3, 1, 4, 2)]
+    for device in (None, "meta"):
+        batches = CleanBatches(_List(examples), 3, device=device, collate_fn=collate)
+        inputs, classes = next(batches)
+        assert isinstance(inputs, PackedSequence)
+        assert inputs.batch_sizes.device.type == "cpu"
+        assert inputs.data.device == classes.device
+    _, lengths = pad_packed_sequence(next(CleanBatches(_List(examples), 3, collate_fn=collate))[0])
+    expected = next(CleanBatches(_List(examples), 3, collate_fn=collate))[1]
+    assert lengths.tolist() == expected.tolist()
+
+
 class _List(Dataset[Any]):
     def __init__(self, items: list[Any]) -> None:
         self._items = items
@@ -135,6 +168,7 @@ def test_default_device(device: str) -> None:
         (lambda: CleanBatches((torch.zeros(3), torch.zeros(4))), r"differ in length: \[3, 4\]"),
         (lambda: CleanBatches((torch.zeros(3),) * 3), "got 3 parts"),
         (lambda: CleanBatches(([1, 2], [3, 4])), "no tensor"),
+        (lambda: CleanBatches((torch.zeros(3), object())), "type object has no rows.*collate_fn"),
         (lambda: CleanBatches(iter([1])), "got list_iterator"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter
@@ -29,8 +30,10 @@ def test_drawn_networks(kind: str, data: st.DataObject) -> None:
     assert_drawn_exact(data.draw(DRAWN_NETWORKS[kind]), low_memory=True)
 
 
-def test_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[Any] = []
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """What each step has kept of its layers."""
+    kept: list[list[Any]] = []
     original = Scoring.weighted_gradients
 
     def spy(self: Scoring, weights: Any) -> Any:
@@ -38,10 +41,97 @@ def test_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, weights)
 
     monkeypatch.setattr(Scoring, "weighted_gradients", spy)
+    return kept
+
+
+def test_nothing_is_kept(kept: list[list[Any]]) -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, CLASSES)).double()
     for low_memory in (False, True):
         Reweighter(model, cross_entropy, low_memory=low_memory).backward(vectors(6), vectors(4))
     assert [len(k) for k in kept] == [3, 0]
+
+
+def _block(s: Any, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(s.b(x))
+
+
+def _offloaded(s: Any, x: torch.Tensor) -> torch.Tensor:
+    with save_on_cpu():
+        return _block(s, x)
+
+
+def _offloaded_checkpoint(s: Any, x: torch.Tensor) -> torch.Tensor:
+    with save_on_cpu():
+        return checkpoint(_block, s, x, use_reentrant=False)
+
+
+BLOCKS: dict[str, tuple[Any, bool]] = {
+    "plain": (_block, False),
+    "checkpoint": (lambda s, x: checkpoint(_block, s, x, use_reentrant=False), True),
+    "reentrant checkpoint": (lambda s, x: checkpoint(_block, s, x, use_reentrant=True), True),
+    "checkpoint without parameters": (
+        lambda s, x: checkpoint(torch.tanh, s.b(x), use_reentrant=False),
+        False,
+    ),
+    "other hooks": (_offloaded, False),
+    "checkpoint inside of other hooks": (_offloaded_checkpoint, True),
+    "other hooks inside of a checkpoint": (
+        lambda s, x: checkpoint(_offloaded, s, x, use_reentrant=False),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("two_passes", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_auto_is_on_where_the_model_checkpoints(
+    name: str, two_passes: bool, kept: list[list[Any]]
+) -> None:
+    block, low_memory = BLOCKS[name]
+    model = model_of(
+        lambda s, x: s.c(block(s, torch.tanh(s.a(x)))),
+        a=nn.Linear(5, 8),
+        b=nn.Linear(8, 8),
+        c=nn.Linear(8, CLASSES),
+    ).double()
+    plain = model_of(
+        lambda s, x: s.c(_block(s, torch.tanh(s.a(x)))), a=model.a, b=model.b, c=model.c
+    )
+    batch, clean = vectors(6), vectors(4)
+    expected = truth(plain, cross_entropy, batch, clean)
+    layers = ["*"] if two_passes else None
+    reweighter = Reweighter(model, cross_entropy, engine="layerwise", layers=layers)
+    for _ in range(2):
+        model.zero_grad()
+        assert_matches(reweighter.backward(batch, clean), model, expected)
+    assert [bool(k) for k in kept] == [not low_memory] * 2
+    explanation = reweighter.explain(batch, clean)
+    assert ("low_memory='auto': the model checkpoints" in explanation.memory) is low_memory
+    assert bool(explanation.kept_bytes) is not low_memory
+
+
+def test_auto_follows_a_model_that_begins_to_checkpoint(kept: list[list[Any]]) -> None:
+    model = model_of(
+        lambda s, x: s.c(BLOCKS["checkpoint" if s.saves else "plain"][0](s, torch.tanh(s.a(x)))),
+        a=nn.Linear(5, 8),
+        b=nn.Linear(8, 8),
+        c=nn.Linear(8, CLASSES),
+    ).double()
+    batch, clean = vectors(6), vectors(4)
+    model.saves = False
+    expected = truth(model, cross_entropy, batch, clean)
+    reweighter = Reweighter(model, cross_entropy, engine="layerwise")
+    for saves in (False, True, False, True):
+        model.saves = saves
+        model.zero_grad()
+        assert_matches(reweighter.backward(batch, clean), model, expected)
+    assert [bool(k) for k in kept] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("low_memory", [None, "yes", 2])
+def test_values_that_it_does_not_have(low_memory: Any) -> None:
+    with pytest.raises(ValueError, match=r"low_memory must be one of False, True, 'auto', got"):
+        Reweighter(nn.Linear(5, CLASSES), cross_entropy, low_memory=low_memory)
 
 
 def test_checkpointed_blocks_are_computed_again_for_both_backwards() -> None:

@@ -717,6 +717,39 @@ def _() -> Made:
     return model, batch, ({"a": numbers(3, 5), "scale": numbers(3, 1)}, classes(3))
 
 
+@feature(
+    "inputs and outputs",
+    "all rows of several graphs in one tensor, a target for each graph",
+    layerwise=_MIXES,
+)
+def _() -> Made:
+    def forward(model: Any, x: Tensor, graph: Tensor, count: Tensor) -> Tensor:
+        nodes = torch.tanh(model.a(x))
+        return model.head(nodes.new_zeros(len(count), 6).index_add(0, graph, nodes))
+
+    def graphs(*rows: int) -> Batch:
+        count = torch.tensor(rows)
+        graph = torch.arange(len(rows)).repeat_interleave(count)
+        return (numbers(sum(rows), 5), graph, count), classes(len(rows))
+
+    model = model_of(forward, a=nn.Linear(5, 6), head=nn.Linear(6, CLASSES))
+    return model, graphs(3, 1, 4, 2, 3), graphs(2, 5, 1)
+
+
+def _of_boxes(outputs: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    pairs = zip(outputs, targets, strict=True)
+    return torch.stack([(o - target["boxes"]).square().sum() for o, target in pairs])
+
+
+@feature("inputs and outputs", "targets as a list of dicts", loss=_of_boxes)
+def _() -> Made:
+    def boxes(*counts: int) -> Batch:
+        return numbers(len(counts), 5), [{"boxes": numbers(k, CLASSES)} for k in counts]
+
+    model, *_ = stacked(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    return model, boxes(2, 0, 1, 3, 1), boxes(0, 2, 1)
+
+
 class _ModelOutput(OrderedDict[str, Any]):
     """Reads like an object and like a dict, as outputs of some libraries do."""
 

@@ -27,9 +27,9 @@ from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Function, Layer
 from l2rw_ext.layers.torch_functions import takes, writes
-from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.task import Direction, Task
 from l2rw_ext.tracing.graph import leaf_of, nodes_from
+from l2rw_ext.tracing.saved_tensors import kept, recomputed
 
 from .dual import dual, tangent_of, unpack
 

@@ -46,6 +46,8 @@ Key = tuple[Any, ...]
 
 _LARGEST_NUMBER_OF_PLANS = 32
 """Of one kind of step, whose model may call other functions in each forward."""
+_LARGEST_NUMBER_OF_KINDS = 256
+"""Kinds of steps that are remembered; graphs and sentences come with ever new shapes."""
 
 
 @dataclass
@@ -110,7 +112,14 @@ class Layerwise(Engine):
             raise
         finally:
             if kind != _Kind(alone):  # else its key, which is long, need not be kept
-                self._kinds[alone, pair] = kind
+                self._remember((alone, pair), kind)
+
+    def _remember(self, key: Key, kind: _Kind) -> None:
+        """Remember a kind, and forget the one that was not used for the longest time."""
+        self._kinds.pop(key, None)
+        self._kinds[key] = kind
+        if len(self._kinds) > _LARGEST_NUMBER_OF_KINDS:
+            del self._kinds[next(iter(self._kinds))]
 
     def _attempts(
         self, task: Task, snapshot: Snapshot, direction: Direction | None, kind: _Kind
@@ -204,9 +213,8 @@ class Layerwise(Engine):
         new: bool,
     ) -> Scored:
         """A pass of the clean batch, which gives the direction, and one of the training batch."""
-        own = self._kinds.setdefault(
-            (kind.alone, kind.by_row), _Kind(kind.alone, by_row=kind.by_row)
-        )
+        own = self._kinds.get((kind.alone, kind.by_row)) or _Kind(kind.alone, by_row=kind.by_row)
+        self._remember((kind.alone, kind.by_row), own)
         direction = clean_direction(task, snapshot) if direction is None else direction
         values, clean_loss = direction.values, direction.clean_loss
 
@@ -297,8 +305,14 @@ class _Pass:
             yield
 
     def judge(self, outputs: list[Tensor]) -> None:
-        """Set the verdict of the map, if there is one."""
+        """Set the verdict of the map, if there is one.
+
+        Raises:
+            StalePlanError: there are not as many losses as examples were expected.
+        """
         if self._map is not None:
+            if self._map.count != sum(x.numel() for x in outputs):
+                raise StalePlanError
             self.verdict = judge(self._map, outputs, ours=_reports)
 
     def backward(self, outputs: list[Tensor], clean_loss: Tensor, why_separate: str) -> None:
@@ -322,7 +336,8 @@ class _Pass:
         seeded = [(losses, task.scaled(_finite_seed(losses)))]
         seeded += [(x, task.scaled(torch.full_like(x, 1 / task.m))) for x in clean_losses]
         signatures = (_signature(use, interception) for use in reached)
-        form = (*interception.calls, *nodes, *signatures)
+        sizes = (x.numel() for x in outputs)
+        form = (*sizes, *interception.calls, *nodes, *signatures)
         if self.verdict is None:
             plan = self._kind.plans.get(form)
             if plan is None:
@@ -333,10 +348,12 @@ class _Pass:
             self._kind.add(form, plan)
         if not plan.certain:
             plan = replace(plan, uses=self._probed(seeded, plan.reason))
+        automatic = task.low_memory == "auto"
+        scoring.low_memory = interception.checkpointed if automatic else bool(task.low_memory)
         scoring.follow(plan)
-        _run_backward(interception, seeded, retain=task.low_memory)
+        _run_backward(interception, seeded, retain=scoring.low_memory)
         scoring.finish()
-        if task.low_memory:
+        if scoring.low_memory:
             scoring.again = lambda seed, keep: _run_backward(
                 interception, [(losses, seed)], retain=keep
             )
@@ -456,16 +473,19 @@ def _merged_losses(
         NotMergeableError: the model or a loss function cannot work on the merged batch. (An error
             that is the model's own comes back from the two passes.)
     """
+    n, m = task.n, task.m
     try:
         with part("merged"):
             outputs = task.forward(inputs)
-        parts = split(outputs, task.n, task.m)
+        parts = split(outputs, n, m)
         if parts is None:
             raise NotMergeableError("an output has no dimension 0 that counts examples")
         with part("train"):
             losses = task.losses(parts[0])
         with part("clean"):
             clean_losses = task.clean_losses(parts[1])
+        if (losses.numel(), clean_losses.numel()) != (n, m):
+            raise NotMergeableError("the batches hold other numbers of examples than rows")
     except (NotCapturableError, NotExactError, NotMergeableError):
         raise
     except Exception as error:

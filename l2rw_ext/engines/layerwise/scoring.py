@@ -102,7 +102,9 @@ class Scoring(Scored):
         """Indices of the uses that the step's backward is to pass through."""
         self._reported: set[int] = set()
         self._task = task
-        self._n = task.n
+        self._n = 0
+        self.low_memory = False
+        """Whether to keep no z and g, because a second backward will follow."""
         self._leaves = leaves
         self._directions = directions
         self._pushed: dict[int, Tensor | None] = {}
@@ -127,6 +129,7 @@ class Scoring(Scored):
         self, losses: Tensor, clean_loss: Tensor, reached: list[Use], trained: list[Use]
     ) -> None:
         """Take the losses, the uses that any loss reaches, and those that training losses reach."""
+        self._n = losses.numel()
         self.losses = losses.detach()
         self.clean_loss = clean_loss.detach()
         self.scores = torch.zeros(
@@ -209,7 +212,7 @@ class Scoring(Scored):
     def explain(self) -> Explanation:
         """See :class:`~l2rw_ext.engines.base.Scored`."""
         assert self.plan is not None
-        return Explanation.layerwise(self._task, self.plan)
+        return Explanation.layerwise(self._task, self.plan, low_memory=self.low_memory)
 
     def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
         for use in uses:
@@ -245,7 +248,7 @@ class Scoring(Scored):
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
         if form == "factored":
             factors = use.layer.factors(use, z, g, z_clean, g_clean)
-            if in_groups(g) and not self._task.low_memory:  # which keeps no tensors
+            if in_groups(g) and not self.low_memory:  # which keeps no tensors
                 self._groups.setdefault((g.dtype, g.device), []).append(factors)
             else:
                 self.scores += ops.factored_correlation(*factors)
@@ -267,7 +270,7 @@ class Scoring(Scored):
             self.scores += u.to(self.scores.dtype)
 
     def _keep(self, kept: _Kept) -> None:
-        if not self._task.low_memory:
+        if not self.low_memory:
             self._kept.append(kept)
 
     def _score_jointly(self) -> None:

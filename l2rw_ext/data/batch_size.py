@@ -1,0 +1,169 @@
+"""How many examples a batch has: its losses say it, and its tensors suggest it until then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .batch import LossFn, arguments, is_plain, leaves_inside, parts_of
+
+
+class BatchSize:
+    """The number of examples of one batch.
+
+    The rows of a tensor may be those of several examples: the nodes of all graphs, the targets of
+    all sequences. So the number of examples is the length of the losses. A loss for each row, where
+    an example has several, must not pass for that: the length has to be one that the targets
+    have and the inputs allow, or else one that the caller gives.
+
+    Args:
+        name: of the batch, in errors.
+        inputs: checked inputs.
+        targets: whatever the loss function takes.
+        given: the number that the caller gives, if any.
+        index: the examples' numbers in the training set, if the caller gives them, shape (n,).
+
+    Raises:
+        ValueError: the batch is empty, or nothing in it has a length; or ``index`` has another
+            length than ``given``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Any,
+        targets: Any,
+        given: int | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        self._name = name
+        self._indexed = None if index is None else index.numel()
+        self._given = given
+        leaves = list(leaves_inside(inputs))
+        # Not the tensors: a step that is captured keeps its task, but not its batches.
+        self._shapes = [x.shape for x in leaves if isinstance(x, Tensor) and x.dim()]
+        self._opaque = not all(isinstance(x, Tensor) or is_plain(x) for x in leaves)
+        args, kwargs = arguments(inputs)
+        self._lengths = list(_lengths(targets))
+        if not self._lengths:  # Only the first: masks and tables among the inputs have rows too.
+            self._lengths = [n for x in (*args, *kwargs.values()) for n in _lengths(x)][:1]
+        self.number = self._suggested()
+        """What the batch suggests; once the losses are known, how many there are."""
+        if given is not None:
+            self._check_index(given)
+
+    def losses(self, loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
+        """Call ``loss_fn`` and check that it returned one unreduced loss for each example.
+
+        Raises:
+            TypeError, ValueError: it did not.
+        """
+        losses = loss_fn(outputs, targets)
+        with torch._C.DisableTorchFunction():  # a function mode is to see the model's calls only
+            self._check(losses)
+            self.number = losses.numel()
+        return losses
+
+    def _suggested(self) -> int:
+        if self._given is not None:
+            return self._given
+        if self._indexed is not None:
+            return self._indexed
+        if not self._lengths:
+            raise ValueError(
+                f"{self._name}: no tensor and no list among inputs and targets says how many "
+                "examples there are; say so by batch_size="
+            )
+        lengths = [n for n in self._lengths if n]
+        if not lengths:
+            raise self._empty()
+        rows = [shape[0] for shape in self._shapes]
+        anywhere = [size for shape in self._shapes for size in shape]
+        agreed = [n for sizes in (rows, anywhere) for n in lengths if n in sizes]
+        return (agreed or lengths)[0]
+
+    def _check(self, losses: Any) -> None:
+        name, n = self._name, self.number
+        if not isinstance(losses, Tensor):
+            raise TypeError(
+                f"{name}: loss_fn must return a tensor of shape ({n},), got {type(losses).__name__}"
+            )
+        if losses.dim() != 1 or not self._explains(losses.numel()):
+            raise ValueError(
+                f"{name}: loss_fn must return one loss for each of the {n} examples, shape "
+                f"({n},), got shape {tuple(losses.shape)}; {self._hint(losses)}"
+            )
+        if losses.numel() == 0:
+            raise self._empty()
+        self._check_index(losses.numel())
+        if not losses.is_floating_point():
+            raise TypeError(f"{name}: loss_fn must return floating losses, got {losses.dtype}")
+
+    def _explains(self, count: int) -> bool:
+        """Whether the caller or the batch says that there are so many examples."""
+        if self._given is not None:
+            return count == self._given
+        if count == self._indexed:
+            return True
+        allowed = (
+            self._opaque
+            or not self._shapes
+            or any(count <= shape[0] or count in shape for shape in self._shapes)
+        )
+        return allowed and count in self._lengths
+
+    def _hint(self, losses: Tensor) -> str:
+        hint = (
+            'give unreduced losses, for example F.cross_entropy(outputs, targets, reduction="none")'
+        )
+        if losses.dim() > 1 and losses.size(0) == self.number:
+            hint += ", and sum or average what belongs to one example: losses.flatten(1).sum(1)"
+        elif losses.dim() == 1:
+            hint += (
+                ", and sum or average what belongs to one example; or say by batch_size= that "
+                f"there are {losses.numel()} examples"
+            )
+        return hint
+
+    def _check_index(self, count: int) -> None:
+        if self._indexed is not None and self._indexed != count:
+            raise ValueError(
+                f"index must have one number for each of the {count} training examples, got shape "
+                f"({self._indexed},)"
+            )
+
+    def _empty(self) -> ValueError:
+        return ValueError(f"{self._name}: the batch is empty; give at least one example")
+
+
+def _lengths(tree: Any) -> Iterator[int]:
+    """The lengths of all lists and the rows of all tensors in a nest, from outside in."""
+    if isinstance(tree, Tensor) and tree.dim():
+        yield tree.size(0)
+    elif isinstance(tree, PackedSequence):
+        yield int(tree.batch_sizes[0])  # which is on the CPU wherever the data is
+    elif isinstance(tree, (tuple, list)):
+        yield len(tree)
+    for part in parts_of(tree) or ():
+        yield from _lengths(part)
+
+
+def given_sizes(batch_size: Any) -> tuple[int | None, int | None]:
+    """(n, m) from the argument ``batch_size``, with None for what it does not say.
+
+    Raises:
+        ValueError: it is neither a number of at least 1 nor a pair of such numbers.
+    """
+    if batch_size is None:
+        return None, None
+    sizes = batch_size if isinstance(batch_size, (tuple, list)) else (batch_size,)
+    if len(sizes) not in (1, 2) or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError(
+            "batch_size must be the number of training examples, or a pair of those of the "
+            f"training and the clean batch, each at least 1, got {batch_size!r}"
+        )
+    return sizes[0], (sizes[1] if len(sizes) == 2 else None)

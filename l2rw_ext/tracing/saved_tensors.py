@@ -1,0 +1,24 @@
+"""What becomes of the tensors that autograd saves now."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch.utils import checkpoint
+
+
+def hooked() -> bool:
+    """Whether hooks take them, those of a checkpoint or others."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def recomputed() -> bool:
+    """Whether a checkpoint drops them, to compute them again in backward."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top is not None and top[0].__module__ == checkpoint.__name__
+
+
+def kept() -> AbstractContextManager[None]:
+    """A context in which autograd saves tensors as it does outside of a checkpoint."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
