@@ -27,9 +27,9 @@ from .ids import MIXED, NONE, counted, full, join, mixed, over, prefer, unowned
 from .rules import rule_of
 from .storages import Pair, Storage, geometry, key, plain
 
-_NOT_THE_USERS = tuple(
-    os.path.join(os.path.dirname(path), "")
-    for path in (torch.__file__, os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
+_NOT_THE_USERS = (
+    os.path.join(os.path.dirname(torch.__file__), ""),
+    os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), ""),
 )
 """The folders of torch and of this package, whose lines a note does not name."""
 
@@ -120,7 +120,8 @@ class ExampleMap(TorchDispatchMode):
         Args:
             inputs: the tensors that the Function sends gradients to.
         """
-        given = {key(x) for x in inputs if x is not None and x.requires_grad and plain(x)}
+        with self.aside():
+            given = {key(x) for x in inputs if x is not None and x.requires_grad and plain(x)}
         outer, self._within = self._within, given
         try:
             yield
@@ -344,7 +345,9 @@ def _shaped_by_values(c: Call) -> bool:
     """Whether the shape of the result shows values to the program."""
     if torch.Tag.dynamic_output_shape not in c.func.tags:
         return False
-    return c.name != "index" or any(_is_mask(i) for i in c["indices"])
+    if c.name == "index":
+        return any(_is_mask(i) for i in c["indices"])
+    return c.name != "_ctc_loss"  # whose second result the program does not get
 
 
 def _is_mask(index: Tensor | None) -> bool:
