@@ -25,7 +25,8 @@ def rule(names: str, **options: Any) -> Callable[[Rule], Rule]:
     """Register a rule for operations, with options of its own."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names.split(), functools.partial(function, **options)))
+        bound = functools.partial(function, **options) if options else function
+        RULES.update(dict.fromkeys(names.split(), bound))
         return function
 
     return register

@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .call import Call, tensors_in
 from .ids import MIXED, NONE, counted, full, join, mixed, over, prefer, unowned
-from .rules import rule_of
+from .rules import elementwise, rule_of
 from .storages import Pair, Storage, geometry, key, plain
 
-_NOT_THE_USERS = tuple(
-    os.path.join(os.path.dirname(path), "")
-    for path in (torch.__file__, os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
+_NOT_THE_USERS = (
+    os.path.join(os.path.dirname(torch.__file__), ""),
+    os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(__file__))), ""),
 )
 """The folders of torch and of this package, whose lines a note does not name."""
 
@@ -87,6 +87,7 @@ class ExampleMap(TorchDispatchMode):
         self._permanent = {key(x): x for _, x in permanent if plain(x)}
         self._by_row = by_row
         self._storages: dict[int, Storage] = {}
+        self._met: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor, so that an id stays its
         self._within: set[int] | None = None
         self._resting = False
 
@@ -125,7 +126,8 @@ class ExampleMap(TorchDispatchMode):
         Args:
             inputs: the tensors that the Function sends gradients to.
         """
-        given = {key(x) for x in inputs if x is not None and x.requires_grad and plain(x)}
+        with self.aside():
+            given = {key(x) for x in inputs if x is not None and x.requires_grad and plain(x)}
         outer, self._within = self._within, given
         try:
             yield
@@ -141,6 +143,14 @@ class ExampleMap(TorchDispatchMode):
         """The example whose loss may have a gradient at each element, as :meth:`values`."""
         with self.aside():
             return self._pair(x)[1]
+
+    def met(self, x: Tensor) -> Tensor:
+        """Labels at the elements of x, a parameter or made of such alone, where it met data.
+
+        They are those of the results that each element went into, in an elementwise operation, in
+        ``cat`` or ``stack``; MIXED if it went into another operation, NONE if it met no data.
+        """
+        return self._met.get(id(x), (x, full(x.dim())))[1]
 
     def owned(self, x: Tensor) -> bool:
         """Whether some element of x belongs to an example, or may."""
@@ -272,7 +282,8 @@ class ExampleMap(TorchDispatchMode):
             self.note("reads", c.name)
         in_use = self._within is not None
         recorded = in_use or (torch.is_grad_enabled() and any(x.requires_grad for x in c.tensors))
-        meets = in_use or (recorded and any(map(self._is_root, c.tensors)))
+        roots = [x for x in c.tensors if recorded and not in_use and self._is_root(x)]
+        meets = in_use or bool(roots)
         values = self._ids(c.read(lambda x: self._pair(x)[0], join))
         if any(map(mixed, values)) and not any(mixed(v) for v, _ in pairs):
             self.note("mixes values", c.name)
@@ -280,9 +291,12 @@ class ExampleMap(TorchDispatchMode):
             labels = values
         else:
             labels = self._labels(c, values, recorded=recorded, meets=meets)
-        partly = meets and not in_use and not all(map(unowned, labels))
-        if partly and bool((labels[0] < 0).any()):
-            self.note("gaps", c.name)
+        if roots and not all(map(unowned, labels)):
+            if bool((labels[0] < 0).any()):
+                self.note("gaps", c.name)
+            for x in roots:
+                met, part = self._met.get(id(x)), _part_of(c, x, labels[0])
+                self._met[id(x)] = x, part if met is None else join(met[1], part)
         if self._within is not None:  # from its first label on, an element leads gradients on
             given = {key(x) for x in c.tensors if plain(x)}
             made = {key(x) for x in c.outs if plain(x)} - given
@@ -348,11 +362,27 @@ class ExampleMap(TorchDispatchMode):
         found.known = False
 
 
+def _part_of(c: Call, x: Tensor, ids: Tensor) -> Tensor:
+    """Of the ids of a result, those where the elements of x went; MIXED if that is not known."""
+    if rule_of(c.func) is elementwise.pointwise and x.shape == c.outs[0].shape:
+        return ids
+    if c.name not in ("cat", "stack"):
+        return full(x.dim(), MIXED)
+    d = c["dim"] % c.outs[0].dim()
+    k = next(k for k, part in enumerate(c["tensors"]) if part is x)
+    if c.name == "stack":
+        return ids.select(d, k if ids.shape[d] > 1 else 0)
+    before = sum(part.shape[d] for part in c["tensors"][:k])
+    return ids.narrow(d, before, x.shape[d]) if ids.shape[d] > 1 else ids
+
+
 def _shaped_by_values(c: Call) -> bool:
     """Whether the shape of the result shows values to the program."""
     if torch.Tag.dynamic_output_shape not in c.func.tags:
         return False
-    return c.name != "index" or any(_is_mask(i) for i in c["indices"])
+    if c.name == "index":
+        return any(_is_mask(i) for i in c["indices"])
+    return c.name != "_ctc_loss"  # whose second result the program does not get
 
 
 def _is_mask(index: Tensor | None) -> bool:
