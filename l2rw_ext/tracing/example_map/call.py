@@ -25,8 +25,7 @@ def rule(names: str, **options: Any) -> Callable[[Rule], Rule]:
     """Register a rule for operations, with options of its own."""
 
     def register(function: Rule) -> Rule:
-        bound = functools.partial(function, **options) if options else function
-        RULES.update(dict.fromkeys(names.split(), bound))
+        RULES.update(dict.fromkeys(names.split(), functools.partial(function, **options)))
         return function
 
     return register

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .call import Call, tensors_in
 from .ids import MIXED, NONE, counted, full, join, mixed, over, prefer, unowned
-from .rules import elementwise, rule_of
+from .rules import rule_of
 from .storages import Pair, Storage, geometry, key, plain
 
 _NOT_THE_USERS = (
@@ -87,7 +87,6 @@ class ExampleMap(TorchDispatchMode):
         self._permanent = {key(x): x for _, x in permanent if plain(x)}
         self._by_row = by_row
         self._storages: dict[int, Storage] = {}
-        self._met: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor, so that an id stays its
         self._within: set[int] | None = None
         self._resting = False
 
@@ -143,14 +142,6 @@ class ExampleMap(TorchDispatchMode):
         """The example whose loss may have a gradient at each element, as :meth:`values`."""
         with self.aside():
             return self._pair(x)[1]
-
-    def met(self, x: Tensor) -> Tensor:
-        """Labels at the elements of x, a parameter or made of such alone, where it met data.
-
-        They are those of the results that each element went into, in an elementwise operation, in
-        ``cat`` or ``stack``; MIXED if it went into another operation, NONE if it met no data.
-        """
-        return self._met.get(id(x), (x, full(x.dim())))[1]
 
     def owned(self, x: Tensor) -> bool:
         """Whether some element of x belongs to an example, or may."""
@@ -282,8 +273,7 @@ class ExampleMap(TorchDispatchMode):
             self.note("reads", c.name)
         in_use = self._within is not None
         recorded = in_use or (torch.is_grad_enabled() and any(x.requires_grad for x in c.tensors))
-        roots = [x for x in c.tensors if recorded and not in_use and self._is_root(x)]
-        meets = in_use or bool(roots)
+        meets = in_use or (recorded and any(map(self._is_root, c.tensors)))
         values = self._ids(c.read(lambda x: self._pair(x)[0], join))
         if any(map(mixed, values)) and not any(mixed(v) for v, _ in pairs):
             self.note("mixes values", c.name)
@@ -291,12 +281,9 @@ class ExampleMap(TorchDispatchMode):
             labels = values
         else:
             labels = self._labels(c, values, recorded=recorded, meets=meets)
-        if roots and not all(map(unowned, labels)):
-            if bool((labels[0] < 0).any()):
-                self.note("gaps", c.name)
-            for x in roots:
-                met, part = self._met.get(id(x)), _part_of(c, x, labels[0])
-                self._met[id(x)] = x, part if met is None else join(met[1], part)
+        partly = meets and not in_use and not all(map(unowned, labels))
+        if partly and bool((labels[0] < 0).any()):
+            self.note("gaps", c.name)
         if self._within is not None:  # from its first label on, an element leads gradients on
             given = {key(x) for x in c.tensors if plain(x)}
             made = {key(x) for x in c.outs if plain(x)} - given
@@ -360,20 +347,6 @@ class ExampleMap(TorchDispatchMode):
             labels = prefer(labels, found.get(x)[1])
         found.set(x, (values, labels))
         found.known = False
-
-
-def _part_of(c: Call, x: Tensor, ids: Tensor) -> Tensor:
-    """Of the ids of a result, those where the elements of x went; MIXED if that is not known."""
-    if rule_of(c.func) is elementwise.pointwise and x.shape == c.outs[0].shape:
-        return ids
-    if c.name not in ("cat", "stack"):
-        return full(x.dim(), MIXED)
-    d = c["dim"] % c.outs[0].dim()
-    k = next(k for k, part in enumerate(c["tensors"]) if part is x)
-    if c.name == "stack":
-        return ids.select(d, k if ids.shape[d] > 1 else 0)
-    before = sum(part.shape[d] for part in c["tensors"][:k])
-    return ids.narrow(d, before, x.shape[d]) if ids.shape[d] > 1 else ids
 
 
 def _shaped_by_values(c: Call) -> bool:

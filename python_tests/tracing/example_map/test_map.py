@@ -104,22 +104,6 @@ def test_labels_start_in_a_function_of_ours(
         assert verdict.reason.startswith("the custom autograd function _Linear may do anything")
 
 
-def test_labels_where_a_parameter_met_data() -> None:
-    layer, p = nn.Linear(D, D), nn.Parameter(torch.randn(1, D))
-    example_map, x = _map(layer), torch.randn(N, 2, D)
-    example_map.enter(x)
-    with example_map, Exits(example_map):
-        added, token, transposed = p.expand(N, 2, D), p.expand(N, 1, D), p.expand(3, D).t()
-        h = torch.cat([layer(x) * added, token], 1)
-        losses = torch.cat([h, h @ transposed], 2).sum((1, 2))
-    assert judge(example_map, [losses]).certain
-    for met in (added, token):
-        assert example_map.labels(met).flatten().tolist() == [NONE]
-        assert example_map.met(met).flatten().tolist() == [0, 1, 2, 3]
-    assert example_map.met(transposed).flatten().tolist() == [MIXED]
-    assert example_map.met(p).flatten().tolist() == [NONE]
-
-
 def test_rows_of_tensors_made_without_data() -> None:
     cell, x = nn.GRUCell(D, D), torch.randn(N, D)
     for by_row, expected in ((False, NONE), (True, 0)):
