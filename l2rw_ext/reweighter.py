@@ -337,7 +337,9 @@ class Reweighter:
             explanation = scored.explain()
         reasons += [f"{name} is not exact: {error}" for name, error in refusals.items()]
         reason = "; ".join(reasons) or explanation.reason
-        return dataclasses.replace(explanation, reason=reason, options=tuple(lines))
+        return dataclasses.replace(
+            explanation, reason=reason, proof=scored.proof, options=tuple(lines)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""

@@ -146,11 +146,12 @@ class _Kind:
         self._recorder.join()
         self._own.load(batches)
         self._again = self._again or (self._recording is not None and due(self._steps))
+        probes = self._plan is not None and due(self._steps)
         self._steps += 1
-        if self._recording is not None and not self._again:
+        if self._recording is not None and not (probes or self._again):
             return self._replayed(self._recording)
         task = self._task = self._own.in_place_of(task)
-        if self._engine is None:
+        if probes or self._engine is None:
             return self._unwatched(task, compute)
         if self._again or self._rehearsals < REHEARSALS:
             return self._rehearse(task, compute)
@@ -163,7 +164,7 @@ class _Kind:
         if self._recording is not None:
             return "steps on these batches are replayed from a graph"
         if self._engine is None:
-            return "steps on these batches run as they are until there is a lasting plan"
+            return "the next step on these batches runs as it is"
         return "steps on these batches are about to be captured"
 
     def _forget(self) -> None:

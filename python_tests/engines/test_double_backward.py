@@ -183,19 +183,20 @@ def test_non_finite_training_loss_raises() -> None:
 
 
 def test_coupling_is_seen_in_a_part_of_another_dtype() -> None:
-    """Seeds must not overflow in a float16 part of a float32 model."""
+    """Seeds must not overflow in a float16 part of a float32 model, whose steps are probed."""
 
     def forward(model: Any, x: Tensor) -> Tensor:
         h = F.linear(x.half(), model.a.weight.half(), model.a.bias.half())
-        return model.b((h - model.coupled * h.mean(0)).float())
+        moved = h.index_select(0, (x[:, 0] > model.limit).long().argsort(stable=True))
+        return model.b(moved.float())
 
     model = model_of(forward, a=nn.Linear(5, 6), b=nn.Linear(6, CLASSES)).float()
     batch, clean = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
-    model.coupled = 0
+    model.limit = 100
     step = Reweighter(model, cross_entropy, engine="layerwise").backward(batch, clean)
     plain = reference.single_gradient_scores(model, cross_entropy, batch, clean)
     assert relative_error(step.scores, plain) < 1e-3
-    model.coupled = 1
+    model.limit = float(batch[0][:, 0].median())
     with pytest.raises(NotExactError, match="mixes examples"):
         Reweighter(model, cross_entropy, engine="layerwise").backward(batch, clean)
 

@@ -36,9 +36,10 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     kept: list[list[Any]] = []
     original = Scoring.weighted_gradients
 
-    def spy(self: Scoring, weights: Any) -> Any:
-        kept.append(list(self._kept))
-        return original(self, weights)
+    def spy(self: Scoring, weights: Any, *, keep: bool = False) -> Any:
+        if not keep:
+            kept.append(list(self._kept))
+        return original(self, weights, keep=keep)
 
     monkeypatch.setattr(Scoring, "weighted_gradients", spy)
     return kept

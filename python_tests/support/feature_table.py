@@ -856,7 +856,11 @@ def _() -> Made:
     return model, (x.to_sparse(), y), (x_clean.to_sparse(), y_clean)
 
 
-@feature("obstacles", "a loop over the examples", layerwise=_MIXES)
+@feature(
+    "obstacles",
+    "a loop over the examples",
+    layerwise=Refusal("order of the examples", "no use sees the whole batch"),
+)
 def _() -> Made:
     def forward(model: Any, x: Tensor) -> Tensor:
         return torch.stack([model.head(torch.tanh(model.inner(one))) for one in x])

@@ -459,7 +459,9 @@ def test_every_use_is_recorded_once_and_reached() -> None:
     with Interception(Members.of(model), None) as interception:
         loss = cross_entropy(model(x), y).sum()
     assert [use.operation for use in interception.uses] == ["linear", "linear"]
-    assert check_graph(interception, [loss]) == [{0, 1}]
+    reached, nodes = check_graph(interception, [loss])
+    assert reached == [{0, 1}]
+    assert nodes.count("UseFunctionBackward") == 2
     assert torch._C._len_torch_function_stack() == 0
 
 
