@@ -41,7 +41,7 @@ _SEEN_BY_GEOMETRY = ("detach", "alias", "as_strided")
 
 
 class ExampleMap(TorchDispatchMode):
-    """A mode for one forward and its losses.
+    """A mode for one forward and its losses; :class:`~.exits.Exits` belongs to it.
 
     Args:
         count: the number of examples of the forward; n + m if it is that of two batches.
@@ -87,7 +87,7 @@ class ExampleMap(TorchDispatchMode):
         self._permanent = {key(x): x for _, x in permanent if plain(x)}
         self._by_row = by_row
         self._storages: dict[int, Storage] = {}
-        self._met: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor, so that an id stays its
+        self._met: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor, which keeps its id
         self._within: set[int] | None = None
         self._resting = False
 
