@@ -41,7 +41,7 @@ _SEEN_BY_GEOMETRY = ("detach", "alias", "as_strided")
 
 
 class ExampleMap(TorchDispatchMode):
-    """A mode for one forward and its losses.
+    """A mode for one forward and its losses; :class:`~.exits.Exits` belongs to it.
 
     Args:
         count: the number of examples of the forward; n + m if it is that of two batches.
