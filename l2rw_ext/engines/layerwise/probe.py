@@ -1,4 +1,4 @@
-"""How the layer-wise engine knows that it is exact, instead of assuming it.
+"""How the layer-wise engine knows that a step is exact where values decide which examples meet.
 
 A second backward over the same graph, in which the loss of example i has the seed r_i, returns
 r_i g on every row that belongs to example i alone. That yields the row-to-example map of each use
@@ -68,8 +68,6 @@ class Probe:
         """Whether all gradients of the plain backward are finite."""
         self.maps: dict[int, RowMap | None] = {}
         """The row map by index of the use; None if the gradient is zero and shows nothing."""
-        self.certain = True
-        """False if more than one map fits, as with a gradient that is zero on most rows."""
         self._plain: dict[int, _Rows] = {}
 
     def exponents(self) -> range:
@@ -100,22 +98,21 @@ class Probe:
         if not bool(plain.sizes.any()):
             self.maps[use.index] = None
             return
-        shows = bool((plain.sizes.isfinite() & (plain.sizes != 0)).any())
         eps = torch.finfo(g.dtype).eps
         # Where some gradient is float16, others may have lost bits below its smallest normal.
         smallest = torch.finfo(torch.float16 if self.narrow else g.dtype).smallest_normal
-        fitting = [
+        fitting = (
             rows
             for rows in use.layer.maps(use, g, r.numel())
             if _scaled_by(plain, found, r, rows, eps, smallest)
-        ]
-        if not fitting:
+        )
+        rows = next(fitting, None)
+        if rows is None:
             raise NotExactError(
                 f"the gradient at {use.operation} on {tuple(use.shape)} mixes examples, or their "
                 "order within the batch is not that of its rows"
             )
-        self.certain = self.certain and shows and (len(fitting) == 1 or r.numel() == 1)
-        self.maps[use.index] = fitting[0]
+        self.maps[use.index] = rows
 
 
 def _scaled_by(

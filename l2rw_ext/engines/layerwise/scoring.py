@@ -30,7 +30,7 @@ Totals = dict[int, tuple[Tensor, Tensor]]
 
 
 class StalePlanError(Exception):
-    """The step does not fit its plan, so the plan must be made again."""
+    """The step fits no plan that is known, so one must be made."""
 
 
 class OverflowedError(Exception):
@@ -230,11 +230,8 @@ class Scoring(Scored):
     def _rows(
         self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """The layer's z and g, examples first; None if g is zero as in the planning step."""
+        """The layer's z and g, examples first; None if g is zero or empty."""
         if planned.rows is None:
-            # If values cannot be read, the plan was made from the gradients of this same step.
-            if devices.readable(g) and bool(g.any()):
-                raise StalePlanError
             return None
         return use.layer.prepare(use, z, g, planned.rows)
 
