@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from l2rw_ext import reference
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import corrections
 from l2rw_ext.task.isolation import Buffers, Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.graph import nodes_from
 
 from .base import Engine, GraphScored, Scored
@@ -103,7 +103,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _Corrected(TorchFunctionMode):
+class _Corrected(StepMode):
     """Replaces functions whose second derivative is wrong in torch by their corrections."""
 
     def __torch_function__(

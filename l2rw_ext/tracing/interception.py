@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
@@ -25,6 +24,7 @@ from l2rw_ext.layers.base import Call, Function, Layer, Roots, Use
 from l2rw_ext.layers.torch_functions import takes, writes
 
 from . import autocast
+from .fast_path import StepMode
 from .members import Members
 
 Rewrite: TypeAlias = Callable[..., Any]
@@ -51,7 +51,7 @@ def rewrites(*functions: Function, by_parts: bool = False) -> Callable[[Rewrite]
     return register
 
 
-class Interception(TorchFunctionMode):
+class Interception(StepMode):
     """Runs the calls of layers with trained parameters as uses, and records them.
 
     Args:
@@ -284,6 +284,21 @@ class Interception(TorchFunctionMode):
         if isinstance(target, Tensor) and not self.is_data(target) and writes(func, kwargs):
             self._becomes_data(target)
         return out
+
+    def passed_over(
+        self, module: nn.Module, given: list[Tensor], out: Any, *, by_values: bool
+    ) -> None:
+        """See :class:`~.fast_path.StepMode`."""
+        name = type(module).__name__
+        if self._listing:
+            self.calls.append(name)
+        if not torch.is_grad_enabled() and self.without_grad is None:
+            roots = (p for p in module.parameters() if self.is_root(p))
+            self.without_grad = next(map(self.name_of, roots), None)
+        if not any(map(self.is_data, given)):
+            self.follow(out)
+        elif by_values:
+            self.data_dependent = self.data_dependent or name
 
     def _becomes_data(self, written: Tensor) -> None:
         """Treat a root or constant, and all its views, as data: data was written to it."""

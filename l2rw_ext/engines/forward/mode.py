@@ -20,7 +20,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from l2rw_ext.errors import NotExactError
@@ -29,6 +28,7 @@ from l2rw_ext.layers.base import Function, Layer
 from l2rw_ext.layers.torch_functions import takes, writes
 from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.task import Direction, Task
+from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.graph import leaf_of, nodes_from
 
 from .dual import dual, tangent_of, unpack
@@ -65,7 +65,7 @@ def carries(*functions: Function) -> Callable[[Rule], Rule]:
     return register
 
 
-class Tangents(TorchFunctionMode):
+class Tangents(StepMode):
     """Runs a forward at θ + ε v, to first order in ε.
 
     Must be entered within ``torch.autograd.forward_ad.dual_level``.

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from l2rw_ext.data.batch import forward_with, split, tensors
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Task
+from l2rw_ext.tracing.fast_path import StepMode
 
 
 class NotMergeableError(Exception):
@@ -145,7 +145,7 @@ class _Trial:
             return forward_with(self._task.model, self._stand_ins, inputs)
 
 
-class _WithoutDropout(TorchFunctionMode):
+class _WithoutDropout(StepMode):
     """Makes dropout the identity, so that forwards of different sizes can be compared."""
 
     _IDENTITY = (
