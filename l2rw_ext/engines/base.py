@@ -88,3 +88,9 @@ class Engine(abc.ABC):
         Raises:
             NotExactError: the numbers would be wrong for this model.
         """
+
+    def refuse(self, task: Task, direction: Direction | None, reason: str) -> None:  # noqa: B027
+        """Note that steps of this kind go on to the next engine.
+
+        An engine may remember it, and raise ``NotExactError(reason)`` at once in later steps.
+        """

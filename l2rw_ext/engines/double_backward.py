@@ -70,7 +70,7 @@ def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | Non
     """The derivative in ε of Σ <θ̂, v>.
 
     Raises:
-        NotExactError: torch has no second derivative of some operation.
+        NotExactError: a custom function has no second derivative.
     """
     seen: set[Any] = set()
     for p, _ in moved:
@@ -79,20 +79,13 @@ def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | Non
             raise NotExactError(
                 "the backward of a custom autograd function is marked once_differentiable"
             )
-    try:
-        (gradient,) = torch.autograd.grad(
-            [p for p, _ in moved],
-            epsilon,
-            [v for _, v in moved],
-            allow_unused=True,
-            retain_graph=True,
-        )
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        raise NotExactError(
-            f"torch lacks a second derivative: {str(error).splitlines()[0]}"
-        ) from error
+    (gradient,) = torch.autograd.grad(
+        [p for p, _ in moved],
+        epsilon,
+        [v for _, v in moved],
+        allow_unused=True,
+        retain_graph=True,
+    )
     return gradient
 
 

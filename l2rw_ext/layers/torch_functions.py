@@ -1,4 +1,4 @@
-"""Facts about torch functions: which write to an argument, whose names, how to run one's body."""
+"""Facts about torch functions: their names and keywords, which write, how to run one's body."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import inspect
 import types
 from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 _WRITES: dict[Any, bool] = {}
 
@@ -39,6 +41,11 @@ def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
         in_place = name.endswith("_") and not name.endswith("__")
         found = _WRITES[func] = in_place or augmented or name in ("__setitem__", "__set__")
     return found or kwargs.get("out") is not None
+
+
+def getters(*names: str) -> set[Any]:
+    """The functions that a function mode receives when an attribute of a tensor is read."""
+    return {getattr(Tensor, name).__get__ for name in names}
 
 
 def inside(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -800,7 +800,9 @@ def _() -> Made:
     "obstacles",
     "sparse features",
     layerwise=_no_rule("mm"),
-    forward=Refusal("the forward cannot carry tangents", "no forward mode in torch"),
+    forward=Refusal(
+        "the forward engine fails where plain training does not", "no forward mode in torch"
+    ),
 )
 def _() -> Made:
     model = model_of(
@@ -815,7 +817,9 @@ def _() -> Made:
     "obstacles",
     "sparse inputs",
     layerwise=_no_rule("mm"),
-    forward=Refusal("the forward cannot carry tangents", "no forward mode in torch"),
+    forward=Refusal(
+        "the forward engine fails where plain training does not", "no forward mode in torch"
+    ),
 )
 def _() -> Made:
     model = model_of(lambda s, x: torch.mm(x, s.w), w=torch.randn(5, CLASSES))

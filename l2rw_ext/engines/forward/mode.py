@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Function, Layer
-from l2rw_ext.layers.torch_functions import takes, writes
+from l2rw_ext.layers.torch_functions import getters, takes, writes
 from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.task import Direction, Task
 from l2rw_ext.tracing.fast_path import StepMode
@@ -33,19 +33,13 @@ from l2rw_ext.tracing.graph import leaf_of, nodes_from
 
 from .dual import dual, tangent_of, unpack
 
-
-def _getters(*names: str) -> set[Any]:
-    """The functions that a function mode receives when an attribute of a tensor is read."""
-    return {getattr(torch.Tensor, name).__get__ for name in names}
-
-
-_VIEWS = _getters("T", "mT", "H", "mH", "real", "imag")
+_VIEWS = getters("T", "mT", "H", "mH", "real", "imag")
 """The attributes that are views; no other attribute carries a tangent."""
 
-_HOOKS = {torch.Tensor.register_hook} | _getters("grad_fn")
+_HOOKS = {torch.Tensor.register_hook} | getters("grad_fn")
 """How a forward can change a gradient: by a hook, or as module hooks do, by ``grad_fn``."""
 
-_GRADIENTS = {torch.autograd.grad} | _getters("grad")
+_GRADIENTS = {torch.autograd.grad} | getters("grad")
 """How a forward can read the result of a backward that it runs."""
 
 

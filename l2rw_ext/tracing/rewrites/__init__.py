@@ -1,5 +1,5 @@
 """Torch functions that are composed of layers, or decide by values; importing registers them."""
 
-from . import composed, data_dependent, elementwise, products, recurrence
+from . import composed, data_dependent, elementwise, gradients, products, recurrence
 
-__all__ = ["composed", "data_dependent", "elementwise", "products", "recurrence"]
+__all__ = ["composed", "data_dependent", "elementwise", "gradients", "products", "recurrence"]
