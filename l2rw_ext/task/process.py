@@ -11,6 +11,7 @@ from typing import Any
 
 from l2rw_ext.tracing.fast_path import fast_paths
 
+from .cached_weights import cached_weights_kept
 from .checkpointing import non_reentrant
 
 
@@ -37,7 +38,7 @@ def _eager() -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _changes() -> Iterator[None]:
-    with _eager(), non_reentrant(), fast_paths():
+    with _eager(), non_reentrant(), fast_paths(), cached_weights_kept():
         yield
 
 

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from l2rw_ext.data.batch import forward_with, split, tensors
 from l2rw_ext.layers.torch_functions import inside
+from l2rw_ext.task.cached_weights import forget_cached_weights
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Task
 from l2rw_ext.tracing.fast_path import StepMode
@@ -141,6 +142,7 @@ class _Trial:
         self._snapshot.restore()
         if not self._stand_ins:
             return self._task.forward(inputs)
+        forget_cached_weights()
         with self._task.autocast:
             return forward_with(self._task.model, self._stand_ins, inputs)
 
