@@ -152,12 +152,15 @@ def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, known_batched: b
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         if x.layout != torch.strided or y.layout != torch.strided:
             return None  # what is asked of merged rows, sparse tensors cannot say
+        if type(x) is not Tensor and (vars(x) or vars(y)):
+            return None  # of what a subclass knows beside its values, one would go for both
         if x.dim() and y.dim() and x.size(0) == n and y.size(0) == m:
             if x.shape[1:] != y.shape[1:]:
                 return None
             if n == m and not alone and _equal(x, y, ask=not known_batched):
                 return None
-            return torch.cat([x, y])
+            merged = torch.cat([x, y])
+            return merged if type(merged) is type(x) else None
         return x if x.shape == y.shape and _equal(x, y, ask=False) else None
     if isinstance(x, Tensor) or isinstance(y, Tensor):
         return None
@@ -253,7 +256,8 @@ def per_example_losses(loss_fn: LossFn, outputs: Any, targets: Any, size: int, n
     losses = loss_fn(outputs, targets)
     with torch._C.DisableTorchFunction():  # a function mode is to see the model's calls only
         _check_losses(losses, size, name)
-    return losses
+        # Of inputs or targets of a subclass; what a step hands out and differentiates is plain.
+        return losses if type(losses) is Tensor else losses.as_subclass(Tensor)
 
 
 def _check_losses(losses: Any, size: int, name: str) -> None:

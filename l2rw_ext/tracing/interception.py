@@ -21,7 +21,7 @@ from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Call, Function, Layer, Roots, Use
-from l2rw_ext.layers.torch_functions import takes, writes
+from l2rw_ext.layers.torch_functions import for_subclasses, takes, writes
 
 from . import autocast
 from .fast_path import StepMode
@@ -333,7 +333,10 @@ class Interception(StepMode):
     def use(self, layer: Layer, call: Call) -> Any:
         """The output of a use of the layer; NotImplemented if autograd should run the operation."""
         use = self.use_of(layer, call)
-        return NotImplemented if use is None else layer.run(use, call.x, self.token)
+        if use is None:
+            return NotImplemented
+        run = for_subclasses(layer.run, (call.x,))
+        return run(use, call.x, self.token)
 
     def use_of(self, layer: Layer, call: Call) -> Use | None:
         """A new use of the operands of a call; None if autograd should run the operation.

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Function, Layer
-from l2rw_ext.layers.torch_functions import getters, takes, writes
+from l2rw_ext.layers.torch_functions import for_subclasses, getters, takes, writes
 from l2rw_ext.task.checkpointing import kept, recomputed
 from l2rw_ext.task.task import Direction, Task
 from l2rw_ext.tracing.fast_path import StepMode
@@ -123,6 +123,8 @@ class Tangents(StepMode):
                     "compiled or scripted region)"
                 )
         run = func if still else self._rule_of(func, kwargs)
+        if run is not func:
+            run = for_subclasses(run, tensors)
         if recomputed():
             # A recomputation in the weighted backward would have no tangents.
             with kept():
@@ -235,7 +237,7 @@ class Tangents(StepMode):
             if losses.requires_grad and not losses.is_leaf and losses not in self._still:
                 raise NotExactError("the losses come from an operation without forward derivative")
             return torch.zeros_like(losses)
-        return tangent.detach()
+        return tangent.detach().as_subclass(Tensor)
 
 
 def _through(layer: Layer, func: Function, /, *args: Any, **kwargs: Any) -> Any:
