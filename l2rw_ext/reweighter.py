@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .engines.double_backward import DoubleBackward
 from .engines.explanation import Explanation
 from .engines.forward.engine import Forward
 from .engines.layerwise.engine import Layerwise
+from .engines.plain import judged
 from .engines.remembered import Remembered
 from .errors import NotCapturableError, NotExactError
 from .step.accumulation import Accumulation, accumulate_grad, filled_if
@@ -34,6 +36,8 @@ from .tracing.members import Members
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
 LowMemory = Literal[False, True, "auto"]
+
+T = TypeVar("T")
 
 Only = Remembered | str | None
 """The one engine that a step may use, or its name; None for what the reweighter was made with."""
@@ -309,7 +313,11 @@ class Reweighter:
         """
         task = self._task(batch, clean, batch_size)
         with self._dry(), preserved(task.members, always=True) as snapshot:
-            return self._weigh(task, snapshot)[1].step.weights
+            computed, refusals = self._first_exact(
+                task, snapshot, functools.partial(self._weigh, task)
+            )
+            self._warn(refusals)
+            return computed.step.weights
 
     def explain(
         self,
@@ -333,13 +341,12 @@ class Reweighter:
         forced = self.engine != "auto" and remembered is None
         reasons = [f"asked for by engine={self.engine!r}"] if forced else []
         with self._dry(), preserved(task.members, always=True) as snapshot:
-            _, scored, refusals = self._score(task, snapshot, remembered)
-            explanation = scored.explain()
-        reasons += [f"{name} is not exact: {error}" for name, error in refusals.items()]
+            explanation, refusals = self._first_exact(
+                task, snapshot, lambda _, scored: scored.explain(), remembered
+            )
+        reasons += [f"{name} is not exact: {reason}" for name, reason in refusals.items()]
         reason = "; ".join(reasons) or explanation.reason
-        return dataclasses.replace(
-            explanation, reason=reason, proof=scored.proof, options=tuple(lines)
-        )
+        return dataclasses.replace(explanation, reason=reason, options=tuple(lines))
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""
@@ -410,11 +417,18 @@ class Reweighter:
 
     def _compute(self, task: Task, snapshot: Snapshot, only: Only = None) -> Computed:
         """Scores, weights and weighted gradient."""
-        scored, computed = self._weigh(task, snapshot, only)
-        if not computed.skip or self._accumulation is not None:
-            gradients = scored.weighted_gradients(computed.for_gradient)
-            computed.gradients = filled_if(computed.step._contaminated, gradients, 0)
+
+        def work(engine: Engine, scored: Scored) -> Computed:
+            computed = self._weigh(task, engine, scored)
+            if not computed.skip or self._accumulation is not None:
+                form = functools.partial(scored.weighted_gradients, computed.for_gradient)
+                gradients = judged(form, engine.name, task, snapshot, given=True)
+                computed.gradients = filled_if(computed.step._contaminated, gradients, 0)
+            return computed
+
+        computed, refusals = self._first_exact(task, snapshot, work, only)
         snapshot.restore_trained()
+        self._warn(refusals)
         return computed
 
     @contextlib.contextmanager
@@ -453,37 +467,59 @@ class Reweighter:
         scores = self.record.scores
         return Remembered(scores[index.to(scores.device)], self._direction_options.clean_loss)
 
-    def _score(
-        self, task: Task, snapshot: Snapshot, only: Only = None
-    ) -> tuple[Engine, Scored, dict[str, NotExactError]]:
-        """The first exact engine, what it has scored, and why those before it are not exact."""
+    def _first_exact(
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        work: Callable[[Engine, Scored], T],
+        only: Only = None,
+    ) -> tuple[T, dict[str, str]]:
+        """What ``work`` makes of the first exact scores, and why engines before are not exact."""
         if isinstance(only, Remembered):
-            return only, only.score(task, snapshot), {}
+            return work(only, only.score(task, snapshot)), {}
         direction = self._direction(task, snapshot)
-        if direction is not None:
+        given = direction is not None
+        if given:
             snapshot.mark_generators()
+
+        def attempt(engine: Engine) -> T:
+            score = functools.partial(engine.score, task, snapshot, direction)
+            return work(engine, judged(score, engine.name, task, snapshot, given=given))
+
         *candidates, last = (e for e in self._engines if (only or self.engine) in ("auto", e.name))
-        refusals: dict[str, NotExactError] = {}
+        refusals: dict[str, str] = {}  # not the errors, whose frames hold the graph
         for engine in candidates:
             try:
-                return engine, engine.score(task, snapshot, direction), refusals
+                return attempt(engine), refusals
             except NotExactError as error:
-                refusals[engine.name] = error
+                refusals[engine.name] = str(error)
+                engine.refuse(task, direction, str(error))
             snapshot.restore()
-        return last, last.score(task, snapshot, direction), refusals
+        try:
+            return attempt(last), refusals
+        except NotExactError as error:
+            if not refusals:
+                raise
+            reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+            raise NotExactError(
+                f"no engine is exact for this model: {reasons}; {last.name}: {error}"
+            ) from error
 
-    def _weigh(self, task: Task, snapshot: Snapshot, only: Only = None) -> tuple[Scored, Computed]:
-        """The scores and, but for the gradients, what the step computes from them."""
-        engine, scored, refusals = self._score(task, snapshot, only)
-        reasons = [str(error).rstrip(".") for error in refusals.values()]
-        if engine is self._engines[-1] and reasons and reasons[-1] not in self._warned:
-            self._warned.add(reasons[-1])
-            warnings.warn(
-                f"l2rw_ext: {'; '.join(reasons)}. Using the {engine.name} engine, which is exact "
-                "and about three times slower",
-                stacklevel=_levels_inside(),
-            )
-        return scored, weigh(task, scored, engine.name, self.on_degenerate, self.check_finite)
+    def _weigh(self, task: Task, engine: Engine, scored: Scored) -> Computed:
+        """All that a step computes from scores, but for the gradients."""
+        return weigh(task, scored, engine.name, self.on_degenerate, self.check_finite)
+
+    def _warn(self, refusals: dict[str, str]) -> None:
+        """Say once for each reason that the last engine has done the step."""
+        reasons = [reason.rstrip(".") for reason in refusals.values()]
+        if len(reasons) < len(self._engines) - 1 or reasons[-1] in self._warned:
+            return
+        self._warned.add(reasons[-1])
+        warnings.warn(
+            f"l2rw_ext: {'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is "
+            "exact and about three times slower",
+            stacklevel=_levels_inside(),
+        )
 
 
 def _levels_inside() -> int:

@@ -231,12 +231,15 @@ def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, known_batched: b
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         if x.layout != torch.strided or y.layout != torch.strided:
             return None  # what is asked of merged rows, sparse tensors cannot say
+        if type(x) is not Tensor and (vars(x) or vars(y)):
+            return None  # of what a subclass knows beside its values, one would go for both
         if x.dim() and y.dim() and x.size(0) == n and y.size(0) == m:
             if x.shape[1:] != y.shape[1:]:
                 return None
             if n == m and not alone and _equal(x, y, ask=not known_batched):
                 return None
-            return torch.cat([x, y])
+            merged = torch.cat([x, y])
+            return merged if type(merged) is type(x) else None
         return x if x.shape == y.shape and _equal(x, y, ask=False) else None
     return x if x is y or (is_plain(x) and is_plain(y) and x == y) else None
 

@@ -51,8 +51,10 @@ class BatchSize:
         self._lengths = list(_lengths(targets))
         if not self._lengths:  # Only the first: masks and tables among the inputs have rows too.
             self._lengths = [n for x in (*args, *kwargs.values()) for n in _lengths(x)][:1]
-        self.number = self._suggested()
-        """What the batch suggests; once the losses are known, how many there are."""
+        self.guess = self._suggested()
+        """How many examples the batch suggests."""
+        self.number = self.guess
+        """How many there are, once the losses are known; the guess until then."""
         if given is not None:
             self._check_index(given)
 
@@ -66,7 +68,8 @@ class BatchSize:
         with torch._C.DisableTorchFunction():  # a function mode is to see the model's calls only
             self._check(losses)
             self.number = losses.numel()
-        return losses
+            # Of inputs or targets of a subclass; what a step hands out and differentiates is plain.
+            return losses if type(losses) is Tensor else losses.as_subclass(Tensor)
 
     def _suggested(self) -> int:
         if self._given is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -76,7 +76,7 @@ class GraphScored(Scored):
 
     def explain(self) -> Explanation:
         """See :class:`Scored`."""
-        return self.explanation
+        return replace(self.explanation, proof=self.proof)
 
 
 class Engine(abc.ABC):
@@ -94,4 +94,10 @@ class Engine(abc.ABC):
 
         Raises:
             NotExactError: the numbers would be wrong for this model.
+        """
+
+    def refuse(self, task: Task, direction: Direction | None, reason: str) -> None:  # noqa: B027
+        """Note that steps of this kind go on to the next engine.
+
+        An engine may remember it, and raise ``NotExactError(reason)`` at once in later steps.
         """

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from l2rw_ext import reference
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import corrections
 from l2rw_ext.task.isolation import Buffers, Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.graph import nodes_from
 
 from .base import Engine, GraphScored, Scored
@@ -79,7 +79,7 @@ def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | Non
     """The derivative in ε of Σ <θ̂, v>.
 
     Raises:
-        NotExactError: torch has no second derivative of some operation.
+        NotExactError: a custom function has no second derivative.
     """
     seen: set[Any] = set()
     for p, _ in moved:
@@ -88,20 +88,13 @@ def _second(moved: list[tuple[Tensor, Tensor]], epsilon: Tensor) -> Tensor | Non
             raise NotExactError(
                 "the backward of a custom autograd function is marked once_differentiable"
             )
-    try:
-        (gradient,) = torch.autograd.grad(
-            [p for p, _ in moved],
-            epsilon,
-            [v for _, v in moved],
-            allow_unused=True,
-            retain_graph=True,
-        )
-    except RuntimeError as error:
-        if "not implemented" not in str(error):
-            raise
-        raise NotExactError(
-            f"torch lacks a second derivative: {str(error).splitlines()[0]}"
-        ) from error
+    (gradient,) = torch.autograd.grad(
+        [p for p, _ in moved],
+        epsilon,
+        [v for _, v in moved],
+        allow_unused=True,
+        retain_graph=True,
+    )
     return gradient
 
 
@@ -112,7 +105,7 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _Corrected(TorchFunctionMode):
+class _Corrected(StepMode):
     """Replaces functions whose second derivative is wrong in torch by their corrections."""
 
     def __torch_function__(

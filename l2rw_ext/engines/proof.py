@@ -22,7 +22,6 @@ from torch.utils import _pytree as pytree
 from l2rw_ext.data.batch import describe
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.checkpointing import SERVES_ONCE, serves_once
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Direction, Task
 from l2rw_ext.tracing.graph import nodes_from
@@ -157,18 +156,22 @@ def _gradients(
     """Of plain autograd; the graph may be that of other losses, too."""
     if not losses.requires_grad:
         return [None] * len(parameters)
-    try:
-        return torch.autograd.grad(losses, parameters, seed, retain_graph=True, allow_unused=True)
-    except (AttributeError, RuntimeError) as error:
-        if serves_once(error):
-            raise NotExactError(SERVES_ONCE) from error
-        raise
+    return torch.autograd.grad(losses, parameters, seed, retain_graph=True, allow_unused=True)
 
 
 def _tolerance(losses: Tensor) -> _Tolerance:
-    """By the coarsest floating dtype in the graph of the losses."""
+    """By the coarsest floating dtype in the graph of the losses.
+
+    Raises:
+        RuntimeError: the backward of the graph would end the process.
+    """
     dtypes = {losses.dtype}
     for node in nodes_from(losses, set()):
+        if node.name() == "NativeGroupNormBackward0" and node.next_functions[0][0] is None:
+            x = node._saved_input
+            if x.device.type == "cpu" and not x.is_contiguous():
+                # A segmentation fault of torch 2.13.
+                raise RuntimeError("GroupNorm has no backward in channels_last without that of x")
         dtypes.update(data.dtype for data in node._input_metadata)
     real = {
         torch.empty((), dtype=t).abs().dtype for t in dtypes if t.is_floating_point or t.is_complex
@@ -244,7 +247,7 @@ class Record:
             proof = Proof(task, *plain())
         except (NotExactError, torch.OutOfMemoryError):
             raise
-        except RuntimeError as error:
+        except (AttributeError, RuntimeError) as error:
             # An error of the user's own comes back from the engine.
             start.restore()
             self._impossible = True

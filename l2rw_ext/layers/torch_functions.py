@@ -1,12 +1,15 @@
-"""Facts about torch functions: which write to an argument, whose names, how to run one's body."""
+"""Facts about torch functions: their names and keywords, which write, how to run one's body."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 _WRITES: dict[Any, bool] = {}
 
@@ -39,6 +42,30 @@ def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
         in_place = name.endswith("_") and not name.endswith("__")
         found = _WRITES[func] = in_place or augmented or name in ("__setitem__", "__set__")
     return found or kwargs.get("out") is not None
+
+
+def getters(*names: str) -> set[Any]:
+    """The functions that a function mode receives when an attribute of a tensor is read."""
+    return {getattr(Tensor, name).__get__ for name in names}
+
+
+def for_subclasses(run: Callable[..., Any], tensors: Iterable[Tensor]) -> Callable[..., Any]:
+    """What stands in for a torch function, on arguments among which are ``tensors``.
+
+    If one is of a subclass, this makes of the result what it does in torch: a tensor of its class,
+    for example. Inside of ``run`` it has no say, so that this is not for a subclass that stands for
+    other tensors, and computes with those.
+    """
+    kinds = tuple(
+        type(x)
+        for x in tensors
+        if type(x) is not Tensor
+        and type(x).__torch_function__ is not torch._C._disabled_torch_function_impl
+        and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+    if not kinds:
+        return run
+    return lambda *args, **kwargs: kinds[0].__torch_function__(run, kinds, args, kwargs)
 
 
 def inside(func: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,20 +46,6 @@ def _requires_grad(x: Any) -> bool:
     return isinstance(x, Tensor) and x.requires_grad
 
 
-SERVES_ONCE = (
-    "a checkpoint whose context_fn serves one recomputation (a selective one, or contexts made of "
-    "generators) cannot be differentiated several times; use engine='forward'"
-)
-
-
-def serves_once(error: BaseException) -> bool:
-    """Whether an error of a backward, raised by torch or by contextlib, has this reason."""
-    text = str(error)
-    if isinstance(error, AttributeError):
-        return "_GeneratorContextManager" in text
-    return isinstance(error, RuntimeError) and "selective activation checkpoint" in text
-
-
 @contextlib.contextmanager
 def non_reentrant() -> Iterator[None]:
     """In the body, checkpoints of the whole process are non-reentrant."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.tracing.members import Members
 
-from .checkpointing import SERVES_ONCE, serves_once
 from .process import for_steps
 
 
@@ -181,10 +180,8 @@ def preserved(members: Members, *, always: bool, captured: bool = False) -> Iter
     try:
         with without_hooks(members.parameters), without_autocast(), for_steps:
             yield snapshot
-    except BaseException as error:
+    except BaseException:
         snapshot.undo()
-        if serves_once(error):
-            raise RuntimeError(SERVES_ONCE) from error
         raise
     if always:
         snapshot.undo()

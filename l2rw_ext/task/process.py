@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+from l2rw_ext.tracing.fast_path import fast_paths
+
+from .cached_weights import cached_weights_kept
 from .checkpointing import non_reentrant
 
 
@@ -35,7 +38,7 @@ def _eager() -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _changes() -> Iterator[None]:
-    with _eager(), non_reentrant():
+    with _eager(), non_reentrant(), fast_paths(), cached_weights_kept():
         yield
 
 
@@ -62,4 +65,5 @@ class _Shared:
 
 
 for_steps = _Shared()
-"""A context: compiled models run eagerly, and reentrant checkpoints as non-reentrant ones."""
+"""A context: compiled models run eagerly, reentrant checkpoints as non-reentrant ones, and torch's
+transformers without the modes of a step where these would keep them off the fast path."""

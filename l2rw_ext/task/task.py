@@ -13,6 +13,7 @@ from l2rw_ext.data.batch_size import BatchSize
 from l2rw_ext.devices import Autocast
 from l2rw_ext.tracing.members import Members
 
+from .cached_weights import forget_cached_weights
 from .isolation import Snapshot
 
 
@@ -73,6 +74,7 @@ class Task:
 
     def forward(self, inputs: Any) -> Any:
         """The model's outputs."""
+        forget_cached_weights()
         with self.autocast:
             return forward(self.model, inputs)
 

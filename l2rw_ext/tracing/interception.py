@@ -16,17 +16,17 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Call, Function, Layer, Roots, Use
-from l2rw_ext.layers.torch_functions import takes, writes
+from l2rw_ext.layers.torch_functions import for_subclasses, takes, writes
 
 from . import autocast
 from .example_map import ExampleMap
+from .fast_path import StepMode
 from .members import Members
 from .saved_tensors import hooked, recomputed
 
@@ -54,7 +54,7 @@ def rewrites(*functions: Function, by_parts: bool = False) -> Callable[[Rewrite]
     return register
 
 
-class Interception(TorchFunctionMode):
+class Interception(StepMode):
     """Runs the calls of layers with trained parameters as uses, and records them.
 
     Args:
@@ -270,6 +270,16 @@ class Interception(TorchFunctionMode):
             self._becomes_data(target)
         return out
 
+    def passed_over(self, module: nn.Module, given: list[Tensor], out: Any) -> None:
+        """See :class:`~.fast_path.StepMode`."""
+        if self._listing:
+            self.calls.append(type(module).__name__)
+        if not torch.is_grad_enabled() and self.without_grad is None:
+            roots = (p for p in module.parameters() if self.is_root(p))
+            self.without_grad = next(map(self.name_of, roots), None)
+        if not any(map(self.is_data, given)):
+            self.follow(out)
+
     def _becomes_data(self, written: Tensor) -> None:
         """Treat a root or constant, and all its views, as data: data was written to it."""
         storage = written.untyped_storage()._cdata
@@ -306,7 +316,7 @@ class Interception(TorchFunctionMode):
         if use is None:
             return NotImplemented
         with self.following(call.x):
-            out = layer.run(use, call.x, self.token)
+            out = for_subclasses(layer.run, (call.x,))(use, call.x, self.token)
         use.output_shape = tuple(out.shape)
         self.label([use], out)
         return out

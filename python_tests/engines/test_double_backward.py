@@ -213,7 +213,7 @@ def test_an_operation_without_a_second_derivative_is_named(engine: Any) -> None:
     batch, clean = vectors(6), vectors(4)
     with (
         unchanged(model),
-        pytest.raises(NotExactError, match=r"lacks a second derivative: .*cdist"),
+        pytest.raises(NotExactError, match=r"derivative for .*cdist.* is not implemented"),
     ):
         Reweighter(model, cross_entropy, engine=engine).backward(batch, clean)
 

@@ -81,6 +81,9 @@ def _no_rule(operation: str) -> Refusal:
 _MIXES = Refusal("mixes examples", "examples reach each other")
 _BATCH_NORM = Refusal("BatchNorm in train mode couples", "examples reach each other")
 _NO_MAXIMA = Refusal("embedding_bag of maxima has no forward-mode", "no forward mode in torch")
+_NO_FORWARD_MODE = Refusal(
+    "the forward engine fails where plain training does not", "no forward mode in torch"
+)
 _CHANGED = Refusal("was changed during the forward", "changed in the forward")
 _FUNC = Refusal("inside a torch.func transform", "inside a `torch.func` transform")
 
@@ -833,7 +836,9 @@ def _() -> Made:
     "obstacles",
     "sparse features",
     layerwise=_no_rule("mm"),
-    forward=Refusal("the forward cannot carry tangents", "no forward mode in torch"),
+    forward=Refusal(
+        "the forward engine fails where plain training does not", "no forward mode in torch"
+    ),
 )
 def _() -> Made:
     model = model_of(
@@ -848,7 +853,9 @@ def _() -> Made:
     "obstacles",
     "sparse inputs",
     layerwise=_no_rule("mm"),
-    forward=Refusal("the forward cannot carry tangents", "no forward mode in torch"),
+    forward=Refusal(
+        "the forward engine fails where plain training does not", "no forward mode in torch"
+    ),
 )
 def _() -> Made:
     model = model_of(lambda s, x: torch.mm(x, s.w), w=torch.randn(5, CLASSES))

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from l2rw_ext.engines.base import Engine, GraphScored, Scored
 from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.proof import Proofs
-from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
@@ -48,21 +47,15 @@ class Forward(Engine):
 
 
 def _score(task: Task, direction: Direction, given: bool) -> Scored:
-    try:
-        # Tangents keeps what a checkpoint would drop. If something is recomputed after all, torch
-        # counts what it saves and raises.
-        with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):
-            mode = Tangents(task, direction)
-            with mode:
-                losses = task.forward_train()
-            require_grad(losses)
-            scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
-            losses, _ = unpack(losses)
-    except (NotCapturableError, NotExactError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        line = str(error).partition("\n")[0]
-        raise NotExactError(f"the forward cannot carry tangents: {line}") from error
+    # Tangents keeps what a checkpoint would drop. If something is recomputed after all, torch
+    # counts what it saves and raises.
+    with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):
+        mode = Tangents(task, direction)
+        with mode:
+            losses = task.forward_train()
+        require_grad(losses)
+        scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
+        losses, _ = unpack(losses)
     reason = "the forward has a derivative along the direction; examples may share statistics"
     passes = "a training forward with tangents"
     if mode.attention:

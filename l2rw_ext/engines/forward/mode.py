@@ -20,32 +20,26 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Function, Layer
-from l2rw_ext.layers.torch_functions import takes, writes
+from l2rw_ext.layers.torch_functions import for_subclasses, getters, takes, writes
 from l2rw_ext.task.task import Direction, Task
+from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.graph import leaf_of, nodes_from
 from l2rw_ext.tracing.saved_tensors import kept, recomputed
 
 from .dual import dual, tangent_of, unpack
 
-
-def _getters(*names: str) -> set[Any]:
-    """The functions that a function mode receives when an attribute of a tensor is read."""
-    return {getattr(torch.Tensor, name).__get__ for name in names}
-
-
-_VIEWS = _getters("T", "mT", "H", "mH", "real", "imag")
+_VIEWS = getters("T", "mT", "H", "mH", "real", "imag")
 """The attributes that are views; no other attribute carries a tangent."""
 
-_HOOKS = {torch.Tensor.register_hook} | _getters("grad_fn")
+_HOOKS = {torch.Tensor.register_hook} | getters("grad_fn")
 """How a forward can change a gradient: by a hook, or as module hooks do, by ``grad_fn``."""
 
-_GRADIENTS = {torch.autograd.grad} | _getters("grad")
+_GRADIENTS = {torch.autograd.grad} | getters("grad")
 """How a forward can read the result of a backward that it runs."""
 
 
@@ -65,7 +59,7 @@ def carries(*functions: Function) -> Callable[[Rule], Rule]:
     return register
 
 
-class Tangents(TorchFunctionMode):
+class Tangents(StepMode):
     """Runs a forward at θ + ε v, to first order in ε.
 
     Must be entered within ``torch.autograd.forward_ad.dual_level``.
@@ -129,6 +123,8 @@ class Tangents(TorchFunctionMode):
                     "compiled or scripted region)"
                 )
         run = func if still else self._rule_of(func, kwargs)
+        if run is not func:
+            run = for_subclasses(run, tensors)
         if recomputed():
             # A recomputation in the weighted backward would have no tangents.
             with kept():
@@ -241,7 +237,7 @@ class Tangents(TorchFunctionMode):
             if losses.requires_grad and not losses.is_leaf and losses not in self._still:
                 raise NotExactError("the losses come from an operation without forward derivative")
             return torch.zeros_like(losses)
-        return tangent.detach()
+        return tangent.detach().as_subclass(Tensor)
 
 
 def _through(layer: Layer, func: Function, /, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,6 @@ from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
-from l2rw_ext.task.checkpointing import SERVES_ONCE, serves_once
 from l2rw_ext.task.isolation import Buffers, Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
 from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
@@ -97,9 +96,8 @@ class Layerwise(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
-        alone = _key(task)
-        pair = None if direction is not None else (task.m, describe(task.clean_inputs))
-        kind = self._kinds.get((alone, pair), _Kind(alone))
+        key = _key_of_step(task, direction)
+        kind = self._kinds.get(key, _Kind(key[0]))
         if kind.refused is not None:
             raise NotExactError(kind.refused)
         try:
@@ -107,12 +105,16 @@ class Layerwise(Engine):
         except OverflowedError as error:
             error.scoring.overflow()
             return error.scoring
-        except NotExactError as error:
-            kind.refused = str(error)
-            raise
         finally:
-            if kind != _Kind(alone):  # else its key, which is long, need not be kept
-                self._remember((alone, pair), kind)
+            if kind != _Kind(key[0]):  # else its key, which is long, need not be kept
+                self._remember(key, kind)
+
+    def refuse(self, task: Task, direction: Direction | None, reason: str) -> None:
+        """See :class:`~l2rw_ext.engines.base.Engine`."""
+        key = _key_of_step(task, direction)
+        kind = self._kinds.get(key) or _Kind(key[0])
+        kind.refused = reason
+        self._remember(key, kind)
 
     def _remember(self, key: Key, kind: _Kind) -> None:
         """Remember a kind, and forget the one that was not used for the longest time."""
@@ -427,10 +429,17 @@ def _reports(node: Any) -> bool:
     return hasattr(node, "use")
 
 
+def _key_of_step(task: Task, direction: Direction | None) -> Key:
+    """The key of a step, whose first part is :func:`_key`."""
+    if direction is not None or task.clean_size is None:
+        return _key(task), None
+    return _key(task), (task.clean_size.guess, describe(task.clean_inputs))
+
+
 def _key(task: Task) -> Key:
     """What a plan depends on, apart from the clean batch and the operations that it records."""
     return (
-        task.n,
+        task.size.guess,
         describe(task.inputs),
         task.members.training,
         tuple(map(id, task.parameters)),
@@ -517,19 +526,14 @@ def _run_backward(
     outputs = [(x, seed) for x, seed in seeded if x.requires_grad]
     recomputes = interception.saved_tensor_hooks
     differentiate = inside(torch.autograd.grad) if recomputes else torch.autograd.grad
-    try:
-        with interception.recompute() if recomputes else contextlib.nullcontext():
-            differentiate(
-                [x for x, _ in outputs],
-                [interception.token],
-                [seed for _, seed in outputs],
-                retain,
-                allow_unused=True,
-            )
-    except (AttributeError, RuntimeError) as error:
-        if serves_once(error):
-            raise NotExactError(SERVES_ONCE) from error
-        raise
+    with interception.recompute() if recomputes else contextlib.nullcontext():
+        differentiate(
+            [x for x, _ in outputs],
+            [interception.token],
+            [seed for _, seed in outputs],
+            retain,
+            allow_unused=True,
+        )
 
 
 def _with_seeds(seeded: list[tuple[Tensor, Tensor]], probe: Probe) -> list[tuple[Tensor, Tensor]]:

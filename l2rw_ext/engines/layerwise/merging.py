@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from l2rw_ext.data.batch import split
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Task
+from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.numbers import Numbers
 
 
@@ -93,7 +93,7 @@ def _agree(task: Task, snapshot: Snapshot, inputs: Any, eps: float, *, draws: bo
     )
 
 
-class _WithoutDropout(TorchFunctionMode):
+class _WithoutDropout(StepMode):
     """Makes dropout the identity, so that forwards of different sizes can be compared."""
 
     _IDENTITY = (

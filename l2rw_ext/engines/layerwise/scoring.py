@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -212,7 +212,8 @@ class Scoring(Scored):
     def explain(self) -> Explanation:
         """See :class:`~l2rw_ext.engines.base.Scored`."""
         assert self.plan is not None
-        return Explanation.layerwise(self._task, self.plan, low_memory=self.low_memory)
+        explanation = Explanation.layerwise(self._task, self.plan, low_memory=self.low_memory)
+        return replace(explanation, proof=self.proof)
 
     def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
         for use in uses:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from l2rw_ext.tracing.fast_path import StepMode
 
 from .map import ExampleMap
 
@@ -20,7 +21,7 @@ _LEAVES = {
 }
 
 
-class Exits(TorchFunctionMode):
+class Exits(StepMode):
     """The function mode that belongs to an example map, for what no dispatcher shows.
 
     It must be entered last, so that what other function modes do does not count.

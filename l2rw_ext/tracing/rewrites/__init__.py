@@ -1,5 +1,5 @@
 """Torch functions that are composed of layers, or decide by values; importing registers them."""
 
-from . import composed, elementwise, products, recurrence
+from . import composed, elementwise, gradients, products, recurrence
 
-__all__ = ["composed", "elementwise", "products", "recurrence"]
+__all__ = ["composed", "elementwise", "gradients", "products", "recurrence"]
