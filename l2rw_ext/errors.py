@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class NotExactError(RuntimeError):
-    """An engine would give wrong numbers for this model; the message names what decided it."""
+    """An engine would give wrong numbers for this model, or none; the message names the reason."""
 
 
 class NotCapturableError(RuntimeError):

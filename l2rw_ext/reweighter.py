@@ -220,7 +220,9 @@ class Reweighter:
             ValueError, TypeError: an argument, or what ``loss_fn`` returns, is not as documented;
                 the clean loss is not finite; a training loss is not finite and the engine cannot
                 leave its example out.
-            NotExactError: a forced engine would give wrong numbers for this model.
+            NotExactError: a forced engine, or each engine, would give wrong numbers for this model,
+                or fails where plain training does not. (An error that plain training raises as well
+                comes out as it is.)
             RuntimeError: with ``cuda_graph``, the step cannot be captured; the message says why.
 
         After an error the model, its buffers, its gradients and torch's default generators are as

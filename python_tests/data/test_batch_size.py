@@ -228,9 +228,8 @@ def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_matches(reweighter.backward(batch, clean), model, expected)
         reweighter.backward(*often)
         assert len(engine._kinds) <= 6
-    # What is used is kept.
-    plans = [kind.plan for kind in engine._kinds.values() if kind.plan is not None]
-    assert max(plan.steps for plan in plans) >= 19
+    monkeypatch.setattr(layerwise, "ExampleMap", None)  # what is used is kept
+    reweighter.backward(*often)
 
 
 @pytest.mark.parametrize("engine", ENGINE_OPTIONS)

@@ -193,13 +193,13 @@ class Layerwise(Engine):
             both.enter(task.targets, task.n)
             both.enter(task.clean_targets, task.m, task.n)
             losses, clean_losses = _merged_losses(task, inputs, both.part)
-            both.judge([losses, clean_losses])
+            both.check([losses, clean_losses])
             if both.verdict is not None:
                 if not both.verdict.apart:
                     raise NotMergeableError(both.verdict.together)
                 precision = _precision(both.interception, losses)
                 check_mergeable(task, snapshot, inputs, precision)
-            both.backward([losses, clean_losses], clean_losses.detach().mean(), "")
+            both.backward(clean_losses.detach().mean(), "")
             return both.scoring
 
         return self._proved(task, kind, "merged", plain, score, new=new)
@@ -231,8 +231,8 @@ class Layerwise(Engine):
                 losses = task.forward_train()
             if train.interception.saved_tensor_hooks:
                 snapshot.trained = Buffers.of(task.model)
-            train.judge([losses])
-            train.backward([losses], clean_loss, why)
+            train.check([losses])
+            train.backward(clean_loss, why)
             return train.scoring
 
         return self._proved(task, own, "train", plain, score, new=new)
@@ -306,40 +306,42 @@ class _Pass:
         with followed, self.interception, seen:
             yield
 
-    def judge(self, outputs: list[Tensor]) -> None:
-        """Set the verdict of the map, if there is one.
+    def check(self, outputs: list[Tensor]) -> None:
+        """Check the graph of the losses, and set the verdict of the map if there is one.
+
+        ``outputs`` are the training losses and, if the forward is that of both batches, the clean
+        losses.
 
         Raises:
+            NotExactError: some parameter does not enter through a use.
             StalePlanError: there are not as many losses as examples were expected.
         """
+        self._outputs = outputs
+        self._after_each, self._nodes = check_graph(self.interception, outputs)
         if self._map is not None:
             if self._map.count != sum(x.numel() for x in outputs):
                 raise StalePlanError
             self.verdict = judge(self._map, outputs, ours=_reports)
 
-    def backward(self, outputs: list[Tensor], clean_loss: Tensor, why_separate: str) -> None:
+    def backward(self, clean_loss: Tensor, why_separate: str) -> None:
         """Score by a plan.
-
-        ``outputs`` are the training losses and, if the forward is that of both batches, the clean
-        losses.
 
         Raises:
             StalePlanError: no plan of the kind fits the forward.
             NotExactError: the forward mixes examples.
         """
         task, scoring, interception = self._task, self.scoring, self.interception
-        losses, *clean_losses = outputs
-        after_each, nodes = check_graph(interception, outputs)
+        losses, *clean_losses = self._outputs
         trained, reached = (
-            [use for use in interception.uses if use.index in after_each[k]] for k in (0, -1)
+            [use for use in interception.uses if use.index in self._after_each[k]] for k in (0, -1)
         )
         require_grad(losses)
         scoring.start(losses, clean_loss, reached, trained)
         seeded = [(losses, task.scaled(_finite_seed(losses)))]
         seeded += [(x, task.scaled(torch.full_like(x, 1 / task.m))) for x in clean_losses]
         signatures = (_signature(use, interception) for use in reached)
-        sizes = (x.numel() for x in outputs)
-        form = (*sizes, *interception.calls, *nodes, *signatures)
+        sizes = (x.numel() for x in self._outputs)
+        form = (*sizes, *interception.calls, *self._nodes, *signatures)
         if self.verdict is None:
             plan = self._kind.plans.get(form)
             if plan is None:

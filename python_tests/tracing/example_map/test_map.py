@@ -122,7 +122,8 @@ def test_rows_of_tensors_made_without_data() -> None:
     [
         (lambda f, x: f(x - x.mean(0)).sum(1), "each loss keeps to the rows of its example"),
         (lambda f, x: (f(x) - f(x).mean(0)).sum(1), "mean (test_map.py:"),
-        (lambda f, x: f(x[x[:, 0].argsort()]).sum(1), "before the first layer, an index decides"),
+        (lambda f, x: f(x[x[:, 0].argsort()]).sum(1), "each loss keeps to the rows of its example"),
+        (lambda f, x: f(x[x[:, 0].topk(N)[1][:1]] + x[:1]), "before the first layer, an index"),
         (lambda f, x: f(x).sum(1) * (2 if x.max() > 9 else 1), "reads values of the data by"),
         (lambda f, x: f(x).sum(1) * x.unique().numel(), "reads values of the data by _unique2"),
         (lambda f, x: f(x).sum(1) * float(x.numpy().max()), "numpy (test_map.py:"),
