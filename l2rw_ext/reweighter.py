@@ -27,8 +27,10 @@ from .errors import NotCapturableError, NotExactError
 from .step.accumulation import Accumulation, accumulate_grad, filled_if
 from .step.weighing import Computed, Degenerate, Step, weigh
 from .task.isolation import Snapshot, preserved
+from .task.sharding import check_not_sharded
 from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
+from .tracing.writes import Written
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
@@ -165,10 +167,13 @@ class Reweighter:
         self.engine = engine
         self.low_memory = low_memory
         self.reuse = reuse
+        self._written = Written()
+        members = self._members()
+        check_not_sharded(members)
         self.record = ExampleRecord()
         """Scores from the steps with an ``index``: see :class:`~l2rw_ext.ExampleRecord`."""
         self._direction_options = DirectionOptions(
-            model,
+            members,
             every=every,
             direction_decay=direction_decay,
             layers=layers,
@@ -288,7 +293,7 @@ class Reweighter:
         """Whether the next :meth:`backward` needs a clean batch; see ``every``."""
         if self._accumulation is not None and self._accumulation.direction is not None:
             return False
-        return not self._direction_options.active or self._direction_options.due(self.model)
+        return not self._direction_options.active or self._direction_options.due(self._members())
 
     def weights(self, batch: Any, clean: Any = None) -> Tensor:
         """Return only the weights of Eq. 9, shape (n,); no gradient, buffer or generator changes.
@@ -326,7 +331,7 @@ class Reweighter:
     def state_dict(self) -> dict[str, Any]:
         """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""
         return {
-            "direction": self._direction_options.state_dict(Members.of(self.model)),
+            "direction": self._direction_options.state_dict(self._members()),
             "record": self.record.state_dict(),
         }
 
@@ -337,8 +342,12 @@ class Reweighter:
             ValueError, KeyError: the state is not of this model or not of a reweighter.
         """
         direction, record = state["direction"], state["record"]
-        self._direction_options.load_state_dict(direction, Members.of(self.model))
+        self._direction_options.load_state_dict(direction, self._members())
         self.record.load_state_dict(record)
+
+    def _members(self) -> Members:
+        """The members of the model and of losses that are modules, as they are now."""
+        return Members.of(self.model, self.loss_fn, self.clean_loss_fn, self._written)
 
     def _task(
         self, batch: Any, clean: Any, grad_scaler: torch.amp.GradScaler | None = None
@@ -355,8 +364,9 @@ class Reweighter:
             clean_inputs = in_order_of(inputs, clean_inputs)
             check_same_kind(inputs, clean_inputs)
             m = batch_size(clean_inputs, clean_targets, "clean batch")
-        members = Members.of(self.model)
-        parameters = [p for _, p in members.parameters if p.requires_grad]
+        members = self._members()
+        check_not_sharded(members)
+        parameters = members.trainable
         if not parameters:
             raise ValueError("model has no parameter that requires grad: there is nothing to score")
         for p in parameters:
@@ -422,7 +432,7 @@ class Reweighter:
 
     def _remembered(self, task: Task, index: Tensor | None) -> Remembered | None:
         """The engine that reuses scores, if it is allowed and knows the whole batch."""
-        if index is None or self.reuse == "direction" or self._direction_options.due(task.model):
+        if index is None or self.reuse == "direction" or self._direction_options.due(task.members):
             return None
         if not self.record.knows(index):
             return None

@@ -38,9 +38,18 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def forward_with(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
-    """:func:`forward` with other values of the named parameters."""
-    return torch.func.functional_call(model, dict(parameters), *_arguments(inputs))
+def forward_with(model: nn.Module, values: Mapping[int, Tensor], inputs: Any) -> Any:
+    """:func:`forward` with other values of parameters, by id, wherever they are registered."""
+    # Torch's own tying of weights goes by names, and swaps a module with two names twice; the
+    # second of the values that it puts back is that of the first swap.
+    named = {
+        f"{prefix}.{name}" if prefix else name: values[id(p)]
+        for prefix, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if id(p) in values
+    }
+    args, kwargs = _arguments(inputs)
+    return torch.func.functional_call(model, named, args, kwargs, tie_weights=False)
 
 
 def tensors(tree: Any) -> list[Tensor]:

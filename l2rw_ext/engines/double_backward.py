@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from l2rw_ext import reference
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import corrections
-from l2rw_ext.task.isolation import Buffers, Snapshot
-from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.task import Direction, Task, check_losses, clean_direction
 from l2rw_ext.tracing.graph import nodes_from
 
 from .base import Engine, GraphScored, Scored
@@ -46,17 +46,17 @@ class DoubleBackward(Engine):
         with sdpa_kernel(SDPBackend.MATH):
             with _Corrected():
                 losses = task.forward_train()
-            snapshot.trained = Buffers.of(task.model)
-            require_grad(losses)
+            snapshot.keep_trained()
+            check_losses(losses, task)
             epsilon = torch.zeros(
                 losses.shape,
                 dtype=torch.promote_types(losses.dtype, torch.float32),
                 device=losses.device,
                 requires_grad=True,
             )
-            stepped = list(reference.look_ahead(task.model, losses, task.scaled(epsilon)).values())
+            stepped = reference.look_ahead(task.parameters, losses, task.scaled(epsilon))
             if direction is None:
-                snapshot.buffers.restore()
+                snapshot.restore_state()
                 direction = clean_direction(task, snapshot)
                 snapshot.restore_trained()
             values = [direction.values.get(id(p)) for p in task.parameters]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from l2rw_ext.data.batch import LossFn, forward, per_example_losses
 from l2rw_ext.devices import Autocast
+from l2rw_ext.tracing.graph import check_parameters
 from l2rw_ext.tracing.members import Members
 
 from .isolation import Snapshot
@@ -79,6 +80,16 @@ def require_grad(losses: Tensor) -> None:
         raise ValueError("training batch: the losses do not depend on any trainable parameter")
 
 
+def check_losses(losses: Tensor, task: Task) -> None:
+    """Check training losses of which an engine keeps autograd's graph.
+
+    Raises:
+        ValueError: no trainable parameter reaches them, or one does that the step does not know.
+    """
+    require_grad(losses)
+    check_parameters(losses, task.parameters)
+
+
 @dataclass(frozen=True)
 class Direction:
     """v, the gradient of the mean clean loss, possibly changed by an option."""
@@ -90,11 +101,12 @@ class Direction:
 
 
 def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
-    """Compute v from one forward and backward of the clean batch, and restore the buffers.
+    """Compute v from one forward and backward of the clean batch, and restore the state.
 
     If no parameter reaches the clean loss, the direction is zero.
     """
     losses = task.forward_clean()
+    check_parameters(losses, task.parameters)
     values = {}
     if losses.requires_grad:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
@@ -104,5 +116,5 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
             for p, g in zip(task.parameters, gradients, strict=True)
             if g is not None
         }
-    snapshot.buffers.restore()
+    snapshot.restore_state()
     return Direction(values, losses.detach().mean())

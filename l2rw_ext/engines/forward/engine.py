@@ -16,7 +16,7 @@ from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.task.task import Direction, Task, check_losses, clean_direction
 
 from . import rules  # noqa: F401  registers the rules of :class:`Tangents`
 from .dual import unpack
@@ -47,7 +47,7 @@ class Forward(Engine):
                 mode = Tangents(task, direction)
                 with mode:
                     losses = task.forward_train()
-                require_grad(losses)
+                check_losses(losses, task)
                 scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
                 losses, _ = unpack(losses)
         except (NotCapturableError, NotExactError, torch.OutOfMemoryError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2rw_ext import devices
 from l2rw_ext.data.batch import describe, merge, split
@@ -21,10 +21,11 @@ from l2rw_ext.layers.broadcast import BROADCAST, FACTORS
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.checkpointing import SERVES_ONCE, serves_once
-from l2rw_ext.task.isolation import Buffers, Snapshot
+from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
 from l2rw_ext.tracing.graph import check_graph, sources
 from l2rw_ext.tracing.interception import Interception
+from l2rw_ext.tracing.members import Members
 
 from .derived import Leaves
 from .merging import NotMergeableError, check_mergeable
@@ -32,6 +33,9 @@ from .probe import Probe, seeds
 from .scoring import OverflowedError, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
+
+_LARGEST_NUMBER_OF_WRITES = 4
+"""Merged forwards of a kind that write to the model, before batches are not merged any more."""
 
 
 @dataclass
@@ -55,6 +59,8 @@ class _Kind:
     """Why batches of this kind are never merged, if that is known."""
     refused: str | None = None
     """Why the engine is not exact, if it is not."""
+    written: int = 0
+    """How many merged forwards of this kind have written to the model."""
 
 
 class Layerwise(Engine):
@@ -144,6 +150,12 @@ class Layerwise(Engine):
         both = _Pass(task, None, task.n + task.m if kind.by_row else None)
         interception = both.interception
         losses, clean_losses = _merged_losses(task, inputs, interception)
+        name = snapshot.state.changed()
+        if name is not None:
+            # A cache that a first forward fills is no reason not to merge the next batches.
+            kind.written += 1
+            permanent = kind.written == _LARGEST_NUMBER_OF_WRITES
+            raise NotMergeableError(f"the forward writes to {name!r}", permanent=permanent)
         plan = kind.plan
         if plan is None or plan.due() or plan.calls != interception.calls:
             both.check_not_captured()
@@ -169,7 +181,7 @@ class Layerwise(Engine):
         with train.interception:
             losses = task.forward_train()
         if train.interception.saved_tensor_hooks:
-            snapshot.trained = Buffers.of(task.model)
+            snapshot.keep_trained()
         own.plan = train.backward([losses], direction.clean_loss, own.plan)
         own.plan.why_separate = why
         return train.scoring
@@ -230,7 +242,7 @@ class _Pass:
     ) -> Plan:
         """Make a plan from two more backwards over the same graph."""
         self.check_not_captured()
-        _check_wrappers(self._task.model)
+        _check_wrappers(self._task.members)
         scoring, interception = self.scoring, self.interception
         reached = scoring.reached
         probe = scoring.probe = Probe(narrow=interception.narrow)
@@ -315,12 +327,12 @@ def _key(task: Task) -> Key:
     )
 
 
-def _check_wrappers(model: nn.Module) -> None:
+def _check_wrappers(members: Members) -> None:
     """Raise for a wrapper that searches the graph of the outputs for parameters.
 
     It finds none, because uses hide them, and considers all of them unused.
     """
-    for module in model.modules():
+    for _, module in members.modules:
         finds = getattr(module, "find_unused_parameters", False)
         if finds and type(module).__name__ == "DistributedDataParallel":
             raise NotExactError(

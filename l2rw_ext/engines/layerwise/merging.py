@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from l2rw_ext.data.batch import forward_with, split, tensors
 from l2rw_ext.layers.torch_functions import inside
-from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.isolation import Generators, Snapshot
 from l2rw_ext.task.task import Task
 
 
@@ -57,14 +57,15 @@ def check_mergeable(
         precision: the largest machine epsilon among the dtypes that the forward computed in.
 
     Raises:
-        NotMergeableError: they do not, or the forward writes to buffers.
+        NotMergeableError: they do not, or the forward writes to the model.
     """
-    if snapshot.buffers.changed():
-        raise NotMergeableError("the forward writes to buffers")
+    name = snapshot.state.changed(values=True)
+    if name is not None:
+        raise NotMergeableError(f"the forward writes to {name!r}")
     if _shares_examples(inputs, task.n, task.m):
         raise NotMergeableError("the two batches share examples", permanent=False)
     draws = not snapshot.generators.unchanged()
-    after = Snapshot(task.members)
+    after, generators = snapshot.now(), Generators(task.members.devices())
     try:
         # With grad, as in the step, but without the memory of a graph.
         with torch.autograd.graph.saved_tensors_hooks(_drop, _refuse):
@@ -78,6 +79,7 @@ def check_mergeable(
             f"{type(error).__name__} on other rows of the merged batch", permanent=False
         ) from error
     finally:
+        generators.restore()
         after.restore()
     if not same:
         raise NotMergeableError("an example's output depends on the rest of its batch")
@@ -92,13 +94,13 @@ class _Trial:
         self._precision = precision
         generator = torch.Generator("cpu").manual_seed(0)
         self._stand_ins = {
-            name: (
+            id(p): (
                 torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu")
                 .mul(0.1)
                 .to(p)
                 .requires_grad_(p.requires_grad)
             )
-            for name, p in task.model.named_parameters()
+            for _, p in task.members.parameters
             if p.numel() and p.is_floating_point() and not p.any()
         }
 
