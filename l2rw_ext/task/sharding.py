@@ -19,14 +19,15 @@ def check_not_sharded(members: Members) -> None:
         for name, module in members.modules:
             if isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
                 raise TypeError(
-                    f"model: the parameters of {name or 'the model'!r} are sharded (FSDP), which "
-                    "no engine supports; give a model whose parameters are whole in each process"
+                    f"the parameters of {repr(name) if name else 'the model'} are sharded (FSDP), "
+                    "which no engine supports; keep the parameters whole in each process, as "
+                    "DistributedDataParallel does"
                 )
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is not None:
         for name, p in members.parameters:
             if isinstance(p, tensor.DTensor):
                 raise TypeError(
-                    f"model: parameter {name!r} is a DTensor, which no engine supports; give a "
-                    "model whose parameters are plain tensors, whole in each process"
+                    f"parameter {name!r} is a DTensor, which no engine supports; keep the "
+                    "parameters whole in each process, as DistributedDataParallel does"
                 )

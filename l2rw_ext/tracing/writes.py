@@ -58,13 +58,15 @@ class BeforeWrites(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for position, name in _targets(func):
-            given = args[position] if position < len(args) else kwargs.get(name)
-            for x in given if isinstance(given, (list, tuple)) else (given,):
-                storage = storage_of(x) if isinstance(x, Tensor) else None
-                for call in () if storage is None else self._calls.get(storage, ()):
-                    call()
-        return func(*args, **kwargs)
+        # Nothing here is a call of the model's, which a function mode should see.
+        with torch._C.DisableTorchFunction():
+            for position, name in _targets(func):
+                given = args[position] if position < len(args) else kwargs.get(name)
+                for x in given if isinstance(given, (list, tuple)) else (given,):
+                    storage = storage_of(x) if isinstance(x, Tensor) else None
+                    for call in () if storage is None else self._calls.get(storage, ()):
+                        call()
+            return func(*args, **kwargs)
 
 
 def storage_of(x: Tensor) -> int | None:
