@@ -71,10 +71,10 @@ def unpack(batch: Any, name: str) -> Batch:
             f"got {type(inputs).__name__}"
         )
     for x in found:
-        if x.requires_grad:
+        if not x.is_leaf:  # a leaf that requires grad may be left from a forward's requires_grad_
             raise ValueError(
-                f"{name}: an input of shape {tuple(x.shape)} requires grad; gradients flow to "
-                "parameters only, pass x.detach()"
+                f"{name}: an input of shape {tuple(x.shape)} was computed with grad; gradients "
+                "flow to parameters only, pass x.detach()"
             )
         if x.is_inference():
             raise ValueError(

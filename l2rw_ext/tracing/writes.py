@@ -50,6 +50,11 @@ class BeforeWrites(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False, because to skip it torch would load it, and compiled code is not run in a step."""
+        return False
+
     def __init__(self, calls: Mapping[int, Sequence[Callable[[], None]]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls = calls
