@@ -227,11 +227,11 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "grads": {k: keep(p.grad) for k, p in model.named_parameters()},
         "requires_grad": {k: p.requires_grad for k, p in model.named_parameters()},
         "training": [m.training for m in model.modules()],
-        "attributes": [
-            {k: _plainly(v) for k, v in vars(m).items() if not isinstance(v, dict)}
-            for m in model.modules()
+        "attributes": {
+            name: {k: _plainly(v) for k, v in vars(m).items() if not isinstance(v, dict)}
+            for name, m in model.named_modules()
             if not isinstance(m, nn.parallel.DistributedDataParallel)  # torch's bookkeeping
-        ],
+        },
         "hooks": [{h: list(getattr(m, h)) for h in _HOOKS} for m in model.modules()],
         "parameter hooks": {k: list(p._backward_hooks or ()) for k, p in model.named_parameters()},
         "rng": keep(torch.get_rng_state()),

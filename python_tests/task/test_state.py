@@ -26,7 +26,7 @@ ROWS = {f.name: f for f in FEATURES}
 
 @pytest.mark.parametrize("name", ROWS)
 def test_weights_explain_and_interruptions_change_nothing(name: str) -> None:
-    """Whatever the model, and at whichever call of the loss function the step is interrupted."""
+    """Whatever the model, and in whichever forward the step is interrupted."""
     feature = ROWS[name]
     model, batch, clean = feature.make()
     loss = copy.deepcopy(feature.loss)
@@ -36,19 +36,19 @@ def test_weights_explain_and_interruptions_change_nothing(name: str) -> None:
         for act in (reweighter.weights, reweighter.explain):
             with unchanged(model), unchanged(loss), contextlib.suppress(RuntimeError):
                 act(batch, clean)
-    for last in (1, 2):
-        left = [last]
+    calls = last = 0
 
-        def interrupted(outputs: Any, targets: Any, left: list[int] = left) -> Tensor:
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-            return feature.loss(outputs, targets)
+    def interrupt(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
 
-        with unchanged(model), pytest.raises(KeyboardInterrupt):
-            Reweighter(model, interrupted, engine=feature.auto or "layerwise").backward(
-                batch, clean
-            )
+    model.register_forward_hook(interrupt)
+    for k in (1, 2):
+        calls, last = 0, k
+        with unchanged(model), unchanged(loss), pytest.raises(KeyboardInterrupt):
+            Reweighter(model, loss, engine=feature.auto or "layerwise").backward(batch, clean)
 
 
 class _Late(nn.Module):
@@ -84,11 +84,11 @@ def test_a_later_write_in_place_is_an_error_once(engine: Any) -> None:
     assert_same_state(model.head, head)
     assert model.head.weight.grad is None
     for _ in range(2):
-        batch = vectors(6)
+        batch, clean = vectors(6), vectors(4)
         plain = copy.deepcopy(model)
         with unchanged(model):
-            reweighter.weights(batch, vectors(4))
-        assert_exact(model, cross_entropy, batch, vectors(4), reweighter=reweighter)
+            reweighter.weights(batch, clean)
+        assert_exact(model, cross_entropy, batch, clean, reweighter=reweighter)
         plain(batch[0])
         assert_same_state(model, plain)
 
@@ -100,11 +100,11 @@ def test_a_later_assignment_is_put_back(how: str, engine: Any) -> None:
     reweighter = Reweighter(model, cross_entropy, engine=engine)
     for k in range(3):
         model.began = k > 0
-        batch = vectors(6)
+        batch, clean = vectors(6), vectors(4)
         plain = copy.deepcopy(model)
         with unchanged(model):
-            reweighter.weights(batch, vectors(4))
-        assert_exact(model, cross_entropy, batch, vectors(4), reweighter=reweighter)
+            reweighter.weights(batch, clean)
+        assert_exact(model, cross_entropy, batch, clean, reweighter=reweighter)
         plain(batch[0])
         assert_same_state(model, plain)
 
@@ -121,14 +121,13 @@ def test_a_write_in_another_mode_is_no_surprise(engine: Any) -> None:
         assert_exact(model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter)
 
 
-def test_only_what_is_written_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_written_is_copied() -> None:
     model = model_of(
         lambda s, x: s.head(s.base(x) * s.scale.mul_(1.1)),
         base=nn.Linear(5, 5),
-        head=nn.Linear(5, CLASSES),
-        scale=nn.Parameter(torch.ones(5), requires_grad=False),
-    )
-    model.base.requires_grad_(False)
+        scale=torch.ones(5),
+    ).requires_grad_(False)
+    model.head = nn.Linear(5, CLASSES).double()
     reweighter = Reweighter(model, cross_entropy)
     for _ in range(2):
         reweighter.backward(vectors(6), vectors(4))
@@ -140,43 +139,41 @@ def test_only_what_is_written_is_copied(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_deleted_name_is_put_back_in_its_place(engine: Any) -> None:
     def forward(model: Any, x: Tensor) -> Tensor:
-        out = model.head(x) * (1 if model.extra is None else model.extra.sum())
-        model.note, model.extra = "seen", model.extra
+        out = model.head(x)
+        model.note = "seen"
         del model.gone
         model.register_buffer("new", x.mean(0))
-        model.added = nn.Linear(2, 2)
+        model.added = nn.Identity()
         return out
 
-    model = model_of(forward, extra=torch.ones(2), head=nn.Linear(5, CLASSES))
+    model = model_of(forward, head=nn.Linear(5, CLASSES))
     model.gone = 3.0
     reweighter = Reweighter(model, cross_entropy, engine=engine)
-    with unchanged(model):
-        reweighter.weights(vectors(6), vectors(4))
+    batch, (x, y) = vectors(6), vectors(4)
     names = list(vars(model))
-    with unchanged(model), pytest.raises(ValueError, match="not finite|is nan"):
-        x, y = vectors(4)
-        reweighter.backward(vectors(6), (x * float("nan"), y))
+    with unchanged(model):
+        reweighter.weights(batch, (x, y))
+    with unchanged(model), pytest.raises(ValueError, match="is nan"):
+        reweighter.backward(batch, (x * float("nan"), y))
     assert list(vars(model)) == names
     assert list(model._modules) == ["head"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_attributes_count_one_forward_under_checkpoints(engine: Any) -> None:
-    def forward(model: Any, x: Tensor) -> Tensor:
-        return checkpoint(model.inner, x, use_reentrant=False)
+    """In plain torch the forward that a backward repeats counts too."""
 
     def inner(model: Any, x: Tensor) -> Tensor:
         model.count += 1
-        return model.head(x) * (1 + model.count)
+        return model.head(x)
 
     part = model_of(inner, head=nn.Linear(5, CLASSES))
     part.count = 0
-    model = model_of(forward, inner=part)
-    # In plain torch the forward that a backward repeats would see another count.
+    model = model_of(lambda s, x: checkpoint(s.inner, x, use_reentrant=False), inner=part)
     reweighter = Reweighter(model, cross_entropy, engine=engine)
-    if engine == "forward":
+    for k in range(1, 4):
         reweighter.backward(vectors(6), vectors(4))
-        assert part.count == 1
+        assert part.count == k
 
 
 @pytest.mark.parametrize(
@@ -184,7 +181,7 @@ def test_attributes_count_one_forward_under_checkpoints(engine: Any) -> None:
     [
         lambda p: p.mul_(2),
         lambda p: p.data.mul_(2),
-        lambda p: p.detach().numpy(force=False) is None or p.view(-1)[:2].zero_(),
+        lambda p: p.view(-1)[:2].zero_(),
         lambda p: torch._foreach_mul_([p], 2.0),
         lambda p: torch.mul(p, 2, out=p),
         lambda p: p.set_(torch.zeros(5, dtype=torch.float64)),
@@ -202,12 +199,13 @@ def test_ways_to_write(act: Callable[[Tensor], Any]) -> None:
             act(model.scale)
         return model.head(x * model.scale)
 
-    scale = nn.Parameter(torch.rand(5), requires_grad=False)
-    model = model_of(forward, scale=scale, head=nn.Linear(5, CLASSES))
+    model = model_of(forward, scale=torch.rand(5)).requires_grad_(False)
+    model.head = nn.Linear(5, CLASSES).double()
     reweighter = Reweighter(model, cross_entropy)
+    batch, clean = vectors(6), vectors(4)
     for _ in range(2):
         with unchanged(model):
-            reweighter.weights(vectors(6), vectors(4))
+            reweighter.weights(batch, clean)
 
 
 def test_a_cache_that_the_first_forward_fills_does_not_keep_batches_apart() -> None:
