@@ -52,7 +52,9 @@ class Reweighter:
 
     Args:
         model: any ``nn.Module``.
-        loss_fn: (outputs, targets) -> unreduced losses, shape (n,).
+        loss_fn: (outputs, targets) -> unreduced losses, shape (n,). The trainable parameters of a
+            loss that is an ``nn.Module`` belong to scores and gradients, and are named
+            ``loss_fn.NAME``; a trainable parameter that is held by neither is an error.
         engine: ``"auto"`` takes the first engine that is exact for the model: ``"layerwise"``
             (about the price of a plain step), else ``"forward"`` (two more forwards), else
             ``"double_backward"`` with one warning. A forced engine that would be wrong is an error.
@@ -75,8 +77,9 @@ class Reweighter:
             batch with an example never scored is scored along the last direction.
         direction_decay: β of an exponential average of directions, v ← β v + (1-β) v_t: less noise
             from small clean batches, at the price of older parameters.
-        layers: names of parameters or modules (or patterns such as ``"*.bias"``); scores are then
-            the inner products over these parameters. The weighted gradient has all parameters.
+        layers: names of parameters or modules (or patterns such as ``"*.bias"``; ``"loss_fn"`` is
+            the loss that is a module); scores are then the inner products over these parameters.
+            The weighted gradient has all parameters.
         l2: the gradient of a penalty, l2 times θ, of all matrices and kernels is added to the clean
             gradient, as in the authors' published code, whose clean loss has their weight decay.
             The training losses have none.
@@ -96,7 +99,7 @@ class Reweighter:
     ``on_degenerate="uniform"``, the weights are the paper's.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind above.
+        TypeError, ValueError: an argument is not of the kind above, or parameters are sharded.
 
     Source: Ren, Zeng, Yang, Urtasun, *Learning to Reweight Examples for Robust Deep Learning*,
     ICML 2018, Algorithm 1.
@@ -214,9 +217,11 @@ class Reweighter:
                 leave its example out.
             NotExactError: a forced engine would give wrong numbers for this model.
             RuntimeError: with ``cuda_graph``, the step cannot be captured; the message says why.
+                Or the forward has begun to write to a tensor that no earlier step wrote to.
 
-        After an error the model, its buffers, its gradients and torch's default generators are as
-        before, unless the error comes from a hook while gradients are accumulated.
+        After an error the model, the losses, gradients and torch's default generators are as
+        before, unless the error comes from a hook while gradients are accumulated. The page
+        "In a training loop" says what belongs to that.
         """
         task = self._task(batch, clean, grad_scaler)
         numbers = check_index(index, task.n)
@@ -296,7 +301,7 @@ class Reweighter:
         return not self._direction_options.active or self._direction_options.due(self._members())
 
     def weights(self, batch: Any, clean: Any = None) -> Tensor:
-        """Return only the weights of Eq. 9, shape (n,); no gradient, buffer or generator changes.
+        """Return only the weights of Eq. 9, shape (n,); nothing of the model or torch changes.
 
         Arguments and errors are those of :meth:`backward`. With ``on_degenerate="skip"`` the
         weights of a degenerate step are zeros.
@@ -310,7 +315,7 @@ class Reweighter:
     ) -> Explanation:
         """Explain which engine would run and why, and the form, cost and memory of each layer.
 
-        Arguments and errors are those of :meth:`backward`. No parameter, gradient, buffer or
+        Arguments and errors are those of :meth:`backward`. Nothing of the model, no gradient and no
         generator changes. Without an ``index``, the answer is for a step that computes its scores.
         Print the result, or take it as plain data from its ``as_dict()``.
         """

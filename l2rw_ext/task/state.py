@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,13 +91,14 @@ class State:
                 yield held.name
 
     def assigned(self) -> str | None:
-        """The name of a parameter or buffer that is another tensor than it was, if there is one."""
+        """The name of a tensor that is another or lies elsewhere than it did, if there is one."""
         names = (
             name
             for table, saved in self._tables
             for name in _assigned(table, saved, lambda a, b: a is not b)
         )
-        return next(names, None)
+        moved = (held.name for held in self._held.values() if held.moved())
+        return next(itertools.chain(names, moved), None)
 
     def rebind(self) -> None:
         """Put back what was assigned to a name; tensors keep the values that they have."""
@@ -142,16 +144,20 @@ class _Held:
         """Copy the values that the tensor has now."""
         self._own = (self.tensor if self._data is None else self._data).detach().clone()
 
+    def moved(self) -> bool:
+        """Whether ``.data`` is another tensor than it was."""
+        return _place(self.tensor) != self._place
+
     def changed(self, values: bool) -> bool:
         """See :meth:`State.changed`."""
-        if _version(self.tensor) != self._version or _place(self.tensor) != self._place:
+        if _version(self.tensor) != self._version or self.moved():
             return True
         return values and self._own is not None and not torch.equal(self.tensor, self._own)
 
     def restore(self) -> bool:
         """Whether the tensor is as it was."""
         x, values = self.tensor, self.values
-        moved = _place(x) != self._place
+        moved = self.moved()
         written = _version(x) != self._version
         if (moved or written) and self._data is not None:
             x.data = self._data
