@@ -12,7 +12,7 @@ loss. Scores are u = -∂/∂ε (1/m) Σ_j f'_j with α = η = 1; both cancel in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def look_ahead(
 
 
 class _Objective(nn.Module):
-    """Eq. 6's objective, the mean clean loss, as one module: a loss is a part, if it has any."""
+    """The mean clean loss as one module, of which a loss that is a module is a part."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         super().__init__()
@@ -65,6 +65,17 @@ class _Objective(nn.Module):
 
     def forward(self, inputs: Any, targets: Any) -> Tensor:
         return self.loss_fn(forward(self.model, inputs), targets).mean()
+
+
+def clean_objective(
+    model: nn.Module, loss_fn: LossFn, clean: Batch, values: Mapping[int, Tensor]
+) -> Tensor:
+    """Eq. 6's objective: the mean clean loss (1/m) Σ_j f'_j at other values of parameters, by id.
+
+    The loss may read parameters as attributes of modules, but not by a reference taken before.
+    """
+    objective: Tensor = forward_with(_Objective(model, loss_fn), values, clean)
+    return objective
 
 
 def meta_scores(
@@ -79,8 +90,7 @@ def meta_scores(
 
     Args:
         model: any twice differentiable module; its state ends as after one training forward.
-        loss_fn: (outputs, targets) -> unreduced losses of shape (n,); it may read parameters as
-            attributes of modules, but not by a reference taken before.
+        loss_fn: (outputs, targets) -> unreduced losses of shape (n,).
         batch: (inputs, targets) of n training examples.
         clean: (inputs, targets) of m clean examples.
         clean_loss_fn: losses of the clean batch; default ``loss_fn``.
@@ -99,7 +109,7 @@ def meta_scores(
     before.restore()
     # If the training forward wrote to a parameter, the clean one starts from its old value too.
     values = {id(p): q + (p - q).detach() for p, q in zip(parameters, stepped, strict=True)}
-    objective = forward_with(_Objective(model, clean_loss_fn or loss_fn), values, clean)
+    objective = clean_objective(model, clean_loss_fn or loss_fn, clean, values)
     (gradient,) = torch.autograd.grad(objective, epsilon)
     after_training.restore()
     return -gradient

@@ -77,7 +77,7 @@ class State:
         """The name of something that is not as it was, if there is any.
 
         Without ``values`` it is known of tensors by their version counters, which the kernels of
-        batch norm do not advance. With ``values``, those that are copied are compared.
+        batch norm do not advance. With ``values``, dense tensors that are copied are compared.
         """
         return next(self._changes(values), None)
 
@@ -152,7 +152,9 @@ class _Held:
         """See :meth:`State.changed`."""
         if _version(self.tensor) != self._version or self.moved():
             return True
-        return values and self._own is not None and not torch.equal(self.tensor, self._own)
+        if not values or self._own is None or self._place is None:
+            return False
+        return not torch.equal(self.tensor, self._own)
 
     def restore(self) -> bool:
         """Whether the tensor is as it was."""

@@ -245,3 +245,50 @@ def test_a_plain_model_is_still_merged() -> None:
     reweighter = Reweighter(mlp(), cross_entropy)
     reweighter.backward(vectors(6), vectors(4))
     assert "one merged forward" in reweighter.explain(vectors(6), vectors(4)).passes
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tensors_made_under_inference_mode(engine: Any) -> None:
+    model = model_of(lambda s, x: s.head(x * s.scale * s.shift), head=nn.Linear(5, CLASSES))
+    with torch.inference_mode():
+        model.scale = nn.Parameter(torch.rand(5).double(), requires_grad=False)
+        model.register_buffer("shift", torch.rand(5).double())
+    reweighter = Reweighter(model, cross_entropy, engine=engine)
+    for _ in range(2):
+        assert_exact(model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter)
+
+
+def test_sparse_buffers_and_frozen_parameters() -> None:
+    model = model_of(
+        lambda s, x: s.head(x + torch.sparse.mm(s.a, x.t()).t() + torch.sparse.mm(s.b, x.t()).t()),
+        head=nn.Linear(5, CLASSES),
+    )
+    model.register_buffer("a", torch.eye(5).double().to_sparse())
+    model.b = nn.Parameter(torch.eye(5).double().to_sparse(), requires_grad=False)
+    reweighter = Reweighter(model, cross_entropy)
+    batch, clean = vectors(6), vectors(4)
+    for _ in range(2):  # torch cannot copy a sparse parameter
+        assert_exact(model, cross_entropy, batch, clean, reweighter=reweighter, copied=False)
+
+
+class _Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("written", torch.zeros(()))
+        self.register_buffer("assigned", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.written.add_(1)
+        self.assigned = self.assigned + 1
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_buffers_of_a_scripted_module(engine: Any) -> None:
+    model = nn.Sequential(torch.jit.script(_Scripted()), nn.Linear(5, CLASSES).double())
+    reweighter = Reweighter(model, cross_entropy, engine=engine)
+    for k in range(1, 3):
+        reweighter.weights(vectors(6), vectors(4))
+        reweighter.backward(vectors(6), vectors(4))
+        assert [float(b) for b in model.buffers()] == [k, k]
