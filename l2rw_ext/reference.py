@@ -12,19 +12,26 @@ loss. Scores are u = -∂/∂ε (1/m) Σ_j f'_j with α = η = 1; both cancel in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data.batch import Batch, LossFn, forward
-from .task.isolation import Buffers
+from .data.batch import Batch, LossFn, forward, forward_with
+from .task.state import State
+from .tracing.members import Members
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require grad, by name; a tied parameter is listed once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def trainable(
+    model: nn.Module, loss_fn: Any = None, clean_loss_fn: Any = None
+) -> dict[str, nn.Parameter]:
+    """The parameters that require grad, by name; a tied parameter is listed once.
+
+    Those of a loss that is a module have names that begin with ``loss_fn.`` or ``clean_loss_fn.``.
+    """
+    members = Members.of(model, loss_fn, clean_loss_fn)
+    return {name: p for name, p in members.parameters if p.requires_grad}
 
 
 def sgd_step(parameters: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:
@@ -38,46 +45,37 @@ def perturbed_loss(losses: Tensor, epsilon: Tensor) -> Tensor:
 
 
 def look_ahead(
-    model: nn.Module, losses: Tensor, epsilon: Tensor, lr: float = 1.0
-) -> dict[str, Tensor]:
-    """Eq. 5: θ̂(ε) = θ - α ∇_θ Σ_i ε_i f_i(θ), differentiable in ε, by parameter name."""
-    named = trainable(model)
+    parameters: Sequence[Tensor], losses: Tensor, epsilon: Tensor, lr: float = 1.0
+) -> list[Tensor]:
+    """Eq. 5: θ̂(ε) = θ - α ∇_θ Σ_i ε_i f_i(θ) of each parameter, differentiable in ε."""
     gradients = torch.autograd.grad(
-        perturbed_loss(losses, epsilon), list(named.values()), create_graph=True, allow_unused=True
+        perturbed_loss(losses, epsilon), parameters, create_graph=True, allow_unused=True
     )
-    pairs = zip(named.values(), gradients, strict=True)
-    zeros = [torch.zeros_like(p) if g is None else g for p, g in pairs]
-    stepped = sgd_step(list(named.values()), zeros, lr)
-    return dict(zip(named, stepped, strict=True))
+    pairs = zip(parameters, gradients, strict=True)
+    return sgd_step(parameters, [torch.zeros_like(p) if g is None else g for p, g in pairs], lr)
 
 
 class _Objective(nn.Module):
-    """The mean clean loss as one module, so that a loss that reads the model sees θ̂ as well."""
+    """The mean clean loss as one module, of which a loss that is a module is a part."""
 
-    def __init__(self, model: nn.Module, losses_of: Callable[[Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         super().__init__()
         self.model = model
-        self.losses_of = losses_of
+        self.loss_fn = loss_fn
 
-    def forward(self, inputs: Any) -> Tensor:
-        return self.losses_of(forward(self.model, inputs)).mean()
+    def forward(self, inputs: Any, targets: Any) -> Tensor:
+        return self.loss_fn(forward(self.model, inputs), targets).mean()
 
 
 def clean_objective(
-    model: nn.Module,
-    losses_of: Callable[[Any], Tensor],
-    inputs: Any,
-    parameters: Mapping[str, Tensor],
+    model: nn.Module, loss_fn: LossFn, clean: Batch, values: Mapping[int, Tensor]
 ) -> Tensor:
-    """Eq. 6's objective: the mean clean loss (1/m) Σ_j f'_j at the given parameters.
+    """Eq. 6's objective: the mean clean loss (1/m) Σ_j f'_j at other values of parameters, by id.
 
-    ``losses_of`` maps the model's outputs on ``inputs`` to the clean losses, shape (m,). It may
-    read parameters as attributes of the model, but not by a reference taken before.
+    The loss may read parameters as attributes of modules, but not by a reference taken before.
     """
-    objective = _Objective(model, losses_of)
-    swapped = {f"model.{name}": p for name, p in parameters.items()}
-    value: Tensor = torch.func.functional_call(objective, swapped, (inputs,))
-    return value
+    objective: Tensor = forward_with(_Objective(model, loss_fn), values, clean)
+    return objective
 
 
 def meta_scores(
@@ -91,7 +89,7 @@ def meta_scores(
     """Eq. 7 with α = η = 1: u_i = -∂/∂ε_i of the clean objective at ε = 0, by double backward.
 
     Args:
-        model: any twice differentiable module; its buffers end as after one training forward.
+        model: any twice differentiable module; its state ends as after one training forward.
         loss_fn: (outputs, targets) -> unreduced losses of shape (n,).
         batch: (inputs, targets) of n training examples.
         clean: (inputs, targets) of m clean examples.
@@ -100,28 +98,30 @@ def meta_scores(
     Returns:
         u, shape (n,), in the dtype of the losses.
     """
-    buffers = Buffers.of(model)
+    parameters = list(trainable(model, loss_fn, clean_loss_fn).values())
+    members = Members.of(model, loss_fn, clean_loss_fn)
+    before = State(members, whole=True)
     inputs, targets = batch
     losses = loss_fn(forward(model, inputs), targets)
-    after_training = Buffers.of(model)
-    buffers.restore()
+    after_training = State(members, whole=True)
     epsilon = torch.zeros_like(losses, requires_grad=True)
-    stepped = look_ahead(model, losses, epsilon)
-    clean_inputs, clean_targets = clean
-    loss_of_clean = clean_loss_fn or loss_fn
-    objective = clean_objective(
-        model, lambda outputs: loss_of_clean(outputs, clean_targets), clean_inputs, stepped
-    )
+    stepped = look_ahead(parameters, losses, epsilon)
+    before.restore()
+    # If the training forward wrote to a parameter, the clean one starts from its old value too.
+    values = {id(p): q + (p - q).detach() for p, q in zip(parameters, stepped, strict=True)}
+    objective = clean_objective(model, clean_loss_fn or loss_fn, clean, values)
     (gradient,) = torch.autograd.grad(objective, epsilon)
     after_training.restore()
     return -gradient
 
 
-def clean_direction(model: nn.Module, loss_fn: LossFn, clean: Batch) -> dict[str, Tensor]:
+def clean_direction(
+    model: nn.Module, loss_fn: LossFn, clean: Batch, *, clean_loss_fn: LossFn | None = None
+) -> dict[str, Tensor]:
     """The direction v = d/dθ (1/m) Σ_j f'_j(θ), by name; zero where no gradient arrives."""
     inputs, targets = clean
-    named = trainable(model)
-    objective = loss_fn(forward(model, inputs), targets).mean()
+    named = trainable(model, loss_fn, clean_loss_fn)
+    objective = (clean_loss_fn or loss_fn)(forward(model, inputs), targets).mean()
     gradients = torch.autograd.grad(objective, list(named.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if g is None else g
@@ -143,12 +143,12 @@ def single_gradient_scores(
     (BatchNorm in train mode) is scored with the semantics of Algorithm 1. Arguments and result as
     in :func:`meta_scores`.
     """
-    buffers = Buffers.of(model)
-    direction = clean_direction(model, clean_loss_fn or loss_fn, clean)
-    buffers.restore()
+    before = State(Members.of(model, loss_fn, clean_loss_fn), whole=True)
+    direction = clean_direction(model, loss_fn, clean, clean_loss_fn=clean_loss_fn)
+    before.restore()
     inputs, targets = batch
     losses = loss_fn(forward(model, inputs), targets)
-    named = trainable(model)
+    named = trainable(model, loss_fn, clean_loss_fn)
     scores = []
     for i in range(losses.numel()):
         gradients = torch.autograd.grad(
@@ -218,7 +218,7 @@ def weighted_gradient(
     """d/dθ Σ_i w_i f_i by name, without the examples with w_i = 0; None if nothing reaches."""
     inputs, targets = batch
     losses = loss_fn(forward(model, inputs), targets)
-    named = trainable(model)
+    named = trainable(model, loss_fn)
     kept = weights != 0
     gradients = torch.autograd.grad(
         (losses[kept] * weights[kept].to(losses.dtype)).sum(),

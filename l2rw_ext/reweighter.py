@@ -30,8 +30,10 @@ from .errors import NotCapturableError, NotExactError
 from .step.accumulation import Accumulation, accumulate_grad, filled_if
 from .step.weighing import Computed, Degenerate, Step, weigh
 from .task.isolation import Snapshot, preserved
+from .task.sharding import check_not_sharded
 from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
+from .tracing.writes import Written
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
@@ -56,7 +58,9 @@ class Reweighter:
 
     Args:
         model: any ``nn.Module``.
-        loss_fn: (outputs, targets) -> unreduced losses, shape (n,).
+        loss_fn: (outputs, targets) -> unreduced losses, shape (n,). The trainable parameters of a
+            loss that is an ``nn.Module`` belong to scores and gradients, and are named
+            ``loss_fn.NAME``; a trainable parameter that is held by neither is an error.
         engine: ``"auto"`` takes the first engine that is exact for the model: ``"layerwise"``
             (about the price of a plain step), else ``"forward"`` (two more forwards), else
             ``"double_backward"`` with one warning. A forced engine that would be wrong is an error.
@@ -80,8 +84,9 @@ class Reweighter:
             batch with an example never scored is scored along the last direction.
         direction_decay: β of an exponential average of directions, v ← β v + (1-β) v_t: less noise
             from small clean batches, at the price of older parameters.
-        layers: names of parameters or modules (or patterns such as ``"*.bias"``); scores are then
-            the inner products over these parameters. The weighted gradient has all parameters.
+        layers: names of parameters or modules (or patterns such as ``"*.bias"``; ``"loss_fn"`` is
+            the loss that is a module); scores are then the inner products over these parameters.
+            The weighted gradient has all parameters.
         l2: the gradient of a penalty, l2 times θ, of all matrices and kernels is added to the clean
             gradient, as in the authors' published code, whose clean loss has their weight decay.
             The training losses have none.
@@ -101,7 +106,7 @@ class Reweighter:
     ``on_degenerate="uniform"``, the weights are the paper's.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind above.
+        TypeError, ValueError: an argument is not of the kind above, or parameters are sharded.
 
     Source: Ren, Zeng, Yang, Urtasun, *Learning to Reweight Examples for Robust Deep Learning*,
     ICML 2018, Algorithm 1.
@@ -173,10 +178,13 @@ class Reweighter:
         self.engine = engine
         self.low_memory = low_memory
         self.reuse = reuse
+        self._written = Written()
+        members = self._members()
+        check_not_sharded(members)
         self.record = ExampleRecord()
         """Scores from the steps with an ``index``: see :class:`~l2rw_ext.ExampleRecord`."""
         self._direction_options = DirectionOptions(
-            model,
+            members,
             every=every,
             direction_decay=direction_decay,
             layers=layers,
@@ -224,9 +232,11 @@ class Reweighter:
                 or fails where plain training does not. (An error that plain training raises as well
                 comes out as it is.)
             RuntimeError: with ``cuda_graph``, the step cannot be captured; the message says why.
+                Or the forward has begun to write to a tensor that no earlier step wrote to.
 
-        After an error the model, its buffers, its gradients and torch's default generators are as
-        before, unless the error comes from a hook while gradients are accumulated.
+        After an error the model, the losses, gradients and torch's default generators are as
+        before, unless the error comes from a hook while gradients are accumulated. The page
+        "In a training loop" says what belongs to that.
         """
         numbers = check_index(index)
         task = self._task(batch, clean, batch_size, numbers, grad_scaler)
@@ -303,12 +313,12 @@ class Reweighter:
         """Whether the next :meth:`backward` needs a clean batch; see ``every``."""
         if self._accumulation is not None and self._accumulation.direction is not None:
             return False
-        return not self._direction_options.active or self._direction_options.due(self.model)
+        return not self._direction_options.active or self._direction_options.due(self._members())
 
     def weights(
         self, batch: Any, clean: Any = None, batch_size: int | tuple[int, int] | None = None
     ) -> Tensor:
-        """Return only the weights of Eq. 9, shape (n,); no gradient, buffer or generator changes.
+        """Return only the weights of Eq. 9, shape (n,); nothing of the model or torch changes.
 
         Arguments and errors are those of :meth:`backward`. With ``on_degenerate="skip"`` the
         weights of a degenerate step are zeros.
@@ -330,7 +340,7 @@ class Reweighter:
     ) -> Explanation:
         """Explain which engine would run and why, and the form, cost and memory of each layer.
 
-        Arguments and errors are those of :meth:`backward`. No parameter, gradient, buffer or
+        Arguments and errors are those of :meth:`backward`. Nothing of the model, no gradient and no
         generator changes. Without an ``index``, the answer is for a step that computes its scores.
         Print the result, or take it as plain data from its ``as_dict()``.
         """
@@ -353,7 +363,7 @@ class Reweighter:
     def state_dict(self) -> dict[str, Any]:
         """The memory of ``every``, ``direction_decay`` and ``index``, for a checkpoint."""
         return {
-            "direction": self._direction_options.state_dict(Members.of(self.model)),
+            "direction": self._direction_options.state_dict(self._members()),
             "record": self.record.state_dict(),
         }
 
@@ -364,8 +374,12 @@ class Reweighter:
             ValueError, KeyError: the state is not of this model or not of a reweighter.
         """
         direction, record = state["direction"], state["record"]
-        self._direction_options.load_state_dict(direction, Members.of(self.model))
+        self._direction_options.load_state_dict(direction, self._members())
         self.record.load_state_dict(record)
+
+    def _members(self) -> Members:
+        """The members of the model and of losses that are modules, as they are now."""
+        return Members.of(self.model, self.loss_fn, self.clean_loss_fn, self._written)
 
     def _task(
         self,
@@ -388,8 +402,9 @@ class Reweighter:
             clean_inputs = in_order_of(inputs, clean_inputs)
             check_same_kind(inputs, clean_inputs)
             clean_size = BatchSize("clean batch", clean_inputs, clean_targets, m)
-        members = Members.of(self.model)
-        parameters = [p for _, p in members.parameters if p.requires_grad]
+        members = self._members()
+        check_not_sharded(members)
+        parameters = members.trainable
         if not parameters:
             raise ValueError("model has no parameter that requires grad: there is nothing to score")
         for p in parameters:
@@ -462,7 +477,7 @@ class Reweighter:
 
     def _remembered(self, task: Task, index: Tensor | None) -> Remembered | None:
         """The engine that reuses scores, if it is allowed and knows the whole batch."""
-        if index is None or self.reuse == "direction" or self._direction_options.due(task.model):
+        if index is None or self.reuse == "direction" or self._direction_options.due(task.members):
             return None
         if not self.record.knows(index):
             return None

@@ -165,6 +165,18 @@ def test_a_loss_that_reads_the_model_sees_the_look_ahead() -> None:
     assert relative_error(reference.meta_scores(*arguments), loop) < 1e-12
 
 
+def test_a_module_with_two_names_and_a_tied_weight_keep_their_parameters() -> None:
+    inner = nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 5))
+    inner[3].weight = inner[0].weight
+    model = model_of(lambda s, x: s.first(x)[:, :CLASSES], first=inner, second=inner)
+    before = list(model.named_parameters(remove_duplicate=False))
+    arguments = (model, cross_entropy, vectors(6), vectors(4))
+    loop = reference.single_gradient_scores(*arguments)
+    assert relative_error(reference.meta_scores(*arguments), loop) < 1e-12
+    after = model.named_parameters(remove_duplicate=False)
+    assert all(p is q for (_, p), (_, q) in zip(before, after, strict=True))
+
+
 def test_inputs_as_tuple_and_dict() -> None:
     model = model_of(lambda s, a, b: s.a(a) + s.b(b), a=nn.Linear(5, 3), b=nn.Linear(5, 3))
     (a, y), (b, _), (clean_a, clean_y), (clean_b, _) = (

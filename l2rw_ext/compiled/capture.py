@@ -247,12 +247,12 @@ class _Kind:
 
 
 def _check_assigned(snapshot: Snapshot) -> None:
-    """Raise if the step gave a buffer another tensor, which a replay would not read."""
-    name = snapshot.buffers.assigned()
+    """Raise if a forward gave a name another tensor, which a replay would not read."""
+    name = snapshot.state.assigned()
     if name is not None:
         raise NotCapturableError(
-            f"the forward assigns another tensor to the buffer {name!r}",
-            "write to the buffer in place, or ",
+            f"the forward assigns another tensor to {name!r}",
+            "write to it in place, or ",
         )
 
 
@@ -366,7 +366,7 @@ def _check_model(task: Task) -> None:
     Raises:
         NotCapturableError: names the part.
     """
-    for module in task.model.modules():
+    for _, module in task.members.modules:
         if type(module).__name__ in _WRAPPERS:
             raise NotCapturableError(f"{type(module).__name__} works in Python in each step")
     for name, p in task.members.parameters:

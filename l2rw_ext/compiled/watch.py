@@ -90,6 +90,9 @@ class Watch(TorchDispatchMode):
                 f"{func} makes the host wait for values of the device", "do without it, or "
             )
         out = func(*args, **kwargs)
+        # Detaching reads no memory; how often torch does it depends on what else is watching.
+        if func.overloadpacket is _aten.detach:
+            return out
         made = pytree.tree_leaves(out)
         # Attention has the seed of its dropout on the host, and in a capture on the device.
         seeded = "_attention" in str(func)
@@ -97,10 +100,8 @@ class Watch(TorchDispatchMode):
             self._check_devices(func, [*given, *made])
         for x in _tensors(given):
             self._meet(func, x)
-        # Detaching computes nothing; how often torch does it depends on what else is watching.
-        if func.overloadpacket is not _aten.detach:
-            told = [x for x in given if not (seeded and isinstance(x, Tensor))]
-            self._calls.append((str(func), tuple(map(_described, told))))
+        told = [x for x in given if not (seeded and isinstance(x, Tensor))]
+        self._calls.append((str(func), tuple(map(_described, told))))
         for x in _tensors(made):
             storage = _storage(func, x)
             if storage is not None and storage.data_ptr() not in self.given:

@@ -49,9 +49,18 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def forward_with(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Any) -> Any:
-    """:func:`forward` with other values of the named parameters."""
-    return torch.func.functional_call(model, dict(parameters), *arguments(inputs))
+def forward_with(model: nn.Module, values: Mapping[int, Tensor], inputs: Any) -> Any:
+    """:func:`forward` with other values of parameters, by id, wherever they are registered."""
+    # Torch's own tying of weights goes by names, and swaps a module with two names twice; the
+    # second of the values that it puts back is that of the first swap.
+    named = {
+        f"{prefix}.{name}" if prefix else name: values[id(p)]
+        for prefix, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if id(p) in values
+    }
+    args, kwargs = arguments(inputs)
+    return torch.func.functional_call(model, named, args, kwargs, tie_weights=False)
 
 
 def tensors(tree: Any) -> list[Tensor]:
@@ -128,10 +137,10 @@ def unpack(batch: Any, name: str) -> Batch:
     for x in found:
         if not isinstance(x, Tensor):
             continue
-        if x.requires_grad:
+        if not x.is_leaf:  # a leaf that requires grad may be left from a forward's requires_grad_
             raise ValueError(
-                f"{name}: an input of shape {tuple(x.shape)} requires grad; gradients flow to "
-                "parameters only, pass x.detach()"
+                f"{name}: an input of shape {tuple(x.shape)} was computed with grad; gradients "
+                "flow to parameters only, pass x.detach()"
             )
         if x.is_inference():
             raise ValueError(

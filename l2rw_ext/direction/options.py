@@ -54,7 +54,7 @@ class DirectionOptions:
 
     def __init__(
         self,
-        model: nn.Module,
+        members: Members,
         *,
         every: int,
         direction_decay: float,
@@ -74,7 +74,7 @@ class DirectionOptions:
         self._preconditioner = None if preconditioner is None else Preconditioner(preconditioner)
         self._layers = None if layers is None else _names(layers)
         if self._layers is not None:
-            self._chosen(model)
+            self._chosen(members)
         self._steps = 0
         self._held: _Held | None = None
         self._next: _Held | None = None
@@ -90,11 +90,11 @@ class DirectionOptions:
             or self._layers is not None
         )
 
-    def due(self, model: nn.Module) -> bool:
+    def due(self, members: Members) -> bool:
         """Whether this step needs a clean batch; parameters new to the direction need one too."""
         if self._held is None or self._steps % self.every == 0:
             return True
-        return not self._held.fits([p for p in model.parameters() if p.requires_grad])
+        return not self._held.fits(members.trainable)
 
     @property
     def clean_loss(self) -> Tensor:
@@ -104,7 +104,7 @@ class DirectionOptions:
 
     def direction(self, task: Task, snapshot: Snapshot) -> Direction:
         """The direction of this step; :meth:`advance` makes it the one that is held."""
-        if self.due(task.model):
+        if self.due(task.members):
             self._next = self._averaged(task, self._of_clean_batch(task, snapshot))
         else:
             self._next = self._held
@@ -215,7 +215,7 @@ class DirectionOptions:
         return _Held(values, new.clean_loss)
 
     def _applied(self, task: Task, held: _Held) -> Direction:
-        chosen = None if self._layers is None else self._chosen(task.model)
+        chosen = None if self._layers is None else self._chosen(task.members)
         values = {}
         for p in task.parameters:
             v = held.values[p]
@@ -229,10 +229,10 @@ class DirectionOptions:
             values = {key: v * factors[key] for key, v in values.items()}
         return Direction(values, held.clean_loss)
 
-    def _chosen(self, model: nn.Module) -> set[int]:
+    def _chosen(self, members: Members) -> set[int]:
         """The ids of the chosen parameters; any name of a shared parameter chooses it."""
         assert self._layers is not None
-        named = list(model.named_parameters(remove_duplicate=False))
+        named = list(members.every_name())
         chosen: set[int] = set()
         for name in self._layers:
             found = {

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from l2rw_ext import reference
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import corrections
-from l2rw_ext.task.isolation import Buffers, Snapshot
-from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.task import Direction, Task, check_losses, clean_direction
 from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.graph import nodes_from
 
@@ -43,7 +43,7 @@ class DoubleBackward(Engine):
         if direction is None:
             direction = clean_direction(task, snapshot)
         return self._proofs.of(task).along(
-            task, direction, lambda: _score(task, snapshot, direction, given)
+            task, snapshot, direction, lambda: _score(task, snapshot, direction, given)
         )
 
 
@@ -51,15 +51,15 @@ def _score(task: Task, snapshot: Snapshot, direction: Direction, given: bool) ->
     with sdpa_kernel(SDPBackend.MATH):
         with _Corrected():
             losses = task.forward_train()
-        snapshot.trained = Buffers.of(task.model)
-        require_grad(losses)
+        snapshot.keep_trained()
+        check_losses(losses, task)
         epsilon = torch.zeros(
             losses.shape,
             dtype=torch.promote_types(losses.dtype, torch.float32),
             device=losses.device,
             requires_grad=True,
         )
-        stepped = list(reference.look_ahead(task.model, losses, task.scaled(epsilon)).values())
+        stepped = reference.look_ahead(task.parameters, losses, task.scaled(epsilon))
         values = [direction.values.get(id(p)) for p in task.parameters]
         moved = [(p, v) for p, v in zip(stepped, values, strict=True) if v is not None]
         gradient = _second(moved, epsilon) if moved else None

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from l2rw_ext.data.batch import describe
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.isolation import Generators, Snapshot
 from l2rw_ext.task.task import Direction, Task
 from l2rw_ext.tracing.graph import nodes_from
 
@@ -214,7 +214,9 @@ class Record:
         missing = not self._complete and (step < _FEW or step & (step - 1) == 0)
         return new or missing or due(step)
 
-    def along(self, task: Task, direction: Direction, score: Callable[[], Scored]) -> Scored:
+    def along(
+        self, task: Task, snapshot: Snapshot, direction: Direction, score: Callable[[], Scored]
+    ) -> Scored:
         """The result of ``score`` along a known direction, proved if that is due.
 
         Raises:
@@ -222,7 +224,7 @@ class Record:
         """
         due = not task.captured and self.due((task.n, describe(task.inputs)))
         if due:
-            scored = self.prove(task, lambda: (task.forward_train(), direction), score)
+            scored = self.prove(task, snapshot, lambda: (task.forward_train(), direction), score)
         else:
             scored = score()
         scored.proof = self.note
@@ -231,6 +233,7 @@ class Record:
     def prove(
         self,
         task: Task,
+        snapshot: Snapshot,
         plain: Callable[[], tuple[Tensor, Direction | Tensor]],
         score: Callable[[], Scored],
     ) -> Scored:
@@ -242,27 +245,29 @@ class Record:
         Raises:
             NotExactError: the two disagree.
         """
-        start = Snapshot(task.members)
+        devices = task.members.devices()
+        start = Generators(devices)
+        proof = None
         try:
             proof = Proof(task, *plain())
         except (NotExactError, torch.OutOfMemoryError):
             raise
         except (AttributeError, RuntimeError) as error:
             # An error of the user's own comes back from the engine.
-            start.restore()
             self._impossible = True
             line = str(error).partition("\n")[0]
             self.note = f"not compared with plain autograd, which raises: {line}"
-            return score()
         start.restore()
+        snapshot.restore_state()
         scored = score()
-        if not proof.finite:
-            return scored  # and the next step is due
+        if proof is None or not proof.finite:
+            return scored  # if there are no numbers to compare, the next step is due
         if proof.losses_differ(scored.losses):
-            after = Snapshot(task.members)
+            after, generators = snapshot.now(), Generators(devices)
             start.restore()
-            with torch.no_grad():
-                repeated, _ = plain()
+            snapshot.restore_state()
+            repeated, _ = plain()
+            generators.restore()
             after.restore()
             if proof.losses_differ(repeated):
                 self._impossible = True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from l2rw_ext.task.isolation import Buffers, Snapshot
-from l2rw_ext.task.task import Direction, Task, require_grad
+from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.task import Direction, Task, check_losses
 
 from .base import Engine, GraphScored, Scored
 from .explanation import Explanation
@@ -28,8 +28,8 @@ class Remembered(Engine):
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`Engine`."""
         losses = task.forward_train()
-        snapshot.trained = Buffers.of(task.model)
-        require_grad(losses)
+        snapshot.keep_trained()
+        check_losses(losses, task)
         scores, clean_loss = (x.to(losses.device) for x in (self._scores, self._clean_loss))
         passes = "one training forward and one weighted backward"
         reason = "the scores of all examples are remembered"

@@ -1,77 +1,21 @@
-"""What a step must leave as it found it: buffers and random number generators."""
+"""What a step must leave as it found it: state, generators of random numbers, hooks."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.tracing.members import Members
+from l2rw_ext.tracing.writes import BeforeWrites
 
 from .process import for_steps
-
-
-class Buffers:
-    """A copy of buffers that can be put back.
-
-    Both forwards of a step start from the same buffers, and afterwards the buffers are those of one
-    plain training forward; after an error they are those before the step. A forward may write to a
-    buffer or assign another tensor to its name: both are undone.
-    """
-
-    def __init__(self, slots: Sequence[tuple[nn.Module, str, Tensor | None]]) -> None:
-        self._slots = [
-            (module, name, live, None if live is None else live.detach().clone())
-            for module, name, live in slots
-        ]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Buffers:
-        """A copy of all buffers of the model."""
-        return cls(Members.of(model).buffers)
-
-    def changed(self) -> bool:
-        """Whether some buffer is another tensor than it was, or has other values.
-
-        Values are compared and not version counters, because batch norm's kernels write running
-        statistics without counting a version.
-        """
-        return self.assigned() is not None or any(
-            live is not None and saved is not None and not torch.equal(live, saved)
-            for _, _, live, saved in self._slots
-        )
-
-    def assigned(self) -> str | None:
-        """The name of a buffer to which another tensor was assigned, if there is one."""
-        return next(
-            (
-                name
-                for module, name, live, _ in self._slots
-                if module._buffers.get(name) is not live
-            ),
-            None,
-        )
-
-    def rebind(self) -> None:
-        """Put the tensors back, with the values that they have."""
-        for module, name, live, _ in self._slots:
-            module._buffers[name] = live
-
-    def restore(self) -> None:
-        """Put the copy back.
-
-        The copy goes through ``.data``, so that a backward that saved a buffer does not consider it
-        modified: either the values it saw are the ones that are put back, or the operation saved a
-        copy.
-        """
-        for _, _, live, saved in self._slots:
-            if live is not None and saved is not None:
-                live.data.copy_(saved)
-        self.rebind()
+from .state import State
 
 
 class Generators:
@@ -95,25 +39,43 @@ class Generators:
 
 
 class Snapshot:
-    """Buffers and generators as they were before a step.
+    """State and generators as they were before a step.
 
     While a step is ``captured``, the generators of devices belong to the recording and cannot be
     read.
     """
 
     def __init__(self, members: Members, *, captured: bool = False) -> None:
+        self._members = members
         self._captured = captured
         self._devices = set() if captured else members.devices()
-        self.buffers = Buffers(members.buffers)
+        self.state = State(members)
         self.generators = Generators(self._devices)
         self._begun = self.generators
-        self.trained: Buffers | None = None
-        """Buffers after the training forward, where a checkpoint may run parts of it again."""
+        self._trained: State | None = None
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """A context that finds out what the forward writes to, if that is not known."""
+        if self._members.written.known(self._members.kind):
+            return contextlib.nullcontext()
+        return BeforeWrites(self.state.before_writes())
+
+    def now(self) -> State:
+        """The present state, to be put back later in the step."""
+        return State(self._members, start=self.state)
+
+    def keep_trained(self) -> None:
+        """Keep the present state, that of the training forward.
+
+        It is called where another forward follows, or where a checkpoint may run parts of this one
+        again.
+        """
+        self._trained = self.now()
 
     def restore_trained(self) -> None:
-        """Restore the buffers to those after the training forward; the backwards are over."""
-        if self.trained is not None:
-            self.trained.restore()
+        """Restore the state that was kept: what could change it is over."""
+        if self._trained is not None:
+            _restored(self._trained)
 
     def mark_generators(self) -> None:
         """Make the present state of the generators the one that a further engine starts from.
@@ -122,19 +84,40 @@ class Snapshot:
         """
         self._begun = Generators(self._devices)
 
-    def restore(self) -> None:
-        """Put both back, for another try."""
-        self.trained = None
-        self.buffers.restore()
-        self._begun.restore()
+    def restore_state(self) -> None:
+        """Put the state back, for another forward.
 
-    def undo(self) -> None:
-        """Put both back to before the step."""
-        if self._captured:
-            self.buffers.rebind()  # a captured step has written no value
-        else:
-            self.restore()
+        Raises:
+            RuntimeError: the forward wrote to a tensor that no earlier step wrote to.
+        """
+        _restored(self.state)
+
+    def restore(self) -> None:
+        """Put both back, for another try; see :meth:`restore_state`."""
+        self._trained = None
+        self._begun.restore()
+        self.restore_state()
+
+    def undo(self) -> list[str]:
+        """Put both back to before the step; returns the names of what could not be put back."""
         self.generators.restore()
+        if self._captured:
+            self.state.rebind()  # a captured step has written no value
+            return []
+        return self.state.restore()
+
+
+def _restored(state: State) -> None:
+    _check_lost(state.restore())
+
+
+def _check_lost(names: list[str]) -> None:
+    if names:
+        raise RuntimeError(
+            f"the forward wrote to {names[0]!r}, to which no forward of an earlier step wrote, so "
+            "that its values before the step are not known and it alone was not put back; the next "
+            "step is watched and keeps them"
+        )
 
 
 class BelowAutograd:
@@ -170,18 +153,27 @@ def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[No
 
 @contextlib.contextmanager
 def preserved(members: Members, *, always: bool, captured: bool = False) -> Iterator[Snapshot]:
-    """Restore buffers and generators if the body raises, or ``always``.
+    """Restore state and generators if the body raises, or ``always``.
 
     In the body hooks on the parameters do not run, compiled models run eagerly, reentrant
     checkpoints run as non-reentrant ones, and autocast is on only during the forwards.
     ``captured``: see :class:`Snapshot`.
+
+    Raises:
+        RuntimeError: see :meth:`Snapshot.restore_state`.
     """
     snapshot = Snapshot(members, captured=captured)
     try:
-        with without_hooks(members.parameters), without_autocast(), for_steps:
+        with (
+            without_hooks(members.parameters),
+            without_autocast(),
+            for_steps,
+            snapshot.watch(),
+        ):
             yield snapshot
     except BaseException:
         snapshot.undo()
         raise
+    members.written.learn(members.kind)
     if always:
-        snapshot.undo()
+        _check_lost(snapshot.undo())

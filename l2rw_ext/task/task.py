@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from l2rw_ext.data.batch import LossFn, forward
 from l2rw_ext.data.batch_size import BatchSize
 from l2rw_ext.devices import Autocast
+from l2rw_ext.tracing.graph import check_parameters
 from l2rw_ext.tracing.members import Members
 
 from .cached_weights import forget_cached_weights
@@ -93,6 +94,16 @@ def require_grad(losses: Tensor) -> None:
         raise ValueError("training batch: the losses do not depend on any trainable parameter")
 
 
+def check_losses(losses: Tensor, task: Task) -> None:
+    """Check training losses of which an engine keeps autograd's graph.
+
+    Raises:
+        ValueError: no trainable parameter reaches them, or one does that the step does not know.
+    """
+    require_grad(losses)
+    check_parameters(losses, task.parameters)
+
+
 @dataclass(frozen=True)
 class Direction:
     """v, the gradient of the mean clean loss, possibly changed by an option."""
@@ -104,11 +115,12 @@ class Direction:
 
 
 def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
-    """Compute v from one forward and backward of the clean batch, and restore the buffers.
+    """Compute v from one forward and backward of the clean batch, and restore the state.
 
     If no parameter reaches the clean loss, the direction is zero.
     """
     losses = task.forward_clean()
+    check_parameters(losses, task.parameters)
     values = {}
     if losses.requires_grad:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
@@ -118,5 +130,5 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
             for p, g in zip(task.parameters, gradients, strict=True)
             if g is not None
         }
-    snapshot.buffers.restore()
+    snapshot.restore_state()
     return Direction(values, losses.detach().mean())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers.base import Use
@@ -41,6 +41,29 @@ def leaf_of(node: Any) -> Tensor | None:
     return leaf
 
 
+def check_parameters(loss: Tensor, known: Collection[nn.Parameter]) -> None:
+    """Check that a loss depends on no other parameters than those that are known.
+
+    Other leaves that require grad are inputs, as positions that a model of forces differentiates.
+
+    Raises:
+        ValueError: it does; such a parameter would get no gradient, and no part in the scores.
+    """
+    ids = {id(p) for p in known}
+    for node in nodes_from(loss, set()):
+        leaf = leaf_of(node)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in ids:
+            raise ValueError(_foreign(leaf))
+
+
+def _foreign(parameter: Tensor) -> str:
+    return (
+        f"the losses depend on a parameter of shape {tuple(parameter.shape)} that belongs neither "
+        "to the model nor to a loss function that is a torch.nn.Module, so that it would get no "
+        "gradient; register it in one of them, or freeze it with requires_grad_(False)"
+    )
+
+
 def check_graph(
     interception: Interception, losses: Iterable[Tensor]
 ) -> tuple[list[set[int]], list[str]]:
@@ -51,8 +74,9 @@ def check_graph(
         and the names of all nodes in the order of the walk, which tell two graphs apart.
 
     Raises:
-        NotExactError: a gradient accumulator is reachable past the intercepted uses, or a custom
-            autograd Function may hide parameters.
+        NotExactError: a parameter is reachable past the intercepted uses, or a custom autograd
+            Function may hide parameters.
+        ValueError: see :func:`check_parameters`.
     """
     reached: set[int] = set()
     after_each: list[set[int]] = []
@@ -63,7 +87,9 @@ def check_graph(
         for node in nodes_from(loss, seen):
             names.append(node.name())
             leaf = leaf_of(node)
-            if leaf is not None and leaf is not interception.token:
+            if isinstance(leaf, nn.Parameter):
+                if id(leaf) not in interception.names:
+                    raise ValueError(_foreign(leaf))
                 raise NotExactError(_uncovered(interception, leaf))
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 use = getattr(node, "use", None)
@@ -97,14 +123,9 @@ def _check_roots(interception: Interception, use: Use) -> None:
             )
 
 
-def _uncovered(interception: Interception, variable: Tensor) -> str:
-    name = interception.names.get(id(variable))
-    if name is None:
-        return (
-            f"a tensor of shape {tuple(variable.shape)} that is no parameter of the model requires "
-            "grad"
-        )
-    operation = interception.unruled.get(id(variable))
+def _uncovered(interception: Interception, parameter: Tensor) -> str:
+    name = interception.names[id(parameter)]
+    operation = interception.unruled.get(id(parameter))
     if operation is None:
         operation = next(iter(interception.unruled.values()), None)
     if operation is None:

@@ -1,42 +1,89 @@
-"""A model's parameters, buffers and modes, from one walk over its modules."""
+"""Parameters, buffers and modes of a model and its loss functions, from one walk over modules."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .writes import Written
+
 
 @dataclass(frozen=True)
 class Members:
-    """What a step needs to know of a model besides its forward.
+    """What a step needs to know of a model, and of losses that are modules, besides their forward.
 
     Every step walks the modules once, because any of them may have been exchanged, frozen or
     switched to another mode since the last step.
     """
 
+    parts: dict[str, nn.Module]
+    """The model under the name "", and loss functions that are modules under theirs."""
+    modules: list[tuple[str, nn.Module]]
+    """Name and module; one that has several names is listed under its first."""
     parameters: list[tuple[str, nn.Parameter]]
     """Name and parameter; a shared parameter is listed under its first name."""
     buffers: list[tuple[nn.Module, str, Tensor | None]]
     """Module, name in it, and buffer."""
     training: tuple[bool, ...]
     """The mode of every module."""
+    written: Written
+    """What is known of the forward's writes."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Members:
-        """The members of ``model`` as it is now."""
+    def of(
+        cls,
+        model: nn.Module,
+        loss_fn: Any = None,
+        clean_loss_fn: Any = None,
+        written: Written | None = None,
+    ) -> Members:
+        """The members as they are now; a parameter of a loss is named ``loss_fn.NAME``.
+
+        Raises:
+            ValueError: two parameters have one name.
+        """
+        losses = {"loss_fn": loss_fn, "clean_loss_fn": clean_loss_fn}
+        parts = {"": model} | {k: v for k, v in losses.items() if isinstance(v, nn.Module)}
+        seen: set[nn.Module] = set()
+        modules = [
+            named for prefix, part in parts.items() for named in part.named_modules(seen, prefix)
+        ]
         parameters: dict[int, tuple[str, nn.Parameter]] = {}
         buffers: list[tuple[nn.Module, str, Tensor | None]] = []
         training = []
-        for prefix, module in model.named_modules():
+        for prefix, module in modules:
             training.append(module.training)
             for name, p in module._parameters.items():
                 if p is not None and id(p) not in parameters:
                     parameters[id(p)] = (f"{prefix}.{name}" if prefix else name, p)
             for name, buffer in module._buffers.items():
                 buffers.append((module, name, buffer))
-        return cls(list(parameters.values()), buffers, tuple(training))
+        listed = list(parameters.values())
+        if len(parts) > 1 and len(dict(listed)) < len(listed):
+            raise ValueError(
+                "a parameter of the model and one of a loss function have the same name: the model "
+                "has a child that is called like an argument of Reweighter; give it another name"
+            )
+        return cls(parts, modules, listed, buffers, tuple(training), written or Written())
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that require grad."""
+        return [p for _, p in self.parameters if p.requires_grad]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What the forward's writes may depend on: which modules there are, and their modes."""
+        return tuple([name for name, _ in self.modules]), self.training
+
+    def every_name(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter, for all names of each parameter."""
+        for prefix, part in self.parts.items():
+            yield from part.named_parameters(prefix, remove_duplicate=False)
 
     def devices(self) -> set[torch.device]:
         """Where the parameters are."""

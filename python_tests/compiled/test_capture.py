@@ -539,7 +539,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "catches": (_catches, "makes the host wait for values"),
     "counts": (_counts, r"changes, at aten\.mul.*\(other numbers"),
     "grows": (_grows, "changes, at"),
-    "assigns": (_assigns, "buffer 'seen'.* in place"),
+    "assigns": (_assigns, "another tensor to 'seen'.* in place"),
     "exchanges": (_exchanges, "uses a tensor that was exchanged"),
     "draws": (_draws, "generator of its own"),
     "copies from the host": (

@@ -60,8 +60,6 @@ class Feature:
     """Whether the model can be copied; where not, the oracle runs on the model itself."""
     copied_again: bool = True
     """Whether it still can after a forward, as a second step of the test needs it."""
-    mutates: bool = False
-    """Whether its forward changes its parameters."""
 
     def verdict(self, engine: str) -> Verdict:
         """What the named engine makes of it."""
@@ -954,7 +952,6 @@ def _() -> Made:
     "a parameter changed in place by the data",
     layerwise=_no_rule("add_"),
     forward=_CHANGED,
-    mutates=True,
 )
 def _() -> Made:
     def forward(model: Any, x: Tensor) -> Tensor:
@@ -986,7 +983,6 @@ def _() -> Made:
     layerwise=_no_rule("embedding"),
     forward=_CHANGED,
     loss=token_loss,
-    mutates=True,
 )
 def _() -> Made:
     model = model_of(
@@ -995,6 +991,136 @@ def _() -> Made:
         head=nn.Linear(6, 9),
     )
     return model, *tokens()
+
+
+# What the forward or the loss keeps.
+
+
+class _Momentum(nn.Module):
+    """An encoder, and a frozen one that follows it in each forward, in the way that is named."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.query = nn.Linear(5, 4)
+        self.key = nn.Linear(5, 4).requires_grad_(False)
+        self.head = nn.Linear(4, CLASSES)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for name, q in self.query.named_parameters():
+            k = self.key.get_parameter(name)
+            if self.how == "in place":
+                k.mul_(0.9).add_(q, alpha=0.1)
+            elif self.how == "aliased":
+                k.data.mul_(0.9).add_(q.data, alpha=0.1)
+            elif self.how == "data":
+                k.data = k.data * 0.9 + q.data * 0.1
+            else:
+                setattr(self.key, name, nn.Parameter(k * 0.9 + q * 0.1, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._follow()
+        return self.head(self.query(x) * torch.tanh(self.key(x)))
+
+
+@feature("state", "a frozen encoder that follows another, written in place")
+def _() -> Made:
+    return _Momentum("in place").double(), *batches(5)
+
+
+@feature("state", "the same, written in place through `.data`")
+def _() -> Made:
+    return _Momentum("aliased").double(), *batches(5)
+
+
+@feature("state", "the same, by another tensor for `.data`")
+def _() -> Made:
+    return _Momentum("data").double(), *batches(5)
+
+
+@feature("state", "the same, by another parameter")
+def _() -> Made:
+    return _Momentum("replaced").double(), *batches(5)
+
+
+@feature("state", "a weight normalised through `.data` in the forward", forward=_CHANGED)
+def _() -> Made:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        model.head.weight.data = F.normalize(model.head.weight.data)
+        return model.head(x)
+
+    return model_of(forward, head=nn.Linear(5, CLASSES)), *batches(5)
+
+
+@feature("state", "numbers, strings and tuples that the forward assigns")
+def _() -> Made:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        model.count = getattr(model, "count", 0) + 1
+        model.last = (len(x), "examples", None)
+        return model.head(x) * (1 + 0.1 * model.count)
+
+    return model_of(forward, head=nn.Linear(5, CLASSES)), *batches(5)
+
+
+@feature("state", "a tensor that is an attribute, assigned")
+def _() -> Made:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        model.mean = 0.9 * getattr(model, "mean", 0) + 0.1 * x.mean(0)
+        return model.head(x - model.mean)
+
+    return model_of(forward, head=nn.Linear(5, CLASSES)), *batches(5)
+
+
+@feature("state", "a tensor that is an attribute, written in place")
+def _() -> Made:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        model.scale.mul_(1.1)
+        return model.head(x * model.scale)
+
+    model = model_of(forward, head=nn.Linear(5, CLASSES))
+    model.scale = torch.ones(5, dtype=torch.float64)
+    return model, *batches(5)
+
+
+@feature("state", "a buffer in the graph of the losses, written in place")
+def _() -> Made:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        model.scale.mul_(1.1)
+        return model.head(x) * model.scale
+
+    model = model_of(forward, head=nn.Linear(5, CLASSES))
+    model.register_buffer("scale", torch.ones(CLASSES, dtype=torch.float64))
+    return model, *batches(5)
+
+
+@feature("state", "a module with two names, and a parameter that is zero")
+def _() -> Made:
+    inner = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, CLASSES))
+    return model_of(lambda s, x: s.first(x), first=inner, second=inner), *batches(5)
+
+
+class _Prototypes(nn.Module):
+    """Losses with a trained weight, and a buffer that follows the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CLASSES, CLASSES, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.scale.lerp_(outputs.detach().abs().mean(), 0.1)
+        return cross_entropy(F.linear(outputs / self.scale, self.weight), targets)
+
+
+@feature("state", "a loss with a weight and a buffer", loss=_Prototypes())
+def _() -> Made:
+    return stacked(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+@feature("state", "the same after batch norm", loss=_Prototypes(), layerwise=_BATCH_NORM)
+def _() -> Made:
+    return stacked(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
 
 
 # Examples that reach each other.

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, Step, reference
 from l2rw_ext.reference import relative_error
+from l2rw_ext.task.state import State
+from l2rw_ext.tracing.members import Members
 from support.models import Drawn, cross_entropy
 
 EXACT = 1e-12
@@ -45,6 +47,7 @@ class Truth:
     scores: Tensor
     weights: Tensor
     gradients: dict[str, Tensor | None]
+    """By name; those of a loss that is a module too."""
 
 
 def as_double(tree: Any) -> Any:
@@ -65,22 +68,36 @@ def truth(
 ) -> Truth:
     """Scores by the loop of single gradients, weights by Eq. 8-9, and the weighted gradient.
 
-    On float64 copies of the model, so that the model keeps its buffers; ``copied=False`` for a loss
-    function that holds the model's own parameters.
+    On float64 copies of the model and of losses that are modules, so that they keep their state;
+    ``copied=False`` for a loss function that holds the model's own parameters.
     """
-    duplicate = (lambda m: copy.deepcopy(m).double()) if copied else (lambda m: m)
+
+    def duplicates() -> tuple[Any, ...]:
+        given = (model, loss_fn, clean_loss_fn)
+        if not copied:
+            return given
+        held = copy.deepcopy([x if isinstance(x, nn.Module) else None for x in given])
+        return tuple(x if d is None else d.double() for x, d in zip(given, held, strict=True))
+
     batch, clean = as_double(batch), as_double(clean)
-    scores = reference.single_gradient_scores(
-        duplicate(model), loss_fn, batch, clean, clean_loss_fn=clean_loss_fn
-    )
+    own, loss, clean_loss = duplicates()
+    scores = reference.single_gradient_scores(own, loss, batch, clean, clean_loss_fn=clean_loss)
     weights = reference.weights_from_scores(scores)
-    gradients = reference.weighted_gradient(duplicate(model), loss_fn, batch, weights)
+    own, loss, _ = duplicates()
+    gradients = reference.weighted_gradient(own, loss, batch, weights)
     return Truth(scores, weights, gradients)
 
 
-def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
+def gradients_of(model: nn.Module, loss_fn: Any = None) -> dict[str, Tensor | None]:
     """The accumulated gradients of the trainable parameters, by name."""
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.grad for name, p in reference.trainable(model, loss_fn).items()}
+
+
+def zero_grad(model: nn.Module, *losses: Any) -> None:
+    """Forget the gradients of the model and of losses that are modules."""
+    for module in (model, *losses):
+        if isinstance(module, nn.Module):
+            module.zero_grad()
 
 
 def flat(gradients: Iterable[Tensor | None]) -> Tensor:
@@ -89,11 +106,17 @@ def flat(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.cat(present) if present else torch.zeros(0, dtype=torch.float64)
 
 
-def assert_matches(step: Step, model: nn.Module, expected: Truth, tolerance: float = EXACT) -> None:
+def assert_matches(
+    step: Step,
+    model: nn.Module,
+    expected: Truth,
+    tolerance: float = EXACT,
+    loss_fn: Any = None,
+) -> None:
     """Scores, weights and ``p.grad`` are the oracle's; unreached parameters have none."""
     assert relative_error(step.scores, expected.scores) <= tolerance
     assert relative_error(step.weights, expected.weights) <= tolerance
-    found = gradients_of(model)
+    found = gradients_of(model, loss_fn)
     reached = {name for name, g in expected.gradients.items() if g is not None}
     assert {name for name, g in found.items() if g is not None} == reached
     assert relative_error(flat(found.values()), flat(expected.gradients.values())) <= tolerance
@@ -113,12 +136,12 @@ def assert_exact(
 ) -> Step:
     """One step of the model (float64) is the oracle's, by the engine that is named."""
     expected = truth(model, loss_fn, batch, clean, clean_loss_fn=clean_loss_fn, copied=copied)
-    model.zero_grad()
+    zero_grad(model, loss_fn, clean_loss_fn)
     held = reweighter or Reweighter(model, loss_fn, clean_loss_fn=clean_loss_fn)
     step = held.backward(batch, clean)
     if engine is not None:
         assert step.engine == engine
-    assert_matches(step, model, expected, tolerance)
+    assert_matches(step, model, expected, tolerance, loss_fn)
     return step
 
 
@@ -136,20 +159,20 @@ def assert_exact_steps(
 ) -> None:
     """Steps on the same batches are the oracle's: the first makes a plan, the next ones have it.
 
-    The oracle is asked again only where a step has changed a buffer. ``after`` follows each step.
+    The oracle is asked again only where a step has changed the state. ``after`` follows each step.
     """
     expected: Truth | None = None
     for _ in range(count):
-        before = [b.clone() for b in model.buffers()]
+        before = State(Members.of(model, loss_fn), whole=True)
         if expected is None or not copied:
             expected = truth(model, loss_fn, batch, clean, copied=copied)
-        model.zero_grad()
+        zero_grad(model, loss_fn)
         step = reweighter.backward(batch, clean)
         if engine is not None:
             assert step.engine == engine
-        assert_matches(step, model, expected)
+        assert_matches(step, model, expected, loss_fn=loss_fn)
         after()
-        if not all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True)):
+        if before.changed(values=True):
             expected = None
 
 
@@ -204,7 +227,11 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "grads": {k: keep(p.grad) for k, p in model.named_parameters()},
         "requires_grad": {k: p.requires_grad for k, p in model.named_parameters()},
         "training": [m.training for m in model.modules()],
-        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "attributes": {
+            name: {k: _plainly(v) for k, v in vars(m).items() if not isinstance(v, dict)}
+            for name, m in model.named_modules()
+            if not isinstance(m, nn.parallel.DistributedDataParallel)  # torch's bookkeeping
+        },
         "hooks": [{h: list(getattr(m, h)) for h in _HOOKS} for m in model.modules()],
         "parameter hooks": {k: list(p._backward_hooks or ()) for k, p in model.named_parameters()},
         "rng": keep(torch.get_rng_state()),
@@ -220,6 +247,37 @@ def _state(model: nn.Module) -> dict[str, Any]:
         ),
         "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
     }
+
+
+def assert_same_state(model: nn.Module, other: nn.Module) -> None:
+    """Two copies of a model have the same parameters, buffers and attributes, to rounding."""
+    for (name, a), (_, b) in zip(model.named_modules(), other.named_modules(), strict=True):
+        for found, expected in (
+            (a._parameters, b._parameters),
+            (a._buffers, b._buffers),
+            (_followed(a), _followed(b)),
+        ):
+            assert list(found.keys()) == list(expected.keys()), name
+            for key, x in expected.items():
+                y = found[key]
+                if isinstance(x, Tensor):
+                    assert y.dtype == x.dtype
+                    assert relative_error(y, x) <= EXACT, f"{name}.{key}"
+                else:
+                    assert y == x, f"{name}.{key}"
+
+
+def _followed(module: nn.Module) -> dict[str, Any]:
+    """Attributes that a step puts back, but for objects and containers."""
+    followed = (Tensor, bool, int, float, str, tuple, type(None))
+    return {name: x for name, x in vars(module).items() if isinstance(x, followed)}
+
+
+def _plainly(x: Any) -> Any:
+    """A tensor and a copy of it; the text of plain values; the identity of any other object."""
+    if isinstance(x, Tensor):
+        return x, x.detach().clone()
+    return repr(x) if isinstance(x, (bool, int, float, str, type(None))) else id(x)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -239,8 +297,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """The body changes no buffer, parameter, gradient, flag, hook, mode or generator state."""
+def unchanged(model: Any) -> Iterator[None]:
+    """The body changes no buffer, parameter, attribute, gradient, flag, hook, mode or generator.
+
+    Of a loss function that is no module, nothing can be said.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
     before = _state(model)
     try:
         yield

@@ -16,7 +16,7 @@ from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.tracing.graph import check_graph
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
-from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, ENGINES, cross_entropy, mlp, model_of, vectors
 from support.oracle import assert_exact, unchanged
 
 
@@ -125,13 +125,6 @@ UNRULED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[int], Any]]] = 
     "differentiable gradient inside the forward": (
         lambda: model_of(_follows_its_gradient, a=nn.Linear(5, 5), b=nn.Linear(5, CLASSES)),
         "create_graph=True",
-        vectors,
-    ),
-    "leaf made inside the forward": (
-        lambda: model_of(
-            lambda s, x: s.head(x.detach().requires_grad_() * 2), head=nn.Linear(5, CLASSES)
-        ),
-        "no parameter of the model requires grad",
         vectors,
     ),
 }
@@ -257,13 +250,13 @@ def test_table_that_is_written_after_the_look_up() -> None:
     assert_exact(model, cross_entropy, batch(6), batch(4), engine="layerwise")
 
 
-def test_loss_function_with_parameters_of_its_own() -> None:
-    model, head = mlp(), nn.Linear(CLASSES, CLASSES).double()
-    loss = lambda out, y: cross_entropy(head(out), y)  # noqa: E731
-    with pytest.raises(NotExactError, match="no parameter of the model requires grad"):
-        Reweighter(model, loss, engine="layerwise").backward(vectors(6), vectors(4))
-    assert_exact(model, loss, vectors(6), vectors(4), engine="forward")
-    assert head.weight.grad is None
+def test_leaf_made_inside_the_forward_is_an_input() -> None:
+    model = model_of(
+        lambda s, x: s.head(x.detach().requires_grad_() * 2), head=nn.Linear(5, CLASSES)
+    )
+    for engine in ENGINES:
+        reweighter = Reweighter(model, cross_entropy, engine=engine)
+        assert_exact(model, cross_entropy, vectors(6), vectors(4), reweighter=reweighter)
 
 
 def test_teacher_under_no_grad_is_data() -> None:

@@ -16,7 +16,7 @@ from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.proof import Proofs
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.task.task import Direction, Task, check_losses, clean_direction
 
 from . import rules  # noqa: F401  registers the rules of :class:`Tangents`
 from .dual import unpack
@@ -43,7 +43,9 @@ class Forward(Engine):
         given = direction is not None
         if direction is None:
             direction = clean_direction(task, snapshot)
-        return self._proofs.of(task).along(task, direction, lambda: _score(task, direction, given))
+        return self._proofs.of(task).along(
+            task, snapshot, direction, lambda: _score(task, direction, given)
+        )
 
 
 def _score(task: Task, direction: Direction, given: bool) -> Scored:
@@ -53,7 +55,7 @@ def _score(task: Task, direction: Direction, given: bool) -> Scored:
         mode = Tangents(task, direction)
         with mode:
             losses = task.forward_train()
-        require_grad(losses)
+        check_losses(losses, task)
         scores = mode.scores(losses).to(accumulation_dtype(losses.dtype))
         losses, _ = unpack(losses)
     reason = "the forward has a derivative along the direction; examples may share statistics"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2rw_ext import devices
 from l2rw_ext.data.batch import (
@@ -29,11 +29,12 @@ from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
-from l2rw_ext.task.isolation import Buffers, Snapshot
+from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
 from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
 from l2rw_ext.tracing.graph import check_graph, sources
 from l2rw_ext.tracing.interception import Interception
+from l2rw_ext.tracing.members import Members
 
 from .derived import Leaves
 from .merging import NotMergeableError, check_mergeable
@@ -47,6 +48,8 @@ _LARGEST_NUMBER_OF_PLANS = 32
 """Of one kind of step, whose model may call other functions in each forward."""
 _LARGEST_NUMBER_OF_KINDS = 256
 """Kinds of steps that are remembered; graphs and sentences come with ever new shapes."""
+_LARGEST_NUMBER_OF_WRITES = 4
+"""Merged forwards of a kind that write to the model, before batches are not merged any more."""
 
 
 @dataclass
@@ -70,6 +73,8 @@ class _Kind:
     """Why batches of this kind are never merged, if that is known."""
     refused: str | None = None
     """Why the engine is not exact, if it is not."""
+    written: int = 0
+    """How many merged forwards of this kind have written to the model."""
 
     def add(self, form: Key, plan: Plan) -> None:
         """Remember a plan, and forget the oldest if there are many."""
@@ -194,6 +199,12 @@ class Layerwise(Engine):
             both.enter(task.clean_targets, task.m, task.n)
             losses, clean_losses = _merged_losses(task, inputs, both.part)
             both.check([losses, clean_losses])
+            name = snapshot.state.changed()
+            if name is not None:
+                # A cache that a first forward fills is no reason not to merge the next batches.
+                kind.written += 1
+                permanent = kind.written == _LARGEST_NUMBER_OF_WRITES
+                raise NotMergeableError(f"the forward writes to {name!r}", permanent=permanent)
             if both.verdict is not None:
                 if not both.verdict.apart:
                     raise NotMergeableError(both.verdict.together)
@@ -202,7 +213,7 @@ class Layerwise(Engine):
             both.backward(clean_losses.detach().mean(), "")
             return both.scoring
 
-        return self._proved(task, kind, "merged", plain, score, new=new)
+        return self._proved(task, snapshot, kind, "merged", plain, score, new=new)
 
     def _two_passes(
         self,
@@ -230,16 +241,17 @@ class Layerwise(Engine):
             with train.part("train"):
                 losses = task.forward_train()
             if train.interception.saved_tensor_hooks:
-                snapshot.trained = Buffers.of(task.model)
+                snapshot.keep_trained()
             train.check([losses])
             train.backward(clean_loss, why)
             return train.scoring
 
-        return self._proved(task, own, "train", plain, score, new=new)
+        return self._proved(task, snapshot, own, "train", plain, score, new=new)
 
     def _proved(
         self,
         task: Task,
+        snapshot: Snapshot,
         kind: _Kind,
         passes: str,
         plain: Callable[[], tuple[Tensor, Direction | Tensor]],
@@ -251,7 +263,7 @@ class Layerwise(Engine):
         record = self._proofs.of(task, passes, kind.by_row)
         due = not task.captured and record.due((kind.alone, len(kind.plans) if new else 0))
         new = new or not kind.plans
-        scored = record.prove(task, plain, lambda: score(new)) if due else score(new)
+        scored = record.prove(task, snapshot, plain, lambda: score(new)) if due else score(new)
         scored.proof = record.note
         return scored
 
@@ -370,7 +382,7 @@ class _Pass:
                 "before",
                 "let the model do the same in each step, or ",
             )
-        _check_wrappers(self._task.model)
+        _check_wrappers(self._task.members)
         if verdict.kind == "mixed":
             raise NotExactError(verdict.reason)
         rows = {}
@@ -451,12 +463,12 @@ def _key(task: Task) -> Key:
     )
 
 
-def _check_wrappers(model: nn.Module) -> None:
+def _check_wrappers(members: Members) -> None:
     """Raise for a wrapper that searches the graph of the outputs for parameters.
 
     It finds none, because uses hide them, and considers all of them unused.
     """
-    for module in model.modules():
+    for _, module in members.modules:
         finds = getattr(module, "find_unused_parameters", False)
         if finds and type(module).__name__ == "DistributedDataParallel":
             raise NotExactError(

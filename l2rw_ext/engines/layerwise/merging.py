@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from l2rw_ext.data.batch import split
 from l2rw_ext.layers.torch_functions import inside
-from l2rw_ext.task.isolation import Snapshot
+from l2rw_ext.task.isolation import Generators, Snapshot
 from l2rw_ext.task.task import Task
 from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.numbers import Numbers
@@ -45,12 +45,13 @@ def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: floa
         precision: the largest machine epsilon among the dtypes that the forward computed in.
 
     Raises:
-        NotMergeableError: they do not, or the forward writes to buffers.
+        NotMergeableError: they do not, or the forward writes to the model.
     """
-    if snapshot.buffers.changed():
-        raise NotMergeableError("the forward writes to buffers")
+    name = snapshot.state.changed(values=True)
+    if name is not None:
+        raise NotMergeableError(f"the forward writes to {name!r}")
     draws = not snapshot.generators.unchanged()
-    after = Snapshot(task.members)
+    after, generators = snapshot.now(), Generators(task.members.devices())
     try:
         # With grad, as in the step, but without the memory of a graph.
         with torch.autograd.graph.saved_tensors_hooks(_drop, _refuse):
@@ -62,6 +63,7 @@ def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: floa
             f"{type(error).__name__} in another forward of the step", permanent=False
         ) from error
     finally:
+        generators.restore()
         after.restore()
     if not same:
         raise NotMergeableError("an example's output depends on the size of its batch")

@@ -1,0 +1,96 @@
+"""Which parameters and tensor attributes a model's forward writes to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_WRITTEN_WITHOUT_A_WORD = ("running_mean", "running_var")
+"""Arguments that operators of batch norm write to, although not all of their schemas say so."""
+
+
+class Written:
+    """The names of parameters and tensor attributes that the forward is known to write to.
+
+    They are known once a step of a model has been watched. A forward may do other things in other
+    modes, so that each combination of modes is watched once.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._watched: set[Any] = set()
+
+    def known(self, kind: Any) -> bool:
+        """Whether a step of this kind has been watched."""
+        return kind in self._watched
+
+    def learn(self, kind: Any) -> None:
+        """Note that a step of this kind has been watched to its end."""
+        self._watched.add(kind)
+
+    def forget(self) -> None:
+        """Watch again, because a step has written to more than was known."""
+        self._watched.clear()
+
+
+class BeforeWrites(TorchDispatchMode):
+    """Calls functions before an operation writes to a storage.
+
+    Version counters would say only afterwards that a tensor was written to, and those of aliases
+    that ``.data`` makes are not counted with it.
+
+    Args:
+        calls: the functions, by :func:`storage_of` the tensors.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False, because to skip it torch would load it, and compiled code is not run in a step."""
+        return False
+
+    def __init__(self, calls: Mapping[int, Sequence[Callable[[], None]]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls = calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Nothing here is a call of the model's, which a function mode should see.
+        with torch._C.DisableTorchFunction():
+            for position, name in _targets(func):
+                given = args[position] if position < len(args) else kwargs.get(name)
+                for x in given if isinstance(given, (list, tuple)) else (given,):
+                    storage = storage_of(x) if isinstance(x, Tensor) else None
+                    for call in () if storage is None else self._calls.get(storage, ()):
+                        call()
+            return func(*args, **kwargs)
+
+
+def storage_of(x: Tensor) -> int | None:
+    """What tells a storage from others, shared by all views and aliases; None if there is none."""
+    if x.layout != torch.strided or x.is_nested:
+        return None
+    try:
+        return int(x.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a subclass that wraps other tensors
+        return None
+
+
+@functools.cache
+def _targets(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that an operation writes to."""
+    schema = getattr(func, "_schema", None)  # a higher-order operator has none
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(() if schema is None else schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or argument.name in _WRITTEN_WITHOUT_A_WORD
+    )

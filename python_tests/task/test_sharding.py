@@ -1,0 +1,80 @@
+"""Models whose parameters are sharded are refused at the door."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+HEAD = """
+    import os
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.nn import functional as F
+    from l2rw_ext import Reweighter
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    loss = lambda out, y: F.cross_entropy(out, y, reduction="none")
+    x, y = torch.randn(6, 5), torch.randint(3, (6,))
+    ENGINES = ("auto", "layerwise", "forward", "double_backward")
+
+    def net():
+        return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def refused(act):
+        try:
+            act()
+        except TypeError as error:
+            assert "sharded (FSDP)" in str(error) or "is a DTensor" in str(error), error
+            assert "\\n" not in str(error)
+        else:
+            raise AssertionError("nothing was refused")
+"""
+
+FSDP2 = """
+    model = net()
+    early = [Reweighter(model, loss, engine=e) for e in ENGINES]
+    fully_shard(model[0], mesh=mesh)
+    for sharded in (model, nn.Sequential(model)):
+        for engine in ENGINES:
+            refused(lambda: Reweighter(sharded, loss, engine=engine))
+    for reweighter in early:
+        refused(lambda: reweighter.backward((x, y), (x, y)))
+        refused(lambda: reweighter.weights((x, y), (x, y)))
+"""
+
+FSDP1 = """
+    for original in (False, True):
+        wrapped = FullyShardedDataParallel(
+            net(), use_orig_params=original, device_id=torch.device("cpu")
+        )
+        for engine in ENGINES:
+            refused(lambda: Reweighter(wrapped, loss, engine=engine))
+"""
+
+DTENSOR = """
+    model = net()
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]))
+    for engine in ENGINES:
+        refused(lambda: Reweighter(model, loss, engine=engine))
+    head = nn.Linear(3, 3)
+    fully_shard(head, mesh=mesh)
+    refused(lambda: Reweighter(net(), nn.Sequential(head)))
+"""
+
+
+@pytest.mark.parametrize("case", [FSDP2, FSDP1, DTENSOR], ids=["fully_shard", "FSDP1", "DTensor"])
+def test_sharded_parameters_are_refused(case: str) -> None:
+    """In a process of its own, for it has a process group."""
+    # Gloo's threads may abort a process that ends the ordinary way.
+    end = "print('done', flush=True)\nos._exit(0)\n"
+    code = textwrap.dedent(HEAD) + textwrap.dedent(case) + end
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
