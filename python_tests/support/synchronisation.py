@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from l2rw_ext.compiled.watch import waits
 
 
-class SynchronisedError(AssertionError):
-    """An operation would wait for the device."""
+class SynchronisedError(BaseException):
+    """An operation would wait for the device; no engine may take this for a failure of its own."""
 
 
 class NoSynchronisation(TorchDispatchMode):
