@@ -91,7 +91,7 @@ def test_a_step_where_values_are_readable_reads_them(name: str) -> None:
     case = CASES[name]
     model, batches = _drawn(case)
     reweighter, _ = _run(case, model, batches[:2])
-    with NoSynchronisation(), pytest.raises(Exception, match="would wait for the device"):
+    with NoSynchronisation(), pytest.raises(SynchronisedError, match="would wait for the device"):
         reweighter.backward(*batches[2])
 
 
