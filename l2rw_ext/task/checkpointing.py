@@ -71,7 +71,7 @@ def kept() -> AbstractContextManager[None]:
     """A context in which autograd saves tensors as it does outside of a checkpoint."""
     # Detached, because a node that saved its own output as it is would keep itself alive; autograd
     # gives what is unpacked its place in the graph again.
-    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda x: x)
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
 
 
 @contextlib.contextmanager
