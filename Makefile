@@ -1,5 +1,5 @@
 # Every target makes the virtual environment that it needs and installs the package there, editable.
-# Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, ARGS (options of the command).
+# Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, VENV, ARGS (options of the command).
 # Only `gpu` uses PYTHON as it is, with what is installed there.
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ BUILD_REQUIREMENTS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" n
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize bench gpu docs lint clean FORCE
+.PHONY: help demo test thorough sanitize bench gpu docs lint clean FORCE
 
 # $(call install,VENV,EXTRAS,OPTIONS): an environment with torch and this package; every stage says
 # what it does and when it began. OPTIONS are pip's: with --no-compile, Python translates a module
@@ -40,7 +40,7 @@ say "Installed"
 endef
 
 help: ## this text
-	@echo "make TARGET [PYTHON=python3] [TORCH_SPEC=torch==2.13.0] [TORCH_INDEX=URL] [ARGS=...]"
+	@echo "make TARGET [PYTHON=python3] [TORCH_SPEC=torch==2.13.0] [TORCH_INDEX=URL] [VENV=.venv] [ARGS=...]"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
 
 # What is installed beside the sources: written anew only if it has changed.
@@ -59,8 +59,14 @@ demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in un
 
 # A process for each core, with one thread; no more than eight, for each of them loads torch. Each
 # begins with a part of the files and takes over from another when it has finished.
-test: $(VENV)/.installed ## all tests
-	@"$(VENV)/bin/python" -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+PYTEST := "$(VENV)/bin/python" -m pytest -n logical --maxprocesses 8 --dist worksteal
+
+test: $(VENV)/.installed ## all tests but the thorough ones; another torch: TORCH_SPEC= VENV=
+	@$(PYTEST) $(ARGS)
+
+# Models of other packages are tried where these are installed: pip install timm transformers peft.
+thorough: $(VENV)/.installed ## torch's own test databases, models of other packages, long runs
+	@$(PYTEST) -m "databases or zoo or soak" -o norecursedirs= $(ARGS)
 
 # Preloaded, so that torch's allocations are watched too; libstdc++ because exceptions pass through.
 sanitize: $(VENV)/.installed ## the CUDA kernels on the host, with every address that they touch checked

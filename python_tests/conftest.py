@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -40,12 +42,41 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the host")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+THOROUGH = {"databases", "zoo", "soak"}
+"""Markers of tests that run only where ``-m`` names them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--minutes",
+        type=float,
+        help="run tests in an order that their names decide, and skip what has not begun by then",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unnamed = {name for name in THOROUGH if name not in config.option.markexpr}
+    left_out = [item for item in items if unnamed & {mark.name for mark in item.iter_markers()}]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    if config.option.minutes is not None:
+        items.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
     if torch.cuda.is_available() or os.environ.get("L2RW_REQUIRE_CUDA") == "1":
         return
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+_BEGAN = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.option.minutes
+    if minutes is not None and time.monotonic() - _BEGAN > 60 * minutes:
+        pytest.skip(f"not begun within {minutes:g} minutes")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,6 +11,7 @@ has a rewrite, which runs the composition.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
@@ -59,7 +60,7 @@ class Interception(StepMode):
 
     Args:
         members: of the model whose forward runs under the mode.
-        sink: what the uses report to in backward.
+        sink: what the uses report to in backward; the caller keeps it alive until then.
         examples: the number of examples. If it is given, tensors with a row for each example count
             as data although they are made without data: a first hidden state of zeros, token
             types, a parameter that is expanded to the batch.
@@ -84,7 +85,9 @@ class Interception(StepMode):
         self.calls: list[Any] = []
         """All torch functions called, in order; see :func:`_described`."""
         self.part = ""
-        self.sink = sink
+        # Weakly, because the graph holds the uses and this mode, and what the sink collects holds
+        # the graph: where no backward frees that, as in `weights()`, nothing else would.
+        self.sink = weakref.proxy(sink)
         self.unruled: dict[int, str] = {}
         self.without_grad: str | None = None
         self.saved_tensor_hooks = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 from torch.utils import checkpoint
 
 
@@ -21,4 +22,10 @@ def recomputed() -> bool:
 
 def kept() -> AbstractContextManager[None]:
     """A context in which autograd saves tensors as it does outside of a checkpoint."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    # Detached, because a node that saved its own output as it is would keep itself alive; autograd
+    # gives what is unpacked its place in the graph again.
+    return torch.autograd.graph.saved_tensors_hooks(_detached, lambda x: x)
+
+
+def _detached(x: Tensor) -> Tensor:
+    return x.detach()

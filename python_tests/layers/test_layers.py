@@ -50,7 +50,8 @@ class _Nothing:
 
 def forward_under_rules(model: nn.Module, *inputs: Tensor) -> tuple[Any, list[Use]]:
     """The outputs of a forward whose operations run as their rules run them."""
-    interception = Interception(Members.of(model), _Nothing())
+    sink = _Nothing()
+    interception = Interception(Members.of(model), sink)
     with interception:
         out = model(*inputs)
     return out, interception.uses

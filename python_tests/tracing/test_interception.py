@@ -449,7 +449,7 @@ def test_module_hooks() -> None:
 def test_every_use_is_recorded_once_and_reached() -> None:
     model = mlp()
     x, y = vectors(3)
-    with Interception(Members.of(model), None) as interception:
+    with Interception(Members.of(model), model) as interception:
         loss = cross_entropy(model(x), y).sum()
     assert [use.operation for use in interception.uses] == ["linear", "linear"]
     reached, nodes = check_graph(interception, [loss])
@@ -462,7 +462,7 @@ def test_constants_and_roots_are_told_apart() -> None:
     model = model_of(lambda s, x: x, w=torch.randn(3, 5))
     model.register_buffer("mask", torch.ones(3, 5))
     x, _ = vectors(2)
-    with Interception(Members.of(model), None) as interception:
+    with Interception(Members.of(model), model) as interception:
         derived = (model.w * model.mask).t()
         constant = torch.arange(3) * 2
         mixed = x * model.mask[0]

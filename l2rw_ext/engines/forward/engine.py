@@ -70,11 +70,11 @@ def _score(task: Task, direction: Direction, given: bool) -> Scored:
 def _loaded() -> ModuleType:
     """Torch's forward mode, which loads its derivatives when the first dual tensor is made.
 
-    The derivatives are written in TorchScript, and torch warns that it is deprecated; the warning
-    is ignored here.
+    The derivatives are written in TorchScript, and torch warns that it is deprecated (2.14 by a
+    FutureWarning, earlier ones by a DeprecationWarning); the warning is ignored here.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.script")
         zero = torch.zeros((), device="cpu")
         with forward_ad.dual_level():
             forward_ad.make_dual(zero, zero)
