@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
 
 from l2rw_ext.tracing.example_map import ExampleMap
 from l2rw_ext.tracing.example_map.call import tensors_in
 from support.example_maps import Checked
 
-pytest.importorskip("expecttest", reason="torch's database needs it")
-from torch.testing._internal.common_methods_invocations import op_db
+pytestmark = [pytest.mark.databases, pytest.mark.filterwarnings("ignore")]
 
 N = 3
-_SAMPLE = {op.name for op in op_db[::8]}
 
 
 def _enter(example_map: ExampleMap, x: Tensor, dimension: int) -> None:
@@ -69,16 +68,7 @@ def _check(op: Any, sample: Any, draw: random.Random) -> None:
     assert not example_map.wrong, sample
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "op",
-    [
-        pytest.param(
-            op, marks=[] if op.name in _SAMPLE else [pytest.mark.databases], id=op.formatted_name
-        )
-        for op in op_db
-    ],
-)
+@pytest.mark.parametrize("op", op_db, ids=lambda op: op.formatted_name)
 def test_operations_of_torchs_database(op: Any) -> None:
     draw = random.Random(op.name)
     with torch.no_grad():
