@@ -197,8 +197,8 @@ class Record:
     _steps: int = 0
     _sizes: set[int] = field(default_factory=set)
 
-    def due(self, size: Key) -> bool:
-        """Count a step, and tell whether it is to be proved.
+    def due(self, size: Key | None) -> bool:
+        """Count a step, and tell whether it is to be proved; no ``size`` says that it is known.
 
         Raises:
             NotExactError: the engine is known to disagree with plain autograd.
@@ -208,7 +208,7 @@ class Record:
         step, self._steps = self._steps, self._steps + 1
         if self._impossible:
             return False
-        new = len(self._sizes) < _FEW and hash(size) not in self._sizes
+        new = size is not None and len(self._sizes) < _FEW and hash(size) not in self._sizes
         if new:
             self._sizes.add(hash(size))
         missing = not self._complete and (step < _FEW or step & (step - 1) == 0)

@@ -80,7 +80,13 @@ class Call(nn.Module):
         super().__init__()
         self.fn = fn
         leaves, self.structure = pytree.tree_flatten((args, kwargs))
-        self.leaves = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        # Some samples have weights of float32, whose gradients have no more than its precision.
+        self.leaves = [
+            x.detach().to(torch.float64 if x.dtype == torch.float32 else x.dtype, copy=True)
+            if isinstance(x, Tensor)
+            else x
+            for x in leaves
+        ]
         self.place: int | None = None
         for k, x in enumerate(self.leaves):
             if not isinstance(x, Tensor) or x.layout != torch.strided:

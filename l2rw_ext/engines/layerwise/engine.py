@@ -24,7 +24,7 @@ from l2rw_ext.data.batch import (
 )
 from l2rw_ext.engines.base import Engine, Scored
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
-from l2rw_ext.engines.proof import Proofs
+from l2rw_ext.engines.proof import Proofs, Record
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
@@ -73,6 +73,8 @@ class _Kind:
     """Why batches of this kind are never merged, if that is known."""
     refused: str | None = None
     """Why the engine is not exact, if it is not."""
+    proof: Record | None = None
+    """How such steps were compared with plain autograd; kinds of other sizes share it."""
     written: int = 0
     """How many merged forwards of this kind have written to the model."""
 
@@ -140,7 +142,7 @@ class Layerwise(Engine):
         except NotExactError:
             if not kind.by_row:
                 # Perhaps a tensor made without data has a row for each example.
-                kind.by_row = True
+                kind.by_row, kind.proof = True, None
                 kind.plans.clear()
                 snapshot.restore()
                 with contextlib.suppress(NotExactError):
@@ -260,9 +262,11 @@ class Layerwise(Engine):
         new: bool,
     ) -> Scored:
         """Score by a known plan, or make a new one; both against plain autograd if that is due."""
-        record = self._proofs.of(task, passes, kind.by_row)
-        due = not task.captured and record.due((kind.alone, len(kind.plans) if new else 0))
         new = new or not kind.plans
+        if kind.proof is None:
+            kind.proof = self._proofs.of(task, passes, kind.by_row)
+        record = kind.proof
+        due = not task.captured and record.due((kind.alone, len(kind.plans)) if new else None)
         scored = record.prove(task, snapshot, plain, lambda: score(new)) if due else score(new)
         scored.proof = record.note
         return scored
