@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,86 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _WRAPPERS = ("torch.nn.parallel.", "torch._dynamo.")
 """Packages of modules whose attributes are torch's bookkeeping of its hooks and compiled code."""
 _ABSENT = object()
+
+
+class Layout:
+    """What names stand for, and where tensors lie: the same at each step, if nothing is assigned.
+
+    Args:
+        modules: names and modules.
+    """
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        self._modules = [module for _, module in modules]
+        self.tables: list[tuple[Any, dict[str, Any]]] = []
+        self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.tensors: list[Tensor] = []
+        self.names: list[str] = []
+        self.index: dict[int, int] = {}
+        """By id of the tensor: where it is in the lists."""
+        self.buffers: list[int] = []
+        for prefix, module in modules:
+            tables: list[Any] = [module._modules, module._parameters, module._buffers]
+            self.tables += [(table, dict(table.items())) for table in tables]
+            if not type(module).__module__.startswith(_WRAPPERS):
+                self.attributes.append((module.__dict__, module.__dict__.copy()))
+                tables.append(module.__dict__)
+            for table in tables[1:]:
+                for name, x in table.items():
+                    if isinstance(x, Tensor) and id(x) not in self.index:
+                        if table is module._buffers:
+                            self.buffers.append(len(self.tensors))
+                        self.index[id(x)] = len(self.tensors)
+                        self.tensors.append(x)
+                        self.names.append(f"{prefix}.{name}" if prefix else name)
+        self._counted = [not x.is_inference() for x in self.tensors]
+        self.data = [x.data if _is_plain_tensor(x) else None for x in self.tensors]
+        """Aliases, by which a tensor is found again after ``x.data = other``."""
+        self.places = self.places_now()
+        # All names and objects in a row each, because many small loops would cost more than a step
+        # of a small model can spare.
+        found = [table for table, _ in (*self.tables, *self.attributes)]
+        self._tables = [table for table in found if isinstance(table, dict)]
+        self._scripted = [pair for pair in self.tables if not isinstance(pair[0], dict)]
+        self._lengths = list(map(len, self._tables))
+        self._names, self._objects = self._in_a_row()
+
+    def fits(self, modules: Sequence[tuple[str, nn.Module]]) -> bool:
+        """Whether nothing was assigned or moved since."""
+        return (
+            len(modules) == len(self._modules)
+            and all(module is known for (_, module), known in zip(modules, self._modules))  # noqa: B905
+            and self.unassigned()
+            and self.places_now() == self.places
+        )
+
+    def unassigned(self) -> bool:
+        """Whether all names stand for the same objects, in the same order."""
+        names, objects = self._in_a_row()
+        return (
+            list(map(len, self._tables)) == self._lengths
+            and names == self._names
+            and all(map(operator.is_, objects, self._objects))
+            and all(itertools.starmap(_same, self._scripted))
+        )
+
+    def _in_a_row(self) -> tuple[list[str], list[Any]]:
+        chain = itertools.chain.from_iterable
+        return list(chain(self._tables)), list(chain(map(dict.values, self._tables)))
+
+    def versions(self) -> list[int]:
+        """The version counters, as they are now."""
+        return [x._version if c else 0 for x, c in zip(self.tensors, self._counted, strict=True)]
+
+    def places_now(self) -> list[tuple[Any, ...] | None]:
+        """Where the tensors lie and how; None for kinds of which that cannot be said."""
+        pairs = zip(self.tensors, self.data, strict=True)
+        return [None if data is None else (x.data_ptr(), x.shape) for x, data in pairs]
+
+    def copy(self, i: int) -> Tensor:
+        """The values of a tensor now, where it lay first."""
+        data = self.data[i]
+        return (self.tensors[i] if data is None else data).detach().clone()
 
 
 class State:
@@ -39,39 +120,37 @@ class State:
     def __init__(
         self, members: Members, *, start: State | None = None, whole: bool = False
     ) -> None:
-        self._written = members.written
-        names = self._written.names
-        self._tables: list[tuple[Any, dict[str, Any]]] = []
-        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._held: dict[int, _Held] = {}
-        before = {} if start is None else start._held
-        for prefix, module in members.modules:
-            tables: list[Any] = [module._modules, module._parameters, module._buffers]
-            self._tables += [(table, dict(table.items())) for table in tables]
-            if not type(module).__module__.startswith(_WRAPPERS):
-                attributes = module.__dict__
-                self._attributes.append((attributes, attributes.copy()))
-                tables.append(attributes)
-            for table in tables[1:]:
-                for name, x in table.items():
-                    if isinstance(x, Tensor) and id(x) not in self._held:
-                        full = f"{prefix}.{name}" if prefix else name
-                        copied = whole or table is module._buffers or full in names
-                        self._held[id(x)] = _Held(x, full, copied, before.get(id(x)))
+        self._written = written = members.written
+        layout = written.layout
+        if not isinstance(layout, Layout) or not layout.fits(members.modules):
+            layout = written.layout = Layout(members.modules)
+        self._layout = layout
+        self._before = start
+        self._versions = layout.versions()
+        copied = range(len(layout.tensors)) if whole else layout.buffers
+        if written.names and not whole:
+            known = (i for i, name in enumerate(layout.names) if name in written.names)
+            copied = sorted({*copied, *known})
+        self._copies = {i: layout.copy(i) for i in copied}
 
     def before_writes(self) -> dict[int, list[Callable[[], None]]]:
         """By storage, what copies its tensors before it is written to."""
         calls: dict[int, list[Callable[[], None]]] = {}
-        for held in self._held.values():
-            storage = storage_of(held.tensor)
-            if storage is not None and held.values is None:
-                calls.setdefault(storage, []).append(functools.partial(self._copy, held))
+        for i, x in enumerate(self._layout.tensors):
+            storage = storage_of(x)
+            if storage is not None and i not in self._copies:
+                calls.setdefault(storage, []).append(functools.partial(self._copy, i))
         return calls
 
-    def _copy(self, held: _Held) -> None:
-        if held.values is None:
-            held.copy()
-            self._written.names.add(held.name)
+    def _copy(self, i: int) -> None:
+        if i not in self._copies:
+            self._copies[i] = self._layout.copy(i)
+            self._written.names.add(self._layout.names[i])
+
+    def _values(self, x: Tensor) -> Tensor | None:
+        """A copy, if there is one. What is not copied later was not written to before."""
+        found = self._copies.get(self._layout.index.get(id(x), -1))
+        return found if found is not None or self._before is None else self._before._values(x)
 
     def changed(self, *, values: bool = False) -> str | None:
         """The name of something that is not as it was, if there is any.
@@ -82,28 +161,42 @@ class State:
         return next(self._changes(values), None)
 
     def _changes(self, values: bool) -> Iterator[str]:
-        for table, saved in self._tables:
-            yield from _assigned(table, saved, lambda a, b: a is not b)
-        for attributes, saved in self._attributes:
-            yield from _assigned(attributes, saved, _another)
-        for held in self._held.values():
-            if held.changed(values):
-                yield held.name
+        layout = self._layout
+        if not layout.unassigned():
+            for table, saved in layout.tables:
+                yield from _assigned(table, saved, lambda a, b: a is not b)
+            for attributes, saved in layout.attributes:
+                yield from _assigned(attributes, saved, _another)
+        if layout.versions() != self._versions or layout.places_now() != layout.places:
+            yield from (layout.names[i] for i in self._touched())
+        for i, copy in self._copies.items() if values else ():
+            if layout.places[i] is not None and not torch.equal(layout.tensors[i], copy):
+                yield layout.names[i]
+
+    def _touched(self) -> list[int]:
+        """Tensors that were moved, or written to as far as their version counters say."""
+        layout = self._layout
+        now = zip(layout.versions(), layout.places_now(), strict=True)
+        then = zip(self._versions, layout.places, strict=True)
+        return [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
 
     def assigned(self) -> str | None:
         """The name of a tensor that is another or lies elsewhere than it did, if there is one."""
+        layout = self._layout
         names = (
             name
-            for table, saved in self._tables
+            for table, saved in layout.tables
             for name in _assigned(table, saved, lambda a, b: a is not b)
         )
-        moved = (held.name for held in self._held.values() if held.moved())
+        places = zip(layout.names, layout.places_now(), layout.places, strict=True)
+        moved = (name for name, now, then in places if now != then)
         return next(itertools.chain(names, moved), None)
 
     def rebind(self) -> None:
         """Put back what was assigned to a name; tensors keep the values that they have."""
-        for table, saved in (*self._attributes, *self._tables):
-            _put_back(table, saved)
+        if not self._layout.unassigned():
+            for table, saved in (*self._layout.attributes, *self._layout.tables):
+                _put_back(table, saved)
 
     def restore(self) -> list[str]:
         """Put everything back; returns the names of tensors for which that was not possible.
@@ -113,81 +206,54 @@ class State:
         are put back, or the operation saved a copy.
         """
         self.rebind()
-        lost = [held.name for held in self._held.values() if not held.restore()]
+        layout = self._layout
+        touched = self._touched()
+        lost = [layout.names[i] for i in touched if not self._restore(i)]
+        for i, copy in self._copies.items():
+            if i not in touched:  # batch norm's kernels do not advance a version
+                layout.tensors[i].data.copy_(copy)
         if lost:
             self._written.forget()
         return lost
 
-
-class _Held:
-    """A tensor as it was: where it was, its version, and its values if they are copied."""
-
-    def __init__(self, tensor: Tensor, name: str, copied: bool, before: _Held | None) -> None:
-        self.tensor = tensor
-        self.name = name
-        self._before = before
-        self._version = _version(tensor)
-        self._place = _place(tensor)
-        self._data = None if self._place is None else tensor.data
-        self._own: Tensor | None = None
-        if copied:
-            self.copy()
-
-    @property
-    def values(self) -> Tensor | None:
-        """A copy, if there is one. What is not copied later was not written to before."""
-        if self._own is None and self._before is not None:
-            return self._before.values
-        return self._own
-
-    def copy(self) -> None:
-        """Copy the values that the tensor has now."""
-        self._own = (self.tensor if self._data is None else self._data).detach().clone()
-
-    def moved(self) -> bool:
-        """Whether ``.data`` is another tensor than it was."""
-        return _place(self.tensor) != self._place
-
-    def changed(self, values: bool) -> bool:
-        """See :meth:`State.changed`."""
-        if _version(self.tensor) != self._version or self.moved():
-            return True
-        if not values or self._own is None or self._place is None:
-            return False
-        return not torch.equal(self.tensor, self._own)
-
-    def restore(self) -> bool:
-        """Whether the tensor is as it was."""
-        x, values = self.tensor, self.values
-        moved = self.moved()
-        written = _version(x) != self._version
-        if (moved or written) and self._data is not None:
-            x.data = self._data
+    def _restore(self, i: int) -> bool:
+        """Put a tensor back; False if its values are not known."""
+        x, data, version = self._layout.tensors[i], self._layout.data[i], self._versions[i]
+        values = self._values(x)
+        moved = data is not None and (x.data_ptr(), x.shape) != self._layout.places[i]
+        if data is not None:
+            x.data = data
         if values is not None:
             x.data.copy_(values)
-        elif written and not moved:
+        elif not moved:
             return False
-        if written:
-            torch._C._autograd._unsafe_set_version_counter((x,), (self._version,))
+        if not x.is_inference() and x._version != version:
+            torch._C._autograd._unsafe_set_version_counter((x,), (version,))
         return True
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def _is_plain_tensor(x: Tensor) -> bool:
+    """Whether it can be said where a tensor lies."""
+    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
 
 
-def _place(x: Tensor) -> tuple[Any, ...] | None:
-    """Where a tensor lies and how; None for kinds of tensors of which that cannot be said."""
-    if type(x) not in (Tensor, nn.Parameter) or x.layout != torch.strided or x.is_nested:
-        return None
-    return x.data_ptr(), x.shape
+def _same(table: Any, saved: dict[str, Any]) -> bool:
+    """Whether the names of a table stand for the same objects in the same order."""
+    found = table if isinstance(table, dict) else dict(table.items())  # of a scripted module
+    return (
+        len(found) == len(saved)
+        and all(map(operator.is_, found.values(), saved.values()))
+        and all(map(operator.eq, found, saved))
+    )
 
 
 def _assigned(
     table: Any, saved: dict[str, Any], another: Callable[[Any, Any], bool]
 ) -> Iterator[str]:
     """Names whose value in the table is another than the saved one."""
-    found = table if isinstance(table, dict) else dict(table.items())  # of a scripted module
+    if _same(table, saved):
+        return
+    found = table if isinstance(table, dict) else dict(table.items())
     for name, value in saved.items():
         now = found.get(name, _ABSENT)
         if now is not value and another(now, value):

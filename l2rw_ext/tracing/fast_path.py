@@ -51,12 +51,15 @@ def fast_paths() -> Iterator[None]:
 def _without_modes(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # An encoder asks its first layer for the mode.
+        if getattr(module, "layers", (module,))[0].training:
+            return original(module, *args, **kwargs)
         modes = _get_current_function_mode_stack()
         # A mode of the user's keeps torch off the fast path in training too.
         if not modes or not all(isinstance(mode, StepMode) for mode in modes):
             return original(module, *args, **kwargs)
         given = _tensors(args, kwargs)
-        if not _records_nothing(module, given):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *module.parameters())):
             return original(module, *args, **kwargs)
         # Without grad a tensor may still carry a tangent, which is no part of its value. What is
         # one tensor in several places must stay so: torch asks whether the query is the key.
@@ -78,16 +81,6 @@ def _without_modes(original: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return forward
-
-
-def _records_nothing(module: nn.Module, given: list[Tensor]) -> bool:
-    """Whether the module is in eval mode and autograd records nothing of its forward."""
-    # An encoder asks its first layer for the mode.
-    if getattr(module, "layers", (module,))[0].training:
-        return False
-    return not torch.is_grad_enabled() or not any(
-        x.requires_grad for x in (*given, *module.parameters())
-    )
 
 
 def _tensors(*trees: Any) -> list[Tensor]:

@@ -23,7 +23,12 @@ class Written:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.layout: Any = None
+        """What the last state found, for the next one (see ``task.state.Layout``)."""
         self._watched: set[Any] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"layout": None}  # which belongs to the model, not to a copy
 
     def known(self, kind: Any) -> bool:
         """Whether a step of this kind has been watched."""
