@@ -23,7 +23,7 @@ from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Call, Function, Layer, Roots, Use
-from l2rw_ext.layers.torch_functions import for_subclasses, takes, writes
+from l2rw_ext.layers.torch_functions import for_subclasses, takes, tensors_in, writes
 
 from . import autocast
 from .example_map import ExampleMap
@@ -199,7 +199,7 @@ class Interception(StepMode):
             lower = torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device) and lower == torch.float16:
                 self.narrow = True
-        tensors = list(autocast.tensors_in((*args, *kwargs.values())))
+        tensors = tensors_in((args, kwargs))
         data = [x for x in tensors if self.is_data(x)]
         if (
             func in _BY_PARTS

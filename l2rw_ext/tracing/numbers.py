@@ -10,26 +10,21 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
+from .dispatch import DispatchMode
 
 _COUNTING = ("arange", "range", "linspace", "lift_fresh")
 """Operations whose numbers say how many elements there are, or are looked at by themselves."""
 
 
-class Numbers(TorchDispatchMode):
+class Numbers(DispatchMode):
     """Collects, in a forward, pairs of an operation and a number that it computes with.
 
     Sizes, dimensions and places are not such numbers.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: set[tuple[str, float | complex]] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No step runs compiled code, and to skip the compiler would load it, for seconds."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,0 +1,17 @@
+"""The base of the modes that see the operations of a step."""
+
+from __future__ import annotations
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class DispatchMode(TorchDispatchMode):
+    """A mode of the dispatcher for the body of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No step runs compiled code, and to skip the compiler would load it, for seconds."""
+        return False
