@@ -31,8 +31,9 @@ from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.tracing.coverage import check_graph
 from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
-from l2rw_ext.tracing.graph import check_graph, sources
+from l2rw_ext.tracing.graph import sources
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
 
@@ -261,11 +262,9 @@ class Layerwise(Engine):
     ) -> Scored:
         """Score by a known plan, or make a new one; both against plain autograd if that is due."""
         record = self._proofs.of(task, passes, kind.by_row)
-        due = not task.captured and record.due((kind.alone, len(kind.plans) if new else 0))
+        size = (kind.alone, len(kind.plans) if new else 0)
         new = new or not kind.plans
-        scored = record.prove(task, snapshot, plain, lambda: score(new)) if due else score(new)
-        scored.proof = record.note
-        return scored
+        return record.scored(task, snapshot, size, plain, lambda: score(new))
 
 
 class _Pass:
@@ -452,15 +451,7 @@ def _key_of_step(task: Task, direction: Direction | None) -> Key:
 
 def _key(task: Task) -> Key:
     """What a plan depends on, apart from the clean batch and the operations that it records."""
-    return (
-        task.size.guess,
-        describe(task.inputs),
-        task.members.training,
-        tuple(map(id, task.parameters)),
-        id(task.loss_fn),
-        id(task.clean_loss_fn),
-        task.autocast.key,
-    )
+    return task.size.guess, describe(task.inputs), *task.settings
 
 
 def _check_wrappers(members: Members) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from l2rw_ext.tracing.graph import nodes_from
+
 from .ids import NONE, counted
 from .map import ExampleMap
 
@@ -116,14 +118,10 @@ def _reason(notes: dict[str, dict[str, str]], kinds: dict[str, str]) -> str | No
 
 def _custom_functions(losses: Sequence[Tensor], ours: Callable[[Any], bool]) -> dict[str, str]:
     """Names of the custom Functions that gradients of the losses pass."""
-    stack: list[Any] = [x.grad_fn for x in losses]
-    seen: set[Any] = {None}
-    found: dict[str, str] = {}
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += [following for following, _ in node.next_functions]
-            if isinstance(node, torch.autograd.function.BackwardCFunction) and not ours(node):
-                found[type(node).__name__.removesuffix("Backward")] = ""
-    return found
+    seen: set[Any] = set()
+    return {
+        type(node).__name__.removesuffix("Backward"): ""
+        for x in losses
+        for node in nodes_from(x, seen)
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not ours(node)
+    }
