@@ -83,7 +83,7 @@ class State:
 
     def _changes(self, values: bool) -> Iterator[str]:
         for table, saved in self._tables:
-            yield from _assigned(table, saved, lambda a, b: a is not b)
+            yield from _assigned(table, saved)
         for attributes, saved in self._attributes:
             yield from _assigned(attributes, saved, _another)
         for held in self._held.values():
@@ -92,11 +92,7 @@ class State:
 
     def assigned(self) -> str | None:
         """The name of a tensor that is another or lies elsewhere than it did, if there is one."""
-        names = (
-            name
-            for table, saved in self._tables
-            for name in _assigned(table, saved, lambda a, b: a is not b)
-        )
+        names = (name for table, saved in self._tables for name in _assigned(table, saved))
         moved = (held.name for held in self._held.values() if held.moved())
         return next(itertools.chain(names, moved), None)
 
@@ -184,9 +180,9 @@ def _place(x: Tensor) -> tuple[Any, ...] | None:
 
 
 def _assigned(
-    table: Any, saved: dict[str, Any], another: Callable[[Any, Any], bool]
+    table: Any, saved: dict[str, Any], another: Callable[[Any, Any], bool] = lambda now, saved: True
 ) -> Iterator[str]:
-    """Names whose value in the table is another than the saved one."""
+    """Names whose value in the table is another than the saved one, also to ``another``."""
     found = table if isinstance(table, dict) else dict(table.items())  # of a scripted module
     for name, value in saved.items():
         now = found.get(name, _ABSENT)
@@ -208,8 +204,7 @@ def _is_plain(x: Any) -> bool:
 
 
 def _put_back(table: Any, saved: dict[str, Any]) -> None:
-    names = _assigned(table, saved, lambda a, b: a is not b)
-    if next(names, None) is None:
+    if next(_assigned(table, saved), None) is None:
         return
     if not isinstance(table, dict):  # which takes no other names
         for name, value in saved.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import DispatchMode
+from .dispatch import DispatchMode, argument
 
 STATISTICS = ("running_mean", "running_var")
 """Arguments that operators of batch norm write to, although not all of their schemas say so."""
@@ -61,8 +61,8 @@ class BeforeWrites(DispatchMode):
         kwargs = kwargs or {}
         # Nothing here is a call of the model's, which a function mode should see.
         with torch._C.DisableTorchFunction():
-            for position, name in _targets(func):
-                given = args[position] if position < len(args) else kwargs.get(name)
+            for where in _targets(func):
+                given = argument(*where, args, kwargs)
                 for x in given if isinstance(given, (list, tuple)) else (given,):
                     storage = storage_of(x) if isinstance(x, Tensor) else None
                     for call in () if storage is None else self._calls.get(storage, ()):

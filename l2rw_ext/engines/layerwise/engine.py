@@ -441,15 +441,11 @@ def _reports(node: Any) -> bool:
 
 
 def _key_of_step(task: Task, direction: Direction | None) -> Key:
-    """The key of a step, whose first part is :func:`_key`."""
+    """What a plan depends on, apart from the operations that it records; the clean batch last."""
+    alone = (task.size.guess, describe(task.inputs), *task.settings)
     if direction is not None or task.clean_size is None:
-        return _key(task), None
-    return _key(task), (task.clean_size.guess, describe(task.clean_inputs))
-
-
-def _key(task: Task) -> Key:
-    """What a plan depends on, apart from the clean batch and the operations that it records."""
-    return task.size.guess, describe(task.inputs), *task.settings
+        return alone, None
+    return alone, (task.clean_size.guess, describe(task.clean_inputs))
 
 
 def _check_wrappers(members: Members) -> None:

@@ -93,18 +93,16 @@ def judge(
     what = _reason(notes, {"mixes values": "{}"} | _TODAY | _UNSURE)
     if what is not None:
         together += f": {what}"
-    if labelled and today is None:
-        why = "each loss keeps to the rows of its example"
-        return Verdict("certain", apart, together, why, notes)
-    if labelled and today is not None:
-        return Verdict("today", apart, together, today, notes)
+    if labelled:
+        why = today or "each loss keeps to the rows of its example"
+        return Verdict("today" if today else "certain", apart, together, why, notes)
     if unsure is not None:
         return Verdict("unsure", apart, together, unsure, notes)
-    mixes = _reason(notes, {"mixes": "{} mixes examples"})
-    if not each:
-        mixes = "there is not one loss for each example"
-    if mixes is None:
-        mixes = "the losses do not come in the order of the examples"
+    mixes = "there is not one loss for each example"
+    if each:
+        mixes = _reason(notes, {"mixes": "{} mixes examples"}) or (
+            "the losses do not come in the order of the examples"
+        )
     return Verdict("mixed", apart, together, mixes, notes)
 
 
