@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2rw_ext.data.batch import is_plain
 from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import storage_of
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _WRAPPERS = ("torch.nn.parallel.", "torch._dynamo.")
 """Packages of modules whose attributes are torch's bookkeeping of its hooks and compiled code."""
 _ABSENT = object()
@@ -194,13 +194,13 @@ def _assigned(
 
 def _another(now: Any, saved: Any) -> bool:
     """Whether an attribute has another value, as far as attributes are followed."""
-    if _is_plain(now) and _is_plain(saved):
+    if _all_plain(now) and _all_plain(saved):
         return type(now) is not type(saved) or repr(now) != repr(saved)  # equal bits of NaN and -0
-    return any(x is _ABSENT or isinstance(x, (*_PLAIN, Tensor, tuple)) for x in (now, saved))
+    return any(x is _ABSENT or is_plain(x) or isinstance(x, (Tensor, tuple)) for x in (now, saved))
 
 
-def _is_plain(x: Any) -> bool:
-    return isinstance(x, _PLAIN) or (isinstance(x, tuple) and all(map(_is_plain, x)))
+def _all_plain(x: Any) -> bool:
+    return is_plain(x) or (isinstance(x, tuple) and all(map(_all_plain, x)))
 
 
 def _put_back(table: Any, saved: dict[str, Any]) -> None:
