@@ -218,8 +218,8 @@ class Reweighter:
                 left in ``p.grad``, so that ``grad_scaler.step`` skips the step.
             index: the examples' numbers in the training set, shape (n,), from 0; their scores are
                 kept in :attr:`record`.
-            batch_size: n, or (n, m), where targets do not show it: neither has one of their
-                tensors n rows, nor one of their lists n entries.
+            batch_size: n, or (n, m), where the targets do not show it: none of their tensors has n
+                rows, and none of their lists n entries.
 
         Returns:
             A :class:`~l2rw_ext.Step`.

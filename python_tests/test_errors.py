@@ -392,6 +392,12 @@ def test_forced_engine_where_it_would_be_wrong() -> None:
         ((mlp(), cross_entropy), {"engine": "fast"}, ValueError, r"engine must be .*got 'fast'"),
         (
             (mlp(), cross_entropy),
+            {"low_memory": 2},
+            ValueError,
+            r"low_memory must be one of False, True, 'auto', got 2",
+        ),
+        (
+            (mlp(), cross_entropy),
             {"on_degenerate": "ignore"},
             ValueError,
             r"on_degenerate must be one of 'zero', 'uniform', 'skip', got 'ignore'",

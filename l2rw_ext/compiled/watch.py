@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2rw_ext.errors import NotCapturableError
+from l2rw_ext.tracing.dispatch import DispatchMode
 
 _aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ def waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return packet in _WAITING
 
 
-class Watch(TorchDispatchMode):
+class Watch(DispatchMode):
     """Follows the operations of a step on one device.
 
     Args:
@@ -60,7 +60,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._device = device
         self._calls: list[tuple[str, tuple[Any, ...]]] = []
         self._made: set[int] = {0}  # where a tensor without elements is

@@ -96,10 +96,7 @@ class BatchSize:
                 f"{name}: loss_fn must return a tensor of shape ({n},), got {type(losses).__name__}"
             )
         if losses.dim() != 1 or not self._explains(losses.numel()):
-            raise ValueError(
-                f"{name}: loss_fn must return one loss for each of the {n} examples, shape "
-                f"({n},), got shape {tuple(losses.shape)}; {self._hint(losses)}"
-            )
+            raise ValueError(f"{name}: {self._refusal(losses)}")
         if losses.numel() == 0:
             raise self._empty()
         self._check_index(losses.numel())
@@ -119,18 +116,24 @@ class BatchSize:
         )
         return allowed and count in self._lengths
 
-    def _hint(self, losses: Tensor) -> str:
+    def _refusal(self, losses: Tensor) -> str:
+        n, shape = self.number, tuple(losses.shape)
+        if losses.dim() == 1 and self._given is not None:
+            return f"batch_size says that there are {n} examples, but the losses have shape {shape}"
+        each = f"of the {n} examples, shape ({n},)"
+        if shape == (n,):
+            each = f"example, and no input has {n} rows"
         hint = (
             'give unreduced losses, for example F.cross_entropy(outputs, targets, reduction="none")'
         )
-        if losses.dim() > 1 and losses.size(0) == self.number:
-            hint += ", and sum or average what belongs to one example: losses.flatten(1).sum(1)"
-        elif losses.dim() == 1:
-            hint += (
-                ", and sum or average what belongs to one example; or say by batch_size= that "
-                f"there are {losses.numel()} examples"
+        if losses.dim() == 1:
+            hint = (
+                "sum or average what belongs to one example, or say by batch_size= that there are "
+                f"{losses.numel()} examples"
             )
-        return hint
+        elif shape[:1] == (n,):
+            hint = "sum or average what belongs to one example: losses.flatten(1).sum(1)"
+        return f"loss_fn must return one loss for each {each}, got shape {shape}; {hint}"
 
     def _check_index(self, count: int) -> None:
         if self._indexed is not None and self._indexed != count:

@@ -133,7 +133,8 @@ def _length(data: Any) -> int:
         if len(lengths) > 1:
             raise ValueError(f"data: inputs and targets differ in length: {sorted(lengths)}")
         return lengths.pop()
-    if isinstance(data, Sized) and (isinstance(data, Dataset) or hasattr(data, "__getitem__")):
+    indexed = isinstance(data, Dataset) or hasattr(data, "__getitem__")
+    if isinstance(data, Sized) and indexed and not isinstance(data, Tensor):
         return len(data)
     if isinstance(data, Dataset):
         raise ValueError("data: the dataset has no length; a map-style dataset is needed")

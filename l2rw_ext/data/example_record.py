@@ -105,7 +105,10 @@ def check_index(index: Any) -> Tensor | None:
     if index is None:
         return None
     if not isinstance(index, Tensor):
-        index = torch.as_tensor(index)
+        try:
+            index = torch.as_tensor(index)
+        except (TypeError, ValueError):
+            raise TypeError(f"index must hold whole numbers, got {index!r:.80}") from None
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         raise TypeError(f"index must hold whole numbers, got {index.dtype}")
     if index.dim() != 1 or index.numel() == 0:

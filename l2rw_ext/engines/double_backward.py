@@ -14,7 +14,7 @@ from l2rw_ext import reference
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import corrections
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Direction, Task, check_losses, clean_direction
+from l2rw_ext.task.task import Direction, Task, check_losses
 from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.graph import nodes_from
 
@@ -39,12 +39,7 @@ class DoubleBackward(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Scores by Eq. 4-7; see :class:`Engine`."""
-        given = direction is not None
-        if direction is None:
-            direction = clean_direction(task, snapshot)
-        return self._proofs.of(task).along(
-            task, snapshot, direction, lambda: _score(task, snapshot, direction, given)
-        )
+        return self._proofs.along(task, snapshot, direction, _score)
 
 
 def _score(task: Task, snapshot: Snapshot, direction: Direction, given: bool) -> Scored:

@@ -23,7 +23,7 @@ from l2rw_ext.data.batch import describe
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import Generators, Snapshot
-from l2rw_ext.task.task import Direction, Task
+from l2rw_ext.task.task import Direction, Task, clean_direction
 from l2rw_ext.tracing.graph import nodes_from
 
 from .base import Scored
@@ -214,37 +214,34 @@ class Record:
         missing = not self._complete and (step < _FEW or step & (step - 1) == 0)
         return new or missing or due(step)
 
-    def along(
-        self, task: Task, snapshot: Snapshot, direction: Direction, score: Callable[[], Scored]
+    def scored(
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        size: Key | None,
+        plain: Callable[[], tuple[Tensor, Direction | Tensor]],
+        score: Callable[[], Scored],
     ) -> Scored:
-        """The result of ``score`` along a known direction, proved if that is due.
+        """The result of ``score``, proved if that is due.
+
+        ``plain`` runs a forward without any mode and returns what :class:`Proof` takes.
 
         Raises:
             NotExactError: the engine disagrees with plain autograd.
         """
-        due = not task.captured and self.due((task.n, describe(task.inputs)))
-        if due:
-            scored = self.prove(task, snapshot, lambda: (task.forward_train(), direction), score)
-        else:
-            scored = score()
+        due = not task.captured and self.due(size)
+        scored = self._proved(task, snapshot, plain, score) if due else score()
         scored.proof = self.note
         return scored
 
-    def prove(
+    def _proved(
         self,
         task: Task,
         snapshot: Snapshot,
         plain: Callable[[], tuple[Tensor, Direction | Tensor]],
         score: Callable[[], Scored],
     ) -> Scored:
-        """The result of ``score``, after a comparison with plain autograd.
-
-        Both start from the present buffers and generators. ``plain`` runs a forward without any
-        mode and returns what :class:`Proof` takes.
-
-        Raises:
-            NotExactError: the two disagree.
-        """
+        """The result of ``score``, after a comparison from the present state and generators."""
         devices = task.members.devices()
         start = Generators(devices)
         proof = None
@@ -302,11 +299,7 @@ class Proofs:
         """The record of this kind of step; ``more`` is what else the engine tells kinds by."""
         key = (
             tuple(map(_kind, pytree.tree_leaves(task.inputs))),
-            task.members.training,
-            tuple(map(id, task.parameters)),
-            id(task.loss_fn),
-            id(task.clean_loss_fn),
-            task.autocast.key,
+            *task.settings,
             *more,
         )
         record = self._records.setdefault(key, Record())
@@ -314,6 +307,29 @@ class Proofs:
         if len(self._records) > _LARGEST_NUMBER_OF_RECORDS:
             self._records.popitem(last=False)
         return record
+
+    def along(
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        given: Direction | None,
+        score: Callable[[Task, Snapshot, Direction, bool], Scored],
+    ) -> Scored:
+        """The result of an engine that knows the direction first, proved if that is due.
+
+        ``score`` is also told whether the direction was ``given``; else it is the clean batch's.
+
+        Raises:
+            NotExactError: the engine disagrees with plain autograd.
+        """
+        direction = clean_direction(task, snapshot) if given is None else given
+        return self.of(task).scored(
+            task,
+            snapshot,
+            (task.n, describe(task.inputs)),
+            lambda: (task.forward_train(), direction),
+            lambda: score(task, snapshot, direction, given is not None),
+        )
 
 
 def _kind(leaf: Any) -> Any:

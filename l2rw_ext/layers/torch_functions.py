@@ -49,6 +49,17 @@ def getters(*names: str) -> set[Any]:
     return {getattr(Tensor, name).__get__ for name in names}
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among arguments or results, also in nested lists, tuples and dictionaries."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [x for branch in tree for x in tensors_in(branch)]
+
+
 def for_subclasses(run: Callable[..., Any], tensors: Iterable[Tensor]) -> Callable[..., Any]:
     """What stands in for a torch function, on arguments among which are ``tensors``.
 

@@ -75,7 +75,7 @@ class Snapshot:
     def restore_trained(self) -> None:
         """Restore the state that was kept: what could change it is over."""
         if self._trained is not None:
-            _restored(self._trained)
+            _check_lost(self._trained.restore())
 
     def mark_generators(self) -> None:
         """Make the present state of the generators the one that a further engine starts from.
@@ -90,7 +90,7 @@ class Snapshot:
         Raises:
             RuntimeError: the forward wrote to a tensor that no earlier step wrote to.
         """
-        _restored(self.state)
+        _check_lost(self.state.restore())
 
     def restore(self) -> None:
         """Put both back, for another try; see :meth:`restore_state`."""
@@ -105,10 +105,6 @@ class Snapshot:
             self.state.rebind()  # a captured step has written no value
             return []
         return self.state.restore()
-
-
-def _restored(state: State) -> None:
-    _check_lost(state.restore())
 
 
 def _check_lost(names: list[str]) -> None:

@@ -65,5 +65,6 @@ class _Shared:
 
 
 for_steps = _Shared()
-"""A context: compiled models run eagerly, reentrant checkpoints as non-reentrant ones, and torch's
-transformers without the modes of a step where these would keep them off the fast path."""
+"""A context: compiled models run eagerly, reentrant checkpoints as non-reentrant ones, torch's
+transformers without the modes of a step where these would keep them off the fast path; and cached
+weights are put back in the end."""

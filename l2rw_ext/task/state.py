@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2rw_ext.data.batch import is_plain
 from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import storage_of
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _WRAPPERS = ("torch.nn.parallel.", "torch._dynamo.")
 """Packages of modules whose attributes are torch's bookkeeping of its hooks and compiled code."""
 _ABSENT = object()
@@ -164,7 +164,7 @@ class State:
         layout = self._layout
         if not layout.unassigned():
             for table, saved in layout.tables:
-                yield from _assigned(table, saved, lambda a, b: a is not b)
+                yield from _assigned(table, saved)
             for attributes, saved in layout.attributes:
                 yield from _assigned(attributes, saved, _another)
         if layout.versions() != self._versions or layout.places_now() != layout.places:
@@ -183,11 +183,7 @@ class State:
     def assigned(self) -> str | None:
         """The name of a tensor that is another or lies elsewhere than it did, if there is one."""
         layout = self._layout
-        names = (
-            name
-            for table, saved in layout.tables
-            for name in _assigned(table, saved, lambda a, b: a is not b)
-        )
+        names = (name for table, saved in layout.tables for name in _assigned(table, saved))
         places = zip(layout.names, layout.places_now(), layout.places, strict=True)
         moved = (name for name, now, then in places if now != then)
         return next(itertools.chain(names, moved), None)
@@ -248,9 +244,9 @@ def _same(table: Any, saved: dict[str, Any]) -> bool:
 
 
 def _assigned(
-    table: Any, saved: dict[str, Any], another: Callable[[Any, Any], bool]
+    table: Any, saved: dict[str, Any], another: Callable[[Any, Any], bool] = lambda now, saved: True
 ) -> Iterator[str]:
-    """Names whose value in the table is another than the saved one."""
+    """Names whose value in the table is another than the saved one, also to ``another``."""
     if _same(table, saved):
         return
     found = table if isinstance(table, dict) else dict(table.items())
@@ -264,18 +260,17 @@ def _assigned(
 
 def _another(now: Any, saved: Any) -> bool:
     """Whether an attribute has another value, as far as attributes are followed."""
-    if _is_plain(now) and _is_plain(saved):
+    if _all_plain(now) and _all_plain(saved):
         return type(now) is not type(saved) or repr(now) != repr(saved)  # equal bits of NaN and -0
-    return any(x is _ABSENT or isinstance(x, (*_PLAIN, Tensor, tuple)) for x in (now, saved))
+    return any(x is _ABSENT or is_plain(x) or isinstance(x, (Tensor, tuple)) for x in (now, saved))
 
 
-def _is_plain(x: Any) -> bool:
-    return isinstance(x, _PLAIN) or (isinstance(x, tuple) and all(map(_is_plain, x)))
+def _all_plain(x: Any) -> bool:
+    return is_plain(x) or (isinstance(x, tuple) and all(map(_all_plain, x)))
 
 
 def _put_back(table: Any, saved: dict[str, Any]) -> None:
-    names = _assigned(table, saved, lambda a, b: a is not b)
-    if next(names, None) is None:
+    if next(_assigned(table, saved), None) is None:
         return
     if not isinstance(table, dict):  # which takes no other names
         for name, value in saved.items():

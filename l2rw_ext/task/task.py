@@ -54,6 +54,17 @@ class Task:
         """The number of clean examples, a guess until the clean losses are known; 0 for none."""
         return 0 if self.clean_size is None else self.clean_size.number
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What a forward depends on besides its batch: modes, parameters, losses, autocast."""
+        return (
+            self.members.training,
+            tuple(map(id, self.parameters)),
+            id(self.loss_fn),
+            id(self.clean_loss_fn),
+            self.autocast.key,
+        )
+
     def scaled(self, seed: Tensor) -> Tensor:
         """The seed of a backward, times the loss scale."""
         return seed if self.loss_scale is None else seed * self.loss_scale.to(seed.dtype)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from l2rw_ext.layers.torch_functions import tensors_in
+
 
 class CastRule(NamedTuple):
     """The dtypes that autocast gives a function's operands and result; None for no change."""
@@ -87,7 +89,7 @@ def _output_dtype(
         x = x.detach().clone()
         return x if dtype is None else cast(x, dtype)
 
-    devices = {x.device for x in tensors_in((*args, *kwargs.values())) if x.is_cuda}
+    devices = {x.device for x in tensors_in((args, kwargs)) if x.is_cuda}
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -95,7 +97,7 @@ def _output_dtype(
             out = func(*each(copied, args), **each(copied, kwargs))
     finally:
         torch.set_autocast_cache_enabled(caches)
-    return next((x.dtype for x in tensors_in((out,)) if x.is_floating_point()), None)
+    return next((x.dtype for x in tensors_in(out) if x.is_floating_point()), None)
 
 
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -112,12 +114,3 @@ def each(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, dict):
         return {k: each(change, x) for k, x in tree.items()}
     return tree
-
-
-def tensors_in(tree: tuple[Any, ...] | list[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, also those in lists and tuples."""
-    for x in tree:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (tuple, list)):
-            yield from tensors_in(x)

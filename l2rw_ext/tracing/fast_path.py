@@ -24,6 +24,7 @@ from torch.overrides import (
 from torch.utils import _pytree as pytree
 
 from l2rw_ext.errors import NotExactError
+from l2rw_ext.layers.torch_functions import tensors_in
 
 _FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -58,7 +59,7 @@ def _without_modes(original: Callable[..., Any]) -> Callable[..., Any]:
         # A mode of the user's keeps torch off the fast path in training too.
         if not modes or not all(isinstance(mode, StepMode) for mode in modes):
             return original(module, *args, **kwargs)
-        given = _tensors(args, kwargs)
+        given = tensors_in((args, kwargs))
         if torch.is_grad_enabled() and any(x.requires_grad for x in (*given, *module.parameters())):
             return original(module, *args, **kwargs)
         # Without grad a tensor may still carry a tangent, which is no part of its value. What is
@@ -71,7 +72,7 @@ def _without_modes(original: Callable[..., Any]) -> Callable[..., Any]:
             for _ in modes:
                 stack.enter_context(_pop_mode_temporarily())
             out = original(module, *args, **kwargs)
-        if any(x.requires_grad for x in _tensors(out)):
+        if any(x.requires_grad for x in tensors_in(out)):
             raise NotExactError(
                 f"the result of a {type(module).__name__} requires grad, although nothing that it "
                 "holds or is given does"
@@ -81,7 +82,3 @@ def _without_modes(original: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return forward
-
-
-def _tensors(*trees: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(trees) if isinstance(x, Tensor)]

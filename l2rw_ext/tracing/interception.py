@@ -12,8 +12,8 @@ has a rewrite, which runs the composition.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -23,7 +23,7 @@ from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Call, Function, Layer, Roots, Use
-from l2rw_ext.layers.torch_functions import for_subclasses, takes, writes
+from l2rw_ext.layers.torch_functions import for_subclasses, takes, tensors_in, writes
 
 from . import autocast
 from .example_map import ExampleMap
@@ -199,7 +199,7 @@ class Interception(StepMode):
             lower = torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device) and lower == torch.float16:
                 self.narrow = True
-        tensors = list(autocast.tensors_in((*args, *kwargs.values())))
+        tensors = tensors_in((args, kwargs))
         data = [x for x in tensors if self.is_data(x)]
         if (
             func in _BY_PARTS
@@ -384,24 +384,15 @@ class Interception(StepMode):
             found = self._casts[key] = autocast.cast(x.detach(), dtype)
         return found
 
-    def recompute(self) -> Recomputation:
+    @contextmanager
+    def recompute(self) -> Iterator[None]:
         """A context for the backward of checkpoints: rules run, and no use is recorded."""
-        return Recomputation(self)
-
-
-class Recomputation:
-    """Enters an interception again for the forward that a checkpoint repeats in backward."""
-
-    def __init__(self, interception: Interception) -> None:
-        self._interception = interception
-
-    def __enter__(self) -> None:
-        self._interception._listing = False
-        self._interception.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._interception.__exit__(*error)
-        self._interception._listing = True
+        self._listing = False
+        try:
+            with self:
+                yield
+        finally:
+            self._listing = True
 
 
 _ARITHMETIC = frozenset(

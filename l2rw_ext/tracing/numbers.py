@@ -10,50 +10,44 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
+from .dispatch import DispatchMode, argument
 
 _COUNTING = ("arange", "range", "linspace", "lift_fresh")
 """Operations whose numbers say how many elements there are, or are looked at by themselves."""
 
 
-class Numbers(TorchDispatchMode):
+class Numbers(DispatchMode):
     """Collects, in a forward, pairs of an operation and a number that it computes with.
 
     Sizes, dimensions and places are not such numbers.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: set[tuple[str, float | complex]] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No step runs compiled code, and to skip the compiler would load it, for seconds."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         name = getattr(func, "_opname", "")
         if name == "lift_fresh" and args[0].numel() == 1:
             self.found.add((name, args[0].item()))  # ``torch.tensor`` of one number
         elif name and name not in _COUNTING:
             for where in _numbers(func):
-                value = args[where] if isinstance(where, int) and where < len(args) else None
-                if not isinstance(where, int):
-                    value = (kwargs or {}).get(where)
+                value = argument(*where, args, kwargs)
                 if isinstance(value, (int, float, complex)):
                     self.found.add((name, value))
         return out
 
 
 @functools.cache
-def _numbers(func: Any) -> tuple[int | str, ...]:
-    """Where an operation takes numbers to compute with: positions and names of arguments."""
-    found: list[int | str] = []
-    for position, a in enumerate(func._schema.arguments):
-        # A tensor may be given as a number.
-        if str(a.real_type).removeprefix("Optional[").rstrip("]") in ("number", "float", "Tensor"):
-            found.append(a.name if a.kwarg_only else position)
-    return tuple(found)
+def _numbers(func: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of the arguments that may be numbers to compute with."""
+    kinds = ("number", "float", "Tensor")  # a tensor may be given as a number
+    return tuple(
+        (position, a.name)
+        for position, a in enumerate(func._schema.arguments)
+        if str(a.real_type).removeprefix("Optional[").rstrip("]") in kinds
+    )

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-_WRITTEN_WITHOUT_A_WORD = ("running_mean", "running_var")
+from .dispatch import DispatchMode, argument
+
+STATISTICS = ("running_mean", "running_var")
 """Arguments that operators of batch norm write to, although not all of their schemas say so."""
 
 
@@ -43,7 +44,7 @@ class Written:
         self._watched.clear()
 
 
-class BeforeWrites(TorchDispatchMode):
+class BeforeWrites(DispatchMode):
     """Calls functions before an operation writes to a storage.
 
     Version counters would say only afterwards that a tensor was written to, and those of aliases
@@ -55,13 +56,8 @@ class BeforeWrites(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """False, because to skip it torch would load it, and compiled code is not run in a step."""
-        return False
-
     def __init__(self, calls: Mapping[int, Sequence[Callable[[], None]]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._calls = calls
 
     def __torch_dispatch__(
@@ -70,8 +66,8 @@ class BeforeWrites(TorchDispatchMode):
         kwargs = kwargs or {}
         # Nothing here is a call of the model's, which a function mode should see.
         with torch._C.DisableTorchFunction():
-            for position, name in _targets(func):
-                given = args[position] if position < len(args) else kwargs.get(name)
+            for where in _targets(func):
+                given = argument(*where, args, kwargs)
                 for x in given if isinstance(given, (list, tuple)) else (given,):
                     storage = storage_of(x) if isinstance(x, Tensor) else None
                     for call in () if storage is None else self._calls.get(storage, ()):
@@ -97,5 +93,5 @@ def _targets(func: Any) -> tuple[tuple[int, str], ...]:
         (position, argument.name)
         for position, argument in enumerate(() if schema is None else schema.arguments)
         if (argument.alias_info is not None and argument.alias_info.is_write)
-        or argument.name in _WRITTEN_WITHOUT_A_WORD
+        or argument.name in STATISTICS
     )

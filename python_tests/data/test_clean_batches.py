@@ -170,6 +170,7 @@ def test_default_device(device: str) -> None:
         (lambda: CleanBatches(([1, 2], [3, 4])), "no tensor"),
         (lambda: CleanBatches((torch.zeros(3), object())), "type object has no rows.*collate_fn"),
         (lambda: CleanBatches(iter([1])), "got list_iterator"),
+        (lambda: CleanBatches(torch.zeros(3)), "expected a dataset or a pair of.*got Tensor"),
     ],
 )
 def test_clean_sets(make: Callable[[], Any], match: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
 
 from l2rw_ext import Reweighter
 from support.models import cross_entropy, mlp, vectors
@@ -16,10 +17,11 @@ from support.oracle import unchanged
     [
         (torch.arange(5), ValueError, "one number for each of the 6 training examples"),
         (torch.arange(6.0), TypeError, "index must hold whole numbers, got torch.float32"),
+        (list("abcdef"), TypeError, "index must hold whole numbers, got .'a', 'b'"),
         (torch.arange(6) - 1, ValueError, "index must not be negative, got -1"),
     ],
 )
-def test_bad_index(index: Tensor, error: type[Exception], message: str) -> None:
+def test_bad_index(index: Any, error: type[Exception], message: str) -> None:
     model, batch, clean = mlp(), vectors(6), vectors(4)
     with unchanged(model), pytest.raises(error, match=message):
         Reweighter(model, cross_entropy).backward(batch, clean, index=index)

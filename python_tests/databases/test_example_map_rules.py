@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 
+from l2rw_ext.layers.torch_functions import tensors_in
 from l2rw_ext.tracing.example_map import ExampleMap
-from l2rw_ext.tracing.example_map.call import tensors_in
 from support.example_maps import Checked
 
 pytestmark = [pytest.mark.databases, pytest.mark.filterwarnings("ignore")]

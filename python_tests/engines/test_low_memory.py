@@ -129,12 +129,6 @@ def test_auto_follows_a_model_that_begins_to_checkpoint(kept: list[list[Any]]) -
     assert [bool(k) for k in kept] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("low_memory", [None, "yes", 2])
-def test_values_that_it_does_not_have(low_memory: Any) -> None:
-    with pytest.raises(ValueError, match=r"low_memory must be one of False, True, 'auto', got"):
-        Reweighter(nn.Linear(5, CLASSES), cross_entropy, low_memory=low_memory)
-
-
 def test_checkpointed_blocks_are_computed_again_for_both_backwards() -> None:
     calls = 0
 

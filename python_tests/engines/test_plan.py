@@ -16,7 +16,6 @@ from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.data.batch import merge
 from l2rw_ext.engines.layerwise import engine as layerwise
 from l2rw_ext.engines.layerwise.probe import Probe, seeds
-from l2rw_ext.engines.proof import due
 from l2rw_ext.layers import costs
 from l2rw_ext.reference import relative_error
 from support.models import CLASSES, cross_entropy, mlp, model_of, token_loss, vectors
@@ -410,10 +409,6 @@ def test_coupling_that_wakes_later(name: str, kind: str, shape: Any, forced: boo
         except NotExactError:
             continue
         assert relative_error(found, expected) < 1e-12
-
-
-def test_when_a_proof_is_repeated() -> None:
-    assert [step for step in range(70_000) if due(step)] == [16, 256, 4096, 65536]
 
 
 @pytest.mark.parametrize("count", [1, 8, 61, 62, 200])

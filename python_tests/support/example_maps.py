@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from l2rw_ext.layers.torch_functions import tensors_in
 from l2rw_ext.tracing.example_map import MIXED, ExampleMap, Exits, Verdict, judge
-from l2rw_ext.tracing.example_map.call import tensors_in
 
 
 class Mapped(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -238,6 +239,25 @@ def test_a_model_that_counts_its_forwards_is_not_merged_for_long() -> None:
         reweighter.backward(vectors(6), vectors(4))
         assert model.count == k
     assert forwards == [4, 6]
+
+
+class _Size(enum.Enum):
+    SMALL = 1
+    LARGE = 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_attribute_that_follows_the_size_of_the_batch(engine: Any) -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        model.size = _Size.LARGE if len(x) > 6 else _Size.SMALL
+        return model.head(x)
+
+    model = model_of(forward, head=nn.Linear(5, CLASSES))
+    model.size = _Size.SMALL
+    reweighter = Reweighter(model, cross_entropy, engine=engine)
+    for _ in range(2):
+        reweighter.backward(vectors(6), vectors(4))
+        assert model.size is _Size.SMALL
 
 
 def test_a_plain_model_is_still_merged() -> None:

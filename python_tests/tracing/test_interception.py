@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import NotExactError, Reweighter
-from l2rw_ext.tracing.graph import check_graph
+from l2rw_ext.tracing.coverage import check_graph
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
 from support.models import CLASSES, ENGINES, cross_entropy, mlp, model_of, vectors

@@ -16,7 +16,7 @@ from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.proof import Proofs
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Direction, Task, check_losses, clean_direction
+from l2rw_ext.task.task import Direction, Task, check_losses
 
 from . import rules  # noqa: F401  registers the rules of :class:`Tangents`
 from .dual import unpack
@@ -40,15 +40,10 @@ class Forward(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """Clean forward and backward, then the training forward; see :class:`Engine`."""
-        given = direction is not None
-        if direction is None:
-            direction = clean_direction(task, snapshot)
-        return self._proofs.of(task).along(
-            task, snapshot, direction, lambda: _score(task, direction, given)
-        )
+        return self._proofs.along(task, snapshot, direction, _score)
 
 
-def _score(task: Task, direction: Direction, given: bool) -> Scored:
+def _score(task: Task, snapshot: Snapshot, direction: Direction, given: bool) -> Scored:
     # Tangents keeps what a checkpoint would drop. If something is recomputed after all, torch
     # counts what it saves and raises.
     with _LEVEL, _loaded().dual_level(), set_checkpoint_early_stop(False):

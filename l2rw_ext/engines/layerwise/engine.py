@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +18,6 @@ from l2rw_ext.data.batch import (
     describe,
     merge,
     share_memory,
-    split,
     tensors,
 )
 from l2rw_ext.engines.base import Engine, Scored
@@ -31,13 +29,14 @@ from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.tracing.coverage import check_graph
 from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
-from l2rw_ext.tracing.graph import check_graph, sources
+from l2rw_ext.tracing.graph import sources
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
 
 from .derived import Leaves
-from .merging import NotMergeableError, check_mergeable
+from .merging import NotMergeableError, check_mergeable, merged_losses
 from .probe import Probe, seeds
 from .rows import labelled, rows_of
 from .scoring import OverflowedError, Scoring, StalePlanError
@@ -192,14 +191,14 @@ class Layerwise(Engine):
             task = replace(task, clean_targets=cloned(task.clean_targets))
 
         def plain() -> tuple[Tensor, Tensor]:
-            return _merged_losses(task, inputs, lambda part: contextlib.nullcontext())
+            return merged_losses(task, inputs)
 
         def score(new: bool) -> Scoring:
             both = _Pass(task, None, kind, task.n + task.m, new=new)
             both.enter(inputs)
             both.enter(task.targets, task.n)
             both.enter(task.clean_targets, task.m, task.n)
-            losses, clean_losses = _merged_losses(task, inputs, both.part)
+            losses, clean_losses = merged_losses(task, inputs, both.part)
             both.check([losses, clean_losses])
             name = snapshot.state.changed()
             if name is not None:
@@ -265,11 +264,8 @@ class Layerwise(Engine):
         new = new or not kind.plans
         if kind.proof is None:
             kind.proof = self._proofs.of(task, passes, kind.by_row)
-        record = kind.proof
-        due = not task.captured and record.due((kind.alone, len(kind.plans)) if new else None)
-        scored = record.prove(task, snapshot, plain, lambda: score(new)) if due else score(new)
-        scored.proof = record.note
-        return scored
+        size = (kind.alone, len(kind.plans)) if new else None
+        return kind.proof.scored(task, snapshot, size, plain, lambda: score(new))
 
 
 class _Pass:
@@ -448,23 +444,11 @@ def _reports(node: Any) -> bool:
 
 
 def _key_of_step(task: Task, direction: Direction | None) -> Key:
-    """The key of a step, whose first part is :func:`_key`."""
+    """What a plan depends on, apart from the operations that it records; the clean batch last."""
+    alone = (task.size.guess, describe(task.inputs), *task.settings)
     if direction is not None or task.clean_size is None:
-        return _key(task), None
-    return _key(task), (task.clean_size.guess, describe(task.clean_inputs))
-
-
-def _key(task: Task) -> Key:
-    """What a plan depends on, apart from the clean batch and the operations that it records."""
-    return (
-        task.size.guess,
-        describe(task.inputs),
-        task.members.training,
-        tuple(map(id, task.parameters)),
-        id(task.loss_fn),
-        id(task.clean_loss_fn),
-        task.autocast.key,
-    )
+        return alone, None
+    return alone, (task.clean_size.guess, describe(task.clean_inputs))
 
 
 def _check_wrappers(members: Members) -> None:
@@ -489,39 +473,6 @@ def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
         use.shape,
         *(None if r is None else names.get(id(r)) or (r.shape, sources(r)) for r in use.roots),
     )
-
-
-def _merged_losses(
-    task: Task, inputs: Any, part: Callable[[str], AbstractContextManager[None]]
-) -> tuple[Tensor, Tensor]:
-    """Training and clean losses of one forward; ``part`` gives the context of each of its parts.
-
-    Raises:
-        NotMergeableError: the model or a loss function cannot work on the merged batch. (An error
-            that is the model's own comes back from the two passes.)
-    """
-    n, m = task.n, task.m
-    try:
-        with part("merged"):
-            outputs = task.forward(inputs)
-        parts = split(outputs, n, m)
-        if parts is None:
-            raise NotMergeableError("an output has no dimension 0 that counts examples")
-        with part("train"):
-            losses = task.losses(parts[0])
-        with part("clean"):
-            clean_losses = task.clean_losses(parts[1])
-        if (losses.numel(), clean_losses.numel()) != (n, m):
-            raise NotMergeableError("the batches hold other numbers of examples than rows")
-    except (NotCapturableError, NotExactError, NotMergeableError):
-        raise
-    except Exception as error:
-        # A loss function that writes to its part of the outputs does so in each step.
-        writes = "modified inplace" in str(error)
-        raise NotMergeableError(
-            f"{type(error).__name__} on the merged batch", permanent=writes
-        ) from error
-    return losses, clean_losses
 
 
 def _precision(interception: Interception, losses: Tensor) -> float:

@@ -7,7 +7,9 @@ that computes with the size of its batch.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2rw_ext.data.batch import split
+from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Generators, Snapshot
 from l2rw_ext.task.task import Task
@@ -31,6 +34,41 @@ class NotMergeableError(Exception):
     def __init__(self, message: str, *, permanent: bool = True) -> None:
         super().__init__(message)
         self.permanent = permanent
+
+
+def merged_losses(
+    task: Task,
+    inputs: Any,
+    part: Callable[[str], AbstractContextManager[None]] = lambda name: contextlib.nullcontext(),
+) -> tuple[Tensor, Tensor]:
+    """Training and clean losses of one forward; ``part`` gives the context of each of its parts.
+
+    Raises:
+        NotMergeableError: the model or a loss function cannot work on the merged batch. (An error
+            that is the model's own comes back from the two passes.)
+    """
+    n, m = task.n, task.m
+    try:
+        with part("merged"):
+            outputs = task.forward(inputs)
+        parts = split(outputs, n, m)
+        if parts is None:
+            raise NotMergeableError("an output has no dimension 0 that counts examples")
+        with part("train"):
+            losses = task.losses(parts[0])
+        with part("clean"):
+            clean_losses = task.clean_losses(parts[1])
+        if (losses.numel(), clean_losses.numel()) != (n, m):
+            raise NotMergeableError("the batches hold other numbers of examples than rows")
+    except (NotCapturableError, NotExactError, NotMergeableError):
+        raise
+    except Exception as error:
+        # A loss function that writes to its part of the outputs does so in each step.
+        writes = "modified inplace" in str(error)
+        raise NotMergeableError(
+            f"{type(error).__name__} on the merged batch", permanent=writes
+        ) from error
+    return losses, clean_losses
 
 
 def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: float) -> None:
@@ -56,8 +94,8 @@ def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: floa
         # With grad, as in the step, but without the memory of a graph.
         with torch.autograd.graph.saved_tensors_hooks(_drop, _refuse):
             same = _agree(task, snapshot, inputs, precision, draws=draws)
-    except _BackwardInsideError:
-        raise NotMergeableError("the forward runs a backward of its own") from None
+    except NotMergeableError:
+        raise
     except Exception as error:
         raise NotMergeableError(
             f"{type(error).__name__} in another forward of the step", permanent=False
@@ -71,12 +109,7 @@ def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: floa
 
 def _agree(task: Task, snapshot: Snapshot, inputs: Any, eps: float, *, draws: bool) -> bool:
     """Whether the forward of each batch does what the merged forward does."""
-
-    def merged() -> tuple[Tensor, Tensor]:
-        parts = split(task.forward(inputs), task.n, task.m)
-        assert parts is not None
-        return task.losses(parts[0]), task.clean_losses(parts[1])
-
+    merged = functools.partial(merged_losses, task, inputs)
     runs: tuple[Callable[[], Any], ...] = (merged, task.forward_train, task.forward_clean)
     found = []
     numbers = []
@@ -124,16 +157,12 @@ class _WithoutDropout(StepMode):
         return func(*args, **kwargs)
 
 
-class _BackwardInsideError(Exception):
-    """A backward needs a tensor that :func:`_drop` did not keep."""
-
-
 def _drop(saved: Tensor) -> None:
     """Keep no saved tensor, because no backward follows."""
 
 
 def _refuse(saved: None) -> Tensor:
-    raise _BackwardInsideError
+    raise NotMergeableError("the forward runs a backward of its own")
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -8,6 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from l2rw_ext.layers.torch_functions import tensors_in
+from l2rw_ext.tracing.writes import STATISTICS
+
 from .ids import full, mixed, over
 
 Rule: TypeAlias = Callable[..., Any]
@@ -42,21 +45,6 @@ def _signature(func: Any) -> tuple[list[str], dict[str, Any], dict[str, bool]]:
     )
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dictionaries."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (tuple, list)):
-        return []
-    return [x for branch in tree for x in tensors_in(branch)]
-
-
-_WRITES_STATISTICS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
-"""Operations that write their running statistics, which their schemas do not say."""
-
-
 class Call:
     """An operation: its arguments by name, and the ids of tensors under one *reading* of them.
 
@@ -84,8 +72,8 @@ class Call:
         inputs = {k: v for k, v in kwargs.items() if not written.get(k)}
         self.tensors = tensors_in((args, inputs))
         self.writes = tensors_in([self[name] for name in written])
-        if self.name in _WRITES_STATISTICS and self["training"]:
-            self.writes = tensors_in([self["running_mean"], self["running_var"]])
+        if self["training"] and not self.writes:
+            self.writes = tensors_in([self[name] for name in STATISTICS])
         self.chose = False
         """Whether an index that may be another in the next forward decided the ids."""
 

@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .call import Call, tensors_in
+from l2rw_ext.layers.torch_functions import tensors_in
+from l2rw_ext.tracing.dispatch import DispatchMode
+
+from .call import Call
 from .ids import MIXED, NONE, counted, full, join, mixed, over, prefer, unowned
 from .rules import rule_of
 from .storages import Pair, Storage, geometry, key, plain
@@ -40,7 +42,7 @@ _SEEN_BY_GEOMETRY = ("detach", "alias", "as_strided")
 """Views whose ids are found by storage and geometry, with no rule."""
 
 
-class ExampleMap(TorchDispatchMode):
+class ExampleMap(DispatchMode):
     """A mode for one forward and its losses; :class:`~.exits.Exits` belongs to it.
 
     Args:
@@ -68,7 +70,7 @@ class ExampleMap(TorchDispatchMode):
     def __init__(
         self, count: int, permanent: Iterable[tuple[str, Tensor]], *, by_row: bool = False
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.count = count
         self.notes: dict[str, dict[str, str]] = {}
         """What was met, by kind: for each operation the line of the user's code, "file:line".
@@ -89,11 +91,6 @@ class ExampleMap(TorchDispatchMode):
         self._storages: dict[int, Storage] = {}
         self._within: set[int] | None = None
         self._resting = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No step runs compiled code, and to skip the compiler would load it, for seconds."""
-        return False
 
     def enter(
         self, x: Tensor, *, dimension: int | None = None, first: int = 0, size: int | None = None

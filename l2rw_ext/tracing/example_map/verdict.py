@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from l2rw_ext.tracing.graph import nodes_from
+
 from .ids import NONE, counted
 from .map import ExampleMap
 
@@ -91,18 +93,16 @@ def judge(
     what = _reason(notes, {"mixes values": "{}"} | _TODAY | _UNSURE)
     if what is not None:
         together += f": {what}"
-    if labelled and today is None:
-        why = "each loss keeps to the rows of its example"
-        return Verdict("certain", apart, together, why, notes)
-    if labelled and today is not None:
-        return Verdict("today", apart, together, today, notes)
+    if labelled:
+        why = today or "each loss keeps to the rows of its example"
+        return Verdict("today" if today else "certain", apart, together, why, notes)
     if unsure is not None:
         return Verdict("unsure", apart, together, unsure, notes)
-    mixes = _reason(notes, {"mixes": "{} mixes examples"})
-    if not each:
-        mixes = "there is not one loss for each example"
-    if mixes is None:
-        mixes = "the losses do not come in the order of the examples"
+    mixes = "there is not one loss for each example"
+    if each:
+        mixes = _reason(notes, {"mixes": "{} mixes examples"}) or (
+            "the losses do not come in the order of the examples"
+        )
     return Verdict("mixed", apart, together, mixes, notes)
 
 
@@ -116,14 +116,10 @@ def _reason(notes: dict[str, dict[str, str]], kinds: dict[str, str]) -> str | No
 
 def _custom_functions(losses: Sequence[Tensor], ours: Callable[[Any], bool]) -> dict[str, str]:
     """Names of the custom Functions that gradients of the losses pass."""
-    stack: list[Any] = [x.grad_fn for x in losses]
-    seen: set[Any] = {None}
-    found: dict[str, str] = {}
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack += [following for following, _ in node.next_functions]
-            if isinstance(node, torch.autograd.function.BackwardCFunction) and not ours(node):
-                found[type(node).__name__.removesuffix("Backward")] = ""
-    return found
+    seen: set[Any] = set()
+    return {
+        type(node).__name__.removesuffix("Backward"): ""
+        for x in losses
+        for node in nodes_from(x, seen)
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not ours(node)
+    }

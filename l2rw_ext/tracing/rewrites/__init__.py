@@ -1,4 +1,4 @@
-"""Torch functions that are composed of layers, or decide by values; importing registers them."""
+"""Torch functions that run otherwise under interception; importing this registers them."""
 
 from . import composed, elementwise, gradients, products, recurrence
 

@@ -7,7 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ..call import Call, rule, tensors_in
+from l2rw_ext.layers.torch_functions import tensors_in
+
+from ..call import Call, rule
 from ..ids import NONE, join, mixed, over, regroup, squash
 
 
