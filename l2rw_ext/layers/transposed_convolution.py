@@ -97,7 +97,8 @@ class TransposedConvolution(Convolution):
             u = correlate(use, *_swapped(z, g), V, None)
             parts.append(_by_example(u, g))
         if V_b is not None:
-            parts.append(_bias_gradients(g) @ V_b)
+            G_b = _bias_gradients(g)
+            parts.append(G_b @ V_b.to(G_b.dtype))
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def example_gradients(
@@ -110,7 +111,7 @@ class TransposedConvolution(Convolution):
         if use.roots[1] is None:
             return (G, None), u
         G_b = _bias_gradients(g)
-        return (G, G_b), (u if V_b is None else u + G_b @ V_b)
+        return (G, G_b), (u if V_b is None else u + G_b @ V_b.to(G_b.dtype))
 
     def weighted_gradient(
         self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None

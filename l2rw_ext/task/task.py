@@ -132,6 +132,13 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
     """
     losses = task.forward_clean()
     check_parameters(losses, task.parameters)
+    direction = direction_of(task, losses)
+    snapshot.restore_state()
+    return direction
+
+
+def direction_of(task: Task, losses: Tensor) -> Direction:
+    """The gradient of the mean of clean losses, by plain autograd."""
     values = {}
     if losses.requires_grad:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
@@ -141,5 +148,4 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
             for p, g in zip(task.parameters, gradients, strict=True)
             if g is not None
         }
-    snapshot.restore_state()
     return Direction(values, losses.detach().mean())

@@ -17,12 +17,13 @@ from .interception import Interception
 
 def check_graph(
     interception: Interception, losses: Iterable[Tensor]
-) -> tuple[list[set[int]], list[str]]:
+) -> tuple[list[set[int]], list[int]]:
     """What the losses reach.
 
     Returns:
         the indices of the uses that the first loss reaches, then the first two losses, and so on;
-        and the names of all nodes in the order of the walk, which tell two graphs apart.
+        and the numbers of all nodes in the order of the walk, which tell two graphs apart: nodes
+        are numbered as they are made in the forward.
 
     Raises:
         NotExactError: a parameter is reachable past the intercepted uses, or a custom autograd
@@ -31,13 +32,14 @@ def check_graph(
     """
     reached: set[int] = set()
     after_each: list[set[int]] = []
-    names: list[str] = []
+    numbers: list[int] = []
     seen: set[Any] = set()
+    first = interception.first_node
     hides = ""
     for loss in losses:
         for node in nodes_from(loss, seen):
-            names.append(node.name())
             leaf = leaf_of(node)
+            numbers.append(-1 if leaf is not None else node._sequence_nr() - first)
             if isinstance(leaf, nn.Parameter):
                 if id(leaf) not in interception.names:
                     raise foreign(leaf)
@@ -55,7 +57,7 @@ def check_graph(
             f"parameter {interception.without_grad!r} is used without grad and the custom autograd "
             f"function {hides} may hide that use"
         )
-    return after_each, names
+    return after_each, numbers
 
 
 def _check_roots(interception: Interception, use: Use) -> None:

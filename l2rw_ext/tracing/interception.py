@@ -11,6 +11,7 @@ has a rewrite, which runs the composition.
 
 from __future__ import annotations
 
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -98,6 +99,10 @@ class Interception(StepMode):
         self.below_autocast: tuple[str, torch.dtype | None] | None = None
         """In a function that runs with autocast off: the device, and the dtype to compute in."""
         self._casts: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        first = (self.token * 1).grad_fn
+        assert first is not None
+        self.first_node = first._sequence_nr()
+        """The number of the node that autograd made last before the forward."""
         self._listing = True
         self._roots: dict[int, Tensor] = {}
         self._constants: dict[int, Tensor] = {}
@@ -161,16 +166,21 @@ class Interception(StepMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        number = len(self.calls)
         if self._listing:
-            self.calls.append(_described(func, args, kwargs))
+            with nullcontext() if self.example_map is None else self.example_map.aside():
+                self.calls.append(_described(func, args, kwargs))
+        out = NotImplemented
         if func in LAYERS or func in _REWRITES:
             if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
                 out = self._under_autocast(func, args, kwargs or {})
             else:
                 out = self._covered(func, args, kwargs or {})
-            if out is not NotImplemented:
-                return out
-        return self.other(func, args, kwargs or {})
+        if out is NotImplemented:
+            out = self.other(func, args, kwargs or {})
+        if self._listing:
+            _mark(out, number)
+        return out
 
     def _covered(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The function as a use or rewritten; NotImplemented if it is neither."""
@@ -395,6 +405,20 @@ class Interception(StepMode):
             self._listing = True
 
 
+_MADE_BY = "_l2rw_made_by"
+"""The attribute of a tensor without grad that says by which call of a forward it was made. Tensors
+with grad are told apart by the nodes of autograd's graph."""
+
+
+def _mark(out: Any, number: int) -> None:
+    if isinstance(out, Tensor):
+        if not out.requires_grad:
+            setattr(out, _MADE_BY, number)
+    elif isinstance(out, (tuple, list)):
+        for x in out:
+            _mark(x, number)
+
+
 _ARITHMETIC = frozenset(
     f"{prefix}{name}{suffix}"
     for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "pow")
@@ -404,31 +428,37 @@ _ARITHMETIC = frozenset(
 
 
 def _described(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """What a call tells of the structure of a forward: all but tensors and numbers.
+    """What a call tells of the structure of a forward: all but the values that it computes with.
 
-    Two forwards of equal calls bring the same examples together, if the same tensors meet in them.
+    Two forwards of equal calls, and with equal nodes in autograd's graph, bring the same examples
+    together.
     """
     name = getattr(func, "__name__", "")
-    found = [name, torch.is_grad_enabled()]
-    for a in (*args, *kwargs.values()) if kwargs else args:
-        kind = type(a)
-        if kind is int:
-            found.append(None if name in _ARITHMETIC else a)
-        elif kind in _STRUCTURAL:
-            found.append(a)
-        elif kind is tuple or kind is list or kind is slice or kind is torch.Size:
-            found.append(_structure(a))
-    if kwargs:
-        found.append(tuple(kwargs))
-    return tuple(found)
+    given = (*args, *kwargs.values()) if kwargs else args
+    if name in _ARITHMETIC:
+        # Numbers may be those of a schedule, but not where they make places of other places.
+        places = any(isinstance(a, Tensor) and not a.is_floating_point() for a in given)
+        tensors = (_structure(a) for a in given if places or isinstance(a, Tensor))
+        return name, torch.is_grad_enabled(), places, *tensors
+    return name, torch.is_grad_enabled(), tuple(kwargs or ()), *map(_structure, given)
 
 
-_STRUCTURAL = frozenset((bool, str, type(None), torch.dtype, type(Ellipsis)))
+_STRUCTURAL = frozenset((int, bool, str, type(None), torch.dtype, type(Ellipsis)))
 
 
 def _structure(a: Any) -> Any:
+    kind = type(a)
+    if kind in _STRUCTURAL:
+        return a
+    if kind is Tensor or isinstance(a, Tensor):
+        if a.dim() == 0 and not a.is_floating_point() and not a.is_complex():
+            inside = torch._C._functorch.peek_interpreter_stack() is not None
+            return None if inside or not devices.readable(a) else a.item()  # perhaps a place
+        return getattr(a, _MADE_BY, -1) if not a.requires_grad else None
+    if kind is float or kind is complex:
+        return None
     if isinstance(a, slice):
         return ":", _structure(a.start), _structure(a.stop), _structure(a.step)
     if isinstance(a, (tuple, list)):
         return tuple(map(_structure, a))
-    return a if type(a) is int or type(a) in _STRUCTURAL else type(a)
+    return int(a) if isinstance(a, numbers.Integral) else kind

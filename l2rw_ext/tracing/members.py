@@ -85,6 +85,12 @@ class Members:
         for prefix, part in self.parts.items():
             yield from part.named_parameters(prefix, remove_duplicate=False)
 
+    @property
+    def permanent(self) -> list[tuple[str, Tensor]]:
+        """Name and tensor of all parameters and buffers."""
+        buffers = [(name, x) for _, name, x in self.buffers if x is not None]
+        return [*self.parameters, *buffers]
+
     def devices(self) -> set[torch.device]:
         """Where the parameters are."""
         return {p.device for _, p in self.parameters}

@@ -1,45 +1,84 @@
-"""The numbers of the program that a forward computes with.
+"""What the program computes with in a forward besides data and members: numbers and constants.
 
 The size of a batch may enter what is computed (a sum divided by ``len(x)``) where values do not
-show it, because a zero multiplies it. The dispatcher shows each number, and two forwards of batches
-of other sizes compute with the same ones unless the size enters.
+show it, because a zero multiplies it. Forwards of batches of other sizes compute with the same
+numbers and constants unless the size enters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
-from .dispatch import DispatchMode, argument
+import torch
+from torch import Tensor
 
-_COUNTING = ("arange", "range", "linspace", "lift_fresh")
-"""Operations whose numbers say how many elements there are, or are looked at by themselves."""
+from .dispatch import argument
+from .example_map import ExampleMap
+from .example_map.call import Call
+from .example_map.ids import unowned
+from .example_map.storages import Pair, key, plain
+
+_COUNTING = ("arange", "range", "linspace")
+"""Operations whose numbers say how many elements there are; what they make is a constant."""
 
 
-class Numbers(DispatchMode):
-    """Collects, in a forward, pairs of an operation and a number that it computes with.
+class Numbers(ExampleMap):
+    """Collects numbers, and constants that meet data, with the operations that take them.
 
-    Sizes, dimensions and places are not such numbers.
+    Sizes, dimensions and places are not such numbers. Of a constant that is alike along a
+    dimension, as zeros for each example are, one place counts. Drawn numbers do not count.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[tuple[str, float | complex]] = set()
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.found: dict[str, set[Any]] = {}
+        """By part of the forward, see :meth:`part`."""
+        self._drawn: set[int] = set()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A context for a part of the forward."""
+        self._into = self.found.setdefault(name, set())
+        with self:
+            yield
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         name = getattr(func, "_opname", "")
-        if name == "lift_fresh" and args[0].numel() == 1:
-            self.found.add((name, args[0].item()))  # ``torch.tensor`` of one number
-        elif name and name not in _COUNTING:
+        if name and not self._resting and name not in _COUNTING:
             for where in _numbers(func):
                 value = argument(*where, args, kwargs)
                 if isinstance(value, (int, float, complex)):
-                    self.found.add((name, value))
+                    self._into.add((name, value))
         return out
+
+    def _follow(self, c: Call) -> None:
+        made = [*c.outs, *c.writes]
+        drawn = torch.Tag.nondeterministic_seeded in c.func.tags
+        if drawn or any(key(x) in self._drawn for x in c.tensors if plain(x)):
+            self._drawn.update(key(x) for x in made if plain(x))
+        super()._follow(c)
+
+    def _meets_constants(self, c: Call, pairs: list[Pair]) -> None:
+        for x, ids in zip(c.tensors, pairs, strict=True):
+            constant = plain(x) and not x.requires_grad and all(map(unowned, ids))
+            if constant and key(x) not in self._permanent and key(x) not in self._drawn:
+                self._into.add((c.name, _digest(x)))
+
+
+def _digest(x: Tensor) -> tuple[Any, ...]:
+    """Shape and elements of a constant."""
+    for d, size in enumerate(x.shape):
+        if size > 1 and bool((x == x.narrow(d, 0, 1)).all()):
+            x = x.narrow(d, 0, 1)
+    data = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tuple(x.shape), x.dtype, hash(data.numpy().tobytes())
 
 
 @functools.cache

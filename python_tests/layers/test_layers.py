@@ -710,14 +710,16 @@ def test_float32_errs_at_most_twice_as_much_as_double_backward(name: str, clean_
     assert_float32_errs_little(model, batch, clean, "layerwise")
 
 
+@pytest.mark.parametrize("layers", [None, ["*"]], ids=["merged", "two passes"])
 @pytest.mark.parametrize("name", _MODELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(name: str, dtype: torch.dtype) -> None:
+def test_half_precision(name: str, dtype: torch.dtype, layers: Any) -> None:
     make, batch_of = _MODELS[name]
     model = make().to(dtype)
     batch, clean = (_as(batch_of(n), dtype) for n in (6, 4))
     expected = truth(model, cross_entropy, batch, clean)
-    step = Reweighter(model, cross_entropy, engine="layerwise").backward(batch, clean)
+    reweighter = Reweighter(model, cross_entropy, engine="layerwise", layers=layers)
+    step = reweighter.backward(batch, clean)
     assert_matches(step, model, expected, 64 * torch.finfo(dtype).eps)
 
 

@@ -22,7 +22,7 @@ from l2rw_ext.data.batch import (
 )
 from l2rw_ext.engines.base import Engine, Scored
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
-from l2rw_ext.engines.proof import Proofs, Record
+from l2rw_ext.engines.proof import Plain, Proofs, Record, plain_training
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
@@ -190,7 +190,7 @@ class Layerwise(Engine):
             # The map tells by its memory whose a tensor is.
             task = replace(task, clean_targets=cloned(task.clean_targets))
 
-        def plain() -> tuple[Tensor, Tensor]:
+        def plain(task: Task) -> Plain:
             return merged_losses(task, inputs)
 
         def score(new: bool) -> Scoring:
@@ -198,7 +198,7 @@ class Layerwise(Engine):
             both.enter(inputs)
             both.enter(task.targets, task.n)
             both.enter(task.clean_targets, task.m, task.n)
-            losses, clean_losses = merged_losses(task, inputs, both.part)
+            losses, clean_losses, _ = merged_losses(task, inputs, both.part)
             both.check([losses, clean_losses])
             name = snapshot.state.changed()
             if name is not None:
@@ -209,8 +209,9 @@ class Layerwise(Engine):
             if both.verdict is not None:
                 if not both.verdict.apart:
                     raise NotMergeableError(both.verdict.together)
-                precision = _precision(both.interception, losses)
-                check_mergeable(task, snapshot, inputs, precision)
+                if both.places is not None:
+                    raise NotMergeableError("{} ({}) picks examples by place".format(*both.places))
+                check_mergeable(task, snapshot, inputs)
             both.backward(clean_losses.detach().mean(), "")
             return both.scoring
 
@@ -232,8 +233,8 @@ class Layerwise(Engine):
         direction = clean_direction(task, snapshot) if direction is None else direction
         values, clean_loss = direction.values, direction.clean_loss
 
-        def plain() -> tuple[Tensor, Direction]:
-            return task.forward_train(), direction
+        def plain(task: Task) -> Plain:
+            return plain_training(task, direction)
 
         def score(new: bool) -> Scoring:
             train = _Pass(task, values, own, task.n, new=new)
@@ -255,7 +256,7 @@ class Layerwise(Engine):
         snapshot: Snapshot,
         kind: _Kind,
         passes: str,
-        plain: Callable[[], tuple[Tensor, Direction | Tensor]],
+        plain: Callable[[Task], Plain],
         score: Callable[[bool], Scoring],
         *,
         new: bool,
@@ -293,12 +294,11 @@ class _Pass:
         self._leaves = Leaves(task.parameters)
         self.scoring = Scoring(task, self._leaves, directions)
         self.verdict: Verdict | None = None
+        self.places: tuple[str, str] | None = None
+        """An operation of the model that picks examples by their place, and its line."""
         self._map: ExampleMap | None = None
         if new:
-            members = task.members
-            buffers = [(name, x) for _, name, x in members.buffers if x is not None]
-            permanent = [*members.parameters, *buffers]
-            self._map = ExampleMap(count, permanent, by_row=kind.by_row)
+            self._map = ExampleMap(count, task.members.permanent, by_row=kind.by_row)
         self.interception = Interception(
             task.members, self.scoring, count if kind.by_row else None, self._map
         )
@@ -317,6 +317,8 @@ class _Pass:
         seen = contextlib.nullcontext() if self._map is None else Exits(self._map)
         with followed, self.interception, seen:
             yield
+        if self._map is not None and name == "merged":  # a loss function gets a batch of its own
+            self.places = next(iter(self._map.notes.get("places", {}).items()), None)
 
     def check(self, outputs: list[Tensor]) -> None:
         """Check the graph of the losses, and set the verdict of the map if there is one.
@@ -473,12 +475,6 @@ def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
         use.shape,
         *(None if r is None else names.get(id(r)) or (r.shape, sources(r)) for r in use.roots),
     )
-
-
-def _precision(interception: Interception, losses: Tensor) -> float:
-    """The largest machine epsilon among the dtypes of the losses and of the uses."""
-    operands = [x for use in interception.uses for x in (use.weight, use.bias) if x is not None]
-    return max(torch.finfo(dtype).eps for dtype in {x.dtype for x in (losses, *operands)})
 
 
 def _finite_seed(losses: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ that computes with the size of its batch.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2rw_ext.data.batch import split
+from l2rw_ext.data.batch import split, tensors
+from l2rw_ext.engines.proof import comparable
 from l2rw_ext.errors import NotCapturableError, NotExactError
 from l2rw_ext.layers.torch_functions import inside
-from l2rw_ext.task.isolation import Generators, Snapshot
-from l2rw_ext.task.task import Task
+from l2rw_ext.task.isolation import Generators, HostGenerators, Snapshot
+from l2rw_ext.task.task import Task, direction_of
 from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.numbers import Numbers
 
@@ -40,8 +40,13 @@ def merged_losses(
     task: Task,
     inputs: Any,
     part: Callable[[str], AbstractContextManager[None]] = lambda name: contextlib.nullcontext(),
-) -> tuple[Tensor, Tensor]:
-    """Training and clean losses of one forward; ``part`` gives the context of each of its parts.
+) -> tuple[Tensor, Tensor, Any]:
+    """Training and clean losses of one forward, and its outputs.
+
+    Args:
+        task: the step.
+        inputs: the merged inputs.
+        part: gives the context of each part of the forward.
 
     Raises:
         NotMergeableError: the model or a loss function cannot work on the merged batch. (An error
@@ -68,19 +73,19 @@ def merged_losses(
         raise NotMergeableError(
             f"{type(error).__name__} on the merged batch", permanent=writes
         ) from error
-    return losses, clean_losses
+    return losses, clean_losses, outputs
 
 
-def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: float) -> None:
+def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any) -> None:
     """Check that two separate forwards do what the merged one does.
 
-    They have to compute with the same numbers, whatever these multiply, and give the same losses.
+    They have to compute with the same numbers and constants, whatever these multiply, and to give
+    the same losses, scores and gradients.
 
     Args:
         task: the step.
         snapshot: the state that the merged forward started from.
         inputs: the merged inputs.
-        precision: the largest machine epsilon among the dtypes that the forward computed in.
 
     Raises:
         NotMergeableError: they do not, or the forward writes to the model.
@@ -90,10 +95,10 @@ def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: floa
         raise NotMergeableError(f"the forward writes to {name!r}")
     draws = not snapshot.generators.unchanged()
     after, generators = snapshot.now(), Generators(task.members.devices())
+    host = HostGenerators()
     try:
-        # With grad, as in the step, but without the memory of a graph.
-        with torch.autograd.graph.saved_tensors_hooks(_drop, _refuse):
-            same = _agree(task, snapshot, inputs, precision, draws=draws)
+        with _WithoutDropout() if draws else contextlib.nullcontext():
+            same = _agree(task, snapshot, inputs, host)
     except NotMergeableError:
         raise
     except Exception as error:
@@ -101,31 +106,46 @@ def check_mergeable(task: Task, snapshot: Snapshot, inputs: Any, precision: floa
             f"{type(error).__name__} in another forward of the step", permanent=False
         ) from error
     finally:
+        host.restore()
         generators.restore()
         after.restore()
     if not same:
         raise NotMergeableError("an example's output depends on the size of its batch")
 
 
-def _agree(task: Task, snapshot: Snapshot, inputs: Any, eps: float, *, draws: bool) -> bool:
+def _agree(task: Task, snapshot: Snapshot, inputs: Any, host: HostGenerators) -> bool:
     """Whether the forward of each batch does what the merged forward does."""
-    merged = functools.partial(merged_losses, task, inputs)
-    runs: tuple[Callable[[], Any], ...] = (merged, task.forward_train, task.forward_clean)
-    found = []
-    numbers = []
-    with _WithoutDropout() if draws else contextlib.nullcontext():
-        for run in runs:
-            snapshot.restore()
-            with Numbers() as read:
-                found.append(run())
-            numbers.append(read.found)
-        drawn = not snapshot.generators.unchanged()
-    (train, clean), own_train, own_clean = found
-    tolerance = max(16 * eps, min(256 * eps, 2.0**-12))
-    return numbers[0] == numbers[1] == numbers[2] and (
-        drawn  # other numbers in each forward, and nothing can be compared
-        or (_same(train, own_train, tolerance) and _same(clean, own_clean, tolerance))
-    )
+    n, m = task.n, task.m
+    given = ((inputs, n + m), (task.inputs, n), (task.clean_inputs, m))
+    merged, train, clean = (Numbers(size, task.members.permanent) for _, size in given)
+    for numbers, (batch, _) in zip((merged, train, clean), given, strict=True):
+        for x in tensors(batch):
+            numbers.enter(x)
+    snapshot.restore()
+    host.restore()
+    together = comparable(task, *merged_losses(task, inputs, merged.part)[:2])
+    snapshot.restore()
+    host.restore()
+    with clean.part("merged"):
+        outputs = task.forward(task.clean_inputs)
+    with clean.part("clean"):
+        losses = task.clean_losses(outputs)
+    direction = None if together is None else direction_of(task, losses)
+    snapshot.restore()
+    host.restore()
+    with train.part("merged"):
+        outputs = task.forward(task.inputs)
+    with train.part("train"):
+        losses = task.losses(outputs)
+    drawn = not snapshot.generators.unchanged()
+    apart = None if direction is None else comparable(task, losses, direction)
+    parts = merged.found
+    if not (parts["merged"] == train.found["merged"] == clean.found["merged"]):
+        return False
+    if parts["train"] != train.found["train"] or parts["clean"] != clean.found["clean"]:
+        return False
+    # Forwards that draw have other numbers each, and nothing can be compared.
+    return drawn or together is None or apart is None or not together.differs(apart)
 
 
 class _WithoutDropout(StepMode):
@@ -155,20 +175,3 @@ class _WithoutDropout(StepMode):
             with self:
                 return inside(func)(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _drop(saved: Tensor) -> None:
-    """Keep no saved tensor, because no backward follows."""
-
-
-def _refuse(saved: None) -> Tensor:
-    raise NotMergeableError("the forward runs a backward of its own")
-
-
-def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether two results of the same rows agree, relative to the largest value."""
-    a, b = a.detach(), b.detach()
-    finite = a.isfinite() & b.isfinite()
-    error = (a - b).abs().masked_fill(~finite, 0).max()
-    scale = a.abs().masked_fill(~finite, 0).max()
-    return torch.equal(a.isfinite(), b.isfinite()) and bool(error <= tolerance * scale)

@@ -43,6 +43,7 @@ class Exits(StepMode):
             name = _ATTRIBUTES[func] if args[0].requires_grad else ""
         if name in _LEAVES and self._map.owned(args[0]):
             self._map.note("unseen", name)
-        # ``one_hot`` compares values with the number of classes, and decides nothing by them.
-        self._map.checks_values = name == "one_hot"
+        # ``one_hot`` compares values with the number of classes, and decides nothing by them,
+        # unless they say the number.
+        self._map.checks_values = name == "one_hot" and (len(args) + len(kwargs or {})) > 1
         return func(*args, **(kwargs or {}))

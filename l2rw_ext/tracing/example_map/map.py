@@ -42,6 +42,22 @@ _SEEN_BY_GEOMETRY = ("detach", "alias", "as_strided")
 """Views whose ids are found by storage and geometry, with no rule."""
 
 
+_PICKING = frozenset(
+    (
+        "slice",
+        "select",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "chunk",
+        "unfold",
+        "diagonal",
+    )
+)
+"""Views that take some places along a dimension."""
+
+
 class ExampleMap(DispatchMode):
     """A mode for one forward and its losses; :class:`~.exits.Exits` belongs to it.
 
@@ -79,7 +95,8 @@ class ExampleMap(DispatchMode):
         examples in the next forward, and labels follow it), "may choose" (the same before the first
         label), "reads" (the program reads values of the data), "unseen" (values or gradients leave
         torch), "unknown" (no rule), "strays" (tensors that neither the batch nor the members show),
-        "gaps" (some rows that meet a parameter have no label).
+        "gaps" (some rows that meet a parameter have no label), "places" (examples are picked by
+        their place in the batch).
         """
         self.failures: dict[str, str] = {}
         """Errors of rules, by operation; these operations count as unknown."""
@@ -249,8 +266,11 @@ class ExampleMap(DispatchMode):
             self.note("reads", c.name)
 
     def _without_data(self, c: Call) -> None:
+        # Numbers may change from step to step, but for whole ones that count or place: a tensor of
+        # places is known if it is made of such alone.
         fixed = torch.Tag.nondeterministic_seeded not in c.func.tags
         fixed = fixed and all(map(self._known, c.tensors))
+        fixed = fixed and not any(x.is_floating_point() for x in (*c.tensors, *c.outs))
         for x in c.writes:
             self._storage(x).known = False
         for x in [] if c.writes else filter(plain, c.outs):
@@ -268,6 +288,9 @@ class ExampleMap(DispatchMode):
     def _with_data(self, c: Call, pairs: list[Pair]) -> None:
         if _shaped_by_values(c):
             self.note("reads", c.name)
+        if self._takes_places(c):
+            self.note("places", c.name)
+        self._meets_constants(c, pairs)
         in_use = self._within is not None
         recorded = in_use or (torch.is_grad_enabled() and any(x.requires_grad for x in c.tensors))
         meets = in_use or (recorded and any(map(self._is_root, c.tensors)))
@@ -294,6 +317,19 @@ class ExampleMap(DispatchMode):
                 value, label = fate[id(x)]
                 storage = self._storage(x, sound=recorded)
                 storage.views.setdefault(geometry(x), (value, label))
+
+    def _meets_constants(self, c: Call, pairs: list[Pair]) -> None:
+        """Data meets tensors that are made without; a subclass may look at them."""
+
+    def _takes_places(self, c: Call) -> bool:
+        """Whether a view picks examples by their place in the batch."""
+        if c.name not in _PICKING or not c.tensors:
+            return False
+        x, ids = c.tensors[0], self._pair(c.tensors[0])[0]
+        unlike = [d for d, k in enumerate(ids.shape) if k > 1]
+        picked = range(x.dim()) if c["dim"] is None else [c["dim"] % max(x.dim(), 1)]
+        changed = any(out.shape != x.shape for out in c.outs)
+        return changed and any(d in picked for d in unlike)
 
     def _is_root(self, x: Tensor) -> bool:
         """Whether x is a trained parameter, or computed from such alone."""

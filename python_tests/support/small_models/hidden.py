@@ -92,7 +92,7 @@ def _() -> Case:
     return Of(lambda m, x: m.f(Centre.apply(m.a(x))), **body()), ce, rows()
 
 
-@case("custom Function that mixes in backward alone", "today")
+@case("custom Function that mixes in backward alone", "today", apart=True)
 def _() -> Case:
     return Of(lambda m, x: m.f(Reverse.apply(m.a(x))), **body()), ce, rows()
 
@@ -262,7 +262,7 @@ def _() -> Case:
     return Of(f, **body()), ce, rows()
 
 
-@case("checkpoint, reentrant", "today")
+@case("checkpoint, reentrant", "today", apart=True)
 def _() -> Case:
     def f(m, x):
         return m.f(checkpoint(lambda x: torch.tanh(m.b(x)), m.a(x), use_reentrant=True))
