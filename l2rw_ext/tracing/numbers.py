@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _COUNTING = ("arange", "range", "linspace")
 
 
 class Numbers(ExampleMap):
-    """Collects numbers, and constants that meet data, with the operations that take them.
+    """Collects numbers, and constants that meet data or members, with what operation takes them.
 
     Sizes, dimensions and places are not such numbers. Of a constant that is alike along a
     dimension, as zeros for each example are, one place counts. Drawn numbers do not count.
@@ -37,6 +37,9 @@ class Numbers(ExampleMap):
         self.found: dict[str, set[Any]] = {}
         """By part of the forward, see :meth:`part`."""
         self._drawn: set[int] = set()
+        self._of_members: set[int] = set(self._permanent)
+        """Storages of parameters and buffers, and of what is computed from them without data."""
+        self._repeated: set[int] = set()
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -65,11 +68,29 @@ class Numbers(ExampleMap):
             self._drawn.update(key(x) for x in made if plain(x))
         super()._follow(c)
 
+    def _without_data(self, c: Call) -> None:
+        tensors = [x for x in c.tensors if plain(x)]
+        if any(key(x) in self._of_members for x in tensors):
+            # A member that is zero would hide the constant where both together meet data.
+            self._collect(c.name, tensors)
+            made = {key(x) for x in (*c.outs, *c.writes) if plain(x)}
+            self._of_members |= made
+            if c.name == "repeat":
+                self._repeated |= made
+        super()._without_data(c)
+
     def _meets_constants(self, c: Call, pairs: list[Pair]) -> None:
-        for x, ids in zip(c.tensors, pairs, strict=True):
-            constant = plain(x) and not x.requires_grad and all(map(unowned, ids))
-            if constant and key(x) not in self._permanent and key(x) not in self._drawn:
-                self._into.add((c.name, _digest(x)))
+        constants = (x for x, ids in zip(c.tensors, pairs, strict=True) if all(map(unowned, ids)))
+        self._collect(c.name, filter(plain, constants))
+
+    def _collect(self, name: str, found: Iterable[Tensor]) -> None:
+        for x in found:
+            if key(x) in self._of_members and key(x) not in self._repeated:
+                # Its values may change; if it has a row for each example, so may these differ.
+                sizes = zip(x.shape, x.stride(), strict=True)
+                self._into.add((name, tuple(size if stride else 1 for size, stride in sizes)))
+            elif key(x) not in self._of_members and key(x) not in self._drawn:
+                self._into.add((name, _digest(x)))
 
 
 def _digest(x: Tensor) -> tuple[Any, ...]:
