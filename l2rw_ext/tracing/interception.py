@@ -103,6 +103,7 @@ class Interception(StepMode):
         assert first is not None
         self.first_node = first._sequence_nr()
         """The number of the node that autograd made last before the forward."""
+        self._makers = _Makers()
         self._listing = True
         self._roots: dict[int, Tensor] = {}
         self._constants: dict[int, Tensor] = {}
@@ -169,7 +170,7 @@ class Interception(StepMode):
         number = len(self.calls)
         if self._listing:
             with nullcontext() if self.example_map is None else self.example_map.aside():
-                self.calls.append(_described(func, args, kwargs))
+                self.calls.append(_described(func, args, kwargs, self._makers))
         out = NotImplemented
         if func in LAYERS or func in _REWRITES:
             if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -179,7 +180,7 @@ class Interception(StepMode):
         if out is NotImplemented:
             out = self.other(func, args, kwargs or {})
         if self._listing:
-            _mark(out, number)
+            self._makers.note(out, number)
         return out
 
     def _covered(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -405,18 +406,28 @@ class Interception(StepMode):
             self._listing = True
 
 
-_MADE_BY = "_l2rw_made_by"
-"""The attribute of a tensor without grad that says by which call of a forward it was made. Tensors
-with grad are told apart by the nodes of autograd's graph."""
+class _Makers:
+    """By which call of a forward tensors without grad were made.
 
+    Tensors with grad are told apart by the nodes of autograd's graph.
+    """
 
-def _mark(out: Any, number: int) -> None:
-    if isinstance(out, Tensor):
-        if not out.requires_grad:
-            setattr(out, _MADE_BY, number)
-    elif isinstance(out, (tuple, list)):
-        for x in out:
-            _mark(x, number)
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def note(self, out: Any, number: int) -> None:
+        """Remember the results of a call."""
+        if isinstance(out, Tensor):
+            if not out.requires_grad:
+                self._made[id(out)] = weakref.ref(out), number
+        elif isinstance(out, (tuple, list)):
+            for x in out:
+                self.note(x, number)
+
+    def of(self, x: Tensor) -> int:
+        """The number of the call; -1 for a tensor with grad, or one that no call has made."""
+        alive, number = self._made.get(id(x), (None, -1))
+        return number if alive is not None and alive() is x else -1
 
 
 _ARITHMETIC = frozenset(
@@ -427,7 +438,9 @@ _ARITHMETIC = frozenset(
 """Functions to which a whole number is a number, not a dimension or a place."""
 
 
-def _described(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+def _described(
+    func: Function, args: tuple[Any, ...], kwargs: dict[str, Any] | None, makers: _Makers
+) -> Any:
     """What a call tells of the structure of a forward: all but the values that it computes with.
 
     Two forwards of equal calls, and with equal nodes in autograd's graph, bring the same examples
@@ -437,16 +450,22 @@ def _described(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any] | N
     given = (*args, *kwargs.values()) if kwargs else args
     if name in _ARITHMETIC:
         # Numbers may be those of a schedule, but not where they make places of other places.
-        places = any(isinstance(a, Tensor) and not a.is_floating_point() for a in given)
-        tensors = (_structure(a) for a in given if places or isinstance(a, Tensor))
-        return name, torch.is_grad_enabled(), places, *tensors
-    return name, torch.is_grad_enabled(), tuple(kwargs or ()), *map(_structure, given)
+        tensors = [a for a in given if isinstance(a, Tensor)]
+        places = any(a.dim() and not a.is_floating_point() for a in tensors)
+        numbers = [a for a in given if places and not isinstance(a, Tensor)]
+        return name, torch.is_grad_enabled(), *map(makers.of, tensors), *numbers
+    return (
+        name,
+        torch.is_grad_enabled(),
+        tuple(kwargs or ()),
+        *(_structure(a, makers) for a in given),
+    )
 
 
 _STRUCTURAL = frozenset((int, bool, str, type(None), torch.dtype, type(Ellipsis)))
 
 
-def _structure(a: Any) -> Any:
+def _structure(a: Any, makers: _Makers) -> Any:
     kind = type(a)
     if kind in _STRUCTURAL:
         return a
@@ -454,11 +473,11 @@ def _structure(a: Any) -> Any:
         if a.dim() == 0 and not a.is_floating_point() and not a.is_complex():
             inside = torch._C._functorch.peek_interpreter_stack() is not None
             return None if inside or not devices.readable(a) else a.item()  # perhaps a place
-        return getattr(a, _MADE_BY, -1) if not a.requires_grad else None
+        return makers.of(a)
     if kind is float or kind is complex:
         return None
     if isinstance(a, slice):
-        return ":", _structure(a.start), _structure(a.stop), _structure(a.step)
+        return ":", *(_structure(x, makers) for x in (a.start, a.stop, a.step))
     if isinstance(a, (tuple, list)):
-        return tuple(map(_structure, a))
+        return tuple(_structure(x, makers) for x in a)
     return int(a) if isinstance(a, numbers.Integral) else kind

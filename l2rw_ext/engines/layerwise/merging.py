@@ -121,24 +121,25 @@ def _agree(task: Task, snapshot: Snapshot, inputs: Any, host: HostGenerators) ->
     for numbers, (batch, _) in zip((merged, train, clean), given, strict=True):
         for x in tensors(batch):
             numbers.enter(x)
-    snapshot.restore()
-    host.restore()
+
+    def restart() -> None:
+        snapshot.restore()
+        host.restore()
+
+    def alone(numbers: Numbers, inputs: Any, losses: Callable[[Any], Tensor], part: str) -> Tensor:
+        restart()
+        with numbers.part("merged"):
+            outputs = task.forward(inputs)
+        with numbers.part(part):
+            return losses(outputs)
+
+    restart()
     together = comparable(task, *merged_losses(task, inputs, merged.part)[:2])
-    snapshot.restore()
-    host.restore()
-    with clean.part("merged"):
-        outputs = task.forward(task.clean_inputs)
-    with clean.part("clean"):
-        losses = task.clean_losses(outputs)
-    direction = None if together is None else direction_of(task, losses)
-    snapshot.restore()
-    host.restore()
-    with train.part("merged"):
-        outputs = task.forward(task.inputs)
-    with train.part("train"):
-        losses = task.losses(outputs)
+    own_clean = alone(clean, task.clean_inputs, task.clean_losses, "clean")
+    direction = None if together is None else direction_of(task, own_clean)
+    own_train = alone(train, task.inputs, task.losses, "train")
     drawn = not snapshot.generators.unchanged()
-    apart = None if direction is None else comparable(task, losses, direction)
+    apart = None if direction is None else comparable(task, own_train, direction)
     parts = merged.found
     if not (parts["merged"] == train.found["merged"] == clean.found["merged"]):
         return False
