@@ -23,7 +23,7 @@ from l2rw_ext.data.batch import describe, tensors
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import Generators, HostGenerators, Snapshot
-from l2rw_ext.task.task import Direction, Task, clean_direction
+from l2rw_ext.task.task import Direction, Task, clean_direction, direction_of
 from l2rw_ext.tracing.graph import nodes_from
 
 from .base import Scored
@@ -81,15 +81,11 @@ class Proof:
         self._r = _weights(losses)
         self._rows: list[Tensor] = []
         parameters = task.parameters
-        directions: Sequence[Tensor | None]
-        if isinstance(clean, Direction):
-            directions = [clean.values.get(id(p)) for p in parameters]
-        else:
-            seed = torch.full_like(clean, 1 / clean.numel())
-            directions = _gradients(clean, task.scaled(seed), parameters)
-            directions = [None if v is None else task.unscaled(v) for v in directions]
+        if not isinstance(clean, Direction):
+            clean = direction_of(task, clean, retain=True)  # the graph is that of the losses, too
         gradients = _gradients(losses, task.scaled(self._r.to(losses.dtype)), parameters)
-        for k, (g, v) in enumerate(zip(gradients, directions, strict=True)):
+        for k, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+            v = clean.values.get(id(p))
             g = None if g is None else _real(task.unscaled(g))
             v = None if v is None else _real(v)
             self._rows.append(_row(k, g, v))
@@ -193,7 +189,7 @@ def _weights(losses: Tensor) -> Tensor:
 def _gradients(
     losses: Tensor, seed: Tensor, parameters: Sequence[nn.Parameter]
 ) -> Sequence[Tensor | None]:
-    """Of plain autograd; the graph may be that of other losses, too."""
+    """Of plain autograd, which keeps the graph."""
     if not losses.requires_grad:
         return [None] * len(parameters)
     return torch.autograd.grad(losses, parameters, seed, retain_graph=True, allow_unused=True)

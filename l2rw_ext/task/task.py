@@ -137,12 +137,12 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
     return direction
 
 
-def direction_of(task: Task, losses: Tensor) -> Direction:
-    """The gradient of the mean of clean losses, by plain autograd."""
+def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Direction:
+    """The gradient of the mean of clean losses, by plain autograd; ``retain`` keeps the graph."""
     values = {}
     if losses.requires_grad:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
-        gradients = torch.autograd.grad(losses, task.parameters, seed, allow_unused=True)
+        gradients = torch.autograd.grad(losses, task.parameters, seed, retain, allow_unused=True)
         values = {
             id(p): task.unscaled(g.to_dense() if g.is_sparse else g)
             for p, g in zip(task.parameters, gradients, strict=True)
