@@ -96,7 +96,7 @@ class Engine(abc.ABC):
             NotExactError: the numbers would be wrong for this model.
         """
 
-    def refuse(self, task: Task, direction: Direction | None, reason: str) -> None:  # noqa: B027
+    def refuse(self, task: Task, direction: Direction | None, reason: str) -> None:  # noqa: B027  an engine need not
         """Note that steps of this kind go on to the next engine.
 
         An engine may remember it, and raise ``NotExactError(reason)`` at once in later steps.

@@ -66,7 +66,7 @@ class Layout:
         """Whether nothing was assigned or moved since."""
         return (
             len(modules) == len(self._modules)
-            and all(module is known for (_, module), known in zip(modules, self._modules))  # noqa: B905
+            and all(map(operator.is_, (module for _, module in modules), self._modules))
             and self.unassigned()
             and self.places_now() == self.places
         )

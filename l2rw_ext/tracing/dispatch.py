@@ -11,7 +11,7 @@ class DispatchMode(TorchDispatchMode):
     """A mode of the dispatcher for the body of a step."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -46,7 +46,7 @@ def fast_paths() -> Iterator[None]:
         yield
     finally:
         for kind, forward in zip(_FUSED, forwards, strict=True):
-            setattr(kind, "forward", forward)  # noqa: B010
+            setattr(kind, "forward", forward)  # noqa: B010  as above
 
 
 def _without_modes(original: Callable[..., Any]) -> Callable[..., Any]:
