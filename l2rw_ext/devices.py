@@ -1,13 +1,14 @@
 """What a step needs to know of a device, and the settings of torch that it changes for a while.
 
-The module answers three questions: whether reading a value would synchronise with the device, which
-devices run autocast, and how float32 products are rounded.
+The module answers four questions: whether a step is being traced to a graph, whether reading a value
+would synchronise with the device, which devices run autocast, and how float32 products are rounded.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,15 +18,34 @@ AUTOCAST_DEVICES = ("cpu", "cuda")
 """The kinds of devices whose autocast a step follows."""
 
 
+_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
+
+
+def tracing() -> bool:
+    """Whether the step of this thread is being traced: its graph serves other values, too."""
+    return _tracing.get()
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """A context for the step that is traced."""
+    before = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(before)
+
+
 def readable(x: Tensor) -> bool:
     """Whether the host can read values of ``x`` without synchronising with a device.
 
     The host runs ahead of a CUDA device, and reading a value there waits until the device has
     computed it. A step therefore decides by values only where they are readable. Elsewhere it works
     in a way that does not depend on them: examples without weight are masked instead of left out,
-    and errors are raised when a result is read. Making a plan reads values on any device.
+    and errors are raised when a result is read. Making a plan reads values on any device. No value
+    of a step that is traced can be read.
     """
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" and not tracing()
 
 
 class Autocast:

@@ -1,15 +1,25 @@
-"""Errors that say why a step cannot give an exact number, or cannot be captured."""
+"""Errors that say why a step cannot give an exact number or become one graph, and warnings."""
 
 from __future__ import annotations
+
+import sys
+import warnings
+from types import FrameType
 
 
 class NotExactError(RuntimeError):
     """An engine would give wrong numbers for this model, or none; the message names the reason."""
 
 
-class NotCapturableError(RuntimeError):
-    """A step cannot be captured; the message says why and what to do."""
+class NotCompilableError(RuntimeError):
+    """A step cannot become one graph; the message says why, and what to change if that is known."""
 
-    def __init__(self, reason: str, remedy: str = "") -> None:
-        super().__init__(f"cuda_graph=True: {reason}; {remedy}leave cuda_graph off")
-        self.why = (reason, remedy)
+
+def warn(text: str) -> None:
+    """Warn at the line of the user's that called this package."""
+    frame: FrameType | None = sys._getframe(1)
+    levels = 2
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("l2rw_ext."):
+        frame = frame.f_back
+        levels += 1
+    warnings.warn(f"l2rw_ext: {text}", stacklevel=levels)

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .compiled.capture import Captures
 from .data.batch import LossFn, check_same_kind, in_order_of, unpack
 from .data.batch_size import BatchSize, given_sizes
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
+from .compiled.backends import Backend
+from .compiled.steps import Found, Steps
+from .compiled.works import as_direction, direction_of_clean_batch, whole_step
 from .engines.base import Engine, Scored
 from .engines.double_backward import DoubleBackward
 from .engines.explanation import Explanation
@@ -26,10 +25,10 @@ from .engines.forward.engine import Forward
 from .engines.layerwise.engine import Layerwise
 from .engines.plain import judged
 from .engines.remembered import Remembered
-from .errors import NotCapturableError, NotExactError
+from .errors import NotExactError, warn
 from .step.accumulation import Accumulation, accumulate_grad, filled_if
 from .step.weighing import Computed, Degenerate, Step, weigh
-from .task.isolation import Snapshot, preserved
+from .task.isolation import Generators, Snapshot, preserved
 from .task.sharding import check_not_sharded
 from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
@@ -94,13 +93,14 @@ class Reweighter:
             Algorithm 1 then looks ahead along its step instead of one of plain gradient descent.
             Under Adam the inner product is <∇f_i, P v>, P = 1 / (sqrt(v̂) + eps); under SGD with
             momentum the clean gradient is taken at the point where momentum leads.
-        cuda_graph: capture the step in a CUDA graph once for each kind of batches (shapes, modes)
-            and replay it from then on, so that Python costs next to nothing. The first steps of a
-            kind run without a graph; results are copies, which later steps do not change. In a
-            replay, the Python code of the model and the loss functions does not run: see "CUDA
-            graphs" on the page of options for what it may do. Not with ``every``,
-            ``direction_decay``, ``preconditioner``, ``check_finite``, an ``on_degenerate`` other
-            than ``"zero"``, or :meth:`accumulate`.
+        compile: turn the whole step into one graph and give it to a backend of ``torch.compile``:
+            ``True`` for ``"inductor"``, or the name of a backend; ``"eager"`` runs the graph as it
+            is, which saves Python's time and needs no compiler. The first step of a kind runs
+            eagerly, and the second is traced, compiled and compared with an eager step. A step that
+            cannot be one graph runs eagerly, and a warning says why: see "Compiled steps" on the
+            page of options.
+        compile_options: ``mode``, ``dynamic``, ``options`` and ``fullgraph`` of ``torch.compile``;
+            with ``fullgraph=True`` a step that cannot be one graph is an error.
 
     With none of the options from ``every`` to ``preconditioner``, and without
     ``on_degenerate="uniform"``, the weights are the paper's.
@@ -140,7 +140,8 @@ class Reweighter:
         layers: Sequence[str] | None = None,
         l2: float = 0.0,
         preconditioner: torch.optim.Optimizer | None = None,
-        cuda_graph: bool = False,
+        compile: bool | str = False,
+        compile_options: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -156,20 +157,8 @@ class Reweighter:
             if value not in get_args(allowed):
                 listed = ", ".join(map(repr, get_args(allowed)))
                 raise ValueError(f"{name} must be one of {listed}, got {value!r}")
-        # With these options a step reads values, or differs from the one before.
-        uncaptured = {
-            "every": every > 1,
-            "direction_decay": direction_decay > 0,
-            "preconditioner": preconditioner is not None,
-            "check_finite": check_finite,
-            "on_degenerate": on_degenerate != "zero",
-        }
-        if cuda_graph and any(uncaptured.values()):
-            names = " and ".join(name for name, given in uncaptured.items() if given)
-            raise ValueError(
-                f"cuda_graph=True cannot be combined with {names}: a step then waits for values of "
-                "the device, or differs from the one before"
-            )
+        if not compile and compile_options is not None:
+            raise ValueError("compile_options are given, but compile is off")
         self.model = model
         self.loss_fn = loss_fn
         self.clean_loss_fn = clean_loss_fn
@@ -192,7 +181,7 @@ class Reweighter:
             preconditioner=preconditioner,
         )
         self._engines: list[Engine] = [Layerwise(), Forward(), DoubleBackward()]
-        self._captures = Captures() if cuda_graph else None
+        self._compiled = Steps(Backend(compile, compile_options)) if compile else None
         self._accumulation: Accumulation | None = None
         self._warned: set[str] = set()
 
@@ -231,7 +220,7 @@ class Reweighter:
             NotExactError: a forced engine, or each engine, would give wrong numbers for this model,
                 or fails where plain training does not. (An error that plain training raises as well
                 comes out as it is.)
-            RuntimeError: with ``cuda_graph``, the step cannot be captured; the message says why.
+            RuntimeError: with ``fullgraph=True``, the step is not one graph; the message says why.
                 Or the forward has begun to write to a tensor that no earlier step wrote to.
 
         After an error the model, the losses, gradients and torch's default generators are as
@@ -242,19 +231,19 @@ class Reweighter:
         task = self._task(batch, clean, batch_size, numbers, grad_scaler)
         if numbers is None and self.reuse == "scores" and self._direction_options.every > 1:
             raise ValueError("index must be given: reuse='scores' remembers scores by it")
-        if self._captures is not None:
-            computed = self._captures.step(task, self._options(), self._compute)
-        else:
-            remembered = self._remembered(task, numbers)
+        remembered = self._remembered(task, numbers)
+        if self._compiled is None:
             with preserved(task.members, always=False) as snapshot:
-                computed = self._compute(task, snapshot, remembered)
+                direction = None if remembered else self._direction(task, snapshot)
+                computed = self._compute(task, snapshot, direction, remembered)
+        else:
+            computed = self._by_graph(self._compiled.find(task), task, remembered)
         step = computed.step
         if self._accumulation is not None:
             self._accumulation.add(computed)
         else:
             self._direction_options.advance()
-            # So that a gradient scaler skips its step.
-            accumulate_grad(filled_if(computed.overflow, computed.gradients, float("inf")))
+            accumulate_grad(computed.gradients)
         if numbers is not None and step.engine != Remembered.name:
             self.record.add(numbers, step.scores)
         return step
@@ -273,7 +262,7 @@ class Reweighter:
         After an error inside, nothing is accumulated.
 
         Raises:
-            RuntimeError: the context is entered twice, or steps are captured (``cuda_graph``).
+            RuntimeError: the context is entered twice.
 
         Example:
             >>> import torch
@@ -292,11 +281,6 @@ class Reweighter:
         """
         if self._accumulation is not None:
             raise RuntimeError("accumulate() is entered twice; its contexts cannot be nested")
-        if self._captures is not None:
-            raise NotCapturableError(
-                "accumulate() gives its micro-batches different work",
-                "leave accumulate() out, or ",
-            )
         self._accumulation = accumulation = Accumulation()
         try:
             yield accumulation
@@ -324,12 +308,12 @@ class Reweighter:
         weights of a degenerate step are zeros.
         """
         task = self._task(batch, clean, batch_size)
-        with self._dry(), preserved(task.members, always=True) as snapshot:
-            computed, refusals = self._first_exact(
-                task, snapshot, functools.partial(self._weigh, task)
-            )
-            self._warn(refusals)
-            return computed.step.weights
+        with self._dry():
+            if self._compiled is not None:
+                return self._by_graph(self._compiled.find(task), task, None, dry=True).step.weights
+            with preserved(task.members, always=True) as snapshot:
+                direction = self._direction(task, snapshot)
+                return self._compute(task, snapshot, direction, dry=True).step.weights
 
     def explain(
         self,
@@ -348,13 +332,12 @@ class Reweighter:
         task = self._task(batch, clean, batch_size, numbers)
         remembered = self._remembered(task, numbers)
         lines = self._direction_options.lines()
-        if self._captures is not None:
-            lines.append(self._captures.line(task, self._options()))
         forced = self.engine != "auto" and remembered is None
         reasons = [f"asked for by engine={self.engine!r}"] if forced else []
         with self._dry(), preserved(task.members, always=True) as snapshot:
+            direction = None if remembered else self._direction(task, snapshot)
             explanation, refusals = self._first_exact(
-                task, snapshot, lambda _, scored: scored.explain(), remembered
+                task, snapshot, lambda _, scored: scored.explain(), direction, remembered
             )
         reasons += [f"{name} is not exact: {reason}" for name, reason in refusals.items()]
         reason = "; ".join(reasons) or explanation.reason
@@ -428,24 +411,79 @@ class Reweighter:
             self.low_memory,
         )
 
-    def _options(self) -> tuple[Any, ...]:
-        """The options that can be exchanged after construction and are not part of the task."""
-        return (self.engine, self.on_degenerate, self.check_finite)
-
-    def _compute(self, task: Task, snapshot: Snapshot, only: Only = None) -> Computed:
-        """Scores, weights and weighted gradient."""
+    def _compute(
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        direction: Direction | None,
+        only: Only = None,
+        *,
+        dry: bool = False,
+    ) -> Computed:
+        """Scores, weights and, unless ``dry``, the weighted gradient."""
 
         def work(engine: Engine, scored: Scored) -> Computed:
-            computed = self._weigh(task, engine, scored)
-            if not computed.skip or self._accumulation is not None:
-                form = functools.partial(scored.weighted_gradients, computed.for_gradient)
-                gradients = judged(form, engine.name, task, snapshot, given=True)
-                computed.gradients = filled_if(computed.step._contaminated, gradients, 0)
+            computed = weigh(task, scored, engine.name, self.on_degenerate, self.check_finite)
+            if dry or (computed.skip and self._accumulation is None):
+                return computed
+            form = functools.partial(scored.weighted_gradients, computed.for_gradient)
+            gradients = judged(form, engine.name, task, snapshot, given=True)
+            gradients = filled_if(computed.step._contaminated, gradients, 0)
+            if self._accumulation is None:  # so that a gradient scaler skips its step
+                gradients = filled_if(computed.overflow, gradients, float("inf"))
+            computed.gradients = gradients
             return computed
 
-        computed, refusals = self._first_exact(task, snapshot, work, only)
+        computed, refusals = self._first_exact(task, snapshot, work, direction, only)
         snapshot.restore_trained()
         self._warn(refusals)
+        return computed
+
+    def _by_graph(
+        self, found: Found, task: Task, remembered: Remembered | None, *, dry: bool = False
+    ) -> Computed:
+        """:meth:`_compute` and the direction before it, by their graphs if they have some."""
+
+        def of_clean_batch(task: Task, snapshot: Snapshot) -> Direction:
+            return as_direction(found.run(direction_of_clean_batch(task, snapshot)))
+
+        def compute(task: Task, snapshot: Snapshot, engine: str | None) -> Computed:
+            return self._compute(task, snapshot, direction, remembered or engine, dry=dry)
+
+        generators = Generators(task.members.devices())
+        direction = None
+        given: list[Tensor] = []
+        kind: Any = None
+        accumulating = self._accumulation is not None
+        try:
+            if remembered is not None:
+                given, kind = [remembered.scores, remembered.clean_loss], remembered.name
+            elif accumulating or self._direction_options.active:
+                with preserved(task.members, always=False) as snapshot:
+                    direction = self._direction(task, snapshot, of_clean_batch)
+                assert direction is not None
+                values = [direction.values.get(id(p)) for p in task.parameters]
+                given = [*(v for v in values if v is not None), direction.clean_loss]
+                kind = tuple([None if v is None else v.dtype for v in values])
+            computed = found.run(
+                whole_step(
+                    task,
+                    compute,
+                    given,
+                    (self.engine, kind, accumulating),
+                    (task.clean_inputs, task.clean_targets) if given else (),
+                    self.on_degenerate,
+                    self.check_finite,
+                    dry=dry,
+                )
+            )
+        except BaseException:
+            generators.restore()
+            raise
+        if dry:
+            generators.restore()
+        if computed.skip and not accumulating:
+            computed.gradients.clear()
         return computed
 
     @contextlib.contextmanager
@@ -460,15 +498,22 @@ class Reweighter:
                 if accumulation is not None:
                     accumulation.direction = direction
 
-    def _direction(self, task: Task, snapshot: Snapshot) -> Direction | None:
+    def _direction(
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        of_clean_batch: Callable[[Task, Snapshot], Direction] = clean_direction,
+    ) -> Direction | None:
         """The direction to score along; None for the clean batch's own."""
         accumulation = self._accumulation
         if accumulation is not None and accumulation.direction is not None:
             return accumulation.direction
         if self._direction_options.active:
-            direction = self._direction_options.direction(task, snapshot)
+            direction = self._direction_options.direction(
+                task, functools.partial(of_clean_batch, task, snapshot)
+            )
         elif accumulation is not None:
-            direction = clean_direction(task, snapshot)
+            direction = of_clean_batch(task, snapshot)
         else:
             return None
         if accumulation is not None:
@@ -489,12 +534,12 @@ class Reweighter:
         task: Task,
         snapshot: Snapshot,
         work: Callable[[Engine, Scored], T],
+        direction: Direction | None,
         only: Only = None,
     ) -> tuple[T, dict[str, str]]:
         """What ``work`` makes of the first exact scores, and why engines before are not exact."""
         if isinstance(only, Remembered):
             return work(only, only.score(task, snapshot)), {}
-        direction = self._direction(task, snapshot)
         given = direction is not None
         if given:
             snapshot.mark_generators()
@@ -522,31 +567,16 @@ class Reweighter:
                 f"no engine is exact for this model: {reasons}; {last.name}: {error}"
             ) from error
 
-    def _weigh(self, task: Task, engine: Engine, scored: Scored) -> Computed:
-        """All that a step computes from scores, but for the gradients."""
-        return weigh(task, scored, engine.name, self.on_degenerate, self.check_finite)
-
     def _warn(self, refusals: dict[str, str]) -> None:
         """Say once for each reason that the last engine has done the step."""
         reasons = [reason.rstrip(".") for reason in refusals.values()]
         if len(reasons) < len(self._engines) - 1 or reasons[-1] in self._warned:
             return
         self._warned.add(reasons[-1])
-        warnings.warn(
-            f"l2rw_ext: {'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is "
-            "exact and about three times slower",
-            stacklevel=_levels_inside(),
+        warn(
+            f"{'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is exact and "
+            "about three times slower"
         )
-
-
-def _levels_inside() -> int:
-    """The number of frames of this package between the user's call and this function."""
-    frame: FrameType | None = sys._getframe(1)
-    levels = 0
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("l2rw_ext."):
-        frame = frame.f_back
-        levels += 1
-    return levels + 1
 
 
 def _loss_scale(grad_scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:

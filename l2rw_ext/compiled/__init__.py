@@ -1,1 +1,1 @@
-"""Steps that are captured once and replayed."""
+"""Steps that are traced to one graph of operations, which a backend of torch.compile compiles."""

@@ -44,7 +44,7 @@ class BatchSize:
         self._indexed = None if index is None else index.numel()
         self._given = given
         leaves = list(leaves_inside(inputs))
-        # Not the tensors: a step that is captured keeps its task, but not its batches.
+        # Not the tensors, which the caller may want to free.
         self._shapes = [x.shape for x in leaves if isinstance(x, Tensor) and x.dim()]
         self._opaque = not all(isinstance(x, Tensor) or is_plain(x) for x in leaves)
         args, kwargs = arguments(inputs)

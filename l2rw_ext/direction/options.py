@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Direction, Task, clean_direction
+from l2rw_ext.task.task import Direction, Task
 from l2rw_ext.tracing.members import Members
 
 from .look_ahead import Preconditioner
@@ -102,10 +101,13 @@ class DirectionOptions:
         assert self._held is not None
         return self._held.clean_loss
 
-    def direction(self, task: Task, snapshot: Snapshot) -> Direction:
-        """The direction of this step; :meth:`advance` makes it the one that is held."""
+    def direction(self, task: Task, of_clean_batch: Callable[[], Direction]) -> Direction:
+        """The direction of this step; :meth:`advance` makes it the one that is held.
+
+        ``of_clean_batch`` computes v at the present parameters.
+        """
         if self.due(task.members):
-            self._next = self._averaged(task, self._of_clean_batch(task, snapshot))
+            self._next = self._averaged(task, self._changed(task, of_clean_batch))
         else:
             self._next = self._held
         assert self._next is not None
@@ -186,10 +188,10 @@ class DirectionOptions:
             held = _Held(values, saved["clean_loss"].clone())
         self._steps, self._held = int(state["steps"]), held
 
-    def _of_clean_batch(self, task: Task, snapshot: Snapshot) -> Direction:
+    def _changed(self, task: Task, of_clean_batch: Callable[[], Direction]) -> Direction:
         point = {} if self._preconditioner is None else self._preconditioner.point(task.parameters)
         with _moved(point):
-            direction = clean_direction(task, snapshot)
+            direction = of_clean_batch()
         if not self._l2:
             return direction
         values = dict(direction.values)

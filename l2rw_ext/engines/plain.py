@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from l2rw_ext.errors import NotCapturableError, NotExactError
+from l2rw_ext import devices
+from l2rw_ext.errors import NotExactError
 from l2rw_ext.task.isolation import Snapshot
 from l2rw_ext.task.task import Task, clean_direction, require_grad
 
@@ -24,7 +25,7 @@ def judged(part: Callable[[], T], engine: str, task: Task, snapshot: Snapshot, *
     """The result of a part of an engine's step, whose errors are compared with plain training.
 
     After an error the same forwards and backwards run as in plain training, from the same state. A
-    captured step cannot be repeated, so that its error is raised as it is. So is an error for want
+    step that is traced is not repeated: its error is raised as it is. So is an error for want
     of memory.
 
     Args:
@@ -39,10 +40,10 @@ def judged(part: Callable[[], T], engine: str, task: Task, snapshot: Snapshot, *
     """
     try:
         return part()
-    except (NotExactError, NotCapturableError, torch.OutOfMemoryError, MemoryError):
+    except (NotExactError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        if task.captured:
+        if devices.tracing():
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the graph, and another is coming
         raised = error

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from l2rw_ext import devices
 from l2rw_ext.data.batch import describe, tensors
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
@@ -31,7 +32,7 @@ from .base import Scored
 Key = tuple[Any, ...]
 
 
-class _Tolerance(NamedTuple):
+class Tolerance(NamedTuple):
     """The largest errors that rounding explains, by the coarsest dtype of the forward.
 
     ``own`` is relative to what is compared: the largest loss, Σ |∇_p| |v_p| over the parameters p,
@@ -44,8 +45,8 @@ class _Tolerance(NamedTuple):
     shared: float
 
 
-_TOLERANCES = {torch.float64: _Tolerance(1e-9, 1e-12), torch.float32: _Tolerance(1e-3, 1e-5)}
-_NARROW = _Tolerance(5e-2, 3e-2)
+_TOLERANCES = {torch.float64: Tolerance(1e-9, 1e-12), torch.float32: Tolerance(1e-3, 1e-5)}
+_NARROW = Tolerance(5e-2, 3e-2)
 """For float16 and bfloat16."""
 
 Plain: TypeAlias = tuple[Tensor, Direction | Tensor, Any]
@@ -75,7 +76,7 @@ class Proof:
     def __init__(self, task: Task, losses: Tensor, clean: Direction | Tensor) -> None:
         self._task = task
         dtype = _coarsest(losses)
-        self._tolerance = _TOLERANCES.get(dtype, _NARROW)
+        self._tolerance = tolerance_of({dtype})
         self._eps = torch.finfo(dtype).eps
         self._losses = losses.detach()
         self._r = _weights(losses)
@@ -209,10 +210,19 @@ def _coarsest(losses: Tensor) -> torch.dtype:
                 # A segmentation fault of torch 2.13.
                 raise RuntimeError("GroupNorm has no backward in channels_last without that of x")
         dtypes.update(data.dtype for data in node._input_metadata)
+    return _coarsest_of(dtypes)
+
+
+def _coarsest_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     real = {
         torch.empty((), dtype=t).abs().dtype for t in dtypes if t.is_floating_point or t.is_complex
     }
     return max(real, key=lambda t: torch.finfo(t).eps)
+
+
+def tolerance_of(dtypes: Iterable[torch.dtype]) -> Tolerance:
+    """The errors that rounding explains in computations with these dtypes."""
+    return _TOLERANCES.get(_coarsest_of(dtypes), _NARROW)
 
 
 def due(step: int) -> bool:
@@ -281,7 +291,7 @@ class Record:
         Raises:
             NotExactError: the engine disagrees with plain autograd.
         """
-        due = not task.captured and self.due(size)
+        due = not devices.tracing() and self.due(size)
         scored = self._proved(task, snapshot, plain, score) if due else score()
         scored.proof = self.note
         return scored

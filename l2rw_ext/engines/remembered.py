@@ -22,15 +22,15 @@ class Remembered(Engine):
     name = "remembered"
 
     def __init__(self, scores: Tensor, clean_loss: Tensor) -> None:
-        self._scores = scores
-        self._clean_loss = clean_loss
+        self.scores = scores
+        self.clean_loss = clean_loss
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`Engine`."""
         losses = task.forward_train()
         snapshot.keep_trained()
         check_losses(losses, task)
-        scores, clean_loss = (x.to(losses.device) for x in (self._scores, self._clean_loss))
+        scores, clean_loss = (x.to(losses.device) for x in (self.scores, self.clean_loss))
         passes = "one training forward and one weighted backward"
         reason = "the scores of all examples are remembered"
         explanation = Explanation.of_graph(self.name, task, reason, passes, forwards=3, given=True)

@@ -121,75 +121,133 @@ class Computed:
         return torch.ones_like(scores) if excluded is None else (~excluded).to(scores.dtype)
 
 
+def waits(clean_loss: Tensor, on_degenerate: Degenerate, check_finite: bool) -> bool:
+    """Whether a step decides by its values before it accumulates gradients."""
+    return devices.readable(clean_loss) or check_finite or on_degenerate != "zero"
+
+
 def weigh(
     task: Task, scored: Scored, engine: str, on_degenerate: Degenerate, check_finite: bool
 ) -> Computed:
     """Eq. 8-9 of the scores; the gradients are still to be formed.
 
     On CUDA nothing here waits for the device, unless ``check_finite`` or an ``on_degenerate`` other
-    than "zero" needs a decision.
+    than "zero" needs a decision. A step that is traced decides nothing: see :func:`settle`.
+
+    Raises:
+        ValueError: see :func:`_all_finite`.
+    """
+    clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
+    mixes, scaled = scored.cannot_exclude, task.loss_scale is not None
+    decides = waits(clean_loss, on_degenerate, check_finite) and not devices.tracing()
+    finite = decides and _all_finite(clean_loss, losses, scores, engine, mixes=mixes, scaled=scaled)
+    with BelowAutograd():
+        excluded = overflow = contaminated = None
+        if finite:
+            weights = ops.normalize_weights(scores)
+        else:
+            excluded = ~(losses.isfinite() & scores.isfinite())
+            if scaled:
+                overflow = (excluded & losses.isfinite()).any()
+            if mixes and not decides:
+                found = _contaminating(losses, scores, scaled=scaled)
+                contaminated = torch.stack(list(found.values())).any()
+                excluded = excluded | contaminated
+            weights = ops.normalize_weights(scores.masked_fill(excluded, 0))
+        if not decides:
+            weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
+        for_gradient: Tensor | None = weights
+        uniform = skip = False
+        if devices.tracing():
+            if on_degenerate == "uniform":
+                for_gradient = weights = weights.where(weights.any(), _equal(weights, excluded))
+        elif decides and not weights.any():
+            for_gradient = None
+            skip = on_degenerate == "skip" and not (overflow is not None and bool(overflow))
+            if on_degenerate == "uniform":
+                equal = _equal(weights, excluded)
+                uniform = bool(equal.any())
+                if uniform:
+                    weights = for_gradient = equal
+    step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
+    return Computed(step, scored.plan, for_gradient, uniform, skip, overflow)
+
+
+def settle(computed: Computed, on_degenerate: Degenerate, check_finite: bool) -> None:
+    """Decide by the values of a step whose graph has run what :func:`weigh` decides at once.
+
+    Raises:
+        ValueError: see :func:`_all_finite`.
+    """
+    step, overflow = computed.step, computed.overflow
+    if not waits(step._clean_loss, on_degenerate, check_finite):
+        return
+    mixes, scaled = step._contaminated is not None, overflow is not None
+    _all_finite(
+        step._clean_loss, step.losses, step.scores, step.engine, mixes=mixes, scaled=scaled
+    )
+    if on_degenerate != "zero" and not computed.rectified.any():
+        computed.uniform = on_degenerate == "uniform" and bool(step.weights.any())
+        computed.skip = on_degenerate == "skip" and not (scaled and bool(overflow))
+
+
+def _equal(weights: Tensor, excluded: Tensor | None) -> Tensor:
+    """Equal weights of all examples that are not excluded, shape (n,); zeros if all are."""
+    kept = torch.ones_like(weights) if excluded is None else (~excluded).to(weights.dtype)
+    return kept / kept.sum().clamp(min=1)
+
+
+def _all_finite(
+    clean_loss: Tensor,
+    losses: Tensor,
+    scores: Tensor,
+    engine: str,
+    *,
+    mixes: bool,
+    scaled: bool,
+) -> bool:
+    """Whether all losses and scores are finite; reads values.
+
+    Args:
+        clean_loss: the mean clean loss, shape ().
+        losses: the training losses, shape (n,).
+        scores: u, shape (n,).
+        engine: its name.
+        mixes: whether the engine cannot leave out an example.
+        scaled: whether there is a loss scale.
 
     Raises:
         ValueError: the clean loss is not finite, or no score is although the losses are; or some
             training example is not finite and the engine cannot leave it out.
     """
-    clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
-    readable = devices.readable(clean_loss)
-    deferred = not readable and not check_finite
-    if not deferred and not math.isfinite(clean_loss.item()):
+    if not math.isfinite(clean_loss.item()):
         raise _clean_loss_error(clean_loss)
-    contaminating = _contaminating(task, scored) if scored.cannot_exclude else {}
-    if not deferred:
-        for what, bad in contaminating.items():
-            if bad.any():
-                raise ValueError(
-                    f"training batch: {what} of examples {bad.nonzero().flatten().tolist()[:8]} "
-                    f"are not finite; the engine {engine!r} mixes examples in one backward and "
-                    "cannot leave them out"
-                )
-    with BelowAutograd():
-        excluded = overflow = contaminated = None
-        if not deferred and math.isfinite((losses.sum() + scores.sum()).item()):
-            weights = ops.normalize_weights(scores)
-        else:
-            excluded = ~(losses.isfinite() & scores.isfinite())
-            if task.loss_scale is not None:
-                overflow = (excluded & losses.isfinite()).any()
-            elif not deferred and bool((excluded & losses.isfinite()).all()):
-                raise ValueError(
-                    "no score is finite, although the losses are: the gradient of the clean "
-                    "loss overflowed. No gradient was accumulated"
-                )
-            if contaminating and deferred:
-                contaminated = torch.stack(list(contaminating.values())).any()
-                excluded = excluded | contaminated
-            weights = ops.normalize_weights(scores.masked_fill(excluded, 0))
-        if deferred:
-            weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
-        for_gradient: Tensor | None = weights
-        uniform = skip = False
-        waits = on_degenerate != "zero" or readable
-        if waits and not weights.any():
-            for_gradient = None
-            skip = on_degenerate == "skip" and not (overflow is not None and bool(overflow))
-            if on_degenerate == "uniform":
-                kept = torch.ones_like(weights) if excluded is None else (~excluded)
-                if kept.any():
-                    weights = for_gradient = kept.to(weights.dtype) / kept.sum()
-                    uniform = True
-    step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
-    return Computed(step, scored.plan, for_gradient, uniform, skip, overflow)
+    if math.isfinite((losses.sum() + scores.sum()).item()):
+        return True
+    for what, bad in _contaminating(losses, scores, scaled=scaled).items() if mixes else ():
+        if bad.any():
+            raise ValueError(
+                f"training batch: {what} of examples {bad.nonzero().flatten().tolist()[:8]} "
+                f"are not finite; the engine {engine!r} mixes examples in one backward and "
+                "cannot leave them out"
+            )
+    if not scaled and bool((losses.isfinite() & ~scores.isfinite()).all()):
+        raise ValueError(
+            "no score is finite, although the losses are: the gradient of the clean "
+            "loss overflowed. No gradient was accumulated"
+        )
+    return False
 
 
-def _contaminating(task: Task, scored: Scored) -> dict[str, Tensor]:
+def _contaminating(losses: Tensor, scores: Tensor, *, scaled: bool) -> dict[str, Tensor]:
     """Which examples contaminate a backward over all of them, shape (n,), by what is not finite.
 
     If no score is finite, the clean loss is the reason. Under a loss scale an overflow is left to
     the gradient scaler.
     """
-    found = {"losses": ~scored.losses.isfinite()}
-    if task.loss_scale is None:
-        finite = scored.scores.isfinite()
+    found = {"losses": ~losses.isfinite()}
+    if not scaled:
+        finite = scores.isfinite()
         found["gradients"] = ~finite & finite.any()
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2rw_ext.devices import without_autocast
+from l2rw_ext.devices import tracing, without_autocast
 from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import BeforeWrites
 
@@ -59,16 +59,11 @@ class HostGenerators:
 
 
 class Snapshot:
-    """State and generators as they were before a step.
+    """State and generators as they were before a step."""
 
-    While a step is ``captured``, the generators of devices belong to the recording and cannot be
-    read.
-    """
-
-    def __init__(self, members: Members, *, captured: bool = False) -> None:
+    def __init__(self, members: Members) -> None:
         self._members = members
-        self._captured = captured
-        self._devices = set() if captured else members.devices()
+        self._devices = members.devices()
         self.state = State(members)
         self.generators = Generators(self._devices)
         self._begun = self.generators
@@ -76,7 +71,7 @@ class Snapshot:
 
     def watch(self) -> AbstractContextManager[Any]:
         """A context that finds out what the forward writes to, if that is not known."""
-        if self._members.written.known(self._members.kind):
+        if self._members.written.known(self._members.kind) and not tracing():
             return contextlib.nullcontext()
         return BeforeWrites(self.state.before_writes())
 
@@ -121,9 +116,6 @@ class Snapshot:
     def undo(self) -> list[str]:
         """Put both back to before the step; returns the names of what could not be put back."""
         self.generators.restore()
-        if self._captured:
-            self.state.rebind()  # a captured step has written no value
-            return []
         return self.state.restore()
 
 
@@ -168,17 +160,16 @@ def without_hooks(parameters: Sequence[tuple[str, nn.Parameter]]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def preserved(members: Members, *, always: bool, captured: bool = False) -> Iterator[Snapshot]:
+def preserved(members: Members, *, always: bool) -> Iterator[Snapshot]:
     """Restore state and generators if the body raises, or ``always``.
 
     In the body hooks on the parameters do not run, compiled models run eagerly, reentrant
     checkpoints run as non-reentrant ones, and autocast is on only during the forwards.
-    ``captured``: see :class:`Snapshot`.
 
     Raises:
         RuntimeError: see :meth:`Snapshot.restore_state`.
     """
-    snapshot = Snapshot(members, captured=captured)
+    snapshot = Snapshot(members)
     try:
         with (
             without_hooks(members.parameters),

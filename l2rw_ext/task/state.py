@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2rw_ext import devices
 from l2rw_ext.data.batch import is_plain
 from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import storage_of
@@ -109,7 +110,8 @@ class State:
     undone. What is inside of a container or an object that is an attribute is not followed.
 
     Buffers are copied. Of parameters and other tensors, those are copied that the forward is known
-    to write to; :meth:`before_writes` copies others at the last moment.
+    to write to; :meth:`before_writes` copies others at the last moment. In a step that is traced it
+    copies all that are copied, so that the graph has no copy of a buffer that is only read.
 
     Args:
         members: of the model and of the losses.
@@ -128,7 +130,9 @@ class State:
         self._before = start
         self._versions = layout.versions()
         copied = range(len(layout.tensors)) if whole else layout.buffers
-        if written.names and not whole:
+        if devices.tracing():
+            copied = [] if start is None else sorted(start._copies)
+        elif written.names and not whole:
             known = (i for i, name in enumerate(layout.names) if name in written.names)
             copied = sorted({*copied, *known})
         self._copies = {i: layout.copy(i) for i in copied}
@@ -141,6 +145,10 @@ class State:
             if storage is not None and i not in self._copies:
                 calls.setdefault(storage, []).append(functools.partial(self._copy, i))
         return calls
+
+    def written(self) -> list[tuple[str, Tensor]]:
+        """Name and tensor of what a traced step has written to."""
+        return [(self._layout.names[i], self._layout.tensors[i]) for i in self._copies]
 
     def _copy(self, i: int) -> None:
         if i not in self._copies:
@@ -162,16 +170,24 @@ class State:
 
     def _changes(self, values: bool) -> Iterator[str]:
         layout = self._layout
-        if not layout.unassigned():
-            for table, saved in layout.tables:
-                yield from _assigned(table, saved)
-            for attributes, saved in layout.attributes:
-                yield from _assigned(attributes, saved, _another)
+        yield from self._assigned()
         if layout.versions() != self._versions or layout.places_now() != layout.places:
             yield from (layout.names[i] for i in self._touched())
         for i, copy in self._copies.items() if values else ():
             if layout.places[i] is not None and not torch.equal(layout.tensors[i], copy):
                 yield layout.names[i]
+
+    def assigned(self) -> str | None:
+        """A name that stands for something else than it did, if there is one."""
+        return next(self._assigned(), None)
+
+    def _assigned(self) -> Iterator[str]:
+        layout = self._layout
+        if not layout.unassigned():
+            for table, saved in layout.tables:
+                yield from _assigned(table, saved)
+            for attributes, saved in layout.attributes:
+                yield from _assigned(attributes, saved, _another)
 
     def _touched(self) -> list[int]:
         """Tensors that were moved, or written to as far as their version counters say."""
@@ -179,14 +195,6 @@ class State:
         now = zip(layout.versions(), layout.places_now(), strict=True)
         then = zip(self._versions, layout.places, strict=True)
         return [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
-
-    def assigned(self) -> str | None:
-        """The name of a tensor that is another or lies elsewhere than it did, if there is one."""
-        layout = self._layout
-        names = (name for table, saved in layout.tables for name in _assigned(table, saved))
-        places = zip(layout.names, layout.places_now(), layout.places, strict=True)
-        moved = (name for name, now, then in places if now != then)
-        return next(itertools.chain(names, moved), None)
 
     def rebind(self) -> None:
         """Put back what was assigned to a name; tensors keep the values that they have."""

@@ -39,8 +39,6 @@ class Task:
     low_memory: bool | Literal["auto"] = False
     """Whether to keep no z and g of a layer, and to run a second backward instead; "auto" if the
     model checkpoints."""
-    captured: bool = False
-    """Whether the step is to be replayed, so that an engine may not read its values."""
     autocast: Autocast = field(default_factory=Autocast)
     """The caller's autocast, under which the model and the loss functions run."""
 

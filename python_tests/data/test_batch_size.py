@@ -348,7 +348,7 @@ def test_lengths_are_found_wherever_tensors_are(wrap: Any) -> None:
 
 
 def test_a_batch_size_keeps_no_batch() -> None:
-    """A captured step keeps its task."""
+    """An engine may keep its task."""
     x, y = vectors(6)
     size = BatchSize("a batch", x, y, index=torch.arange(6))
     alive = weakref.ref(x), weakref.ref(y)

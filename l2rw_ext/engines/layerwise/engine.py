@@ -23,7 +23,7 @@ from l2rw_ext.data.batch import (
 from l2rw_ext.engines.base import Engine, Scored
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
 from l2rw_ext.engines.proof import Plain, Proofs, Record, plain_training
-from l2rw_ext.errors import NotCapturableError, NotExactError
+from l2rw_ext.errors import NotCompilableError, NotExactError
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
@@ -378,12 +378,8 @@ class _Pass:
 
     def _planned(self, verdict: Verdict, *, merged: bool) -> Plan:
         """A plan from what the map says; its uses are left open if it is not certain."""
-        if self._task.captured:
-            raise NotCapturableError(
-                "the engine must look at this step, for the model calls other functions than "
-                "before",
-                "let the model do the same in each step, or ",
-            )
+        if devices.tracing():
+            raise NotCompilableError("the model calls other functions than in the step before")
         _check_wrappers(self._task.members)
         if verdict.kind == "mixed":
             raise NotExactError(verdict.reason)
@@ -403,10 +399,8 @@ class _Pass:
 
     def _probed(self, seeded: list[tuple[Tensor, Tensor]], reason: str) -> list[UsePlan]:
         """The plans of all uses from two more backwards over the same graph."""
-        if self._task.captured:
-            raise NotCapturableError(
-                f"{reason}, and the engine must look at each step", "replace the operation, or "
-            )
+        if devices.tracing():
+            raise NotCompilableError(f"{reason}, and the engine must look at each step")
         scoring, interception = self.scoring, self.interception
         probe = scoring.probe = Probe(narrow=interception.narrow)
         _run_backward(interception, seeded, retain=True)

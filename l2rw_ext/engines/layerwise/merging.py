@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from l2rw_ext.data.batch import split, tensors
 from l2rw_ext.engines.proof import comparable
-from l2rw_ext.errors import NotCapturableError, NotExactError
+from l2rw_ext.errors import NotCompilableError, NotExactError
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Generators, HostGenerators, Snapshot
 from l2rw_ext.task.task import Task, direction_of
@@ -65,7 +65,7 @@ def merged_losses(
             clean_losses = task.clean_losses(parts[1])
         if (losses.numel(), clean_losses.numel()) != (n, m):
             raise NotMergeableError("the batches hold other numbers of examples than rows")
-    except (NotCapturableError, NotExactError, NotMergeableError):
+    except (NotCompilableError, NotExactError, NotMergeableError):
         raise
     except Exception as error:
         # A loss function that writes to its part of the outputs does so in each step.

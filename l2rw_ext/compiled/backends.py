@@ -1,0 +1,81 @@
+"""The backends of torch.compile, to which a flat graph is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Compiled = Callable[..., Sequence[Tensor]]
+
+_ALLOWED = ("mode", "dynamic", "options", "fullgraph")
+_RECORDING = ("reduce-overhead", "max-autotune")
+"""Modes of inductor that may replay a CUDA graph."""
+
+
+class Backend:
+    """A backend by its name, and its options.
+
+    Args:
+        compile: True, or the name of a backend.
+        options: of ``torch.compile``: mode, dynamic, options and fullgraph.
+
+    Raises:
+        ValueError, TypeError: no such backend, mode or option.
+    """
+
+    def __init__(self, compile: Any, options: Mapping[str, Any] | None) -> None:
+        from torch._dynamo.backends import registry
+        from torch._dynamo.exc import InvalidBackend
+
+        options = dict(options or {})
+        unknown = [name for name in options if name not in _ALLOWED]
+        if unknown:
+            raise ValueError(
+                f"compile_options: {unknown[0]!r} is none of {', '.join(map(repr, _ALLOWED))}"
+            )
+        self.name = "inductor" if compile is True else compile
+        self.dynamic = bool(options.get("dynamic"))
+        self.fullgraph = bool(options.get("fullgraph"))
+        self._mode: str | None = options.get("mode")
+        self._options: dict[str, Any] = dict(options.get("options") or {})
+        if not isinstance(self.name, str):
+            raise TypeError(
+                f"compile must be False, True or the name of a backend, got {compile!r}"
+            )
+        try:
+            self._compile = registry.lookup_backend(self.name)
+        except InvalidBackend:
+            listed = ", ".join(map(repr, ["eager", *registry.list_backends()]))
+            raise ValueError(
+                f"compile={self.name!r} is no backend of torch.compile; there are {listed}"
+            ) from None
+        if self.name == "inductor" and self._mode is not None:
+            from torch._inductor import list_mode_options
+
+            modes = list_mode_options()
+            if self._mode not in modes:
+                listed = ", ".join(map(repr, modes))
+                raise ValueError(f"compile_options: mode must be one of {listed}")
+            self._options = modes[self._mode] | self._options
+
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether results lie where those of the next step will."""
+        return self.name == "cudagraphs" or self._mode in _RECORDING
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Compiled:
+        """The compiled graph."""
+        if self.name == "inductor":
+            from torch import _inductor
+
+            # Random numbers as torch draws them, by which a compiled step can be held to an eager
+            # one.
+            options = {"fallback_random": True, **self._options}
+            compiled: Compiled = _inductor.compile(graph, list(inputs), options)
+            return compiled
+        given = {"mode": self._mode, "options": self._options}
+        given = {name: value for name, value in given.items() if value}
+        return self._compile(graph, list(inputs), **given)

@@ -1,0 +1,192 @@
+"""A step as one flat graph of operations, traced while the step runs as it always does.
+
+The graph has no Python of the model, of autograd or of the engine, and writes to none of its
+inputs, which are all the tensors that the step reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from l2rw_ext import devices
+from l2rw_ext.errors import NotCompilableError
+from l2rw_ext.task.isolation import Snapshot, preserved
+from l2rw_ext.task.task import Task
+from l2rw_ext.tracing.members import Members
+from l2rw_ext.tracing.writes import BeforeWrites, storage_of
+
+_aten = torch.ops.aten
+_LITERALS = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)
+
+Outputs = Sequence[Tensor]
+
+
+class FlatGraph:
+    """The graph of a step.
+
+    Args:
+        step: (task, snapshot) -> the tensors that the step returns.
+        task: the step.
+        inputs: all tensors that the step reads, each once.
+        names: how errors name the inputs.
+        updates: whether the new values of what the forward writes to follow the outputs.
+
+    Raises:
+        NotCompilableError: the step cannot be traced.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Task, Snapshot], Outputs],
+        task: Task,
+        inputs: Sequence[Tensor],
+        names: Sequence[str],
+        *,
+        updates: bool,
+    ) -> None:
+        self.updated: list[int] = []
+        """Which inputs the forward writes to."""
+        copied: list[int] = []
+        written: list[int] = []
+
+        def body(*_: Tensor) -> list[Tensor]:
+            with _copies(task.members, inputs) as copies:
+                copied.extend(copies)
+                of_copy = {id(x): k for k, x in copies.items()}
+                parts = dict(task.members.parts)
+                known = copy.copy(task.members.written)
+                members = Members.of(
+                    parts[""], parts.get("loss_fn"), parts.get("clean_loss_fn"), known
+                )
+                with (
+                    BeforeWrites(_refusals(inputs, names)),
+                    preserved(members, always=False) as snapshot,
+                ):
+                    outputs = list(step(replace(task, members=members), snapshot))
+                for name, x in snapshot.state.written():
+                    if id(x) not in of_copy:
+                        raise NotCompilableError(f"the forward writes to {name!r}")
+                    written.append(of_copy[id(x)])
+                    if updates:
+                        self.updated.append(of_copy[id(x)])
+                        outputs.append(x)
+                name = snapshot.state.assigned()
+                if name is not None:
+                    raise NotCompilableError(
+                        f"the forward assigns {name!r}; write to a buffer in place instead"
+                    )
+                return outputs
+
+        with devices.traced():
+            self.module = make_fx(body, tracing_mode="real")(*inputs)
+        graph = self.module.graph
+        _check_constants(graph, self.module)
+        placeholders = graph.find_nodes(op="placeholder")
+        self.read = [_is_read(node) for node in placeholders]
+        """Which inputs some operation reads."""
+        clones = graph.find_nodes(op="call_function", target=_aten.clone.default)
+        for k, clone in zip(copied, clones, strict=False):
+            assert clone.args[0] is placeholders[k]
+            if k not in written:
+                clone.replace_all_uses_with(placeholders[k])
+        for node in graph.find_nodes(op="call_function", target=_aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        graph.eliminate_dead_code()
+        self.module.recompile()
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The dtypes of all tensors in the graph."""
+        values = (node.meta.get("val") for node in self.module.graph.nodes)
+        return {x.dtype for x in pytree.tree_leaves(list(values)) if isinstance(x, Tensor)}
+
+    @property
+    def operations(self) -> int:
+        """How many operations there are."""
+        return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+
+@contextlib.contextmanager
+def _copies(members: Members, inputs: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """In the body, copies take the place of buffers and of tensors that are attributes.
+
+    Yields the copies by the number of the input.
+
+    Raises:
+        NotCompilableError: two of them share memory.
+    """
+    numbers = {id(x): k for k, x in enumerate(inputs)}
+    copies: dict[int, Tensor] = {}
+    storages: dict[int | None, str] = {}
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for _, module in members.modules:
+            for table in (module._buffers, module.__dict__):
+                for name, x in list(table.items()):
+                    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+                        continue
+                    k = numbers.get(id(x))
+                    if k is None:
+                        continue
+                    if k not in copies:
+                        storage = storage_of(x)
+                        if storage in storages:
+                            raise NotCompilableError(
+                                f"{name!r} and {storages[storage]!r} share memory"
+                            )
+                        storages[storage] = name
+                        copies[k] = x.clone()
+                    replaced.append((table, name, x))
+                    table[name] = copies[k]
+        yield copies
+    finally:
+        for table, name, x in replaced:
+            table[name] = x
+
+
+def _refusals(
+    inputs: Sequence[Tensor], names: Sequence[str]
+) -> dict[int, list[Callable[[], None]]]:
+    """By storage, what refuses a write to an input."""
+
+    def refusing(name: str) -> Callable[[], None]:
+        def refuse() -> None:
+            raise NotCompilableError(f"the forward writes to {name}")
+
+        return refuse
+
+    found = ((storage_of(x), name) for x, name in zip(inputs, names, strict=True))
+    return {storage: [refusing(name)] for storage, name in found if storage is not None}
+
+
+def _check_constants(graph: torch.fx.Graph, module: nn.Module) -> None:
+    """Raise if a tensor entered the graph that is neither an input nor a number in Python's code.
+
+    Raises:
+        NotCompilableError: names its shape.
+    """
+    for node in graph.find_nodes(op="get_attr"):
+        if any(user.target not in _LITERALS for user in node.users):
+            shape = tuple(getattr(module, str(node.target)).shape)
+            raise NotCompilableError(
+                f"the step reads a tensor of shape {shape} that is no parameter, buffer or "
+                "attribute, and that Dynamo does not show; register it as a buffer, or give it "
+                "with the batch"
+            )
+
+
+def _is_read(node: torch.fx.Node) -> bool:
+    """Whether an operation reads an input, or more than one its copy."""
+    return any(
+        user.target is not _aten.clone.default or len(user.users) > 0 for user in node.users
+    )

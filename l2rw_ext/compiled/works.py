@@ -1,0 +1,127 @@
+"""What of a step can be a graph: the whole step, its weights alone, the clean batch's direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from l2rw_ext.step.weighing import Computed, Degenerate, Step, settle
+from l2rw_ext.task.isolation import Snapshot, preserved
+from l2rw_ext.task.task import Direction, Task, clean_direction
+
+from .steps import Named, Now, Work
+
+Compute = Callable[[Task, Snapshot, str | None], Computed]
+"""A step by the engine of the given name, if there is one."""
+
+Gradients = tuple[Tensor | None, list[tuple[nn.Parameter, Tensor | None]]]
+"""The mean clean loss and the gradient of each parameter."""
+
+
+def whole_step(
+    task: Task,
+    compute: Compute,
+    given: Sequence[Tensor],
+    key: Hashable,
+    unread: Any,
+    on_degenerate: Degenerate,
+    check_finite: bool,
+    *,
+    dry: bool,
+) -> Work[Computed]:
+    """Scores, weights and, unless ``dry``, weighted gradients and new values of buffers.
+
+    Args:
+        task: the step.
+        compute: does it.
+        given: what it reads besides the batches and the model.
+        key: what the graph depends on besides the arguments here.
+        unread: the part of the batches that it does not read.
+        on_degenerate: see :class:`~l2rw_ext.Reweighter`.
+        check_finite: see :class:`~l2rw_ext.Reweighter`.
+        dry: whether only the weights are wanted, and nothing is to change.
+    """
+    given, scaled = _with_scale(task, given)
+
+    def eager() -> Computed:
+        with preserved(task.members, always=dry) as snapshot:
+            return compute(task, snapshot, None)
+
+    def rebuilt(like: Computed, tensors: list[Tensor | None], now: Now) -> Computed:
+        weights, scores, losses, clean_loss, excluded, contaminated, overflow, *gradients = tensors
+        engine = like.step.engine
+        step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
+        pairs = zip(like.gradients, gradients, strict=True)
+        found = [(now(p), g) for (p, _), g in pairs]
+        computed = Computed(step, like.plan, None, overflow=overflow, gradients=found)
+        if weights is not None:
+            settle(computed, on_degenerate, check_finite)
+        return computed
+
+    def tensors(computed: Computed) -> Named:
+        step = computed.step
+        return [
+            ("its weights", step.weights),
+            ("its scores", step.scores),
+            ("its losses", step.losses),
+            ("its clean loss", step._clean_loss),
+            ("which examples it excludes", step._excluded),
+            ("whether it has contaminated gradients", step._contaminated),
+            ("whether it overflows", computed.overflow),
+            *_named("its gradient", computed.gradients, task),
+        ]
+
+    return Work(
+        ("step", dry, on_degenerate, check_finite, task.low_memory, scaled, key),
+        given,
+        eager,
+        lambda computed: computed.step.engine,
+        compute,
+        tensors,
+        rebuilt,
+        unread,
+        updates=not dry,
+    )
+
+
+def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
+    """The direction v and the mean clean loss; nothing changes."""
+    given, scaled = _with_scale(task, ())
+
+    def compute(task: Task, snapshot: Snapshot) -> Gradients:
+        found = clean_direction(task, snapshot)
+        return found.clean_loss, [(p, found.values.get(id(p))) for p in task.parameters]
+
+    def rebuilt(like: Gradients, tensors: list[Tensor | None], now: Now) -> Gradients:
+        return tensors[0], [(now(p), v) for (p, _), v in zip(like[1], tensors[1:], strict=True)]
+
+    return Work(
+        ("direction", scaled),
+        given,
+        lambda: compute(task, snapshot),
+        lambda _: "",
+        lambda task, snapshot, _: compute(task, snapshot),
+        lambda found: [("its clean loss", found[0]), *_named("its direction", found[1], task)],
+        rebuilt,
+        (task.inputs, task.targets),
+        updates=False,
+    )
+
+
+def as_direction(found: Gradients) -> Direction:
+    """The direction as engines take it."""
+    clean_loss, values = found
+    assert clean_loss is not None
+    return Direction({id(p): v for p, v in values if v is not None}, clean_loss)
+
+
+def _with_scale(task: Task, given: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    scale = task.loss_scale
+    return [*given, *([] if scale is None else [scale])], scale is not None
+
+
+def _named(what: str, pairs: Sequence[tuple[nn.Parameter, Tensor | None]], task: Task) -> Named:
+    names = {id(p): name for name, p in task.members.parameters}
+    return [(f"{what} of {names[id(p)]!r}", x) for p, x in pairs]
