@@ -57,7 +57,6 @@ class Guards:
         own = types.FunctionType(code, _forwards.__globals__, "forwards")
         self._forwards = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
         self._found: tuple[Guarded, list[Tensor]] | None = None
-        self.all=[]
 
     def find(self, task: Task) -> tuple[Guarded, list[Tensor]]:
         """What holds for the forwards of a step, and the tensors that they read, each once.
@@ -97,7 +96,6 @@ class Guards:
         if count > 2:
             refusal = "the forward keeps a tensor in an attribute or a container"
         found = Guarded(names, [bool(node.users) for node in placeholders], refusal)
-        self.all.append(found)
 
         def call(*given: Tensor) -> tuple[Tensor, ...]:
             self._found = found, list(given)

@@ -237,7 +237,9 @@ class Tangents(StepMode):
             if losses.requires_grad and not losses.is_leaf and losses not in self._still:
                 raise NotExactError("the losses come from an operation without forward derivative")
             return torch.zeros_like(losses)
-        return tangent.detach().as_subclass(Tensor)
+        tangent = tangent.detach()
+        # Not if there is no need: a trace does not see the cast.
+        return tangent if type(tangent) is Tensor else tangent.as_subclass(Tensor)
 
 
 def _through(layer: Layer, func: Function, /, *args: Any, **kwargs: Any) -> Any:
