@@ -21,6 +21,7 @@ from l2rw_ext import devices
 from l2rw_ext.errors import NotCompilableError
 from l2rw_ext.task.isolation import Snapshot, preserved
 from l2rw_ext.task.task import Task
+from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import BeforeWrites, storage_of
 
@@ -69,6 +70,7 @@ class FlatGraph:
                 )
                 with (
                     BeforeWrites(_refusals(inputs, names)),
+                    _InSight(),
                     preserved(members, always=False) as snapshot,
                 ):
                     outputs = list(step(replace(task, members=members), snapshot))
@@ -114,6 +116,20 @@ class FlatGraph:
     def operations(self) -> int:
         """How many operations there are."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+
+class _InSight(StepMode):
+    """Refuses calls that take values out of torch's sight, which would be constants in a graph."""
+
+    _CALLS = ("numpy", "__array__", "tolist", "__dlpack__")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self._CALLS:
+            raise NotCompilableError(f"the forward takes values out of a tensor by {name}()")
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

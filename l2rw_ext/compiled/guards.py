@@ -8,6 +8,7 @@ forwards found them.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,9 @@ class Guards:
         """
         clean = None if task.clean_size is None else (task.clean_inputs, task.clean_targets)
         batch = (task.inputs, task.targets)
-        with torch._dynamo.config.patch(allow_rnn=True, trace_numpy=False):
+        recurrent = any(isinstance(module, nn.RNNBase) for _, module in task.members.modules)
+        rnn = torch._dynamo.config.patch(allow_rnn=True) if recurrent else contextlib.nullcontext()
+        with rnn:
             try:
                 self._forwards(task.model, task.loss_fn, task.clean_loss_fn, batch, clean)
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:

@@ -20,7 +20,7 @@ from l2rw_ext.data.batch import describe
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.engines.proof import due, tolerance_of
 from l2rw_ext.errors import NotCompilableError, warn
-from l2rw_ext.task.isolation import Generators, Snapshot
+from l2rw_ext.task.isolation import BelowAutograd, Generators, Snapshot
 from l2rw_ext.task.task import Task
 
 from .backends import Backend
@@ -265,7 +265,7 @@ class _Graph(Generic[R]):
 
     def run(self, work: Work[R], inputs: Sequence[Tensor]) -> list[Tensor]:
         """All that the graph computes; nothing is changed yet."""
-        with torch.no_grad(), without_autocast():
+        with BelowAutograd(), without_autocast():
             found = self._compiled(*inputs, *work.given)
             return [x.clone() for x in found] if self._copies else list(found)
 
