@@ -128,6 +128,24 @@ def test_detached_statistics_of_a_hidden_layer(name: str) -> None:
     assert "two passes" in reweighter.explain(vectors(6), vectors(4)).passes
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}])
+def test_states_picked_by_their_time_are_no_examples(kind: Any, options: dict[str, Any]) -> None:
+    """A recurrent layer writes states and gates to parts of one tensor; the batches merge."""
+    width = 6 * (1 + options.get("bidirectional", False))
+    model = model_of(
+        lambda s, x: s.head(s.layer(x)[0][:, -1]),
+        layer=kind(5, 6, batch_first=True, **options),
+        head=nn.Linear(width, CLASSES),
+    )
+
+    def batch(n: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(n, 4, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))
+
+    reweighter = _steps(model, (batch(6), batch(3)), (batch(6), batch(3)))
+    assert "one merged" in reweighter.explain(batch(6), batch(3)).passes
+
+
 @pytest.mark.parametrize("name", ["mean", "last row", "size of the batch"])
 @pytest.mark.parametrize("gate", ["last layer", "scalar"])
 def test_statistics_behind_parameters_that_start_at_zero(name: str, gate: str) -> None:
