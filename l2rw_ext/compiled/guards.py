@@ -135,6 +135,7 @@ def _source(node: torch.fx.Node) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of what an error says that tells why."""
+    """What an error says, in one sentence; Dynamo explains itself in a later line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    lines = [line for line in lines if line.startswith("Explanation: ")] or lines
+    return lines[0].removeprefix("Explanation: ").rstrip(".") if lines else type(error).__name__

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from l2rw_ext.task.task import Task
 from .backends import Backend
 from .flat_graph import FlatGraph
 from .guards import Guarded, Guards, sentence, unread
+from .wrappers import announce_backward, inside
 
 R = TypeVar("R")
 
@@ -94,13 +95,14 @@ class Steps:
         if reason is None and len(self._refusals) < _LARGEST_NUMBER_OF_REFUSALS:
             try:
                 _check_devices(task)
-                return Found(self, task, *self._guards.find(task))
+                bare = replace(task, model=inside(task.model))
+                return Found(self, task, bare, *self._guards.find(bare))
             except NotCompilableError as error:
                 reason = str(error)
         if reason is None:
             reason = next(reversed(self._refusals.values()))
         self.check(reason)
-        return Found(self, task, None, [], reason)
+        return Found(self, task, task, None, [], reason)
 
     def check(self, reason: str) -> None:
         """Raise instead of running eagerly, if that was asked for."""
@@ -128,6 +130,8 @@ class Found:
 
     _steps: Steps
     _task: Task
+    _bare: Task
+    """The step on the model without a wrapper."""
     _guarded: Guarded | None
     _inputs: list[Tensor]
     _reason: str | None = None
@@ -145,7 +149,7 @@ class Found:
         kind = self._guarded.kinds.get(work.key)
         if kind is None:
             kind = self._guarded.kinds[work.key] = _Kind(self._steps, self._guarded)
-        result: R = kind.run(work, self._task, self._inputs)
+        result: R = kind.run(work, self._task, self._bare, self._inputs)
         return result
 
     def line(self, key: Hashable) -> str:
@@ -175,7 +179,7 @@ class _Kind(Generic[R]):
             return f"runs eagerly, for {self._refused}"
         return "the next step is compiled" if self._graph is None else self._graph.says
 
-    def run(self, work: Work[R], task: Task, inputs: list[Tensor]) -> R:
+    def run(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
         """See :meth:`Found.run`."""
         if self._refused is not None:
             self._steps.check(self._refused)
@@ -190,9 +194,11 @@ class _Kind(Generic[R]):
         try:
             if self._graph is None:
                 backend = self._steps.backend
-                self._graph = _Graph(work, self._engine, task, inputs, self._guarded, backend)
+                self._graph = _Graph(work, self._engine, bare, inputs, self._guarded, backend)
                 generators.restore()
             graph = self._graph
+            if work.updates:
+                announce_backward(task.model)
             found = graph.run(work, inputs)
         except torch.OutOfMemoryError:
             raise
