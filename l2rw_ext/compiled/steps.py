@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2rw_ext.data.batch import describe
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.engines.proof import due, tolerance_of
 from l2rw_ext.errors import NotCompilableError, warn
-from l2rw_ext.task.isolation import BelowAutograd, Generators, Snapshot
+from l2rw_ext.task.isolation import BelowAutograd, Generators, Snapshot, preserved
 from l2rw_ext.task.task import Task
 
 from .backends import Backend
 from .flat_graph import FlatGraph
-from .guards import Guarded, Guards, sentence, unread
+from .guards import Guarded, Guards, SwitchedOffError, sentence, unread
 
 R = TypeVar("R")
 
 Named = list[tuple[str, Tensor | None]]
-Now = Callable[[nn.Parameter], nn.Parameter]
-"""The parameter that has taken the place of one."""
+Now = Callable[[Any], Any]
+"""What stands for a parameter of a result: the number of an input, or the input of a number."""
 
 _LARGEST_NUMBER_OF_REFUSALS = 8
 """Kinds of batches whose forwards Dynamo cannot follow, before none is tried any more."""
@@ -79,36 +80,48 @@ class Steps:
         self.backend = backend
         self._guards = Guards()
         self._refusals: dict[Hashable, str] = {}
+        self._served: set[Hashable] = set()
         self._said: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.backend,))
 
     def find(self, task: Task) -> Found:
-        """What is known of such steps.
+        """What is known of such steps."""
+        reason = self._refusals.get(_key(task)) if self._refusals else None
+        many = len(self._refusals) >= _LARGEST_NUMBER_OF_REFUSALS
+        if reason is None and many and _key(task) not in self._served:
+            reason = next(reversed(self._refusals.values()))
+        if reason is not None:
+            return Found(self, task, None, [], reason)
+        try:
+            _check_devices(task)
+            guarded, inputs = self._guards.find(task)
+        except SwitchedOffError as error:
+            return Found(self, task, None, [], str(error), lasting=False)
+        except NotCompilableError as error:
+            return Found(self, task, None, [], str(error))
+        if not guarded.kinds:
+            self._served.add(_key(task))
+        return Found(self, task, guarded, inputs)
+
+    def eagerly(self, work: Work[R], task: Task, reason: str) -> R:
+        """Do what cannot be a graph; an error that it raises is the user's.
 
         Raises:
-            NotCompilableError: they run eagerly, and ``fullgraph=True`` was asked for.
+            NotCompilableError: ``fullgraph=True`` was asked for; nothing has changed.
         """
-        reason = self._refusals.get(_key(task)) if self._refusals else None
-        if reason is None and len(self._refusals) < _LARGEST_NUMBER_OF_REFUSALS:
-            try:
-                _check_devices(task)
-                return Found(self, task, *self._guards.find(task))
-            except NotCompilableError as error:
-                reason = str(error)
-        if reason is None:
-            reason = next(reversed(self._refusals.values()))
-        self.check(reason)
-        return Found(self, task, None, [], reason)
+        if not self.backend.fullgraph:
+            return work.eager()
+        with preserved(task.members, always=True):
+            work.eager()
+        raise self.error(reason)
 
-    def check(self, reason: str) -> None:
-        """Raise instead of running eagerly, if that was asked for."""
-        if self.backend.fullgraph:
-            raise NotCompilableError(
-                f"compile={self.backend.name!r}, fullgraph=True: the step is not one graph: "
-                f"{reason}"
-            )
+    def error(self, reason: str) -> NotCompilableError:
+        """What is raised instead of running eagerly, if that was asked for."""
+        return NotCompilableError(
+            f"compile={self.backend.name!r}, fullgraph=True: the step is not one graph: {reason}"
+        )
 
     def refuse(self, task: Task, reason: str) -> None:
         """Remember, and say once, that such steps run eagerly."""
@@ -130,7 +143,9 @@ class Found:
     _task: Task
     _guarded: Guarded | None
     _inputs: list[Tensor]
-    _reason: str | None = None
+    _reason: str = ""
+    lasting: bool = True
+    """Whether a step that runs eagerly is one that never can be a graph."""
 
     def run(self, work: Work[R]) -> R:
         """Do some work of the step, eagerly or by its graph.
@@ -138,15 +153,17 @@ class Found:
         Raises:
             NotCompilableError: it cannot be a graph, and ``fullgraph=True`` was asked for.
         """
-        if self._guarded is None or self._reason is not None:
-            result = work.eager()
-            self._steps.refuse(self._task, str(self._reason))
+        if self._guarded is None:
+            if not self.lasting:
+                return work.eager()
+            result = self._steps.eagerly(work, self._task, self._reason)
+            self._steps.refuse(self._task, self._reason)
             return result
         kind = self._guarded.kinds.get(work.key)
         if kind is None:
             kind = self._guarded.kinds[work.key] = _Kind(self._steps, self._guarded)
-        result: R = kind.run(work, self._task, self._inputs)
-        return result
+        found: R = kind.run(work, self._task, self._inputs)
+        return found
 
     def line(self, key: Hashable) -> str:
         """What happens to such a step, for ``explain()``."""
@@ -178,47 +195,71 @@ class _Kind(Generic[R]):
     def run(self, work: Work[R], task: Task, inputs: list[Tensor]) -> R:
         """See :meth:`Found.run`."""
         if self._refused is not None:
-            self._steps.check(self._refused)
-            return work.eager()
-        count, self._count = self._count, self._count + 1
-        if count == 0:
+            return self._steps.eagerly(work, task, self._refused)
+        if self._count == 0:
             result = work.eager()
             self._engine = work.engine(result)
+            self._count = 1
             return result
-        checks = self._graph is None or due(count)
+        checks = self._graph is None or due(self._count)
         generators = Generators(task.members.devices())
         try:
             if self._graph is None:
                 backend = self._steps.backend
                 self._graph = _Graph(work, self._engine, task, inputs, self._guarded, backend)
                 generators.restore()
-            graph = self._graph
-            found = graph.run(work, inputs)
+            found = self._graph.run(work, inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             generators.restore()
-            return self._refuse(sentence(error), work)
-        if not checks:
-            return graph.result(work, inputs, found)
+            reason = sentence(error)
+            traceback.clear_frames(error.__traceback__)
+        else:
+            result = (
+                self._checked(work, task, inputs, found, generators)
+                if checks
+                else (self._graph.result(work, inputs, found))
+            )
+            self._count += 1
+            return result
+        # Out of the handler, so that an error of the user's has no other for a context.
+        result = self._steps.eagerly(work, task, reason)
+        self._refuse(reason)
+        return result
+
+    def _checked(
+        self,
+        work: Work[R],
+        task: Task,
+        inputs: Sequence[Tensor],
+        found: list[Tensor],
+        generators: Generators,
+    ) -> R:
+        """The eager step's result, to which the graph's is held."""
+        graph = self._graph
+        assert graph is not None
         generators.restore()
+        before = Snapshot(task.members)
         expected = work.eager()
         if work.engine(expected) != self._engine:
             self._engine, self._graph = work.engine(expected), None
             self._changes += 1
             if self._changes == _LARGEST_NUMBER_OF_CHANGES:
-                self._refused = "such steps change their engine again and again"
-        difference = graph.difference(work, found, expected)
-        if difference is not None and self._graph is not None:
-            self._refuse(f"{difference} differs from the eager step's", work, expected)
+                self._refuse("such steps change their engine again and again")
+            return expected
+        difference = graph.difference(work, inputs, found, expected)
+        if difference is not None:
+            reason = f"{difference} by the graph differs from the eager step's"
+            if self._steps.backend.fullgraph:
+                before.undo()
+                raise self._steps.error(reason)
+            self._refuse(reason)
         return expected
 
-    def _refuse(self, reason: str, work: Work[R], result: R | None = None) -> R:
-        self._steps.check(reason)
-        result = work.eager() if result is None else result
+    def _refuse(self, reason: str) -> None:
         self._refused, self._graph = reason, None
         self._steps.say(reason)
-        return result
 
 
 class _Graph(Generic[R]):
@@ -252,11 +293,13 @@ class _Graph(Generic[R]):
             self._compiled = backend(flat.module, inputs)
         self._copies = backend.reuses_memory
         self._updated = flat.updated
+        self._inputs = names
         named = work.tensors(results[0])
         self._present = [x is not None for _, x in named]
         self._names = [name for name, _ in named]
-        self._numbers = {id(x): k for k, x in enumerate(inputs)}
-        self._result = work.rebuilt(results[0], [None] * len(named), lambda p: p)
+        # Not the parameters, which others may replace.
+        numbers = {id(x): k for k, x in enumerate(inputs)}
+        self._result = work.rebuilt(results[0], [None] * len(named), lambda p: numbers[id(p)])
         seconds = time.perf_counter() - traced
         self.says = (
             f"one graph of {flat.operations} operations, traced in {traced - start:.1f} s and "
@@ -279,19 +322,20 @@ class _Graph(Generic[R]):
         return result
 
     def _rebuilt(self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor]) -> R:
-        def now(p: nn.Parameter) -> nn.Parameter:
-            x = inputs[self._numbers[id(p)]]
-            assert isinstance(x, nn.Parameter)
-            return x
-
         values = iter(found)
         tensors = [next(values) if present else None for present in self._present]
-        return work.rebuilt(self._result, tensors, now)
+        return work.rebuilt(self._result, tensors, lambda k: inputs[k])
 
-    def difference(self, work: Work[R], found: list[Tensor], expected: R) -> str | None:
-        """What of the graph's result is not that of the eager step."""
+    def difference(
+        self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor], expected: R
+    ) -> str | None:
+        """What the graph has computed in another way than the eager step, which has just run."""
         values = iter(found)
-        mine = dict(zip(self._names, (next(values) if p else None for p in self._present), strict=True))
+        mine = {
+            n: next(values)
+            for n, present in zip(self._names, self._present, strict=True)
+            if present
+        }
         theirs = {name: x for name, x in work.tensors(expected) if x is not None}
         own, shared = self._tolerance
         whole = _norm(x for name, x in theirs.items() if name.startswith(_GRADIENT))
@@ -300,6 +344,9 @@ class _Graph(Generic[R]):
             allowed = shared * whole if name.startswith(_GRADIENT) else 0.0
             if y is None or not _close(y, x, own, allowed):
                 return name
+        for k, y in zip(self._updated, values, strict=True):
+            if not _close(y, inputs[k], own, 0.0):
+                return f"the new value of {self._inputs[k]!r}"
         return None
 
 
