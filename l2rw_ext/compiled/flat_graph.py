@@ -91,7 +91,6 @@ class FlatGraph:
         with devices.traced():
             self.module = make_fx(body, tracing_mode="real")(*inputs)
         graph = self.module.graph
-        _check_constants(graph, self.module)
         placeholders = graph.find_nodes(op="placeholder")
         self.read = [_is_read(node) for node in placeholders]
         """Which inputs some operation reads."""
@@ -104,6 +103,7 @@ class FlatGraph:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         graph.eliminate_dead_code()
+        _check_constants(graph, self.module)  # those that are read
         self.module.recompile()
 
     @property
