@@ -30,6 +30,7 @@ class Backend:
         from torch._dynamo.backends import registry
         from torch._dynamo.exc import InvalidBackend
 
+        self._given = compile, options
         options = dict(options or {})
         unknown = [name for name in options if name not in _ALLOWED]
         if unknown:
@@ -60,6 +61,9 @@ class Backend:
                 listed = ", ".join(map(repr, modes))
                 raise ValueError(f"compile_options: mode must be one of {listed}")
             self._options = modes[self._mode] | self._options
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), self._given)
 
     @property
     def reuses_memory(self) -> bool:

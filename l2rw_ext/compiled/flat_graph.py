@@ -81,17 +81,16 @@ class FlatGraph:
                     if updates:
                         self.updated.append(of_copy[id(x)])
                         outputs.append(x)
-                name = snapshot.state.assigned()
-                if name is not None:
+                assigned = snapshot.state.assigned()
+                if assigned is not None:
                     raise NotCompilableError(
-                        f"the forward assigns {name!r}; write to a buffer in place instead"
+                        f"the forward assigns {assigned!r}; write to a buffer in place instead"
                     )
                 return outputs
 
         with devices.traced():
             self.module = make_fx(body, tracing_mode="real")(*inputs)
         graph = self.module.graph
-        _check_constants(graph, self.module)
         placeholders = graph.find_nodes(op="placeholder")
         self.read = [_is_read(node) for node in placeholders]
         """Which inputs some operation reads."""
@@ -104,6 +103,7 @@ class FlatGraph:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         graph.eliminate_dead_code()
+        _check_constants(graph, self.module)  # those that are read
         self.module.recompile()
 
     @property
@@ -203,6 +203,4 @@ def _check_constants(graph: torch.fx.Graph, module: nn.Module) -> None:
 
 def _is_read(node: torch.fx.Node) -> bool:
     """Whether an operation reads an input, or more than one its copy."""
-    return any(
-        user.target is not _aten.clone.default or len(user.users) > 0 for user in node.users
-    )
+    return any(user.target is not _aten.clone.default or len(user.users) > 0 for user in node.users)

@@ -9,6 +9,7 @@ forwards found them.
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,34 @@ from l2rw_ext.data.batch import forward, tensors
 from l2rw_ext.errors import NotCompilableError
 from l2rw_ext.task.task import Task
 
+_EXACT: dict[str, Any] = {
+    "skip_nnmodule_hook_guards": False,
+    "skip_no_tensor_aliasing_guards_on_parameters": False,
+    "skip_tensor_guards_with_matching_dict_tags": False,
+    "assume_dunder_attributes_remain_unchanged": False,
+}
+"""Dynamo's settings for guards that also see hooks that are added, parameters that are tied or
+frozen, and code of functions that is exchanged."""
+
+
+class SwitchedOffError(NotCompilableError):
+    """Dynamo does not follow the forwards now, but may at another step."""
+
+
+class _Stop(Exception):  # noqa: N818
+    """Ends the forwards where their graph would run, before Python's objects are changed."""
+
 
 def _forwards(
     model: nn.Module, loss_fn: Any, clean_loss_fn: Any, batch: Any, clean: Any
 ) -> tuple[Any, ...]:
-    """The losses of a step; without a clean batch only those of training."""
+    """The losses of a step; without a clean batch only those of training.
+
+    Raises:
+        SwitchedOffError: Dynamo does not follow this function, so that it would run.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        raise SwitchedOffError("torch.compile is switched off, or a step of another thread runs")
     losses = loss_fn(forward(model, batch[0]), batch[1])
     if clean is None:
         return (losses,)
@@ -40,8 +64,6 @@ class Guarded:
     """How the forwards reach each tensor that they read."""
     used: list[bool]
     """Whether an operation of the forwards reads it."""
-    refusal: str | None
-    """Why no graph can serve such steps, if that is known."""
     kinds: dict[Any, Any] = field(default_factory=dict)
     """For the user of this module: what is known of each kind of work on such batches."""
 
@@ -49,7 +71,7 @@ class Guarded:
 class Guards:
     """Finds what holds for a step, and the tensors that its forwards read.
 
-    The forwards do not run: what they compute is the business of the graph.
+    The forwards do not run, and change nothing.
     """
 
     def __init__(self) -> None:
@@ -58,20 +80,24 @@ class Guards:
         own = types.FunctionType(code, _forwards.__globals__, "forwards")
         self._forwards = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
         self._found: tuple[Guarded, list[Tensor]] | None = None
+        self._settings = contextlib.ExitStack()
 
     def find(self, task: Task) -> tuple[Guarded, list[Tensor]]:
         """What holds for the forwards of a step, and the tensors that they read, each once.
 
         Raises:
             NotCompilableError: Dynamo cannot follow the forwards, or there are too many kinds.
+            SwitchedOffError: Dynamo follows no function now.
         """
         clean = None if task.clean_size is None else (task.clean_inputs, task.clean_targets)
         batch = (task.inputs, task.targets)
         recurrent = any(isinstance(module, nn.RNNBase) for _, module in task.members.modules)
         rnn = torch._dynamo.config.patch(allow_rnn=True) if recurrent else contextlib.nullcontext()
-        with rnn:
+        with rnn, self._settings:
             try:
                 self._forwards(task.model, task.loss_fn, task.clean_loss_fn, batch, clean)
+            except _Stop:
+                pass
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                 limit = torch._dynamo.config.recompile_limit
                 raise NotCompilableError(
@@ -79,10 +105,15 @@ class Guards:
                     "are made (torch._dynamo.config.recompile_limit); pad batches to fewer "
                     "lengths, and keep numbers that change in buffers"
                 ) from error
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                raise error.inner_exception from None
+            except SwitchedOffError:
+                raise
             except Exception as error:
                 raise NotCompilableError(sentence(error)) from error
-        assert self._found is not None
         found, self._found = self._found, None
+        if found is None:
+            raise NotCompilableError("the forwards have no operation of torch")
         return found
 
     def _backend(
@@ -90,21 +121,43 @@ class Guards:
     ) -> Callable[..., tuple[Tensor, ...]]:
         placeholders = graph.graph.find_nodes(op="placeholder")
         names = [_source(node) for node in placeholders]
-        refusal = None
         for name, x in zip(names, example_inputs, strict=True):
             if type(x) not in (Tensor, nn.Parameter):
-                refusal = f"the forward reads {name}, a {type(x).__name__}, anew at each step"
-        (output,) = graph.graph.find_nodes(op="output")
-        count = len(output.args[0])
-        if count > 2:
-            refusal = "the forward keeps a tensor in an attribute or a container"
-        found = Guarded(names, [bool(node.users) for node in placeholders], refusal)
+                raise NotCompilableError(
+                    f"the forward reads {name}, a {type(x).__name__}, anew at each step"
+                )
+        changed = _changed()
+        if changed is not None:
+            raise NotCompilableError(
+                f"the forward changes {changed}, which a graph cannot; keep what changes in a "
+                "buffer, and write to it in place"
+            )
+        found = Guarded(names, [bool(node.users) for node in placeholders])
 
         def call(*given: Tensor) -> tuple[Tensor, ...]:
             self._found = found, list(given)
-            return (torch.empty(0, device="cpu"),) * count
+            raise _Stop
 
+        self._settings.enter_context(torch._dynamo.config.patch(_EXACT))  # until guards are made
         return call
+
+
+def _changed() -> str | None:
+    """What of Python's objects the forwards that Dynamo follows change, if anything.
+
+    Whether a buffer is exchanged, or only written to, the trace says.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
+
+    effects = InstructionTranslator.current_tx().output.side_effects
+    for variable in effects._get_modified_vars():
+        if isinstance(variable.mutation_type, (AttributeMutationExisting, ValueMutationExisting)):
+            name = _text(variable.source)
+            if not _BUFFERS.fullmatch(name):
+                attribute = next(iter(effects.store_attr_mutations.get(variable, ())), None)
+                return _readable(name if attribute is None else f"{name}.{attribute}")
+    return None
 
 
 def unread(
@@ -128,13 +181,38 @@ def unread(
 
 
 def _source(node: torch.fx.Node) -> str:
-    """How the forward reaches a tensor, as Dynamo writes it."""
+    """How the forward reaches a tensor."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", node.name)
+    return node.name if source is None else _readable(_text(source))
+
+
+def _text(source: Any) -> str:
+    """How the forward reaches an object, as Dynamo writes it."""
+    name = source.name
     return str(name() if callable(name) else name)
 
 
+_BUFFERS = re.compile(r"L\['\w+'\](\._modules\['\w+'\])*\._buffers")
+_READABLE = {
+    r"^L\['clean'\]\[0\]": "the clean inputs",
+    r"^L\['clean'\]\[1\]": "the clean targets",
+    r"^L\['batch'\]\[0\]": "the inputs",
+    r"^L\['batch'\]\[1\]": "the targets",
+    r"^[LG]\['(\w+)'\]": r"\1",
+    r"\._(?:modules|parameters|buffers)\['(\w+)'\]": r".\1",
+    r"\.__closure__\[\d+\]\.cell_contents": "'s closure",
+}
+
+
+def _readable(name: str) -> str:
+    """The name in the user's words."""
+    for pattern, text in _READABLE.items():
+        name = re.sub(pattern, text, name)
+    return name
+
+
 def sentence(error: BaseException) -> str:
-    """The first line of what an error says that tells why."""
+    """What an error says, in one sentence; Dynamo explains itself in a later line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    lines = [line for line in lines if line.startswith("Explanation: ")] or lines
+    return lines[0].removeprefix("Explanation: ").rstrip(".") if lines else type(error).__name__

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,18 +21,17 @@ from l2rw_ext.data.batch import describe
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.engines.proof import due, tolerance_of
 from l2rw_ext.errors import NotCompilableError, warn
-from l2rw_ext.task.isolation import BelowAutograd, Generators, Snapshot
+from l2rw_ext.task.isolation import BelowAutograd, Generators, Snapshot, preserved
 from l2rw_ext.task.task import Task
 
 from .backends import Backend
 from .flat_graph import FlatGraph
-from .guards import Guarded, Guards, sentence, unread
+from .guards import Guarded, Guards, SwitchedOffError, sentence, unread
+from .wrappers import announce_backward, inside
 
 R = TypeVar("R")
 
 Named = list[tuple[str, Tensor | None]]
-Now = Callable[[nn.Parameter], nn.Parameter]
-"""The parameter that has taken the place of one."""
 
 _LARGEST_NUMBER_OF_REFUSALS = 8
 """Kinds of batches whose forwards Dynamo cannot follow, before none is tried any more."""
@@ -58,8 +58,12 @@ class Work(Generic[R]):
     """Does it by that engine, to be traced."""
     tensors: Callable[[R], Named]
     """The tensors of a result, and what errors call them."""
-    rebuilt: Callable[[R, list[Tensor | None], Now], R]
-    """A result like the traced one, of other tensors and parameters."""
+    parameters: Callable[[R], list[nn.Parameter]]
+    """The parameters of which a result speaks."""
+    about: Callable[[R], Any]
+    """What else there is to a result."""
+    rebuilt: Callable[[Any, list[nn.Parameter], list[Any]], R]
+    """A result of what is about it, of present parameters and of present tensors or None."""
     unread: Any
     """The part of the batches that it does not read."""
     updates: bool
@@ -79,36 +83,49 @@ class Steps:
         self.backend = backend
         self._guards = Guards()
         self._refusals: dict[Hashable, str] = {}
+        self._served: set[Hashable] = set()
         self._said: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.backend,))
 
     def find(self, task: Task) -> Found:
-        """What is known of such steps.
+        """What is known of such steps."""
+        reason = self._refusals.get(_key(task)) if self._refusals else None
+        many = len(self._refusals) >= _LARGEST_NUMBER_OF_REFUSALS
+        if reason is None and many and _key(task) not in self._served:
+            reason = next(reversed(self._refusals.values()))
+        if reason is not None:
+            return Found(self, task, task, None, [], reason)
+        try:
+            _check_devices(task)
+            bare = replace(task, model=inside(task.model))
+            guarded, inputs = self._guards.find(bare)
+        except SwitchedOffError as error:
+            return Found(self, task, task, None, [], str(error), lasting=False)
+        except NotCompilableError as error:
+            return Found(self, task, task, None, [], str(error))
+        if not guarded.kinds:
+            self._served.add(_key(task))
+        return Found(self, task, bare, guarded, inputs)
+
+    def eagerly(self, work: Work[R], task: Task, reason: str) -> R:
+        """Do what cannot be a graph; an error that it raises is the user's.
 
         Raises:
-            NotCompilableError: they run eagerly, and ``fullgraph=True`` was asked for.
+            NotCompilableError: ``fullgraph=True`` was asked for; nothing has changed.
         """
-        reason = self._refusals.get(_key(task)) if self._refusals else None
-        if reason is None and len(self._refusals) < _LARGEST_NUMBER_OF_REFUSALS:
-            try:
-                _check_devices(task)
-                return Found(self, task, *self._guards.find(task))
-            except NotCompilableError as error:
-                reason = str(error)
-        if reason is None:
-            reason = next(reversed(self._refusals.values()))
-        self.check(reason)
-        return Found(self, task, None, [], reason)
+        if not self.backend.fullgraph:
+            return work.eager()
+        with preserved(task.members, always=True):
+            work.eager()
+        raise self.error(reason)
 
-    def check(self, reason: str) -> None:
-        """Raise instead of running eagerly, if that was asked for."""
-        if self.backend.fullgraph:
-            raise NotCompilableError(
-                f"compile={self.backend.name!r}, fullgraph=True: the step is not one graph: "
-                f"{reason}"
-            )
+    def error(self, reason: str) -> NotCompilableError:
+        """What is raised instead of running eagerly, if that was asked for."""
+        return NotCompilableError(
+            f"compile={self.backend.name!r}, fullgraph=True: the step is not one graph: {reason}"
+        )
 
     def refuse(self, task: Task, reason: str) -> None:
         """Remember, and say once, that such steps run eagerly."""
@@ -128,9 +145,13 @@ class Found:
 
     _steps: Steps
     _task: Task
+    _bare: Task
+    """The step on the model without a wrapper."""
     _guarded: Guarded | None
     _inputs: list[Tensor]
-    _reason: str | None = None
+    _reason: str = ""
+    lasting: bool = True
+    """Whether a step that runs eagerly is one that never can be a graph."""
 
     def run(self, work: Work[R]) -> R:
         """Do some work of the step, eagerly or by its graph.
@@ -138,23 +159,28 @@ class Found:
         Raises:
             NotCompilableError: it cannot be a graph, and ``fullgraph=True`` was asked for.
         """
-        if self._guarded is None or self._reason is not None:
-            result = work.eager()
-            self._steps.refuse(self._task, str(self._reason))
+        if self._guarded is None:
+            if not self.lasting:
+                return work.eager()
+            result = self._steps.eagerly(work, self._task, self._reason)
+            self._steps.refuse(self._task, self._reason)
             return result
         kind = self._guarded.kinds.get(work.key)
         if kind is None:
             kind = self._guarded.kinds[work.key] = _Kind(self._steps, self._guarded)
-        result: R = kind.run(work, self._task, self._inputs)
-        return result
+        found: R = kind.run(work, self._task, self._bare, self._inputs)
+        return found
 
-    def line(self, key: Hashable) -> str:
-        """What happens to such a step, for ``explain()``."""
-        said = f"compile={self._steps.backend.name!r}: "
+    @property
+    def line(self) -> str:
+        """What happens to such steps, for ``explain()``."""
         if self._guarded is None:
-            return said + f"runs eagerly, for {self._reason}"
-        kind = self._guarded.kinds.get(key)
-        return said + ("the first step runs eagerly" if kind is None else kind.says())
+            said = [f"the step runs eagerly, for {self._reason}"]
+        else:
+            kinds = self._guarded.kinds.items()
+            said = [f"{key[0]} {kind.says}" for key, kind in kinds]
+        found = "; ".join(said) or "the first step runs eagerly"
+        return f"compile={self._steps.backend.name!r}: {found}"
 
 
 class _Kind(Generic[R]):
@@ -169,56 +195,83 @@ class _Kind(Generic[R]):
         self._graph: _Graph[R] | None = None
         self._refused: str | None = None
 
+    @property
     def says(self) -> str:
         """What the next step does."""
         if self._refused is not None:
             return f"runs eagerly, for {self._refused}"
-        return "the next step is compiled" if self._graph is None else self._graph.says
+        return "is traced at its next step" if self._graph is None else self._graph.says
 
-    def run(self, work: Work[R], task: Task, inputs: list[Tensor]) -> R:
+    def run(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
         """See :meth:`Found.run`."""
         if self._refused is not None:
-            self._steps.check(self._refused)
-            return work.eager()
-        count, self._count = self._count, self._count + 1
-        if count == 0:
+            return self._steps.eagerly(work, task, self._refused)
+        if self._count == 0:
             result = work.eager()
             self._engine = work.engine(result)
+            self._count = 1
             return result
-        checks = self._graph is None or due(count)
+        checks = self._graph is None or due(self._count)
         generators = Generators(task.members.devices())
         try:
             if self._graph is None:
                 backend = self._steps.backend
-                self._graph = _Graph(work, self._engine, task, inputs, self._guarded, backend)
+                self._graph = _Graph(work, self._engine, bare, inputs, self._guarded, backend)
                 generators.restore()
-            graph = self._graph
-            found = graph.run(work, inputs)
+            if work.updates:
+                announce_backward(task.model)
+            found = self._graph.run(work, inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             generators.restore()
-            return self._refuse(sentence(error), work)
-        if not checks:
-            return graph.result(work, inputs, found)
+            reason = sentence(error)
+            traceback.clear_frames(error.__traceback__)
+        else:
+            result = (
+                self._checked(work, task, inputs, found, generators)
+                if checks
+                else (self._graph.result(work, inputs, found))
+            )
+            self._count += 1
+            return result
+        # Out of the handler, so that an error of the user's has no other for a context.
+        result = self._steps.eagerly(work, task, reason)
+        self._refuse(reason)
+        return result
+
+    def _checked(
+        self,
+        work: Work[R],
+        task: Task,
+        inputs: Sequence[Tensor],
+        found: list[Tensor],
+        generators: Generators,
+    ) -> R:
+        """The eager step's result, to which the graph's is held."""
+        graph = self._graph
+        assert graph is not None
         generators.restore()
+        before = Snapshot(task.members)
         expected = work.eager()
         if work.engine(expected) != self._engine:
             self._engine, self._graph = work.engine(expected), None
             self._changes += 1
             if self._changes == _LARGEST_NUMBER_OF_CHANGES:
-                self._refused = "such steps change their engine again and again"
-        difference = graph.difference(work, found, expected)
-        if difference is not None and self._graph is not None:
-            self._refuse(f"{difference} differs from the eager step's", work, expected)
+                self._refuse("such steps change their engine again and again")
+            return expected
+        difference = graph.difference(work, inputs, found, expected)
+        if difference is not None:
+            reason = f"{difference} by the graph differs from the eager step's"
+            if self._steps.backend.fullgraph:
+                before.undo()
+                raise self._steps.error(reason)
+            self._refuse(reason)
         return expected
 
-    def _refuse(self, reason: str, work: Work[R], result: R | None = None) -> R:
-        self._steps.check(reason)
-        result = work.eager() if result is None else result
+    def _refuse(self, reason: str) -> None:
         self._refused, self._graph = reason, None
         self._steps.say(reason)
-        return result
 
 
 class _Graph(Generic[R]):
@@ -252,14 +305,16 @@ class _Graph(Generic[R]):
             self._compiled = backend(flat.module, inputs)
         self._copies = backend.reuses_memory
         self._updated = flat.updated
+        self._inputs = names
         named = work.tensors(results[0])
         self._present = [x is not None for _, x in named]
         self._names = [name for name, _ in named]
-        self._numbers = {id(x): k for k, x in enumerate(inputs)}
-        self._result = work.rebuilt(results[0], [None] * len(named), lambda p: p)
+        numbers = {id(x): k for k, x in enumerate(inputs)}
+        self._parameters = [numbers[id(p)] for p in work.parameters(results[0])]
+        self._about = work.about(results[0])
         seconds = time.perf_counter() - traced
         self.says = (
-            f"one graph of {flat.operations} operations, traced in {traced - start:.1f} s and "
+            f"is one graph of {flat.operations} operations, traced in {traced - start:.1f} s and "
             f"compiled in {seconds:.1f} s"
         )
 
@@ -271,27 +326,26 @@ class _Graph(Generic[R]):
 
     def result(self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor]) -> R:
         """The result, after buffers have their new values."""
-        result = self._rebuilt(work, inputs, found)
+        values = iter(found)
+        tensors = [next(values) if present else None for present in self._present]
+        parameters: Any = [inputs[k] for k in self._parameters]
+        result = work.rebuilt(self._about, parameters, tensors)
         count = sum(self._present)
         with torch.no_grad():
             for k, x in zip(self._updated, found[count:], strict=True):
                 inputs[k].copy_(x)
         return result
 
-    def _rebuilt(self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor]) -> R:
-        def now(p: nn.Parameter) -> nn.Parameter:
-            x = inputs[self._numbers[id(p)]]
-            assert isinstance(x, nn.Parameter)
-            return x
-
+    def difference(
+        self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor], expected: R
+    ) -> str | None:
+        """What the graph has computed in another way than the eager step, which has just run."""
         values = iter(found)
-        tensors = [next(values) if present else None for present in self._present]
-        return work.rebuilt(self._result, tensors, now)
-
-    def difference(self, work: Work[R], found: list[Tensor], expected: R) -> str | None:
-        """What of the graph's result is not that of the eager step."""
-        values = iter(found)
-        mine = dict(zip(self._names, (next(values) if p else None for p in self._present), strict=True))
+        mine = {
+            n: next(values)
+            for n, present in zip(self._names, self._present, strict=True)
+            if present
+        }
         theirs = {name: x for name, x in work.tensors(expected) if x is not None}
         own, shared = self._tolerance
         whole = _norm(x for name, x in theirs.items() if name.startswith(_GRADIENT))
@@ -300,6 +354,9 @@ class _Graph(Generic[R]):
             allowed = shared * whole if name.startswith(_GRADIENT) else 0.0
             if y is None or not _close(y, x, own, allowed):
                 return name
+        for k, y in zip(self._updated, values, strict=True):
+            if not _close(y, inputs[k], own, 0.0):
+                return f"the new value of {self._inputs[k]!r}"
         return None
 
 
