@@ -11,6 +11,16 @@ from torch import Tensor
 Compiled = Callable[..., Sequence[Tensor]]
 
 _ALLOWED = ("mode", "dynamic", "options", "fullgraph")
+_INDUCTOR = {
+    # Random numbers as torch draws them, by which a compiled step can be held to an eager one.
+    "fallback_random": True,
+    # Operations stay in their order. Else what a checkpoint recomputes is computed early, and
+    # activations wait for distant operations that are fused with those that free them.
+    "reorder_for_locality": False,
+    "cpp.max_horizontal_fusion_size": 1,
+}
+"""Options of inductor's, which the caller's go before."""
+
 _RECORDING = ("reduce-overhead", "max-autotune")
 """Modes of inductor that may replay a CUDA graph."""
 
@@ -75,9 +85,7 @@ class Backend:
         if self.name == "inductor":
             from torch import _inductor
 
-            # Random numbers as torch draws them, by which a compiled step can be held to an eager
-            # one.
-            options = {"fallback_random": True, **self._options}
+            options = _INDUCTOR | self._options
             compiled: Compiled = _inductor.compile(graph, list(inputs), options)
             return compiled
         given = {"mode": self._mode, "options": self._options}
