@@ -22,7 +22,7 @@ from l2rw_ext.data.batch import forward, tensors
 from l2rw_ext.errors import NotCompilableError
 from l2rw_ext.task.task import Task
 
-_EXACT = {
+_EXACT: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,
     "skip_no_tensor_aliasing_guards_on_parameters": False,
     "skip_tensor_guards_with_matching_dict_tags": False,
@@ -138,7 +138,7 @@ class Guards:
             self._found = found, list(given)
             raise _Stop
 
-        self._settings.enter_context(torch._dynamo.config.patch(**_EXACT))  # until guards are made
+        self._settings.enter_context(torch._dynamo.config.patch(_EXACT))  # until guards are made
         return call
 
 
@@ -212,6 +212,7 @@ def _readable(name: str) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of what an error says that tells why."""
+    """What an error says, in one sentence; Dynamo explains itself in a later line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    lines = [line for line in lines if line.startswith("Explanation: ")] or lines
+    return lines[0].removeprefix("Explanation: ").rstrip(".") if lines else type(error).__name__

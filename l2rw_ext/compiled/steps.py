@@ -11,7 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from l2rw_ext.task.task import Task
 from .backends import Backend
 from .flat_graph import FlatGraph
 from .guards import Guarded, Guards, SwitchedOffError, sentence, unread
+from .wrappers import announce_backward, inside
 
 R = TypeVar("R")
 
@@ -93,17 +94,18 @@ class Steps:
         if reason is None and many and _key(task) not in self._served:
             reason = next(reversed(self._refusals.values()))
         if reason is not None:
-            return Found(self, task, None, [], reason)
+            return Found(self, task, task, None, [], reason)
         try:
             _check_devices(task)
-            guarded, inputs = self._guards.find(task)
+            bare = replace(task, model=inside(task.model))
+            guarded, inputs = self._guards.find(bare)
         except SwitchedOffError as error:
-            return Found(self, task, None, [], str(error), lasting=False)
+            return Found(self, task, task, None, [], str(error), lasting=False)
         except NotCompilableError as error:
-            return Found(self, task, None, [], str(error))
+            return Found(self, task, task, None, [], str(error))
         if not guarded.kinds:
             self._served.add(_key(task))
-        return Found(self, task, guarded, inputs)
+        return Found(self, task, bare, guarded, inputs)
 
     def eagerly(self, work: Work[R], task: Task, reason: str) -> R:
         """Do what cannot be a graph; an error that it raises is the user's.
@@ -141,6 +143,8 @@ class Found:
 
     _steps: Steps
     _task: Task
+    _bare: Task
+    """The step on the model without a wrapper."""
     _guarded: Guarded | None
     _inputs: list[Tensor]
     _reason: str = ""
@@ -162,7 +166,7 @@ class Found:
         kind = self._guarded.kinds.get(work.key)
         if kind is None:
             kind = self._guarded.kinds[work.key] = _Kind(self._steps, self._guarded)
-        found: R = kind.run(work, self._task, self._inputs)
+        found: R = kind.run(work, self._task, self._bare, self._inputs)
         return found
 
     def line(self, key: Hashable) -> str:
@@ -192,7 +196,7 @@ class _Kind(Generic[R]):
             return f"runs eagerly, for {self._refused}"
         return "the next step is compiled" if self._graph is None else self._graph.says
 
-    def run(self, work: Work[R], task: Task, inputs: list[Tensor]) -> R:
+    def run(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
         """See :meth:`Found.run`."""
         if self._refused is not None:
             return self._steps.eagerly(work, task, self._refused)
@@ -206,8 +210,10 @@ class _Kind(Generic[R]):
         try:
             if self._graph is None:
                 backend = self._steps.backend
-                self._graph = _Graph(work, self._engine, task, inputs, self._guarded, backend)
+                self._graph = _Graph(work, self._engine, bare, inputs, self._guarded, backend)
                 generators.restore()
+            if work.updates:
+                announce_backward(task.model)
             found = self._graph.run(work, inputs)
         except torch.OutOfMemoryError:
             raise

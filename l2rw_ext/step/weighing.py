@@ -183,9 +183,7 @@ def settle(computed: Computed, on_degenerate: Degenerate, check_finite: bool) ->
     if not waits(step._clean_loss, on_degenerate, check_finite):
         return
     mixes, scaled = step._contaminated is not None, overflow is not None
-    _all_finite(
-        step._clean_loss, step.losses, step.scores, step.engine, mixes=mixes, scaled=scaled
-    )
+    _all_finite(step._clean_loss, step.losses, step.scores, step.engine, mixes=mixes, scaled=scaled)
     if on_degenerate != "zero" and not computed.rectified.any():
         computed.uniform = on_degenerate == "uniform" and bool(step.weights.any())
         computed.skip = on_degenerate == "skip" and not (scaled and bool(overflow))

@@ -39,6 +39,12 @@ _REWRITES: dict[Function, Rewrite] = {}
 
 _BY_PARTS: set[Function] = set()
 
+_MARKS = (
+    torch.ops.profiler._record_function_enter_new,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+)
+"""Functions that compute nothing; with another wrapper, a model calls them or not."""
+
 
 def rewrites(*functions: Function, by_parts: bool = False) -> Callable[[Rewrite], Rewrite]:
     """Register a rewrite of torch functions.
@@ -168,7 +174,7 @@ class Interception(StepMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         number = len(self.calls)
-        if self._listing:
+        if self._listing and func not in _MARKS:
             with nullcontext() if self.example_map is None else self.example_map.aside():
                 self.calls.append(_described(func, args, kwargs, self._makers))
         out = NotImplemented

@@ -38,12 +38,18 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.parametrize(
     "options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}], ids=str
 )
+@pytest.mark.parametrize("compile", [False, "eager"])
 @pytest.mark.usefixtures("group")
-def test_distributed_data_parallel(engine: Any, options: dict[str, bool]) -> None:
+def test_distributed_data_parallel(
+    engine: Any, options: dict[str, bool], compile: bool | str
+) -> None:
     inner = mlp()
     model = nn.parallel.DistributedDataParallel(inner, **options)
-    reweighter = Reweighter(model, cross_entropy, engine=engine)
-    for k in range(3):
+    whole = {"fullgraph": True} if compile else None
+    reweighter = Reweighter(
+        model, cross_entropy, engine=engine, compile=compile, compile_options=whole
+    )
+    for k in range(5):
         batch, clean = vectors(6), vectors(4)
         expected = truth(inner, cross_entropy, batch, clean)
         if k == 1:
@@ -62,9 +68,14 @@ def _work(rank: int, store: str) -> None:
         expected = [truth(inner, cross_entropy, *b) for b in batches]
         mean = sum(flat(e.gradients.values()) for e in expected) / 2
         model = nn.parallel.DistributedDataParallel(inner)
-        step = Reweighter(model, cross_entropy, engine=engine).backward(*batches[rank])
-        assert relative_error(step.weights, expected[rank].weights) < 1e-12, engine
-        assert relative_error(flat(gradients_of(inner).values()), mean) < 1e-12, engine
+        for compile in (False, "eager"):
+            reweighter = Reweighter(model, cross_entropy, engine=engine, compile=compile)
+            for k in range(4 if compile else 1):
+                model.zero_grad()
+                step = reweighter.backward(*batches[rank])
+                assert relative_error(step.weights, expected[rank].weights) < 1e-12, (engine, k)
+                found = flat(gradients_of(inner).values())
+                assert relative_error(found, mean) < 1e-12, (engine, compile, k)
         dist.barrier()
     pathlib.Path(f"{store}-{rank}").touch()
     os._exit(0)  # gloo's threads abort one in ten processes that end the ordinary way

@@ -136,6 +136,10 @@ class Layerwise(Engine):
             try:
                 return self._attempt(task, snapshot, direction, kind, new=False)
             except StalePlanError:
+                if devices.tracing():
+                    raise NotCompilableError(
+                        "the model calls other functions than in the step before"
+                    ) from None
                 snapshot.restore()
                 return self._attempt(task, snapshot, direction, kind, new=True)
         except NotExactError:
@@ -263,6 +267,8 @@ class Layerwise(Engine):
     ) -> Scored:
         """Score by a known plan, or make a new one; both against plain autograd if that is due."""
         new = new or not kind.plans
+        if new and devices.tracing():
+            raise StalePlanError
         if kind.proof is None:
             kind.proof = self._proofs.of(task, passes, kind.by_row)
         size = (kind.alone, len(kind.plans)) if new else None
@@ -378,8 +384,6 @@ class _Pass:
 
     def _planned(self, verdict: Verdict, *, merged: bool) -> Plan:
         """A plan from what the map says; its uses are left open if it is not certain."""
-        if devices.tracing():
-            raise NotCompilableError("the model calls other functions than in the step before")
         _check_wrappers(self._task.members)
         if verdict.kind == "mixed":
             raise NotExactError(verdict.reason)
