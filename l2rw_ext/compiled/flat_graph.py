@@ -89,8 +89,9 @@ class FlatGraph:
                 return outputs
 
         with devices.traced():
-            self.module = make_fx(body, tracing_mode="real")(*inputs)
+            self.module = _traced(body, inputs)
         graph = self.module.graph
+        _check_operations(graph)
         placeholders = graph.find_nodes(op="placeholder")
         self.read = [_is_read(node) for node in placeholders]
         """Which inputs some operation reads."""
@@ -116,6 +117,45 @@ class FlatGraph:
     def operations(self) -> int:
         """How many operations there are."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+
+def _traced(body: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    try:
+        return make_fx(body, tracing_mode="real")(*inputs)
+    except RuntimeError as error:
+        if "get value out of a tracing tensor" not in str(error):
+            raise
+        raise NotCompilableError(
+            "the forward takes a number out of a tensor, as item() and int() do, and may decide by "
+            "it; compute with the tensor"
+        ) from error
+
+
+def _check_operations(graph: torch.fx.Graph) -> None:
+    """Raise if an operation does at each step what the graph would do once.
+
+    Raises:
+        NotCompilableError: the shape of its output depends on values, or it draws from a generator.
+    """
+    for node in graph.nodes:
+        given = pytree.tree_leaves((node.args, node.kwargs))
+        if any(isinstance(x, torch.Generator) for x in given):
+            raise NotCompilableError(
+                "the forward draws random numbers from a generator of its own; leave generator= out"
+            )
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.dynamic_output_shape not in tags:
+            continue
+        if node.target is not _aten.index.Tensor or any(map(_is_mask, node.args[1])):
+            raise NotCompilableError(
+                f"the shape of what {node.target.name()} gives depends on values; use "
+                "torch.where or a product with a mask"
+            )
+
+
+def _is_mask(node: torch.fx.Node | None) -> bool:
+    """Whether an index selects by the values of a mask."""
+    return node is not None and node.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 class _InSight(StepMode):

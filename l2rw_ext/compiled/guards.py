@@ -89,6 +89,11 @@ class Guards:
             NotCompilableError: Dynamo cannot follow the forwards, or there are too many kinds.
             SwitchedOffError: Dynamo follows no function now.
         """
+        if torch.nn.modules.module._has_any_global_hook():
+            raise NotCompilableError(
+                "there is a hook for all modules (torch.nn.modules.module.register_module_...), "
+                "which Dynamo does not follow"
+            )
         clean = None if task.clean_size is None else (task.clean_inputs, task.clean_targets)
         batch = (task.inputs, task.targets)
         recurrent = any(isinstance(module, nn.RNNBase) for _, module in task.members.modules)
@@ -122,17 +127,19 @@ class Guards:
         placeholders = graph.graph.find_nodes(op="placeholder")
         names = [_source(node) for node in placeholders]
         for name, x in zip(names, example_inputs, strict=True):
-            if type(x) not in (Tensor, nn.Parameter):
-                raise NotCompilableError(
-                    f"the forward reads {name}, a {type(x).__name__}, anew at each step"
-                )
+            _check_input(name, x)
+        if any(type(node.target).__module__ == "torch._dynamo.utils" for node in graph.graph.nodes):
+            raise NotCompilableError("the forward computes with NumPy; compute with tensors")
+        for node in graph.graph.nodes:
+            if node.target in (torch.seed, torch.ops.prims._tensor_version.default):
+                raise NotCompilableError("the forward reads a seed or the version of a tensor")
         changed = _changed()
         if changed is not None:
             raise NotCompilableError(
                 f"the forward changes {changed}, which a graph cannot; keep what changes in a "
                 "buffer, and write to it in place"
             )
-        found = Guarded(names, [bool(node.users) for node in placeholders])
+        found = Guarded([*map(_readable, names)], [bool(node.users) for node in placeholders])
 
         def call(*given: Tensor) -> tuple[Tensor, ...]:
             self._found = found, list(given)
@@ -180,10 +187,26 @@ def unread(
     return None
 
 
+def _check_input(name: str, x: Any) -> None:
+    """Raise if a forward reads something that is no tensor in one way for all steps."""
+    if name.startswith(_NUMPY):
+        name = _readable(name.removeprefix(_NUMPY).removesuffix(")"))
+        raise NotCompilableError(
+            f"the forward reads {name}, a number or an array of NumPy's; make it a tensor"
+        )
+    if name.startswith("random_value"):
+        raise NotCompilableError("the forward draws from Python's generator; draw with torch")
+    if type(x) not in (Tensor, nn.Parameter):
+        raise NotCompilableError(
+            f"the forward reads {_readable(name)}, a {type(x).__name__}, anew at each step"
+        )
+
+
 def _source(node: torch.fx.Node) -> str:
-    """How the forward reaches a tensor."""
+    """How the forward reaches a tensor, as Dynamo writes it."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    return node.name if source is None else _readable(_text(source))
+    name = "" if source is None else _text(source)
+    return name or node.name
 
 
 def _text(source: Any) -> str:
@@ -192,6 +215,7 @@ def _text(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
+_NUMPY = "___from_numpy("
 _BUFFERS = re.compile(r"L\['\w+'\](\._modules\['\w+'\])*\._buffers")
 _READABLE = {
     r"^L\['clean'\]\[0\]": "the clean inputs",
