@@ -1,7 +1,8 @@
 """What a step needs to know of a device, and the settings of torch that it changes for a while.
 
-The module answers four questions: whether a step is being traced to a graph, whether reading a value
-would synchronise with the device, which devices run autocast, and how float32 products are rounded.
+The module answers four questions: whether a step is being traced to a graph, whether reading a
+value would synchronise with the device, which devices run autocast, and how float32 products are
+rounded.
 """
 
 from __future__ import annotations

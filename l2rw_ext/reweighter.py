@@ -11,13 +11,13 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from .compiled.backends import Backend
+from .compiled.steps import Found, Steps
+from .compiled.works import as_direction, direction_of_clean_batch, whole_step
 from .data.batch import LossFn, check_same_kind, in_order_of, unpack
 from .data.batch_size import BatchSize, given_sizes
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
-from .compiled.backends import Backend
-from .compiled.steps import Found, Steps
-from .compiled.works import as_direction, direction_of_clean_batch, whole_step
 from .engines.base import Engine, Scored
 from .engines.double_backward import DoubleBackward
 from .engines.explanation import Explanation
@@ -332,6 +332,8 @@ class Reweighter:
         task = self._task(batch, clean, batch_size, numbers)
         remembered = self._remembered(task, numbers)
         lines = self._direction_options.lines()
+        if self._compiled is not None:
+            lines.append(self._compiled.find(task).line)
         forced = self.engine != "auto" and remembered is None
         reasons = [f"asked for by engine={self.engine!r}"] if forced else []
         with self._dry(), preserved(task.members, always=True) as snapshot:

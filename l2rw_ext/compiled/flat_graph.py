@@ -81,10 +81,10 @@ class FlatGraph:
                     if updates:
                         self.updated.append(of_copy[id(x)])
                         outputs.append(x)
-                name = snapshot.state.assigned()
-                if name is not None:
+                assigned = snapshot.state.assigned()
+                if assigned is not None:
                     raise NotCompilableError(
-                        f"the forward assigns {name!r}; write to a buffer in place instead"
+                        f"the forward assigns {assigned!r}; write to a buffer in place instead"
                     )
                 return outputs
 

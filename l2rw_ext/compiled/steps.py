@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2rw_ext.data.batch import describe
 from l2rw_ext.devices import without_autocast
@@ -32,8 +32,6 @@ from .wrappers import announce_backward, inside
 R = TypeVar("R")
 
 Named = list[tuple[str, Tensor | None]]
-Now = Callable[[Any], Any]
-"""What stands for a parameter of a result: the number of an input, or the input of a number."""
 
 _LARGEST_NUMBER_OF_REFUSALS = 8
 """Kinds of batches whose forwards Dynamo cannot follow, before none is tried any more."""
@@ -61,8 +59,12 @@ class Work(Generic[R]):
     """Does it by that engine, to be traced."""
     tensors: Callable[[R], Named]
     """The tensors of a result, and what errors call them."""
-    rebuilt: Callable[[R, list[Tensor | None], Now], R]
-    """A result like the traced one, of other tensors and parameters."""
+    parameters: Callable[[R], list[nn.Parameter]]
+    """The parameters of which a result speaks."""
+    about: Callable[[R], Any]
+    """What else there is to a result."""
+    rebuilt: Callable[[Any, list[nn.Parameter], list[Any]], R]
+    """A result of what is about it, of present parameters and of present tensors or None."""
     unread: Any
     """The part of the batches that it does not read."""
     updates: bool
@@ -170,13 +172,16 @@ class Found:
         found: R = kind.run(work, self._task, self._bare, self._inputs)
         return found
 
-    def line(self, key: Hashable) -> str:
-        """What happens to such a step, for ``explain()``."""
-        said = f"compile={self._steps.backend.name!r}: "
+    @property
+    def line(self) -> str:
+        """What happens to such steps, for ``explain()``."""
         if self._guarded is None:
-            return said + f"runs eagerly, for {self._reason}"
-        kind = self._guarded.kinds.get(key)
-        return said + ("the first step runs eagerly" if kind is None else kind.says())
+            said = [f"the step runs eagerly, for {self._reason}"]
+        else:
+            kinds = self._guarded.kinds.items()
+            said = [f"{key[0]} {kind.says}" for key, kind in kinds]
+        found = "; ".join(said) or "the first step runs eagerly"
+        return f"compile={self._steps.backend.name!r}: {found}"
 
 
 class _Kind(Generic[R]):
@@ -191,11 +196,12 @@ class _Kind(Generic[R]):
         self._graph: _Graph[R] | None = None
         self._refused: str | None = None
 
+    @property
     def says(self) -> str:
         """What the next step does."""
         if self._refused is not None:
             return f"runs eagerly, for {self._refused}"
-        return "the next step is compiled" if self._graph is None else self._graph.says
+        return "is traced at its next step" if self._graph is None else self._graph.says
 
     def run(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
         """See :meth:`Found.run`."""
@@ -320,12 +326,12 @@ class _Graph(Generic[R]):
         named = work.tensors(results[0])
         self._present = [x is not None for _, x in named]
         self._names = [name for name, _ in named]
-        # Not the parameters, which others may replace.
         numbers = {id(x): k for k, x in enumerate(inputs)}
-        self._result = work.rebuilt(results[0], [None] * len(named), lambda p: numbers[id(p)])
+        self._parameters = [numbers[id(p)] for p in work.parameters(results[0])]
+        self._about = work.about(results[0])
         seconds = time.perf_counter() - traced
         self.says = (
-            f"one graph of {flat.operations} operations, traced in {traced - start:.1f} s and "
+            f"is one graph of {flat.operations} operations, traced in {traced - start:.1f} s and "
             f"compiled in {seconds:.1f} s"
         )
 
@@ -337,17 +343,15 @@ class _Graph(Generic[R]):
 
     def result(self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor]) -> R:
         """The result, after buffers have their new values."""
-        result = self._rebuilt(work, inputs, found)
+        values = iter(found)
+        tensors = [next(values) if present else None for present in self._present]
+        parameters: Any = [inputs[k] for k in self._parameters]
+        result = work.rebuilt(self._about, parameters, tensors)
         count = sum(self._present)
         with torch.no_grad():
             for k, x in zip(self._updated, found[count:], strict=True):
                 inputs[k].copy_(x)
         return result
-
-    def _rebuilt(self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor]) -> R:
-        values = iter(found)
-        tensors = [next(values) if present else None for present in self._present]
-        return work.rebuilt(self._result, tensors, lambda k: inputs[k])
 
     def difference(
         self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor], expected: R
@@ -362,6 +366,9 @@ class _Graph(Generic[R]):
         theirs = {name: x for name, x in work.tensors(expected) if x is not None}
         own, shared = self._tolerance
         whole = _norm(x for name, x in theirs.items() if name.startswith(_GRADIENT))
+        for name in mine.keys() - theirs.keys():  # which says that something is the case
+            if bool(mine[name].any()):
+                return name
         for name, x in theirs.items():
             y = mine.get(name)
             allowed = shared * whole if name.startswith(_GRADIENT) else 0.0

@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from l2rw_ext.engines.plan import Plan
 from l2rw_ext.step.weighing import Computed, Degenerate, Step, settle
 from l2rw_ext.task.isolation import Snapshot, preserved
 from l2rw_ext.task.task import Direction, Task, clean_direction
 
-from .steps import Named, Now, Work
+from .steps import Named, Work
 
 Compute = Callable[[Task, Snapshot, str | None], Computed]
 """A step by the engine of the given name, if there is one."""
 
-Gradients = tuple[Tensor | None, list[tuple[nn.Parameter, Tensor | None]]]
+Gradients = tuple[Tensor, list[tuple[nn.Parameter, Tensor | None]]]
 """The mean clean loss and the gradient of each parameter."""
 
 
@@ -49,15 +50,15 @@ def whole_step(
         with preserved(task.members, always=dry) as snapshot:
             return compute(task, snapshot, None)
 
-    def rebuilt(like: Computed, tensors: list[Tensor | None], now: Now) -> Computed:
+    def rebuilt(
+        about: tuple[str, Plan | None], parameters: list[nn.Parameter], tensors: list[Any]
+    ) -> Computed:
+        engine, plan = about
         weights, scores, losses, clean_loss, excluded, contaminated, overflow, *gradients = tensors
-        engine = like.step.engine
         step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
-        pairs = zip(like.gradients, gradients, strict=True)
-        found = [(now(p), g) for (p, _), g in pairs]
-        computed = Computed(step, like.plan, None, overflow=overflow, gradients=found)
-        if weights is not None:
-            settle(computed, on_degenerate, check_finite)
+        pairs = list(zip(parameters, gradients, strict=True))
+        computed = Computed(step, plan, None, overflow=overflow, gradients=pairs)
+        settle(computed, on_degenerate, check_finite)
         return computed
 
     def tensors(computed: Computed) -> Named:
@@ -74,14 +75,23 @@ def whole_step(
         ]
 
     return Work(
-        ("step", dry, on_degenerate, check_finite, task.low_memory, scaled, key),
-        given,
-        eager,
-        lambda computed: computed.step.engine,
-        compute,
-        tensors,
-        rebuilt,
-        unread,
+        key=(
+            "the weights" if dry else "the whole step",
+            on_degenerate,
+            check_finite,
+            task.low_memory,
+            scaled,
+            key,
+        ),
+        given=given,
+        eager=eager,
+        engine=lambda computed: computed.step.engine,
+        traced=compute,
+        tensors=tensors,
+        parameters=lambda computed: [p for p, _ in computed.gradients],
+        about=lambda computed: (computed.step.engine, computed.plan),
+        rebuilt=rebuilt,
+        unread=unread,
         updates=not dry,
     )
 
@@ -94,18 +104,23 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
         found = clean_direction(task, snapshot)
         return found.clean_loss, [(p, found.values.get(id(p))) for p in task.parameters]
 
-    def rebuilt(like: Gradients, tensors: list[Tensor | None], now: Now) -> Gradients:
-        return tensors[0], [(now(p), v) for (p, _), v in zip(like[1], tensors[1:], strict=True)]
-
     return Work(
-        ("direction", scaled),
-        given,
-        lambda: compute(task, snapshot),
-        lambda _: "",
-        lambda task, snapshot, _: compute(task, snapshot),
-        lambda found: [("its clean loss", found[0]), *_named("its direction", found[1], task)],
-        rebuilt,
-        (task.inputs, task.targets),
+        key=("the direction", scaled),
+        given=given,
+        eager=lambda: compute(task, snapshot),
+        engine=lambda _: "",
+        traced=lambda task, snapshot, _: compute(task, snapshot),
+        tensors=lambda found: [
+            ("its clean loss", found[0]),
+            *_named("its direction", found[1], task),
+        ],
+        parameters=lambda found: [p for p, _ in found[1]],
+        about=lambda _: None,
+        rebuilt=lambda _, parameters, tensors: (
+            tensors[0],
+            list(zip(parameters, tensors[1:], strict=True)),
+        ),
+        unread=(task.inputs, task.targets),
         updates=False,
     )
 
@@ -113,7 +128,6 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
 def as_direction(found: Gradients) -> Direction:
     """The direction as engines take it."""
     clean_loss, values = found
-    assert clean_loss is not None
     return Direction({id(p): v for p, v in values if v is not None}, clean_loss)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,13 +129,13 @@ class State:
         self._layout = layout
         self._before = start
         self._versions = layout.versions()
-        copied = range(len(layout.tensors)) if whole else layout.buffers
+        copied: Iterable[int] = range(len(layout.tensors)) if whole else layout.buffers
         if devices.tracing():
             copied = [] if start is None else sorted(start._copies)
         elif written.names and not whole:
             known = (i for i, name in enumerate(layout.names) if name in written.names)
             copied = sorted({*copied, *known})
-        self._copies = {i: layout.copy(i) for i in copied}
+        self._copies: dict[int, Tensor] = {i: layout.copy(i) for i in copied}
 
     def before_writes(self) -> dict[int, list[Callable[[], None]]]:
         """By storage, what copies its tensors before it is written to."""

@@ -8,6 +8,8 @@ import functools
 import importlib
 import io
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,9 @@ def test_python_blocks_run(
     """The blocks of a page in order; a ``text`` block after one is what it prints."""
     monkeypatch.chdir(tmp_path)
     request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
-    namespace: dict[str, Any] = {"__name__": page.stem}
+    module = types.ModuleType(f"page_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where the compiler looks for it
+    namespace = vars(module)
     printed = ""
     for language, code, line in blocks(page):
         if language == "python":
