@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,9 @@ _aten = torch.ops.aten
 _LITERALS = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)
 
 Outputs = Sequence[Tensor]
+
+_one_at_a_time = threading.RLock()
+"""A trace sets a flag of the process, and puts back what it found."""
 
 
 class FlatGraph:
@@ -120,8 +124,11 @@ class FlatGraph:
 
 
 def _traced(body: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    # What the user has compiled runs as Python here.
+    nested = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
     try:
-        return make_fx(body, tracing_mode="real")(*inputs)
+        with _one_at_a_time, nested:
+            return make_fx(body, tracing_mode="real")(*inputs)
     except RuntimeError as error:
         if "get value out of a tracing tensor" not in str(error):
             raise

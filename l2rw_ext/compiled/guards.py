@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from l2rw_ext.data.batch import forward, tensors
 from l2rw_ext.errors import NotCompilableError
+from l2rw_ext.task.cached_weights import without_cached_weights
 from l2rw_ext.task.task import Task
 
 _EXACT: dict[str, Any] = {
@@ -94,11 +96,13 @@ class Guards:
                 "there is a hook for all modules (torch.nn.modules.module.register_module_...), "
                 "which Dynamo does not follow"
             )
+        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+            raise SwitchedOffError("a step of another thread is traced")
         clean = None if task.clean_size is None else (task.clean_inputs, task.clean_targets)
         batch = (task.inputs, task.targets)
         recurrent = any(isinstance(module, nn.RNNBase) for _, module in task.members.modules)
         rnn = torch._dynamo.config.patch(allow_rnn=True) if recurrent else contextlib.nullcontext()
-        with rnn, self._settings:
+        with rnn, self._settings, without_cached_weights():
             try:
                 self._forwards(task.model, task.loss_fn, task.clean_loss_fn, batch, clean)
             except _Stop:
@@ -115,7 +119,9 @@ class Guards:
             except SwitchedOffError:
                 raise
             except Exception as error:
-                raise NotCompilableError(sentence(error)) from error
+                raise NotCompilableError(
+                    f"Dynamo cannot follow the forwards: {sentence(error)}"
+                ) from error
         found, self._found = self._found, None
         if found is None:
             raise NotCompilableError("the forwards have no operation of torch")
@@ -215,6 +221,7 @@ def _text(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
+_EXPLAINED = "Explanation: "
 _NUMPY = "___from_numpy("
 _BUFFERS = re.compile(r"L\['\w+'\](\._modules\['\w+'\])*\._buffers")
 _READABLE = {
@@ -237,6 +244,10 @@ def _readable(name: str) -> str:
 
 def sentence(error: BaseException) -> str:
     """What an error says, in one sentence; Dynamo explains itself in a later line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if line.startswith("Explanation: ")] or lines
-    return lines[0].removeprefix("Explanation: ").rstrip(".") if lines else type(error).__name__
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    explained = [line.removeprefix(_EXPLAINED) for line in lines if line.startswith(_EXPLAINED)]
+    where = next(reversed(getattr(error, "real_stack", None) or [None]))
+    place = "" if where is None else f" ({Path(where.filename).name}:{where.lineno})"
+    return ": ".join([lines[0], *explained[:1]]) + place
