@@ -20,15 +20,16 @@ forward mode.
 from __future__ import annotations
 
 from .convolution import conv_correlation, conv_example_gradients, conv_weighted_gradient
-from .embedding import embedding_correlation
+from .embedding import embedding_correlation, embedding_weighted_gradient
 from .linear import (
     dense_correlation,
     factored_correlation,
     factored_correlations,
     linear_example_gradients,
+    linear_weighted_gradient,
 )
 from .normalization import affine_example_gradients, batch_norm_tangent, group_norm_backward
-from .weights import normalize_weights, scale_rows, weighted_sum
+from .weights import normalize_weights, weighted_sum
 
 __all__ = [
     "affine_example_gradients",
@@ -38,11 +39,12 @@ __all__ = [
     "conv_weighted_gradient",
     "dense_correlation",
     "embedding_correlation",
+    "embedding_weighted_gradient",
     "factored_correlation",
     "factored_correlations",
     "group_norm_backward",
     "linear_example_gradients",
+    "linear_weighted_gradient",
     "normalize_weights",
-    "scale_rows",
     "weighted_sum",
 ]
