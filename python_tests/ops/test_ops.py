@@ -91,12 +91,6 @@ def test_channels_last_images(function: Callable[..., Results], name: str) -> No
         assert result.stride() == compiled.stride()
 
 
-@pytest.mark.parametrize("optional", [True, False], ids=["all", "required"])
-@every_operator
-def test_opcheck(name: str, optional: bool) -> None:
-    torch.library.opcheck(OPERATORS[name].compiled, sample(name, optional=optional))
-
-
 @every_operator
 def test_deterministic(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -309,18 +303,6 @@ def test_vmap_refuses_lists_of_tensors() -> None:
     where = tuple(0 if isinstance(a, Tensor) else None for a in leaves)
     with pytest.raises(RuntimeError, match=LISTS):
         torch.vmap(lambda *a: call(LISTS, rebuilt(a)), where)(*leaves)
-
-
-@every_operator
-def test_compiles_without_a_graph_break(name: str) -> None:
-    torch.compiler.reset()  # each operator compiles the same function anew
-    arguments = sample(name)
-    compiled = torch.compile(
-        lambda *a: call(name, a), fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for result, expected in zip(compiled(*arguments), call(name, arguments), strict=True):
-        assert torch.equal(result, expected)
-        assert result.stride() == expected.stride()
 
 
 def test_meta_tensors() -> None:
