@@ -46,8 +46,7 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
 
   // sum_i w_i g_it over the (i, t) with index_it = k, for each row k; only examples with w_i != 0.
   // index [n, T] of int64 or int32, g [n, T, d], weights [n] -> [rows, d], acc
-  m.def(
-      "embedding_weighted_gradient(Tensor index, Tensor g, Tensor weights, int rows) -> Tensor");
+  m.def("embedding_weighted_gradient(Tensor index, Tensor g, Tensor weights, int rows) -> Tensor");
 
   // G_i = sum_t g_it z_it^T, Gb_i = sum_t g_it, u_i = <V, G_i> + <V_b, Gb_i>.
   // z [n, T, i], g [n, T, o], direction [o, i], direction_bias [o] -> G [n, o, i], dtype of z;
@@ -64,8 +63,8 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
       "int[] dilation, int groups, Tensor? direction=None, Tensor? direction_bias=None) -> "
       "(Tensor, Tensor, Tensor)");
 
-  // sum_i w_i G_i and sum_i w_i Gb_i of a linear layer over the examples with w_i != 0. w_i g_i may be
-  // rounded to the dtype of g. There may be heads h. With `inputs_first` the first result is
+  // sum_i w_i G_i and sum_i w_i Gb_i of a linear layer over the examples with w_i != 0. w_i g_i may
+  // be rounded to the dtype of g. There may be heads h. With `inputs_first` the first result is
   // [(h,) i, o]; without `bias` the second is [0]; both are acc if `wide`, else of the dtype of z.
   // z [n, T, (h,) i], g [n, T, (h,) o], weights [n] -> [(h,) o, i]; [(h,) o]
   m.def(

@@ -90,8 +90,7 @@ Tensor embedding_correlation(const Tensor& index, const Tensor& g, const Tensor&
 
 // Positions sorted by their row of the table, so that each row of the result is written once.
 template <class T, class I>
-void add_rows(
-    const Tensor& index, const Tensor& g, const Tensor& weights, const Tensor& total) {
+void add_rows(const Tensor& index, const Tensor& g, const Tensor& weights, const Tensor& total) {
   using A = accumulation_t<T>;
   const int64_t positions = g.size(1);
   const int64_t width = g.size(2);
@@ -146,9 +145,8 @@ Tensor embedding_weighted_gradient(
   Tensor total = torch::stable::new_empty(g, {rows, g.size(2)}, accumulation_dtype(dtype));
   const Tensor w = *in_accumulation_dtype(weights);
   dispatch_floating(dtype, [&](auto element) {
-    with_index(index, [&](auto zero) {
-      add_rows<decltype(element), decltype(zero)>(index, g, w, total);
-    });
+    with_index(
+        index, [&](auto zero) { add_rows<decltype(element), decltype(zero)>(index, g, w, total); });
   });
   return total;
 }

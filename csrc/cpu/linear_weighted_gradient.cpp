@@ -142,8 +142,7 @@ std::tuple<Tensor, Tensor> linear_weighted_gradient(
     if (inputs_first) {
       gradient = torch::stable::contiguous(torch::stable::transpose(gradient, 0, 1));
     }
-    return {
-        torch::stable::to(gradient, dtype), bias ? torch::stable::to(all_sums, dtype) : sums};
+    return {torch::stable::to(gradient, dtype), bias ? torch::stable::to(all_sums, dtype) : sums};
   }
 
   return dispatch_floating(z.scalar_type(), [&](auto zero) -> std::tuple<Tensor, Tensor> {

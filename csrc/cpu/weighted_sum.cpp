@@ -34,27 +34,28 @@ void sum_rows(const Tensor& gradients, const Tensor& weights, const Tensor& tota
   const int64_t blocks_per_run = (runs.length + kBlock - 1) / kBlock;
   const auto examples = static_cast<int64_t>(active.size());
   const int64_t grain = grain_of(std::min(runs.length, kBlock) * examples);
-  torch::stable::parallel_for(0, runs.count * blocks_per_run, grain, [&](int64_t begin, int64_t end) {
-    std::vector<const T*> starts(active.size());
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t run = block / blocks_per_run;
-      const int64_t first = block % blocks_per_run * kBlock;
-      A* const to = data<A>(total) + run * runs.length + first;
-      const int64_t offset = runs.offset(run) + first * runs.stride;
-      for (size_t r = 0; r < active.size(); ++r) {
-        starts[r] = active[r] + offset;
-      }
-      const int64_t count = std::min(kBlock, runs.length - first);
-      L2RW_ISA_CALL(
-          RowKernels<T>::combine,
-          starts.data(),
-          runs.stride,
-          active_weights.data(),
-          examples,
-          to,
-          count);
-    }
-  });
+  torch::stable::parallel_for(
+      0, runs.count * blocks_per_run, grain, [&](int64_t begin, int64_t end) {
+        std::vector<const T*> starts(active.size());
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t run = block / blocks_per_run;
+          const int64_t first = block % blocks_per_run * kBlock;
+          A* const to = data<A>(total) + run * runs.length + first;
+          const int64_t offset = runs.offset(run) + first * runs.stride;
+          for (size_t r = 0; r < active.size(); ++r) {
+            starts[r] = active[r] + offset;
+          }
+          const int64_t count = std::min(kBlock, runs.length - first);
+          L2RW_ISA_CALL(
+              RowKernels<T>::combine,
+              starts.data(),
+              runs.stride,
+              active_weights.data(),
+              examples,
+              to,
+              count);
+        }
+      });
 }
 
 Tensor weighted_sum(const Tensor& gradients, const Tensor& weights) {
