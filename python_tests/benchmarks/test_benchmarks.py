@@ -25,6 +25,7 @@ from benchmarks.methods import FIRST_STEPS, METHODS, Method, Outcome, Step
 from benchmarks.step import run_case
 
 TINY = CASES["tiny"]
+COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 
 
 def rows(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -206,6 +207,19 @@ def test_memory_is_measured_in_a_subprocess() -> None:
     assert found["l2rw_ext"]["ratio"] < found["double_backward"]["ratio"]
 
 
+@COMPILER
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_a_compiled_step_is_compared_with_a_compiled_one() -> None:
+    """What the compiler itself takes is in the first steps alone."""
+    found = rows(memory_case(CASES["mlp-100-10"], [METHODS["plain_union_compiled"]]))
+    (row,) = found.values()
+    assert row["ratio"] == 1
+    parameters = 4 * 1_863_690
+    assert parameters <= row["later"] < 3 * parameters
+    assert row["first"] > row["later"]
+    assert METHODS["l2rw_ext_compiled"].counterpart == "plain_union_compiled"
+
+
 def test_report_draws_a_chart_and_says_what_is_old(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -346,9 +360,6 @@ def test_the_first_steps_are_timed_apart_and_the_last_of_them_is_checked() -> No
     assert row["first_steps"][0] > 0.07
     assert row["first_steps"][1] > 0.05
     assert row["first_seconds"] == pytest.approx(sum(row["first_steps"]))
-
-
-COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 
 
 @COMPILER
