@@ -25,8 +25,7 @@ from benchmarks.kernel_cases import (
     default_kernel_cases,
 )
 from benchmarks.roofline import Ceilings, measure_ceilings
-from benchmarks.timing import interleaved
-from l2rw_ext.compiled.recording import Recording
+from benchmarks.timing import Captured, interleaved
 from l2rw_ext.devices import float32_products
 from l2rw_ext.ops._operator import OPERATORS
 from l2rw_ext.ops.formulas import FORMULAS, as_results
@@ -221,9 +220,10 @@ def test_a_replay_that_writes_nothing_is_wrong(
     arguments = case.draw("fp32", "cpu")
     (candidate, _) = kernels.candidates(case, "fp32", arguments, "cpu")
 
-    def capture(call: Callable[[], Tensor]) -> Recording[Tensor]:
+    def capture(call: Callable[[], Tensor]) -> Captured[Tensor]:
         result = call()
-        return Recording(_Graph(call, result, writes), result)
+        graph: Any = _Graph(call, result, writes)
+        return Captured(graph, result)
 
     monkeypatch.setattr(kernels, "capture", capture)
     formula = FORMULAS[case.operator]
