@@ -262,11 +262,11 @@ CHOSEN = [
     "a loss with a weight and a buffer",
     "a module with two names, and a parameter that is zero",
     "a contrastive loss",
+    "all rows of several graphs in one tensor, a target for each graph",
 ]
 REFUSED = {
-    "a packed sequence": "",
+    "a packed sequence": "pack_padded_sequence",
     "`spectral_norm` by the older hook, in train mode": "the forward changes model.0.weight",
-    "all rows of several graphs in one tensor, a target for each graph": "",
     "targets as a list of dicts": "may belong to examples",
     "sparse features": "sparse",
     "a custom activation without forward mode": "_Squash",
