@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from l2rw_ext.data.batch import describe
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.engines.proof import due, tolerance_of
-from l2rw_ext.errors import NotCompilableError, warn
-from l2rw_ext.task.isolation import BelowAutograd, Generators, Snapshot, preserved
+from l2rw_ext.errors import NotCompilableError, NotPlannedError, warn
+from l2rw_ext.task.isolation import BelowAutograd, Generators, HostGenerators, Snapshot, preserved
 from l2rw_ext.task.task import Task
 
 from .backends import Backend
@@ -38,8 +38,9 @@ _LARGEST_NUMBER_OF_REFUSALS = 8
 
 _GRADIENT = "its gradient"
 
-_LARGEST_NUMBER_OF_CHANGES = 8
-"""How often a kind of step may change its engine, before it is not compiled any more."""
+_LARGEST_NUMBER_OF_TRIES = 8
+"""How often a kind of step may change its engine or have no plan, before it is not compiled any
+more."""
 
 
 @dataclass
@@ -191,7 +192,7 @@ class _Kind(Generic[R]):
         self._guarded = guarded
         self._count = 0
         self._engine = ""
-        self._changes = 0
+        self._tries = 0
         self._graph: _Graph[R] | None = None
         self._refused: str | None = None
 
@@ -215,14 +216,16 @@ class _Kind(Generic[R]):
         generators = Generators(task.members.devices())
         try:
             if self._graph is None:
-                backend = self._steps.backend
-                self._graph = _Graph(work, self._engine, bare, inputs, self._guarded, backend)
-                generators.restore()
+                self._graph = self._traced(work, bare, inputs)
             if work.updates:
                 announce_backward(task.model)
             found = self._graph.run(work, inputs)
         except torch.OutOfMemoryError:
             raise
+        except NotPlannedError as error:
+            generators.restore()
+            self._tries += 1
+            reason = str(error) if self._tries == _LARGEST_NUMBER_OF_TRIES else ""
         except Exception as error:
             generators.restore()
             reason = sentence(error)
@@ -231,14 +234,28 @@ class _Kind(Generic[R]):
             result = (
                 self._checked(work, task, inputs, found, generators)
                 if checks
-                else (self._graph.result(work, inputs, found))
+                else self._graph.result(work, inputs, found)
             )
             self._count += 1
             return result
         # Out of the handler, so that an error of the user's has no other for a context.
+        if not reason:
+            result = work.eager()
+            self._engine = work.engine(result)
+            return result
         result = self._steps.eagerly(work, task, reason)
         self._refuse(reason)
         return result
+
+    def _traced(self, work: Work[R], bare: Task, inputs: Sequence[Tensor]) -> _Graph[R]:
+        """The graph; generators are as before."""
+        backend = self._steps.backend
+        generators, others = Generators(bare.members.devices()), HostGenerators()
+        try:
+            return _Graph(work, self._engine, bare, inputs, self._guarded, backend)
+        finally:
+            generators.restore()
+            others.restore()
 
     def _checked(
         self,
@@ -256,8 +273,8 @@ class _Kind(Generic[R]):
         expected = work.eager()
         if work.engine(expected) != self._engine:
             self._engine, self._graph = work.engine(expected), None
-            self._changes += 1
-            if self._changes == _LARGEST_NUMBER_OF_CHANGES:
+            self._tries += 1
+            if self._tries == _LARGEST_NUMBER_OF_TRIES:
                 self._refuse("such steps change their engine again and again")
             return expected
         difference = graph.difference(work, inputs, found, expected)
@@ -349,6 +366,9 @@ class _Graph(Generic[R]):
         theirs = {name: x for name, x in work.tensors(expected) if x is not None}
         own, shared = self._tolerance
         whole = _norm(x for name, x in theirs.items() if name.startswith(_GRADIENT))
+        for name in mine.keys() - theirs.keys():  # which says that something is the case
+            if bool(mine[name].any()):
+                return name
         for name, x in theirs.items():
             y = mine.get(name)
             allowed = shared * whole if name.startswith(_GRADIENT) else 0.0
@@ -378,7 +398,8 @@ def _close(x: Tensor, y: Tensor, relative: float, absolute: float) -> bool:
 
 def _key(task: Task) -> Hashable:
     """What tells steps that run eagerly from others, without Dynamo."""
-    return (describe(task.inputs), describe(task.clean_inputs), task.settings)
+    hooked = torch.nn.modules.module._has_any_global_hook()
+    return (describe(task.inputs), describe(task.clean_inputs), task.settings, bool(hooked))
 
 
 def _check_devices(task: Task) -> None:
