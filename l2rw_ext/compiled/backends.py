@@ -18,6 +18,9 @@ _INDUCTOR = {
     # activations wait for distant operations that are fused with those that free them.
     "reorder_for_locality": False,
     "cpp.max_horizontal_fusion_size": 1,
+    # In torch 2.13 a result written over a part of a concatenation is lost, once the memory of the
+    # whole is used again (the gradient of an nn.RNN with relu).
+    "inplace_buffers": False,
 }
 """Options of inductor's, which the caller's go before."""
 

@@ -1,0 +1,167 @@
+"""Recurrent models in a graph: layers of every kind, and cells in a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+from support.models import CLASSES, ENGINES, cross_entropy, model_of
+from support.pairs import Pair, compiled, graphs
+
+FLOAT32 = 1e-5
+"""Relative error of float32 numbers after some steps, in which torch's LSTM is a fused kernel."""
+
+LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
+    "LSTM": nn.LSTM,
+    "GRU": nn.GRU,
+    "tanh": nn.RNN,
+    "relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "two layers": {"num_layers": 2, "dropout": 0.3},
+    "both ways": {"bidirectional": True},
+    "both ways in two layers": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+}
+
+CELLS: dict[str, type[nn.RNNCellBase]] = {
+    "LSTM": nn.LSTMCell,
+    "GRU": nn.GRUCell,
+    "RNN": nn.RNNCell,
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def _sequences(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 3, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))
+
+
+def _narrow(n: int) -> tuple[Tensor, Tensor]:
+    x, y = _sequences(n)
+    return x.float(), y
+
+
+def _last(s: Any, x: Tensor) -> Tensor:
+    x = x if s.layer.batch_first else x.transpose(0, 1)
+    out = s.layer(x)[0]
+    return s.head(out[:, -1] if s.layer.batch_first else out[-1])
+
+
+def _of(layer: nn.RNNBase, forward: Callable[[Any, Tensor], Tensor] = _last) -> nn.Module:
+    width = (1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size)
+    return model_of(forward, layer=layer, head=nn.Linear(width, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "options"),
+    [
+        *(("layerwise", kind, options) for kind in LAYERS for options in OPTIONS),
+        *((engine, kind, "two layers") for engine in ENGINES[1:] for kind in LAYERS),
+    ],
+)
+def test_layers(engine: Any, kind: str, options: str) -> None:
+    with compiled():
+        Pair(_of(LAYERS[kind](5, 6, **OPTIONS[options])), engine=engine).steps(3, _sequences)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("options", ["plain", "both ways in two layers"])
+def test_the_fused_layer(engine: Any, options: str) -> None:
+    """In float32 an eager step runs torch's fused LSTM where nothing sees inside of it."""
+    model = _of(nn.LSTM(5, 6, **OPTIONS[options])).float()
+    with compiled():
+        Pair(model, engine=engine, tolerance=FLOAT32).steps(3, _narrow)
+
+
+def test_the_fused_layer_in_a_checkpoint() -> None:
+    """It is unfused where it is computed again, too."""
+    model = _of(
+        nn.LSTM(5, 6, batch_first=True),
+        lambda s, x: s.head(checkpoint(s.layer, x, use_reentrant=False)[0][:, -1]),
+    ).float()
+    for engine in ENGINES:
+        with compiled():
+            Pair(model, engine=engine, tolerance=FLOAT32).steps(3, _narrow)
+
+
+@pytest.mark.parametrize("engine", ["forward", "double_backward"])
+def test_projections(engine: Any) -> None:
+    with compiled():
+        Pair(_of(nn.LSTM(5, 6, proj_size=4)), engine=engine).steps(3, _sequences)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells_in_a_loop(engine: Any, kind: str) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        state = None
+        for x_t in x.unbind(1):
+            state = s.cell(x_t, state)
+        return s.head(state[0] if isinstance(state, tuple) else state)
+
+    model = model_of(forward, cell=CELLS[kind](5, 6), head=nn.Linear(6, CLASSES))
+    with compiled():
+        Pair(model, engine=engine).steps(3, _sequences)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_trained_initial_states_and_final_ones(kind: str) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = s.h.expand(1, len(x), 6).contiguous()
+        _, state = s.layer(x, (h, h.tanh()) if kind == "LSTM" else h)
+        return s.head((state[0] * state[1] if kind == "LSTM" else state)[0])
+
+    layer = LAYERS[kind](5, 6, batch_first=True)
+    model = model_of(forward, layer=layer, head=nn.Linear(6, CLASSES), h=torch.randn(1, 1, 6))
+    with compiled():
+        Pair(model).steps(3, _sequences)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_packed_sequences(kind: str) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, [2] * len(x), batch_first=True)
+        return s.head(s.layer(packed)[1][0].reshape(len(x), 6))
+
+    Pair(_of(LAYERS[kind](5, 6, batch_first=True), forward)).steps(3, _sequences)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_through_inductor(kind: str) -> None:
+    model = _of(LAYERS[kind](5, 6, batch_first=True, num_layers=2)).float()
+    with compiled():
+        Pair(model, compile="inductor", tolerance=FLOAT32).steps(3, _narrow)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_graph_grows_by_the_same_for_each_step_in_time(kind: str) -> None:
+    """And no operation in it writes to a part of a tensor, which a compiler would copy whole."""
+
+    def operations(length: int) -> int:
+        model = _of(LAYERS[kind](5, 6, batch_first=True))
+        batch, clean = ((torch.randn(n, length, 5).double(), _sequences(n)[1]) for n in (6, 4))
+        with graphs() as made:
+            pair = Pair(model, cross_entropy)
+            for _ in range(2):
+                pair.step(batch, clean)
+        (graph,) = made
+        targets = [n.target for n in graph.module.graph.nodes if n.op == "call_function"]
+        overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
+        assert not [t for t in overloads if "out" in t._overloadname or "grad_input" in str(t)]
+        return len(overloads)
+
+    counts = [operations(length) for length in (2, 3, 4)]
+    assert counts[2] - counts[1] == counts[1] - counts[0]
