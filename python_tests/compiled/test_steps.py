@@ -200,9 +200,7 @@ def test_autocast_is_part_of_the_kind() -> None:
         pair = Pair(model, tolerance=2e-2)
         for k in range(8):
             with torch.autocast("cpu", torch.bfloat16, enabled=k % 2 == 1):
-                step = pair.step(
-                    vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
-                )
+                step = pair.step(vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32))
             assert step.losses.dtype == torch.float32
 
 
@@ -429,9 +427,7 @@ def test_gradients_add_up_in_the_tensor_that_is_there() -> None:
                 for p in m.parameters():
                     p.grad = torch.full_like(p, float(k))
             held = [p.grad for p in model.parameters()]
-            expected, step = pair.both(
-                lambda r, b=vectors(6), c=vectors(4): r.backward(b, c)
-            )
+            expected, step = pair.both(lambda r, b=vectors(6), c=vectors(4): r.backward(b, c))
             pair.assert_same(step, expected)
             assert all(p.grad is g for p, g in zip(model.parameters(), held, strict=True))
 
