@@ -104,9 +104,10 @@ class FlatGraph:
             assert clone.args[0] is placeholders[k]
             if k not in written:
                 clone.replace_all_uses_with(placeholders[k])
-        for node in graph.find_nodes(op="call_function", target=_aten.detach.default):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        for target in (_aten.detach.default, _aten.alias.default):
+            for node in graph.find_nodes(op="call_function", target=target):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
         graph.eliminate_dead_code()
         _check_constants(graph, self.module)  # those that are read
         self.module.recompile()
