@@ -83,7 +83,9 @@ def test_inductor_and_batch_statistics() -> None:
 
 def test_inductor_and_attention() -> None:
     with compiled():
-        pair = Pair(Attention().train(), compile=True, compile_options={"options": {}}, tolerance=1e-4)
+        pair = Pair(
+            Attention().train(), compile=True, compile_options={"options": {}}, tolerance=1e-4
+        )
         pair.steps(5, sequences)
 
 
@@ -145,12 +147,10 @@ def test_a_graph_that_is_wrong_is_an_error(register: Callable[..., str]) -> None
     from support.oracle import unchanged
 
     model, name = normed(), register(_corrupted(0, 0))
-    reweighter = Reweighter(
-        model, cross_entropy, compile=name, compile_options={"fullgraph": True}
-    )
+    reweighter = Reweighter(model, cross_entropy, compile=name, compile_options={"fullgraph": True})
     reweighter.backward(vectors(6), vectors(4))
     batch, clean = vectors(6), vectors(4)
-    with unchanged(model), pytest.raises(RuntimeError, match="fullgraph=True.*differs"):
+    with unchanged(model), pytest.raises(RuntimeError, match=r"fullgraph=True.*differs"):
         reweighter.backward(batch, clean)
 
 
@@ -176,8 +176,10 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
-        with eagerly("compile='eager' needs none"):
-            Pair(mlp(), compile=True, compile_options={"options": {"force_disable_caches": True}}).steps(4)
+        with eagerly("no C++ compiler; install one, or take compile='eager'"):
+            Pair(
+                mlp(), compile=True, compile_options={"options": {"force_disable_caches": True}}
+            ).steps(4)
         with compiled():
             Pair(mlp(), compile="eager").steps(4)
 
@@ -200,11 +202,6 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "mode must be one of 'default'.*'fast'",
     ),
-    "mode of another backend": (
-        {"compile": "eager", "compile_options": {"mode": "default"}},
-        ValueError,
-        "mode",
-    ),
     "unknown option of inductor": (
         {"compile": True, "compile_options": {"options": {"no_such": 1}}},
         ValueError,
@@ -213,7 +210,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "fullgraph": (
         {"compile": True, "compile_options": {"fullgraph": "yes"}},
         TypeError,
-        "fullgraph must be",
+        "fullgraph must be a bool, got 'yes'",
     ),
     "options that are none": (
         {"compile": True, "compile_options": "fullgraph"},
@@ -232,7 +229,9 @@ def test_bad_input(name: str) -> None:
 
 
 def test_two_devices() -> None:
-    model = model_of(lambda s, x: s.head(x), head=nn.Linear(5, CLASSES), far=nn.Linear(2, 2).to("meta"))
+    model = model_of(
+        lambda s, x: s.head(x), head=nn.Linear(5, CLASSES), far=nn.Linear(2, 2).to("meta")
+    )
     with eagerly("the parameters are on cpu and meta"):
         reweighter = Reweighter(model, cross_entropy, compile="eager")
         for _ in range(3):
