@@ -9,9 +9,11 @@ forwards found them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import types
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def _forwards(
     return losses, clean_loss_fn(forward(model, clean[0]), clean[1])
 
 
-@dataclass
+@dataclass(eq=False)
 class Guarded:
     """What holds while one set of guards does."""
 
@@ -80,7 +82,12 @@ class Guards:
         # Guards lie with a function's code, of which torch allows so many.
         code = _forwards.__code__.replace()
         own = types.FunctionType(code, _forwards.__globals__, "forwards")
-        self._forwards = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        # Dynamo keeps a backend, and what it returns, as long as the process lives.
+        backend = functools.partial(_backend, weakref.ref(self))
+        self._forwards = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+        all_found: weakref.WeakSet[Guarded] = weakref.WeakSet()
+        self._all = all_found
+        weakref.finalize(self, _forget, all_found)
         self._found: tuple[Guarded, list[Tensor]] | None = None
         self._settings = contextlib.ExitStack()
 
@@ -127,9 +134,10 @@ class Guards:
             raise NotCompilableError("the forwards have no operation of torch")
         return found
 
-    def _backend(
+    def backend(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., tuple[Tensor, ...]]:
+        """The forwards' graph as Dynamo calls it; see the arguments of torch.compile."""
         placeholders = graph.graph.find_nodes(op="placeholder")
         names = [_source(node) for node in placeholders]
         for name, x in zip(names, example_inputs, strict=True):
@@ -147,12 +155,31 @@ class Guards:
             )
         found = Guarded([*map(_readable, names)], [bool(node.users) for node in placeholders])
 
+        self._all.add(found)
+        guards = weakref.ref(self)
+
         def call(*given: Tensor) -> tuple[Tensor, ...]:
-            self._found = found, list(given)
+            own = guards()
+            if own is not None:
+                own._found = found, list(given)
             raise _Stop
 
         self._settings.enter_context(torch._dynamo.config.patch(_EXACT))  # until guards are made
         return call
+
+
+def _backend(
+    guards: weakref.ref[Guards], graph: torch.fx.GraphModule, example_inputs: Sequence[Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    own = guards()
+    assert own is not None
+    return own.backend(graph, example_inputs)
+
+
+def _forget(all_found: Iterable[Guarded]) -> None:
+    """Let go of the graphs of guards that are gone."""
+    for found in all_found:
+        found.kinds.clear()
 
 
 def _changed() -> str | None:
