@@ -74,6 +74,7 @@ def test_a_reweighter_that_is_gone() -> None:
 
 
 def test_parameters_that_are_exchanged_do_not_pile_up() -> None:
+    """Those of the last step that ran eagerly may stay until the next such step."""
     model = mlp()
     reweighter = Reweighter(model, cross_entropy, compile="eager")
     found = []
@@ -85,7 +86,8 @@ def test_parameters_that_are_exchanged_do_not_pile_up() -> None:
             model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     assert len(made) == 1
     reweighter.backward(vectors(6), vectors(4))
-    assert _gone(found)
+    gc.collect()
+    assert sum(x() is not None for x in found) <= len(list(model.parameters()))
 
 
 def test_graphs_of_models_that_are_gone_do_not_pile_up() -> None:
