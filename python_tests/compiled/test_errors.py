@@ -72,8 +72,10 @@ def _error(reweighter: Reweighter, batch: Any, clean: Any) -> tuple[type[Excepti
     raise AssertionError("no error")
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize(
+    ("name", "fullgraph"),
+    [*((name, False) for name in BAD), ("no such class", True), ("raises", True)],
+)
 def test_errors_of_the_user(name: str, fullgraph: bool) -> None:
     """At the first step, at the one that is traced and later; the graph still serves."""
     model = nn.Sequential(model_of(_raises), *normed())

@@ -449,8 +449,8 @@ def test_targets_that_leave_torch(name: str) -> None:
         x, y = vectors(n)
         return x, y if made is None else made(y)
 
-    with eagerly(reason):
-        Pair(mlp(), loss).steps(12, draw)
+    with eagerly(reason), torch._dynamo.config.patch(recompile_limit=2):
+        Pair(mlp(), loss).steps(6, draw)
 
 
 WRITES: dict[str, Read] = {
@@ -504,9 +504,10 @@ def test_a_hook_for_all_modules() -> None:
 
 def test_kinds_beyond_the_limit() -> None:
     """They run eagerly with one warning; the graphs that there are still serve."""
-    with graphs() as made, eagerly("there are 8 graphs"):
+    few = torch._dynamo.config.patch(recompile_limit=3)
+    with graphs() as made, few, eagerly("there are 3 graphs"):
         pair = Pair(mlp())
-        for n in [*range(2, 20), 2]:
+        for n in [*range(2, 15), 2]:
             pair.step(vectors(n), vectors(4))
         assert len(made) == 1
         for n in range(2, 5):
@@ -536,8 +537,8 @@ def test_weights_follow_what_changes() -> None:
 
 def test_each_reweighter_has_its_guards() -> None:
     """As many as torch allows for one function."""
-    with compiled(9):
-        for _ in range(9):
+    with compiled(3), torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(3):
             reweighter = Reweighter(mlp(), cross_entropy, compile="eager")
             for _ in range(2):
                 reweighter.backward(vectors(6), vectors(4))

@@ -143,7 +143,7 @@ def test_degenerate_steps(make: Callable[[], nn.Module], on_degenerate: Any) -> 
 
 
 @pytest.mark.parametrize("on_degenerate", ["zero", "uniform", "skip"])
-@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1), (-1, -1)])
 def test_accumulated_micro_batches(on_degenerate: Any, signs: tuple[int, int]) -> None:
     with compiled(2):
         pair = Pair(mlp(), lambda o, y: o[:, 0] * y, on_degenerate=on_degenerate)
@@ -200,8 +200,9 @@ def test_autocast_is_part_of_the_kind() -> None:
             assert step.losses.dtype == torch.float32
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("low_memory", [True, False, "auto"])
+@pytest.mark.parametrize(
+    ("reentrant", "low_memory"), [(True, "auto"), (True, False), (False, True), (False, "auto")]
+)
 def test_checkpoints(reentrant: bool, low_memory: Any) -> None:
     def forward(model: Any, x: Tensor) -> Tensor:
         h = torch.tanh(model.a(x))
@@ -229,25 +230,19 @@ def test_weights_change_nothing(make: Callable[[], nn.Module]) -> None:
 
 CHOSEN = [
     "strided, padded, 2-D",
-    "depthwise, 1-D",
     "grouped, dilated, 3-D",
     "transposed, 2-D",
     "`PReLU` with a slope for each channel",
     "`EmbeddingBag`, mean",
     "`LayerNorm`, `RMSNorm`",
-    "`GroupNorm`, `InstanceNorm`",
     "`BatchNorm` in eval mode",
     "`MultiheadAttention`",
     "`scaled_dot_product_attention`, flash kernel",
-    "`weight_norm`",
     "`spectral_norm` in train mode",
     "a parametrization of one's own",
     "low-rank parts merged into a frozen base",
-    "a module called twice",
     "frozen layers below, between and above",
-    "a tuple in, a dict out",
     "a dict in, a tuple out",
-    "an ordered dict with attributes out",
     "a dataclass out",
     "a mask that both batches share",
     "`vmap` in the forward",
