@@ -13,6 +13,16 @@ from l2rw_ext.errors import NotCompilableError
 Compiled = Callable[..., Sequence[Tensor]]
 
 _ALLOWED: dict[str, type] = {"mode": str, "dynamic": bool, "options": Mapping, "fullgraph": bool}
+_INDUCTOR = {
+    # Random numbers as torch draws them, by which a compiled step can be held to an eager one.
+    "fallback_random": True,
+    # Operations stay in their order. Else what a checkpoint recomputes is computed early, and
+    # activations wait for distant operations that are fused with those that free them.
+    "reorder_for_locality": False,
+    "cpp.max_horizontal_fusion_size": 1,
+}
+"""Options of inductor's, which the caller's go before."""
+
 _RECORDING = ("reduce-overhead", "max-autotune")
 """Modes of inductor that may replay a CUDA graph."""
 
@@ -77,11 +87,10 @@ class Backend:
         if self.name == "inductor":
             from torch import _inductor
 
-            # Random numbers as torch draws them, by which a compiled step can be held to an eager
-            # one.
-            options = {"fallback_random": True, **self._options}
             try:
-                compiled: Compiled = _inductor.compile(graph, list(inputs), options)
+                compiled: Compiled = _inductor.compile(
+                    graph, list(inputs), _INDUCTOR | self._options
+                )
             except Exception as error:
                 if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
                     raise

@@ -26,6 +26,8 @@ from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import BeforeWrites, storage_of
 
+from .draws import Draws
+
 _aten = torch.ops.aten
 _LITERALS = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)
 
@@ -74,10 +76,12 @@ class FlatGraph:
                 )
                 with (
                     BeforeWrites(_refusals(inputs, names)),
+                    Draws(task.members.devices()) as draws,
                     _InSight(),
                     preserved(members, always=False) as snapshot,
                 ):
                     outputs = list(step(replace(task, members=members), snapshot))
+                    draws.check()
                     for name, x in snapshot.state.written():
                         if id(x) not in of_copy:
                             raise NotCompilableError(f"the forward writes to {name!r}")
