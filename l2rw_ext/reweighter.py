@@ -450,7 +450,8 @@ class Reweighter:
             return as_direction(found.run(direction_of_clean_batch(task, snapshot)))
 
         def compute(task: Task, snapshot: Snapshot, engine: str | None) -> Computed:
-            return self._compute(task, snapshot, direction, remembered or engine, dry=dry)
+            own = None if direction is None else direction.of(task)
+            return self._compute(task, snapshot, own, remembered or engine, dry=dry)
 
         generators = Generators(task.members.devices())
         direction = None

@@ -27,6 +27,7 @@ from l2rw_ext.task.task import Task
 from .backends import Backend
 from .flat_graph import FlatGraph
 from .guards import Guarded, Guards, SwitchedOffError, sentence, unread
+from .symbolic import Sizes, Symbolic, sizes
 from .wrappers import announce_backward, inside
 
 R = TypeVar("R")
@@ -40,6 +41,12 @@ _GRADIENT = "its gradient"
 
 _LARGEST_NUMBER_OF_CHANGES = 8
 """How often a kind of step may change its engine, before it is not compiled any more."""
+
+_LARGEST_NUMBER_OF_GRAPHS = 8
+"""Of one kind of step, for batches of other sizes."""
+
+_FEW_SIZES = 16
+"""Sizes at which each graph is held against an eager step."""
 
 
 @dataclass
@@ -81,7 +88,7 @@ class Steps:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._guards = Guards()
+        self._guards = Guards(dynamic=backend.dynamic)
         self._refusals: dict[Hashable, str] = {}
         self._served: set[Hashable] = set()
         self._said: set[str] = set()
@@ -192,7 +199,9 @@ class _Kind(Generic[R]):
         self._count = 0
         self._engine = ""
         self._changes = 0
-        self._graph: _Graph[R] | None = None
+        self._graphs: list[_Graph[R]] = []
+        self._one_size: str | None = None
+        """Why each graph serves batches of one size, if not because that was asked for."""
         self._refused: str | None = None
 
     @property
@@ -200,7 +209,12 @@ class _Kind(Generic[R]):
         """What the next step does."""
         if self._refused is not None:
             return f"runs eagerly, for {self._refused}"
-        return "is traced at its next step" if self._graph is None else self._graph.says
+        if not self._graphs:
+            return "is traced at its next step"
+        said = self._graphs[-1].says
+        if len(self._graphs) > 1:
+            said = f"has {len(self._graphs)} graphs for batches of other sizes; the last {said}"
+        return said if self._one_size is None else f"{said}; each is for one size: {self._one_size}"
 
     def run(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
         """See :meth:`Found.run`."""
@@ -211,16 +225,19 @@ class _Kind(Generic[R]):
             self._engine = work.engine(result)
             self._count = 1
             return result
-        checks = self._graph is None or due(self._count)
+        dynamic = self._steps.backend.dynamic
+        size = sizes(task, work.given) if dynamic else ()
+        graph = next((g for g in self._graphs if g.serves(size)), None)
+        if graph is None and dynamic:
+            return self._of_new_size(work, task, bare, inputs)
         generators = Generators(task.members.devices())
         try:
-            if self._graph is None:
-                backend = self._steps.backend
-                self._graph = _Graph(work, self._engine, bare, inputs, self._guarded, backend)
+            if graph is None:
+                graph = self._add_graph(work, bare, inputs)
                 generators.restore()
             if work.updates:
                 announce_backward(task.model)
-            found = self._graph.run(work, inputs)
+            found = graph.run(work, inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -229,9 +246,9 @@ class _Kind(Generic[R]):
             traceback.clear_frames(error.__traceback__)
         else:
             result = (
-                self._checked(work, task, inputs, found, generators)
-                if checks
-                else (self._graph.result(work, inputs, found))
+                self._checked(work, task, inputs, graph, found, generators)
+                if graph.due(size) or due(self._count)
+                else (graph.result(work, inputs, found))
             )
             self._count += 1
             return result
@@ -240,22 +257,68 @@ class _Kind(Generic[R]):
         self._refuse(reason)
         return result
 
+    def _of_new_size(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
+        """The eager step's result, and a graph for such sizes, which follows the plan it made."""
+        if len(self._graphs) == _LARGEST_NUMBER_OF_GRAPHS:
+            reason = (
+                f"there are {len(self._graphs)} graphs for other sizes, and no more are made; pad "
+                "batches to fewer lengths"
+            )
+            result = self._steps.eagerly(work, task, reason)
+            self._steps.say(reason)
+            return result
+        before = Snapshot(task.members)
+        result = work.eager()
+        self._engine = work.engine(result)
+        generators = Generators(task.members.devices())
+        try:
+            self._add_graph(work, bare, inputs)
+        except torch.OutOfMemoryError:
+            before.undo()
+            raise
+        except Exception as error:
+            reason = sentence(error)
+            if self._steps.backend.fullgraph:
+                before.undo()
+                raise self._steps.error(reason) from None
+            self._refuse(reason)
+        finally:
+            generators.restore()
+        return result
+
+    def _add_graph(self, work: Work[R], task: Task, inputs: list[Tensor]) -> _Graph[R]:
+        backend = self._steps.backend
+        arguments = (work, self._engine, task, inputs, self._guarded, backend)
+        graph: _Graph[R] | None = None
+        if backend.dynamic and self._one_size is None:
+            try:
+                graph = _Graph(*arguments, symbolic=True)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self._one_size = sentence(error)
+                traceback.clear_frames(error.__traceback__)
+        if graph is None:
+            graph = _Graph(*arguments, symbolic=False)
+        self._graphs.append(graph)
+        return graph
+
     def _checked(
         self,
         work: Work[R],
         task: Task,
         inputs: Sequence[Tensor],
+        graph: _Graph[R],
         found: list[Tensor],
         generators: Generators,
     ) -> R:
         """The eager step's result, to which the graph's is held."""
-        graph = self._graph
-        assert graph is not None
         generators.restore()
         before = Snapshot(task.members)
         expected = work.eager()
-        if work.engine(expected) != self._engine:
-            self._engine, self._graph = work.engine(expected), None
+        if work.engine(expected) != graph.engine:
+            self._engine = work.engine(expected)
+            self._graphs.remove(graph)
             self._changes += 1
             if self._changes == _LARGEST_NUMBER_OF_CHANGES:
                 self._refuse("such steps change their engine again and again")
@@ -270,7 +333,8 @@ class _Kind(Generic[R]):
         return expected
 
     def _refuse(self, reason: str) -> None:
-        self._refused, self._graph = reason, None
+        self._refused = reason
+        self._graphs.clear()
         self._steps.say(reason)
 
 
@@ -285,7 +349,11 @@ class _Graph(Generic[R]):
         inputs: Sequence[Tensor],
         guarded: Guarded,
         backend: Backend,
+        *,
+        symbolic: bool,
     ) -> None:
+        self.engine = engine
+        self._held: set[Sizes] = set()
         results: list[R] = []
 
         def step(task: Task, snapshot: Snapshot) -> list[Tensor]:
@@ -295,14 +363,20 @@ class _Graph(Generic[R]):
         inputs = [*inputs, *work.given]
         names = [*guarded.names, *["an option"] * len(work.given)]
         start = time.perf_counter()
-        flat = FlatGraph(step, task, inputs, names, updates=work.updates)
+        stand_ins = Symbolic(task, inputs, work.given) if symbolic else None
+        flat = FlatGraph(step, task, inputs, names, updates=work.updates, symbolic=stand_ins)
         missed = unread(guarded, inputs, flat.read, work.unread)
         if missed is not None:
             raise NotCompilableError(f"the trace does not follow how the forward reads {missed}")
         self._tolerance = tolerance_of(flat.dtypes)
         traced = time.perf_counter()
         with torch.no_grad(), without_autocast():
-            self._compiled = backend(flat.module, inputs)
+            self._compiled = backend(flat.module, stand_ins.inputs if stand_ins else inputs)
+        if stand_ins is not None:
+            self.serves = stand_ins.conditions()
+        else:
+            own = sizes(task, work.given)
+            self.serves = lambda found: not backend.dynamic or found == own
         self._copies = backend.reuses_memory
         self._updated = flat.updated
         self._inputs = names
@@ -317,6 +391,13 @@ class _Graph(Generic[R]):
             f"is one graph of {flat.operations} operations, traced in {traced - start:.1f} s and "
             f"compiled in {seconds:.1f} s"
         )
+
+    def due(self, size: Sizes) -> bool:
+        """Whether this graph is to be held against an eager step of this size."""
+        if size in self._held or len(self._held) == _FEW_SIZES:
+            return False
+        self._held.add(size)
+        return True
 
     def run(self, work: Work[R], inputs: Sequence[Tensor]) -> list[Tensor]:
         """All that the graph computes; nothing is changed yet."""

@@ -102,7 +102,7 @@ class Layerwise(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
-        key = _key_of_step(task, direction)
+        key = _key_of_step(task.concrete or task, direction)
         kind = self._kinds.get(key, _Kind(key[0]))
         if kind.refused is not None:
             raise NotExactError(kind.refused)
@@ -177,12 +177,14 @@ class Layerwise(Engine):
                 try:
                     return self._merged(task, snapshot, inputs, kind, new=new)
                 except NotMergeableError as reason:
+                    if devices.tracing():
+                        raise NotCompilableError(str(reason)) from reason
                     snapshot.restore()
                     why = str(reason)
                     permanent = permanent or reason.permanent
             else:
                 why = "the inputs of the two batches do not agree in shape"
-            if permanent:
+            if permanent and not devices.tracing():
                 kind.separate = why
         return self._two_passes(task, snapshot, direction, kind, why, new=new)
 
@@ -361,7 +363,7 @@ class _Pass:
         seeded += [(x, task.scaled(torch.full_like(x, 1 / task.m))) for x in clean_losses]
         signatures = (_signature(use, interception) for use in reached)
         sizes = (x.numel() for x in self._outputs)
-        form = (*sizes, *interception.calls, *self._nodes, *signatures)
+        form = _today((*sizes, *interception.calls, *self._nodes, *signatures))
         if self.verdict is None:
             plan = self._kind.plans.get(form)
             if plan is None:
@@ -467,12 +469,24 @@ def _check_wrappers(members: Members) -> None:
 
 def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
     names = interception.names
+
+    def name(root: Tensor) -> Any:
+        own = names.get(id(root))
+        return own or (root.shape, frozenset(names.get(p, p) for p in sources(root)))
+
     return (
         use.operation,
         use.part,
         use.shape,
-        *(None if r is None else names.get(id(r)) or (r.shape, sources(r)) for r in use.roots),
+        *(None if root is None else name(root) for root in use.roots),
     )
+
+
+def _today(form: Any) -> Any:
+    """A form with the numbers for which symbols stand."""
+    if isinstance(form, tuple):
+        return tuple(map(_today, form)) if devices.tracing() else form
+    return form.node.hint if isinstance(form, torch.SymInt) else form
 
 
 def _finite_seed(losses: Tensor) -> Tensor:
