@@ -64,6 +64,12 @@ class Case:
         """Unreduced losses, shape (n,)."""
         return example_losses(outputs, targets)
 
+    @property
+    def union(self) -> Batch:
+        """Both batches as one."""
+        (x, y), (x_clean, y_clean) = self.train, self.clean
+        return torch.cat([x, x_clean]), torch.cat([y, y_clean])
+
     def copy(self) -> Case:
         """The same data with a model of its own."""
         model = copy.deepcopy(self.model)

@@ -17,11 +17,15 @@ from .cases import Case
 
 @dataclass(frozen=True)
 class Oracle:
-    """Scores and weights, shape (n,), and the weighted gradient by parameter name, in float64."""
+    """Scores and weights, shape (n,), and gradients by parameter name, in float64.
+
+    ``gradient`` is the weighted one, ``union_gradient`` that of a plain step on both batches.
+    """
 
     scores: Tensor
     weights: Tensor
     gradient: dict[str, Tensor | None]
+    union_gradient: dict[str, Tensor | None]
 
     @property
     def rho(self) -> float:
@@ -50,7 +54,10 @@ def oracle(case: Case) -> Oracle:
             scores = _single_gradient_scores(case, model, batch, clean)
         weights = reference.weights_from_scores(scores)
         gradient = reference.weighted_gradient(model, case.loss, batch, weights)
-    return Oracle(scores, weights, gradient)
+        x_union, y_union = (t.cpu() for t in case.union)
+        equal = torch.full(y_union.shape[:1], 1 / y_union.size(0), dtype=torch.float64)
+        plain = reference.weighted_gradient(model, case.loss, (_double(x_union), y_union), equal)
+    return Oracle(scores, weights, gradient, plain)
 
 
 def _single_gradient_scores(

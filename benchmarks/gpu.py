@@ -51,6 +51,18 @@ _PRODUCTS = (
 
 # Steps that fit the time: a multilayer perceptron, a net with each norm, a transformer.
 _STEP_CASES = ("mlp-256-64", "resnet-100-100", "vit", "resnet-bn-100-100")
+# Those that compile in seconds, with every way to compile and to capture.
+_COMPILED_CASES = ("mlp-256-64", "lenet", "vit")
+_COMPILED_METHODS = (
+    "plain_union",
+    "plain_union_captured",
+    "plain_union_compiled",
+    "plain_union_reduce_overhead",
+    "l2rw_ext",
+    "l2rw_ext_cudagraphs",
+    "l2rw_ext_compiled",
+    "l2rw_ext_reduce_overhead",
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ def _build(prebuilt: Path | None) -> Phase:
         environment = {"L2RW_CUDA": "OFF", "L2RW_PREBUILT_CUDA": str(prebuilt)}
     install = ["install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
     install += [f"-Ccmake.define.L2RW_CUDA_ARCHITECTURES={ARCHITECTURE}"]
-    return Phase("build", (sys.executable, "-m", "pip", *install), 135, environment)
+    return Phase("build", (sys.executable, "-m", "pip", *install), 130, environment)
 
 
 def sanitizer_phases(prebuilt: Path | None) -> list[Phase]:
@@ -126,8 +138,8 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
     }
     benchmarks = (sys.executable, "-m", "benchmarks")
     on_cuda = ("--device", "cuda", "--json")
-    step = (*benchmarks, "step", "--tf32", "--case", *_STEP_CASES)
-    captured = ("plain_union_captured", "l2rw_ext_captured", "double_backward")
+    step = (*benchmarks, "step", "--tf32", "--case")
+    eager = ("plain", "plain_union", "l2rw_ext", "double_backward", "jvp", "finite_difference")
     return [
         _build(prebuilt),
         Phase("doctor", (sys.executable, "-m", "l2rw_ext.doctor"), 15),
@@ -138,8 +150,8 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
             20,
             tests | _WARPGROUPS,
         ),
-        Phase("other tests", _test_command(workers, "not cuda and not emulated"), 100, tests),
-        Phase("kernels", (*benchmarks, "kernels", *on_cuda, str(folder / "kernels.json")), 80),
+        Phase("other tests", _test_command(workers, "not cuda and not emulated"), 90, tests),
+        Phase("kernels", (*benchmarks, "kernels", *on_cuda, str(folder / "kernels.json")), 75),
         Phase(
             "kernels, warpgroups",
             (
@@ -149,11 +161,18 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
             20,
             _WARPGROUPS,
         ),
-        Phase("step", (*step, *on_cuda, str(folder / "step.json")), 50),
         Phase(
-            "step, captured",
-            (*step, "--methods", *captured, *on_cuda, str(folder / "step-captured.json")),
-            35,
+            "step, compiled",
+            (
+                *(*step, *_COMPILED_CASES, "--methods", *_COMPILED_METHODS),
+                *(*on_cuda, str(folder / "step-compiled.json")),
+            ),
+            80,
+        ),
+        Phase(
+            "step",
+            (*step, *_STEP_CASES, "--methods", *eager, *on_cuda, str(folder / "step.json")),
+            40,
         ),
         Phase(
             "memory",

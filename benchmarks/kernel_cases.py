@@ -215,6 +215,16 @@ def _linear_example_operations(n: int, t: int, i: int, o: int) -> int:
     return n * (2 * t * o * i + 2 * o * i + t * o + 2 * o)
 
 
+def _linear_weighted(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
+    # A product with a weight of one is not rounded to the dtype of g.
+    weights = d.half_of_weights(n).ceil()
+    return d.normal(n, t, i), d.normal(n, t, o), weights, True, False, True
+
+
+def _linear_weighted_operations(n: int, t: int, i: int, o: int) -> int:
+    return (n + 1) // 2 * t * o * (2 * i + 2)
+
+
 def _affine(d: Draw, n: int, t: int, c: int) -> Arguments:
     return d.normal(n, t, c), d.normal(n, t, c), d.normal(n, t, 1), d.positive(n, t, 1)
 
@@ -229,6 +239,14 @@ def _embedding(d: Draw, n: int, t: int, c: int, v: int) -> Arguments:
 
 def _embedding_operations(n: int, t: int, c: int, v: int) -> int:
     return 2 * n * t * c
+
+
+def _embedding_weighted(d: Draw, n: int, t: int, c: int, v: int) -> Arguments:
+    return d.index(v, n, t), d.normal(n, t, c), d.half_of_weights(n), v
+
+
+def _embedding_weighted_operations(n: int, t: int, c: int, v: int) -> int:
+    return (n + 1) // 2 * 2 * t * c
 
 
 def _group_norm(d: Draw, n: int, c: int, size: int, groups: int) -> Arguments:
@@ -259,15 +277,6 @@ def _weighted_sum_operations(n: int, *shape: int) -> int:
     return (n + 1) // 2 * 2 * math.prod(shape)
 
 
-def _scale_rows(d: Draw, n: int, t: int, c: int) -> Arguments:
-    weights = d.half_of_weights(n)
-    return d.normal(n, t, c), weights, torch.arange(0, n, 2, device=d.device)
-
-
-def _scale_rows_operations(n: int, t: int, c: int) -> int:
-    return (n + 1) // 2 * t * c
-
-
 def _normalize(d: Draw, n: int) -> Arguments:
     return (d.normal(n),)
 
@@ -284,19 +293,25 @@ _MAKERS: dict[str, tuple[Callable[..., Arguments], Callable[..., int]]] = {
     "embedding_correlation": (_embedding, _embedding_operations),
     "linear_example_gradients": (_linear_example, _linear_example_operations),
     "conv_example_gradients": (_conv_example, _conv_example_operations),
+    "linear_weighted_gradient": (_linear_weighted, _linear_weighted_operations),
+    "embedding_weighted_gradient": (_embedding_weighted, _embedding_weighted_operations),
     "conv_weighted_gradient": (_conv_weighted, _conv_weighted_operations),
     "affine_example_gradients": (_affine, _affine_example_operations),
     "group_norm_backward": (_group_norm, _group_norm_operations),
     "batch_norm_tangent": (_batch_norm, _batch_norm_operations),
     "weighted_sum": (_weighted_sum, _weighted_sum_operations),
-    "scale_rows": (_scale_rows, _scale_rows_operations),
     "normalize_weights": (_normalize, _normalize_operations),
 }
 _LIBRARY: dict[str, Callable[..., Tensor]] = {
     "dense_correlation": F.linear,
     "conv_correlation": F.conv2d,
 }
-_WEIGHTED = ("conv_weighted_gradient", "weighted_sum", "scale_rows")
+_WEIGHTED = (
+    "conv_weighted_gradient",
+    "embedding_weighted_gradient",
+    "linear_weighted_gradient",
+    "weighted_sum",
+)
 _PRODUCTS = ("bf16", "fp16", "fp32", "tf32")
 _CONVOLUTIONS = ("bf16", "fp32", "tf32")
 _PASSES = ("bf16", "fp32")
@@ -421,7 +436,20 @@ KERNEL_CASES: dict[str, KernelCase] = {
         ),
         _case("batch-norm", "100x64x32x32", "batch_norm_tangent", (100, 64, 32), _PASSES),
         _case("weighted-sum", "n 100, 576x512", "weighted_sum", (100, 576, 512), _PASSES),
-        _case("scale-rows", "128 of 256, T 64, d 1024", "scale_rows", (256, 64, 1024), _PASSES),
+        _case(
+            "linear-weighted",
+            "128 of 256, T 64, 1024->1024",
+            "linear_weighted_gradient",
+            (256, 64, 1024, 1024),
+            _PRODUCTS,
+        ),
+        _case(
+            "embedding-weighted",
+            "32 of 64, T 256, d 1024, 32000 rows",
+            "embedding_weighted_gradient",
+            (64, 256, 1024, 32000),
+            _PASSES,
+        ),
         _case("normalize", "n 256", "normalize_weights", (256,), ("fp32",)),
         *(
             _case(
@@ -489,7 +517,24 @@ KERNEL_CASES: dict[str, KernelCase] = {
                 ("group-norm", "20x16x16x16, 4 groups", "group_norm_backward", (20, 16, 16, 4)),
                 ("batch-norm", "20x16x16x16", "batch_norm_tangent", (20, 16, 16)),
                 ("weighted-sum", "n 20, 64x64", "weighted_sum", (20, 64, 64)),
-                ("scale-rows", "10 of 20, T 64, d 64", "scale_rows", (20, 64, 64)),
+                (
+                    "linear-weighted",
+                    "50 of 100, T 1, 256->256",
+                    "linear_weighted_gradient",
+                    (100, 1, 256, 256),
+                ),
+                (
+                    "linear-weighted-blocked",
+                    "8 of 16, T 65, 192->192",
+                    "linear_weighted_gradient",
+                    (16, 65, 192, 192),
+                ),
+                (
+                    "embedding-weighted",
+                    "8 of 16, T 64, d 64, 1000 rows",
+                    "embedding_weighted_gradient",
+                    (16, 64, 64, 1000),
+                ),
                 ("normalize", "n 256", "normalize_weights", (256,)),
             )
         ),

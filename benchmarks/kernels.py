@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from l2rw_ext import ops
-from l2rw_ext.compiled.recording import Recording
 from l2rw_ext.devices import float32_products
 from l2rw_ext.ops._operator import OPERATORS
 from l2rw_ext.ops.formulas import FORMULAS, Arguments, Results, as_results
@@ -39,7 +38,7 @@ from .errors import UsageError
 from .exact import Errors, errors, limits
 from .kernel_cases import KERNEL_CASES, PRECISIONS, KernelCase, default_kernel_cases
 from .roofline import Ceilings, measure_ceilings
-from .timing import CACHES, capture, interleaved, use_device
+from .timing import CACHES, Captured, capture, interleaved, use_device
 
 Call = Callable[[], Any]
 # What the caching allocator rounds every block to.
@@ -58,7 +57,7 @@ class Candidate:
     status: str = "ok"
     reason: str = ""
     errors: list[Errors] = field(default_factory=list)
-    captured: Recording[Any] | None = None
+    captured: Captured[Any] | None = None
     not_captured: str = ""
     times: dict[str, list[float]] = field(default_factory=dict)
     workspace: int | None = None

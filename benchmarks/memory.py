@@ -1,11 +1,13 @@
 """``python -m benchmarks memory``: peak memory of one training step, a fresh process per method.
 
-A child process builds model and data and makes one step of two examples, so that libraries, thread
-pools and code pages are loaded. It drops the gradients, returns freed memory to the system and
-notes the resident size: the level. Then it makes steps, each after a reset of the kernel's peak
-counter. The peak above the level counts everything that a step needs: activations, gradients,
-caches and what the allocator holds. ``first`` is the first step of that shape (the package makes
-its plan there), ``later`` the largest of the following ones. On CUDA the allocator's peak is read.
+A child process builds model and data and makes steps of two examples, so that libraries, thread
+pools, code pages and, for a compiled method, the compiler are loaded. It drops the gradients,
+returns freed memory to the system and notes the resident size: the level. Then it makes steps, each
+after a reset of the kernel's peak counter. The peak above the level counts everything that a step
+needs, whoever allocated it: activations, gradients, caches, compiled code and what the allocator
+holds. ``first`` is the largest of the first steps of that shape (the package makes its plan there,
+and compilers run), ``later`` the largest of the following ones. On CUDA the allocator's peak is
+read. Ratios are over the plain step that runs in the same way, eagerly or compiled.
 
 glibc returns large blocks at once with the fixed thresholds that every child gets.
 """
@@ -18,6 +20,7 @@ import dataclasses
 import gc
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -33,7 +36,7 @@ from rich.table import Table
 from . import provenance
 from .cases import CASES, Case, CaseSpec, default_cases, draw_case_labels, make_case
 from .errors import UsageError
-from .methods import METHODS, YARDSTICK, Method, Step, chosen
+from .methods import FIRST_STEPS, METHODS, Method, Step, chosen
 
 # Fixed thresholds: by default glibc raises them with use, and what a process holds would depend on
 # the order of its allocations.
@@ -42,7 +45,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "2",
 }
-STEPS = 3
+STEPS = FIRST_STEPS + 2
 
 
 def _status_bytes(field: str) -> int:
@@ -86,11 +89,15 @@ def _clear(case: Case) -> None:
 
 
 def _warm_up(case: Case, method: Method) -> None:
-    """A step of two and two examples on a model of its own, which is then dropped."""
+    """Steps of two and two examples on a model of its own, which is then dropped."""
     x, y = case.train
     x_clean, y_clean = case.clean
     small = dataclasses.replace(case.copy(), train=(x[:2], y[:2]), clean=(x_clean[:2], y_clean[:2]))
-    method.prepare(small)()
+    step = method.prepare(small)
+    for _ in range(FIRST_STEPS if method.compiled else 1):
+        _clear(small)
+        step()
+    torch.compiler.reset()
 
 
 def measure_here(case: Case, method: Method, device: str) -> dict[str, int]:
@@ -105,15 +112,19 @@ def measure_here(case: Case, method: Method, device: str) -> dict[str, int]:
         meter.level()
         step()
         peaks.append(meter.peak() - level)
-    return {"level": level, "first": peaks[0], "later": max(peaks[1:])}
+    return {
+        "level": level,
+        "first": max(peaks[:FIRST_STEPS]),
+        "later": max(peaks[FIRST_STEPS:]),
+    }
 
 
 def child(arguments: Sequence[str]) -> int:
     """Measure one method and print the result as JSON: what the subprocess runs."""
-    case_name, method_name, device, threads, labels = arguments
+    spec_and_labels, method_name, device, threads = arguments
     if int(threads):
         torch.set_num_threads(int(threads))
-    case = make_case(CASES[case_name], labels=torch.load(labels)).to(device)
+    case = make_case(*pickle.loads(Path(spec_and_labels).read_bytes())).to(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -127,12 +138,12 @@ def child(arguments: Sequence[str]) -> int:
 
 
 def measure(
-    case_name: str, method: Method, labels: Path, *, device: str = "cpu", threads: int = 0
+    spec_and_labels: Path, method: Method, *, device: str = "cpu", threads: int = 0
 ) -> dict[str, Any]:
     """Run :func:`child` in a fresh process and return what it printed."""
-    command = [sys.executable, "-m", "benchmarks.memory", case_name, method.name, device]
+    command = [sys.executable, "-m", "benchmarks.memory", str(spec_and_labels), method.name, device]
     done = subprocess.run(
-        [*command, str(threads), str(labels)],
+        [*command, str(threads)],
         capture_output=True,
         text=True,
         env={**os.environ, **ALLOCATOR},
@@ -149,26 +160,27 @@ def run_case(
     spec: CaseSpec, methods: Sequence[Method], *, device: str = "cpu", threads: int = 0
 ) -> dict[str, Any]:
     """Measure ``methods`` on one case; the result is one entry of the report's ``cases``."""
-    if not any(method.name == YARDSTICK for method in methods):
-        methods = [METHODS[YARDSTICK], *methods]
-    labels = draw_case_labels(spec)
-    rows = []
+    names = [method.name for method in methods]
+    missing = dict.fromkeys(m.counterpart for m in methods if m.counterpart not in names)
+    methods = [*(METHODS[name] for name in missing), *methods]
+    rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "labels.pt"
-        torch.save(labels, path)
+        path = Path(folder) / "case.pickle"
+        path.write_bytes(pickle.dumps((spec, draw_case_labels(spec))))
         for method in methods:
             row: dict[str, Any] = {"name": method.name, "label": method.label}
             if method.available:
-                row |= measure(spec.name, method, path, device=device, threads=threads)
+                row |= measure(path, method, device=device, threads=threads)
             else:
                 row["failed"] = f"{method.requires} is not installed"
-            rows.append(row)
-    yardstick = next(row for row in rows if row["name"] == YARDSTICK)
-    for row in rows:
-        if "later" in row and yardstick.get("later"):
-            row["ratio"] = row["later"] / yardstick["later"]
-            row["first_ratio"] = row["first"] / yardstick["first"]
-    return {"name": spec.name, "title": spec.title, "n": spec.n, "m": spec.m, "methods": rows}
+            rows[method.name] = row
+    for method in methods:
+        row, plain = rows[method.name], rows[method.counterpart]
+        if "later" in row and plain.get("later"):
+            row["ratio"] = row["later"] / plain["later"]
+            row["first_ratio"] = row["first"] / plain["first"]
+    entry = {"name": spec.name, "title": spec.title, "n": spec.n, "m": spec.m}
+    return {**entry, "methods": list(rows.values())}
 
 
 def table(entry: dict[str, Any]) -> Table:
@@ -182,9 +194,9 @@ def table(entry: dict[str, Any]) -> Table:
         measured = "ratio" in row
         out.add_row(
             row["label"],
-            f"{row['first'] / 2**20:.1f}" if measured else "-",
+            f"{row['first'] / 2**20:.1f}" if "first" in row else "-",
             f"{row['first_ratio']:.2f}" if measured else "-",
-            f"{row['later'] / 2**20:.1f}" if measured else "-",
+            f"{row['later'] / 2**20:.1f}" if "later" in row else "-",
             f"{row['ratio']:.2f}" if measured else "-",
             row.get("failed", ""),
             style="bold" if row["name"] == "l2rw_ext" else None,
@@ -221,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         provenance.write(args.json, report)
         console.print(f"recorded in {args.json}")
-    ours = [r for e in report["cases"] for r in e["methods"] if r["name"] == "l2rw_ext"]
+    ours = [r for e in report["cases"] for r in e["methods"] if r["name"].startswith("l2rw_ext")]
     return 1 if any("failed" in r for r in ours) else 0
 
 

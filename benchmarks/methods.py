@@ -4,6 +4,9 @@ A method is prepared once with a case of its own (model and data) and then calle
 step. A step leaves ``p.grad`` as a training step would and returns its scores and weights.
 Gradients are cleared outside of the timing, for all methods alike, and no optimiser runs.
 
+A compiled method is one graph (``fullgraph=True``), or it fails with the reason: a step that went
+back to eager execution would be timed under a wrong name.
+
 Algorithm 1 is timed as printed, with its second forward. Where a peer can share that forward it
 does. The math attention kernel is used only by peers for which the fused one has no second
 derivative or no forward mode.
@@ -16,17 +19,17 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from l2rw_ext.compiled.capture import REHEARSALS
 from l2rw_ext.reference import weights_from_scores
 
-from .cases import Case
+from .cases import Batch, Case
 from .timing import capture
 
 
@@ -39,18 +42,25 @@ class Outcome(NamedTuple):
 
 
 Step = Callable[[], Outcome]
+Values = dict[str, Tensor]
 YARDSTICK = "plain_union"
-CAPTURED_YARDSTICK = "plain_union_captured"
-_STEPS_TO_CAPTURE = 2 + REHEARSALS
+COMPILED = "plain_union_compiled"
+CAPTURED = "plain_union_captured"
+REDUCED_OVERHEAD = "plain_union_reduce_overhead"
+FIRST_STEPS = 5
+"""Calls that can cost more than all later ones: a plan, its proof, tracing and compiling, and what
+``mode="reduce-overhead"`` runs before it replays."""
 
 
 @dataclass(frozen=True)
 class Method:
     """A way to make one training step.
 
-    ``kind`` is ``plain`` (no weights), ``exact`` (held to the oracle) or ``approximate`` (its error
-    is reported). ``requires`` names the module that must be installed; without ``default`` the
-    method runs where it is asked for. Ratios are over the method ``yardstick``.
+    ``kind`` is ``plain`` (no weights), ``union`` (a plain step on both batches as one; times are
+    over the fastest of a run), ``exact`` (held to the oracle, as ``union`` is) or ``approximate``
+    (its error is reported). ``requires`` names the module that must be installed; without
+    ``default`` the method runs where it is asked for. ``counterpart`` is the plain step that runs
+    in the same way, eagerly or compiled or from a CUDA graph: memory is compared with its.
     """
 
     name: str
@@ -59,7 +69,12 @@ class Method:
     prepare: Callable[[Case], Step]
     requires: str | None = None
     default: bool = True
-    yardstick: str = YARDSTICK
+    counterpart: str = YARDSTICK
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its first steps compile or capture."""
+        return self.counterpart != YARDSTICK
 
     @property
     def available(self) -> bool:
@@ -91,13 +106,23 @@ def plain(case: Case) -> Step:
     return step
 
 
-def plain_union(case: Case) -> Step:
-    """Mean loss of both batches as one: the yardstick."""
-    x = torch.cat([case.train[0], case.clean[0]])
-    y = torch.cat([case.train[1], case.clean[1]])
+def one_graph(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A function compiled by ``torch.compile`` as one graph for its arguments' shapes."""
+    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, **options)
+    return compiled
+
+
+def plain_union(case: Case, wrapped: Callable[[Callable[..., Any]], Any] | None = None) -> Step:
+    """Mean loss of both batches as one: the yardstick; ``wrapped`` compiles model and loss."""
+    x, y = case.union
+
+    def objective(x: Tensor, y: Tensor) -> Tensor:
+        return case.loss(case.model(x), y).mean()
+
+    run = wrapped(objective) if wrapped else objective
 
     def step() -> Outcome:
-        _backward(case.loss(case.model(x), y).mean())
+        _backward(run(x, y))
         return Outcome(None, None)
 
     return step
@@ -121,12 +146,9 @@ def l2rw_kept(case: Case) -> Step:
     return l2rw(case, low_memory=False)
 
 
-def l2rw_captured(case: Case) -> Step:
-    """This package, its steps replayed from a CUDA graph."""
-    step = l2rw(case, cuda_graph=True)
-    for _ in range(_STEPS_TO_CAPTURE):
-        step()
-    return step
+def l2rw_compiled(compile: bool | str, **options: Any) -> Callable[[Case], Step]:
+    """This package, its step as one graph for a backend of ``torch.compile``."""
+    return partial(l2rw, compile=compile, compile_options={"fullgraph": True, **options})
 
 
 def _clean_direction(case: Case, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
@@ -163,21 +185,22 @@ def double_backward(case: Case) -> Step:
     return step
 
 
+def _losses(case: Case, values: Values, batch: Batch) -> Tensor:
+    # The transforms do not let BatchNorm write to the model's own statistics.
+    buffers = {name: b.clone() for name, b in case.model.named_buffers()}
+    x, y = batch
+    return case.loss(functional_call(case.model, {**values, **buffers}, (x,)), y)
+
+
 def forward_mode(case: Case) -> Step:
     """Scores as J v by ``torch.func.jvp``; its forward also serves the weighted backward."""
     named = dict(case.model.named_parameters())
     parameters = list(named.values())
-    x, y = case.train
-
-    def losses(values: dict[str, Tensor]) -> Tensor:
-        # The transform does not let BatchNorm write to the model's own statistics.
-        buffers = {name: b.clone() for name, b in case.model.named_buffers()}
-        return case.loss(functional_call(case.model, {**values, **buffers}, (x,)), y)
 
     def step() -> Outcome:
         direction = dict(zip(named, _clean_direction(case, parameters), strict=True))
         with _attention(case):
-            both: Any = jvp(losses, (named,), (direction,))
+            both: Any = jvp(lambda at: _losses(case, at, case.train), (named,), (direction,))
         primal, tangent = both
         scores = tangent.detach()
         weights = weights_from_scores(scores)
@@ -185,6 +208,57 @@ def forward_mode(case: Case) -> Step:
         return Outcome(scores, weights)
 
     return step
+
+
+def _one_function(case: Case, compute: Callable[..., tuple[Tensor, Tensor, Values]]) -> Step:
+    """A step that is one compiled function of parameters and batches, with gradients by name."""
+    parameters = dict(case.model.named_parameters())
+    values = {name: p.detach() for name, p in parameters.items()}
+    run = one_graph(compute)
+
+    def step() -> Outcome:
+        with _attention(case):
+            scores, weights, gradients = run(values, case.train, case.clean)
+        _set_gradients(list(parameters.values()), [gradients[name] for name in parameters])
+        return Outcome(scores, weights)
+
+    return step
+
+
+def jvp_compiled(case: Case) -> Step:
+    """:func:`forward_mode` as one compiled function."""
+
+    def compute(values: Values, batch: Batch, clean: Batch) -> tuple[Tensor, Tensor, Values]:
+        direction = grad(lambda at: _losses(case, at, clean).mean())(values)
+
+        def both(at: Values) -> Any:
+            return jvp(lambda q: _losses(case, q, batch), (at,), (direction,))
+
+        pulled: Any = vjp(both, values, has_aux=True)
+        _, pull_back, scores = pulled
+        weights = weights_from_scores(scores)
+        (gradients,) = pull_back(weights)
+        return scores, weights, gradients
+
+    return _one_function(case, compute)
+
+
+def double_backward_compiled(case: Case) -> Step:
+    """:func:`double_backward` as one compiled function."""
+
+    def compute(values: Values, batch: Batch, clean: Batch) -> tuple[Tensor, Tensor, Values]:
+        def objective(epsilon: Tensor) -> Tensor:
+            moved = grad(lambda at: (epsilon * _losses(case, at, batch)).sum())(values)
+            stepped = {name: p - moved[name] for name, p in values.items()}
+            return _losses(case, stepped, clean).mean()
+
+        targets = batch[1]
+        scores = -grad(objective)(torch.zeros(targets.size(0), device=targets.device))
+        weights = weights_from_scores(scores)
+        gradients = grad(lambda at: (weights * _losses(case, at, batch)).sum())(values)
+        return scores, weights, gradients
+
+    return _one_function(case, compute)
 
 
 def finite_difference(case: Case) -> Step:
@@ -315,64 +389,120 @@ def backpack(case: Case) -> Step:
     return step
 
 
-def captured(prepare: Callable[[Case], Step]) -> Callable[[Case], Step]:
-    """The step of another method, captured once in a CUDA graph and replayed."""
+def on_cuda(prepare: Callable[[Case], Step]) -> Callable[[Case], Step]:
+    """A method that needs CUDA graphs; on the CPU their backends would quietly do without."""
 
-    def prepare_captured(case: Case) -> Step:
+    def prepare_on_cuda(case: Case) -> Step:
         if not case.train[0].is_cuda:
             raise NotImplementedError("a CUDA graph needs a CUDA device")
-        step = prepare(case)
-        parameters = list(case.model.parameters())
+        return prepare(case)
 
-        def from_no_gradient() -> Outcome:
-            # The graph then writes gradients instead of adding to what is there.
-            for p in parameters:
-                p.grad = None
-            return step()
+    return prepare_on_cuda
 
-        graph = capture(from_no_gradient)
-        gradients = [p.grad for p in parameters]
 
-        def replay() -> Outcome:
-            outcome = graph.replay()
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
-            return outcome
+def plain_union_captured(case: Case) -> Step:
+    """The plain step on the union, captured once in a CUDA graph and replayed."""
+    step = plain_union(case)
+    parameters = list(case.model.parameters())
 
-        return replay
+    def from_no_gradient() -> Outcome:
+        # The graph then writes gradients instead of adding to what is there.
+        for p in parameters:
+            p.grad = None
+        return step()
 
-    return prepare_captured
+    graph = capture(from_no_gradient)
+    gradients = [p.grad for p in parameters]
+
+    def replay() -> Outcome:
+        outcome = graph.replay()
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        return outcome
+
+    return replay
+
+
+def _plain_union_compiled(**options: Any) -> Callable[[Case], Step]:
+    return partial(plain_union, wrapped=partial(one_graph, **options))
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("plain", "plain, n", "plain", plain),
-        Method("plain_union", "plain, union", "plain", plain_union),
+        Method(YARDSTICK, "plain, union", "union", plain_union),
+        Method(
+            COMPILED,
+            "plain, union, compiled",
+            "union",
+            _plain_union_compiled(),
+            counterpart=COMPILED,
+        ),
         Method("l2rw_ext", "l2rw_ext", "exact", l2rw),
+        Method("l2rw_ext_flat", "l2rw_ext, flat graph", "exact", l2rw_compiled("eager")),
+        Method(
+            "l2rw_ext_compiled",
+            "l2rw_ext, compiled",
+            "exact",
+            l2rw_compiled(True),
+            counterpart=COMPILED,
+        ),
         Method("l2rw_ext_kept", "l2rw_ext, low_memory=False", "exact", l2rw_kept, default=False),
         Method("double_backward", "double backward", "exact", double_backward),
+        Method(
+            "double_backward_compiled",
+            "double backward, compiled",
+            "exact",
+            double_backward_compiled,
+            default=False,
+            counterpart=COMPILED,
+        ),
         Method("jvp", "torch.func.jvp", "exact", forward_mode),
+        Method(
+            "jvp_compiled",
+            "torch.func.jvp, compiled",
+            "exact",
+            jvp_compiled,
+            default=False,
+            counterpart=COMPILED,
+        ),
         Method("finite_difference", "finite differences", "approximate", finite_difference),
         Method("higher", "higher", "exact", higher, requires="higher"),
         Method("torchopt", "TorchOpt", "exact", torchopt, requires="torchopt"),
         Method("opacus", "Opacus", "exact", opacus, requires="opacus"),
         Method("backpack", "BackPACK", "exact", backpack, requires="backpack"),
         Method(
-            CAPTURED_YARDSTICK,
+            CAPTURED,
             "plain, union, CUDA graph",
-            "plain",
-            captured(plain_union),
+            "union",
+            on_cuda(plain_union_captured),
             default=False,
-            yardstick=CAPTURED_YARDSTICK,
+            counterpart=CAPTURED,
         ),
         Method(
-            "l2rw_ext_captured",
+            REDUCED_OVERHEAD,
+            "plain, union, reduce-overhead",
+            "union",
+            on_cuda(_plain_union_compiled(mode="reduce-overhead")),
+            default=False,
+            counterpart=REDUCED_OVERHEAD,
+        ),
+        Method(
+            "l2rw_ext_cudagraphs",
             "l2rw_ext, CUDA graph",
             "exact",
-            l2rw_captured,
+            on_cuda(l2rw_compiled("cudagraphs")),
             default=False,
-            yardstick=CAPTURED_YARDSTICK,
+            counterpart=CAPTURED,
+        ),
+        Method(
+            "l2rw_ext_reduce_overhead",
+            "l2rw_ext, reduce-overhead",
+            "exact",
+            on_cuda(l2rw_compiled(True, mode="reduce-overhead")),
+            default=False,
+            counterpart=REDUCED_OVERHEAD,
         ),
     )
 }

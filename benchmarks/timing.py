@@ -7,13 +7,14 @@ call: its inputs then come from memory. ``warm`` leaves in the cache what earlie
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
-
-from l2rw_ext.compiled.recording import Recorder, Recording, without_collection
 
 Result = TypeVar("Result")
 CACHES = ("cold", "warm")
@@ -89,13 +90,46 @@ def interleaved(
         return _cpu_times(calls, repeats, warmup)
 
 
-def capture(call: Callable[[], Result]) -> Recording[Result]:
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """The garbage collector does not start by itself inside."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class Captured(Generic[Result]):
+    """A call in a CUDA graph: every replay writes its result where the first one lies."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Result
+
+    def replay(self) -> Result:
+        """Compute the result again, from what the inputs hold now."""
+        self.graph.replay()
+        return self.result
+
+
+def capture(call: Callable[[], Result]) -> Captured[Result]:
     """Capture a call whose inputs stay where they are, after some runs of it on another stream.
 
     Raises:
         RuntimeError: the call does what a CUDA graph cannot hold.
     """
-    recorder = Recorder(torch.device("cuda", torch.cuda.current_device()))
-    for _ in range(_CAPTURE_WARMUP):
-        recorder.warm_up(call)
-    return recorder.record(call)
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(_CAPTURE_WARMUP):
+            call()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # ``torch.cuda.graph`` leaves its stream current when a capture fails; what the collector frees
+    # during a capture can end it.
+    with without_collection(), torch.cuda.stream(current), torch.cuda.graph(graph):
+        result = call()
+    return Captured(graph, result)

@@ -44,6 +44,10 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
   // index [n, T] of int64 or int32, g [n, T, d], direction [v, d] -> u [n], acc
   m.def("embedding_correlation(Tensor index, Tensor g, Tensor direction) -> Tensor");
 
+  // sum_i w_i g_it over the (i, t) with index_it = k, for each row k; only examples with w_i != 0.
+  // index [n, T] of int64 or int32, g [n, T, d], weights [n] -> [rows, d], acc
+  m.def("embedding_weighted_gradient(Tensor index, Tensor g, Tensor weights, int rows) -> Tensor");
+
   // G_i = sum_t g_it z_it^T, Gb_i = sum_t g_it, u_i = <V, G_i> + <V_b, Gb_i>.
   // z [n, T, i], g [n, T, o], direction [o, i], direction_bias [o] -> G [n, o, i], dtype of z;
   // Gb [n, o], dtype of z; u [n], acc
@@ -58,6 +62,14 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
       "conv_example_gradients(Tensor z, Tensor g, int[] kernel_size, int[] stride, int[] padding, "
       "int[] dilation, int groups, Tensor? direction=None, Tensor? direction_bias=None) -> "
       "(Tensor, Tensor, Tensor)");
+
+  // sum_i w_i G_i and sum_i w_i Gb_i of a linear layer over the examples with w_i != 0. w_i g_i may
+  // be rounded to the dtype of g. There may be heads h. With `inputs_first` the first result is
+  // [(h,) i, o]; without `bias` the second is [0]; both are acc if `wide`, else of the dtype of z.
+  // z [n, T, (h,) i], g [n, T, (h,) o], weights [n] -> [(h,) o, i]; [(h,) o]
+  m.def(
+      "linear_weighted_gradient(Tensor z, Tensor g, Tensor weights, bool bias, bool inputs_first, "
+      "bool wide) -> (Tensor, Tensor)");
 
   // sum_i w_i G_i and sum_i w_i Gb_i of a convolution, without storing G_i. Without weights, each
   // of them is one.
@@ -92,10 +104,6 @@ STABLE_TORCH_LIBRARY(l2rw_ext, m) {
   // The sum of w_i G_i over the examples with w_i != 0.
   // gradients [n, *], weights [n] -> [*], acc
   m.def("weighted_sum(Tensor gradients, Tensor weights) -> Tensor");
-
-  // w_a g_a for a in active.
-  // g [n, T, d], weights [n], active [k] of int64 -> [k, T, d], dtype of g
-  m.def("scale_rows(Tensor g, Tensor weights, Tensor active) -> Tensor");
 
   // Equations (8) and (9).
   // u [n] -> w [n], dtype of u

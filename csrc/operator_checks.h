@@ -143,24 +143,29 @@ inline void check_affine_example_gradients(
   }
 }
 
-inline void check_embedding_correlation(
-    const Tensor& index, const Tensor& g, const Tensor& direction) {
-  constexpr const char* operation = "embedding_correlation";
+// The index [n, T] and the gradient [n, T, d] of an embedding.
+inline void check_embedding(const char* operation, const Tensor& index, const Tensor& g) {
   check_dim(operation, {"index", index}, 2);
   check_dim(operation, {"g", g}, 3);
-  check_dim(operation, {"direction", direction}, 2);
   check_floating(operation, {"g", g});
-  check_same_or_accumulation(operation, {"g", g}, {"direction", direction});
   check_device(operation, {"g", g}, {"index", index});
   check_size(operation, {"index", index}, 0, g.size(0), "examples of g");
   check_size(operation, {"index", index}, 1, g.size(1), "positions of g");
-  check_size(operation, {"direction", direction}, 1, g.size(2), "width of g");
   const ScalarType index_dtype = index.scalar_type();
   check(
       index_dtype == ScalarType::Long || index_dtype == ScalarType::Int,
       operation,
       "index must be int64 or int32, got ",
       dtype_name(index_dtype));
+}
+
+inline void check_embedding_correlation(
+    const Tensor& index, const Tensor& g, const Tensor& direction) {
+  constexpr const char* operation = "embedding_correlation";
+  check_embedding(operation, index, g);
+  check_dim(operation, {"direction", direction}, 2);
+  check_same_or_accumulation(operation, {"g", g}, {"direction", direction});
+  check_size(operation, {"direction", direction}, 1, g.size(2), "width of g");
 }
 
 inline void check_weighted_sum(const Tensor& gradients, const Tensor& weights) {
@@ -173,20 +178,6 @@ inline void check_weighted_sum(const Tensor& gradients, const Tensor& weights) {
   const Argument argument{"gradients", gradients};
   check_floating(operation, argument);
   check_vector(operation, argument, "weights", weights, gradients.size(0), "examples of gradients");
-}
-
-inline void check_scale_rows(const Tensor& g, const Tensor& weights, const Tensor& active) {
-  constexpr const char* operation = "scale_rows";
-  check_dim(operation, {"g", g}, 3);
-  check_dim(operation, {"active", active}, 1);
-  check_floating(operation, {"g", g});
-  check_vector(operation, {"g", g}, "weights", weights, g.size(0), "examples of g");
-  check_device(operation, {"g", g}, {"active", active});
-  check(
-      active.scalar_type() == ScalarType::Long,
-      operation,
-      "active must be int64, got ",
-      dtype_name(active.scalar_type()));
 }
 
 inline std::string text_of(const Sizes& sizes) {

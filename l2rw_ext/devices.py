@@ -37,6 +37,11 @@ def traced() -> Iterator[None]:
         _tracing.reset(before)
 
 
+def synchronous(x: Tensor) -> bool:
+    """Whether values of ``x`` are known to the host when an operation on it has returned."""
+    return x.device.type == "cpu"
+
+
 def readable(x: Tensor) -> bool:
     """Whether the host can read values of ``x`` without synchronising with a device.
 
@@ -46,7 +51,7 @@ def readable(x: Tensor) -> bool:
     and errors are raised when a result is read. Making a plan reads values on any device. No value
     of a step that is traced can be read.
     """
-    return x.device.type == "cpu" and not tracing()
+    return synchronous(x) and not tracing()
 
 
 class Autocast:

@@ -15,6 +15,10 @@ class NotCompilableError(RuntimeError):
     """A step cannot become one graph; the message says why, and what to change if that is known."""
 
 
+class NotPlannedError(NotCompilableError):
+    """A step has no plan by which it could be traced; steps that run eagerly may make one."""
+
+
 def warn(text: str) -> None:
     """Warn at the line of the user's that called this package."""
     frame: FrameType | None = sys._getframe(1)

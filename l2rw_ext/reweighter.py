@@ -27,7 +27,7 @@ from .engines.plain import judged
 from .engines.remembered import Remembered
 from .errors import NotExactError, warn
 from .step.accumulation import Accumulation, accumulate_grad, filled_if
-from .step.weighing import Computed, Degenerate, Step, weigh
+from .step.weighing import Computed, Degenerate, Step, waits, weigh
 from .task.isolation import Generators, Snapshot, preserved
 from .task.sharding import check_not_sharded
 from .task.task import Direction, Task, clean_direction
@@ -430,7 +430,9 @@ class Reweighter:
                 return computed
             form = functools.partial(scored.weighted_gradients, computed.for_gradient)
             gradients = judged(form, engine.name, task, snapshot, given=True)
-            gradients = filled_if(computed.step._contaminated, gradients, 0)
+            contaminated = computed.step._contaminated
+            if not waits(scored.clean_loss, self.on_degenerate, self.check_finite):
+                gradients = filled_if(contaminated, gradients, 0)
             if self._accumulation is None:  # so that a gradient scaler skips its step
                 gradients = filled_if(computed.overflow, gradients, float("inf"))
             computed.gradients = gradients

@@ -29,7 +29,7 @@ BOUND = 1e-11
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """No value is readable, and operators are compositions, as on CUDA."""
-    monkeypatch.setattr(devices, "readable", lambda x: False)
+    monkeypatch.setattr(devices, "synchronous", lambda x: False)
     monkeypatch.setattr(scoring, "in_groups", lambda g: True)
     for name, operator in OPERATORS.items():
         monkeypatch.setattr(ops, name, operator.composition)
@@ -113,7 +113,7 @@ def test_inputs_that_are_not_batched_must_be_the_same_tensor(
 ) -> None:
     x, y, mask = torch.ones(4, 3), torch.zeros(2, 3), torch.ones(3, 3)
     assert merge((x, mask), (y, mask.clone()), 4, 2) is not None
-    monkeypatch.setattr(devices, "readable", lambda x: False)
+    monkeypatch.setattr(devices, "synchronous", lambda x: False)
     with NoSynchronisation():
         merged = merge((x, mask), (y, mask), 4, 2)
         assert merged is not None

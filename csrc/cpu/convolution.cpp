@@ -53,6 +53,13 @@ Image image_of(const Tensor& tensor) {
   return image;
 }
 
+Image image_of_rows(const Tensor& tensor) {
+  Image image = image_of(tensor);
+  std::swap(image.channel, image.space[2]);
+  image.space[0] = image.space[1] = tensor.size(1) * image.space[2];
+  return image;
+}
+
 void Fetch::add(
     const Image& image, int64_t i, int64_t channel, int64_t channels, const Extents& space) {
   int64_t last = (channels - 1) * image.channel;

@@ -48,6 +48,9 @@ struct Image {
 // z or g [n, C, *s] as an image; missing spatial dimensions get the stride of what they hold.
 Image image_of(const Tensor& tensor);
 
+// The same for a tensor of rows [n, T, C]: its positions are the pixels.
+Image image_of_rows(const Tensor& tensor);
+
 // Memory to be fetched into the cache ahead of its use, a piece at a time.
 class Fetch {
  public:

@@ -97,17 +97,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_example_gradients(
     const OptionalTensor& direction,
     const OptionalTensor& direction_bias) {
   check_linear_layer("linear_example_gradients", z, g, direction, direction_bias);
-  const auto image = [](const Tensor& tensor) {
-    Image result = image_of(tensor);
-    std::swap(result.channel, result.space[2]);
-    result.space[0] = result.space[1] = tensor.size(1) * result.space[2];
-    return result;
-  };
   return example_gradients(
       as_convolution(z, g),
       z,
-      image(z),
-      image(g),
+      image_of_rows(z),
+      image_of_rows(g),
       {g.size(2), z.size(2)},
       direction,
       direction_bias);

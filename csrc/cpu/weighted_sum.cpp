@@ -28,42 +28,34 @@ void sum_rows(const Tensor& gradients, const Tensor& weights, const Tensor& tota
       active_weights.push_back(weight);
     }
   }
-  // G_i as `outer` dimensions around a run of `length` elements `stride` apart.
-  Sizes sizes(gradients.sizes().begin() + 1, gradients.sizes().end());
-  Sizes strides(gradients.strides().begin() + 1, gradients.strides().end());
-  collapse(sizes, strides);
-  const size_t outer = std::max<size_t>(sizes.size(), 1) - 1;
-  const int64_t length = sizes.empty() ? 1 : sizes.back();
-  const int64_t stride = sizes.empty() ? 1 : strides.back();
-  const int64_t blocks_per_run = (length + kBlock - 1) / kBlock;
-  const int64_t blocks = total.numel() / length * blocks_per_run;
+  const Runs runs(
+      Sizes(gradients.sizes().begin() + 1, gradients.sizes().end()),
+      Sizes(gradients.strides().begin() + 1, gradients.strides().end()));
+  const int64_t blocks_per_run = (runs.length + kBlock - 1) / kBlock;
   const auto examples = static_cast<int64_t>(active.size());
-  const int64_t grain = grain_of(std::min(length, kBlock) * examples);
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<const T*> starts(active.size());
-    for (int64_t block = begin; block < end; ++block) {
-      int64_t run = block / blocks_per_run;
-      const int64_t first = block % blocks_per_run * kBlock;
-      A* const to = data<A>(total) + run * length + first;
-      int64_t offset = first * stride;
-      for (size_t d = outer; d-- > 0;) {
-        offset += run % sizes[d] * strides[d];
-        run /= sizes[d];
-      }
-      for (size_t r = 0; r < active.size(); ++r) {
-        starts[r] = active[r] + offset;
-      }
-      const int64_t count = std::min(kBlock, length - first);
-      L2RW_ISA_CALL(
-          RowKernels<T>::combine,
-          starts.data(),
-          stride,
-          active_weights.data(),
-          examples,
-          to,
-          count);
-    }
-  });
+  const int64_t grain = grain_of(std::min(runs.length, kBlock) * examples);
+  torch::stable::parallel_for(
+      0, runs.count * blocks_per_run, grain, [&](int64_t begin, int64_t end) {
+        std::vector<const T*> starts(active.size());
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t run = block / blocks_per_run;
+          const int64_t first = block % blocks_per_run * kBlock;
+          A* const to = data<A>(total) + run * runs.length + first;
+          const int64_t offset = runs.offset(run) + first * runs.stride;
+          for (size_t r = 0; r < active.size(); ++r) {
+            starts[r] = active[r] + offset;
+          }
+          const int64_t count = std::min(kBlock, runs.length - first);
+          L2RW_ISA_CALL(
+              RowKernels<T>::combine,
+              starts.data(),
+              runs.stride,
+              active_weights.data(),
+              examples,
+              to,
+              count);
+        }
+      });
 }
 
 Tensor weighted_sum(const Tensor& gradients, const Tensor& weights) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,9 @@ _aten = torch.ops.aten
 _LITERALS = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)
 
 Outputs = Sequence[Tensor]
+
+_one_at_a_time = threading.RLock()
+"""A trace sets a flag of the process, and puts back what it found."""
 
 
 class FlatGraph:
@@ -97,8 +101,9 @@ class FlatGraph:
                 return outputs
 
         with devices.traced():
-            self.module = make_fx(body, tracing_mode="real")(*inputs)
+            self.module = _traced(body, inputs)
         graph = self.module.graph
+        _check_operations(graph)
         placeholders = graph.find_nodes(op="placeholder")
         self.read = [_is_read(node) for node in placeholders]
         """Which inputs some operation reads."""
@@ -107,9 +112,10 @@ class FlatGraph:
             assert clone.args[0] is placeholders[k]
             if k not in written:
                 clone.replace_all_uses_with(placeholders[k])
-        for node in graph.find_nodes(op="call_function", target=_aten.detach.default):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        for target in (_aten.detach.default, _aten.alias.default):
+            for node in graph.find_nodes(op="call_function", target=target):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
         graph.eliminate_dead_code()
         _check_constants(graph, self.module)  # those that are read
         self.module.recompile()
@@ -124,6 +130,48 @@ class FlatGraph:
     def operations(self) -> int:
         """How many operations there are."""
         return sum(node.op == "call_function" for node in self.module.graph.nodes)
+
+
+def _traced(body: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    # What the user has compiled runs as Python here.
+    nested = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    try:
+        with _one_at_a_time, nested:
+            return make_fx(body, tracing_mode="real")(*inputs)
+    except RuntimeError as error:
+        if "get value out of a tracing tensor" not in str(error):
+            raise
+        raise NotCompilableError(
+            "the forward takes a number out of a tensor, as item() and int() do, and may decide by "
+            "it; compute with the tensor"
+        ) from error
+
+
+def _check_operations(graph: torch.fx.Graph) -> None:
+    """Raise if an operation does at each step what the graph would do once.
+
+    Raises:
+        NotCompilableError: the shape of its output depends on values, or it draws from a generator.
+    """
+    for node in graph.nodes:
+        given = pytree.tree_leaves((node.args, node.kwargs))
+        if any(isinstance(x, torch.Generator) for x in given):
+            raise NotCompilableError(
+                "the forward draws random numbers from a generator of its own; leave generator= out"
+            )
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.dynamic_output_shape not in tags:
+            continue
+        if node.target is not _aten.index.Tensor or any(map(_is_mask, node.args[1])):
+            raise NotCompilableError(
+                f"the shape of what {node.target.name()} gives depends on values; use "
+                "torch.where or a product with a mask"
+            )
+
+
+def _is_mask(node: torch.fx.Node | None) -> bool:
+    """Whether an index selects by the values of a mask."""
+    return node is not None and node.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 class _InSight(StepMode):

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from l2rw_ext.data.batch import forward, tensors
 from l2rw_ext.errors import NotCompilableError
+from l2rw_ext.task.cached_weights import without_cached_weights
 from l2rw_ext.task.task import Task
 
 _EXACT: dict[str, Any] = {
@@ -94,12 +96,19 @@ class Guards:
             NotCompilableError: Dynamo cannot follow the forwards, or there are too many kinds.
             SwitchedOffError: Dynamo follows no function now.
         """
+        if torch.nn.modules.module._has_any_global_hook():
+            raise NotCompilableError(
+                "there is a hook for all modules (torch.nn.modules.module.register_module_...), "
+                "which Dynamo does not follow"
+            )
+        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+            raise SwitchedOffError("a step of another thread is traced")
         clean = None if task.clean_size is None else (task.clean_inputs, task.clean_targets)
         batch = (task.inputs, task.targets)
         recurrent = any(isinstance(module, nn.RNNBase) for _, module in task.members.modules)
         rnn = torch._dynamo.config.patch(allow_rnn=True) if recurrent else contextlib.nullcontext()
         marked = _marked(tensors((batch, clean))) if self._dynamic else contextlib.nullcontext()
-        with rnn, marked, self._settings:
+        with rnn, marked, self._settings, without_cached_weights():
             try:
                 self._forwards(task.model, task.loss_fn, task.clean_loss_fn, batch, clean)
             except _Stop:
@@ -116,7 +125,9 @@ class Guards:
             except SwitchedOffError:
                 raise
             except Exception as error:
-                raise NotCompilableError(sentence(error)) from error
+                raise NotCompilableError(
+                    f"Dynamo cannot follow the forwards: {sentence(error)}"
+                ) from error
         found, self._found = self._found, None
         if found is None:
             raise NotCompilableError("the forwards have no operation of torch")
@@ -129,17 +140,19 @@ class Guards:
         placeholders = list(compress(graph.graph.find_nodes(op="placeholder"), of_tensors))
         names = [_source(node) for node in placeholders]
         for name, x in zip(names, compress(example_inputs, of_tensors), strict=True):
-            if type(x) not in (Tensor, nn.Parameter):
-                raise NotCompilableError(
-                    f"the forward reads {name}, a {type(x).__name__}, anew at each step"
-                )
+            _check_input(name, x)
+        if any(type(node.target).__module__ == "torch._dynamo.utils" for node in graph.graph.nodes):
+            raise NotCompilableError("the forward computes with NumPy; compute with tensors")
+        for node in graph.graph.nodes:
+            if node.target is torch.seed or str(node.target) == "prims._tensor_version.default":
+                raise NotCompilableError("the forward reads a seed or the version of a tensor")
         changed = _changed()
         if changed is not None:
             raise NotCompilableError(
                 f"the forward changes {changed}, which a graph cannot; keep what changes in a "
                 "buffer, and write to it in place"
             )
-        found = Guarded(names, [bool(node.users) for node in placeholders])
+        found = Guarded([*map(_readable, names)], [bool(node.users) for node in placeholders])
 
         def call(*given: Tensor) -> tuple[Tensor, ...]:
             self._found = found, list(compress(given, of_tensors))
@@ -207,10 +220,26 @@ def unread(
     return None
 
 
+def _check_input(name: str, x: Any) -> None:
+    """Raise if a forward reads something that is no tensor in one way for all steps."""
+    if name.startswith(_NUMPY):
+        name = _readable(name.removeprefix(_NUMPY).removesuffix(")"))
+        raise NotCompilableError(
+            f"the forward reads {name}, a number or an array of NumPy's; make it a tensor"
+        )
+    if name.startswith("random_value"):
+        raise NotCompilableError("the forward draws from Python's generator; draw with torch")
+    if type(x) not in (Tensor, nn.Parameter):
+        raise NotCompilableError(
+            f"the forward reads {_readable(name)}, a {type(x).__name__}, anew at each step"
+        )
+
+
 def _source(node: torch.fx.Node) -> str:
-    """How the forward reaches a tensor."""
+    """How the forward reaches a tensor, as Dynamo writes it."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    return node.name if source is None else _readable(_text(source))
+    name = "" if source is None else _text(source)
+    return name or node.name
 
 
 def _text(source: Any) -> str:
@@ -219,6 +248,8 @@ def _text(source: Any) -> str:
     return str(name() if callable(name) else name)
 
 
+_EXPLAINED = "Explanation: "
+_NUMPY = "___from_numpy("
 _BUFFERS = re.compile(r"L\['\w+'\](\._modules\['\w+'\])*\._buffers")
 _READABLE = {
     r"^L\['clean'\]\[0\]": "the clean inputs",
@@ -240,6 +271,10 @@ def _readable(name: str) -> str:
 
 def sentence(error: BaseException) -> str:
     """What an error says, in one sentence; Dynamo explains itself in a later line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if line.startswith("Explanation: ")] or lines
-    return lines[0].removeprefix("Explanation: ").rstrip(".") if lines else type(error).__name__
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    explained = [line.removeprefix(_EXPLAINED) for line in lines if line.startswith(_EXPLAINED)]
+    where = next(reversed(getattr(error, "real_stack", None) or [None]))
+    place = "" if where is None else f" ({Path(where.filename).name}:{where.lineno})"
+    return ": ".join([lines[0], *explained[:1]]) + place

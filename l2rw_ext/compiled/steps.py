@@ -1,8 +1,9 @@
 """When a step runs eagerly, and when its graph does.
 
-The first step of a kind runs eagerly: it makes the engine's plan and its proof. At the second, the
-step is traced and compiled, and its graph is held against the eager step; so it is again at steps
-16, 256, 4096, ... What cannot be a graph runs eagerly, and a warning says why.
+The first step of a kind runs eagerly: it makes the engine's plan and its proof. So does the second,
+which is then traced and compiled. The graph is held against an eager step at its first use, at the
+first few sizes of batches that it serves, and at steps 16, 256, 4096, ... What cannot be a graph
+runs eagerly, and a warning says why.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from l2rw_ext.data.batch import describe
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.engines.proof import due, tolerance_of
-from l2rw_ext.errors import NotCompilableError, warn
-from l2rw_ext.task.isolation import BelowAutograd, Generators, Snapshot, preserved
+from l2rw_ext.errors import NotCompilableError, NotPlannedError, warn
+from l2rw_ext.task.isolation import BelowAutograd, Generators, HostGenerators, Snapshot, preserved
 from l2rw_ext.task.task import Task
 
 from .backends import Backend
@@ -39,8 +40,9 @@ _LARGEST_NUMBER_OF_REFUSALS = 8
 
 _GRADIENT = "its gradient"
 
-_LARGEST_NUMBER_OF_CHANGES = 8
-"""How often a kind of step may change its engine, before it is not compiled any more."""
+_LARGEST_NUMBER_OF_TRIES = 8
+"""How often a kind of step may change its engine or have no plan, before it is not compiled any
+more."""
 
 _LARGEST_NUMBER_OF_GRAPHS = 8
 """Of one kind of step, for batches of other sizes."""
@@ -197,8 +199,7 @@ class _Kind(Generic[R]):
         self._steps = steps
         self._guarded = guarded
         self._count = 0
-        self._engine = ""
-        self._changes = 0
+        self._tries = 0
         self._graphs: list[_Graph[R]] = []
         self._one_size: str | None = None
         """Why each graph serves batches of one size, if not because that was asked for."""
@@ -220,21 +221,13 @@ class _Kind(Generic[R]):
         """See :meth:`Found.run`."""
         if self._refused is not None:
             return self._steps.eagerly(work, task, self._refused)
-        if self._count == 0:
-            result = work.eager()
-            self._engine = work.engine(result)
-            self._count = 1
-            return result
-        dynamic = self._steps.backend.dynamic
-        size = sizes(task, work.given) if dynamic else ()
-        graph = next((g for g in self._graphs if g.serves(size)), None)
-        if graph is None and dynamic:
-            return self._of_new_size(work, task, bare, inputs)
+        size = sizes(task, work.given) if self._steps.backend.dynamic else ()
+        graph = next((graph for graph in self._graphs if graph.serves(size)), None)
+        step, self._count = self._count, self._count + 1
+        if graph is None:
+            return self._without_graph(work, task, bare, inputs, first=step == 0)
         generators = Generators(task.members.devices())
         try:
-            if graph is None:
-                graph = self._add_graph(work, bare, inputs)
-                generators.restore()
             if work.updates:
                 announce_backward(task.model)
             found = graph.run(work, inputs)
@@ -245,62 +238,66 @@ class _Kind(Generic[R]):
             reason = sentence(error)
             traceback.clear_frames(error.__traceback__)
         else:
-            result = (
-                self._checked(work, task, inputs, graph, found, generators)
-                if graph.due(size) or due(self._count)
-                else (graph.result(work, inputs, found))
-            )
-            self._count += 1
-            return result
+            if graph.due(size) or due(step):
+                return self._checked(work, task, inputs, graph, found, generators)
+            return graph.result(work, inputs, found)
         # Out of the handler, so that an error of the user's has no other for a context.
         result = self._steps.eagerly(work, task, reason)
         self._refuse(reason)
         return result
 
-    def _of_new_size(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
-        """The eager step's result, and a graph for such sizes, which follows the plan it made."""
-        if len(self._graphs) == _LARGEST_NUMBER_OF_GRAPHS:
-            reason = (
-                f"there are {len(self._graphs)} graphs for other sizes, and no more are made; pad "
-                "batches to fewer lengths"
-            )
+    def _without_graph(
+        self, work: Work[R], task: Task, bare: Task, inputs: Sequence[Tensor], *, first: bool
+    ) -> R:
+        """The eager step's result; if it is not the first, a graph follows its plan from now on."""
+        many = len(self._graphs)
+        if many == _LARGEST_NUMBER_OF_GRAPHS:
+            reason = f"there are {many} graphs for other sizes; pad batches to fewer lengths"
             result = self._steps.eagerly(work, task, reason)
             self._steps.say(reason)
             return result
         before = Snapshot(task.members)
         result = work.eager()
-        self._engine = work.engine(result)
-        generators = Generators(task.members.devices())
+        if first:
+            return result
         try:
-            self._add_graph(work, bare, inputs)
+            self._graphs.append(self._traced(work, work.engine(result), bare, inputs))
         except torch.OutOfMemoryError:
             before.undo()
             raise
         except Exception as error:
-            reason = sentence(error)
-            if self._steps.backend.fullgraph:
-                before.undo()
-                raise self._steps.error(reason) from None
-            self._refuse(reason)
-        finally:
-            generators.restore()
+            planned = not isinstance(error, NotPlannedError)
+            self._tries += 1
+            if planned or self._tries == _LARGEST_NUMBER_OF_TRIES:
+                reason = sentence(error)
+                traceback.clear_frames(error.__traceback__)
+                if self._steps.backend.fullgraph:
+                    before.undo()
+                    raise self._steps.error(reason) from None
+                self._refuse(reason)
         return result
 
-    def _add_graph(self, work: Work[R], task: Task, inputs: list[Tensor]) -> _Graph[R]:
+    def _traced(
+        self, work: Work[R], engine: str, bare: Task, inputs: Sequence[Tensor]
+    ) -> _Graph[R]:
+        """A graph, for batches of other sizes, too, if that was asked for and is possible."""
         backend = self._steps.backend
-        arguments = (work, self._engine, task, inputs, self._guarded, backend)
-        graph: _Graph[R] | None = None
-        if backend.dynamic and self._one_size is None:
-            try:
-                graph = _Graph(*arguments, symbolic=True)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                self._one_size = sentence(error)
-                traceback.clear_frames(error.__traceback__)
-        if graph is None:
-            graph = _Graph(*arguments, symbolic=False)
-        self._graphs.append(graph)
+        generators, others = Generators(bare.members.devices()), HostGenerators()
+        reason = self._one_size
+        try:
+            if backend.dynamic and reason is None:
+                try:
+                    return _Graph(work, engine, bare, inputs, self._guarded, backend, symbolic=True)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    reason = sentence(error)
+                    traceback.clear_frames(error.__traceback__)
+            graph = _Graph(work, engine, bare, inputs, self._guarded, backend, symbolic=False)
+        finally:
+            generators.restore()
+            others.restore()
+        self._one_size = reason
         return graph
 
     def _checked(
@@ -317,10 +314,9 @@ class _Kind(Generic[R]):
         before = Snapshot(task.members)
         expected = work.eager()
         if work.engine(expected) != graph.engine:
-            self._engine = work.engine(expected)
             self._graphs.remove(graph)
-            self._changes += 1
-            if self._changes == _LARGEST_NUMBER_OF_CHANGES:
+            self._tries += 1
+            if self._tries == _LARGEST_NUMBER_OF_TRIES:
                 self._refuse("such steps change their engine again and again")
             return expected
         difference = graph.difference(work, inputs, found, expected)
@@ -430,6 +426,9 @@ class _Graph(Generic[R]):
         theirs = {name: x for name, x in work.tensors(expected) if x is not None}
         own, shared = self._tolerance
         whole = _norm(x for name, x in theirs.items() if name.startswith(_GRADIENT))
+        for name in mine.keys() - theirs.keys():  # which says that something is the case
+            if bool(mine[name].any()):
+                return name
         for name, x in theirs.items():
             y = mine.get(name)
             allowed = shared * whole if name.startswith(_GRADIENT) else 0.0
@@ -459,7 +458,8 @@ def _close(x: Tensor, y: Tensor, relative: float, absolute: float) -> bool:
 
 def _key(task: Task) -> Hashable:
     """What tells steps that run eagerly from others, without Dynamo."""
-    return (describe(task.inputs), describe(task.clean_inputs), task.settings)
+    hooked = torch.nn.modules.module._has_any_global_hook()
+    return (describe(task.inputs), describe(task.clean_inputs), task.settings, bool(hooked))
 
 
 def _check_devices(task: Task) -> None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import CodeType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from l2rw_ext.data.batch import tensors
-from l2rw_ext.errors import NotCompilableError
 from l2rw_ext.task.task import Task
 
 Sizes = tuple[int, ...]
@@ -27,7 +25,8 @@ Sizes = tuple[int, ...]
 
 def sizes(task: Task, given: Sequence[Tensor]) -> Sizes:
     """The sizes and strides of a step's batches, and of other tensors that it is given."""
-    return _numbers([*tensors(_batches(task)), *given])
+    found: Sizes = _numbers([*tensors(_batches(task)), *given])
+    return found
 
 
 class Symbolic:
@@ -59,7 +58,7 @@ class Symbolic:
 
     def _of_batch(self, k: int, x: Tensor) -> Tensor:
         """A stand-in for all of a tensor but where in its memory it begins."""
-        context = StatelessSymbolicContext([DimDynamic.DYNAMIC] * x.dim())
+        context: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC] * x.dim())
         shape, strides, _ = self._shapes.create_symbolic_sizes_strides_storage_offset(
             x, ConstantSource(f"batch_{k}"), symbolic_context=context
         )
@@ -75,7 +74,8 @@ class Symbolic:
         replaced: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for _, module in task.members.modules:
-                for table in (module._parameters, module._buffers, module.__dict__):
+                tables: Any = (module._parameters, module._buffers, module.__dict__)
+                for table in tables:
                     for name, x in list(table.items()):
                         if isinstance(x, Tensor) and id(x) in found:
                             replaced.append((table, name, x))

@@ -16,9 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from l2rw_ext import ops
 from l2rw_ext.errors import NotCompilableError
-from l2rw_ext.ops.arithmetic import without_weight
 
 from .costs import Cost, Size
 
@@ -150,25 +148,6 @@ class RowMap:
             yield RowMap(positions // d, size, d)
 
 
-def active_rows(
-    z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The z and w·g of ``active`` examples; rows of the others are never read (0·NaN is NaN).
-
-    If the host does not know which examples are active, the result has all rows, and those of the
-    others are zero. An index in z stays unchanged.
-    """
-    if active is None:
-        scaled = (g * weights.view(-1, *[1] * (g.dim() - 1))).to(g.dtype)
-        if z.is_floating_point():
-            z = z.masked_fill(without_weight(weights, z.dim()), 0)
-        return z, scaled.masked_fill(without_weight(weights, g.dim()), 0)
-    scaled = ops.scale_rows(g, weights, active)
-    if active.numel() < z.shape[0]:
-        z = z.index_select(0, active)
-    return z, scaled
-
-
 class Layer(abc.ABC):
     """How one family of torch functions computes, and how it enters Eq. 12.
 
@@ -254,14 +233,8 @@ class Layer(abc.ABC):
         """u_i = <direction, ∇f_i> for the examples of z and g, shape (n,)."""
 
     @abc.abstractmethod
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-    ) -> Roots:
-        """Σ w_i ∇f_i over the ``active`` examples, those with w_i ≠ 0.
-
-        ``active`` is None if the host does not know which examples these are; the others contribute
-        nothing then either.
-        """
+    def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
+        """Σ w_i ∇f_i over the examples with w_i ≠ 0; the others are never read (0 · NaN is NaN)."""
 
     def factors(self, use: Use, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor) -> Factors:
         """The factors of Eq. 12; only for layers that list the form "factored"."""

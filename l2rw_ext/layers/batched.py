@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Layer, Roots, RowMap, Use, active_rows
+from .base import Layer, Roots, RowMap, Use
 from .costs import Cost, Size, rates_of
 
 
@@ -67,15 +68,12 @@ class BatchedLinear(Layer):
         assert V is not None
         return self.forward(z.to(V.dtype), V, None, None).mul_(g).sum((1, 2, 3))
 
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-    ) -> Roots:
-        """Σ w g_h z_hᵀ over the rows of active examples."""
-        assert use.roots[0] is not None
-        dtype = use.roots[0].dtype
-        z, scaled = active_rows(z, g.flatten(2), weights, active)
-        scaled = scaled.unflatten(2, g.shape[2:])
-        return _heads_first(scaled.to(dtype)).mT @ _heads_first(z.to(dtype)), None
+    def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
+        """Σ w g_h z_hᵀ."""
+        weight, _ = use.roots
+        assert weight is not None
+        wide = weight.dtype != g.dtype
+        return ops.linear_weighted_gradient(z, g, weights, False, False, wide)[0], None
 
 
 BATCHED_LINEAR = BatchedLinear()

@@ -122,9 +122,7 @@ class Broadcast(Layer):
         assert V is not None
         return g.to(V.dtype) @ V.reshape(-1)
 
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-    ) -> Roots:
+    def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w_i G_i, rows with w = 0 left out."""
         return ops.weighted_sum(g, weights), None
 

@@ -207,9 +207,7 @@ class Convolution(Layer):
             u = u.view(-1, frames).sum(1)
         return (G, G_b if use.roots[1] is not None else None), u
 
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-    ) -> Roots:
+    def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w_i G_i; examples with w = 0 are never read."""
         z, g, frames = _frames_as_rows(use, z, g)
         if frames > 1:

@@ -67,13 +67,6 @@ CUDA = Rates(matmul=150e12, dense=150e12, gram=150e12, gram_width=64, examples=1
 Rates are lower where tiles are small. In narrower dtypes both sides of every comparison double.
 """
 
-BLOCKED_POSITIONS = 16
-"""The number of positions from which an example's gradient is worth a separate matrix product.
-
-A weighted gradient of a linear layer is then faster example by example than gathered and
-multiplied.
-"""
-
 FEW_POSITIONS = 8
 """The number of positions up to which a use costs more in calls than in arithmetic.
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Call, Function, Layer, Roots, RowMap, Use, active_rows
+from .base import Call, Function, Layer, Roots, RowMap, Use
 from .costs import Cost, Size, rates_of
 
 
@@ -85,8 +85,7 @@ class Embedding(Layer):
 
     def direction(self, use: Use, z: Tensor, g: Tensor) -> Roots:
         """V[k] = Σ of g' where the index is k; the gradients at the padding index are zero."""
-        assert use.weight is not None
-        return _scatter(use.weight, z, g, accumulation_dtype(g.dtype)), None
+        return self.weighted_gradient(use, z, g, g.new_ones(g.shape[0]))
 
     def correlation(self, use: Use, z: Tensor, g: Tensor, direction: Roots) -> Tensor:
         """u_i = Σ_t g·V[index]."""
@@ -94,13 +93,10 @@ class Embedding(Layer):
         assert V is not None
         return ops.embedding_correlation(z, g, V)
 
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-    ) -> Roots:
+    def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w g at each index."""
         assert use.weight is not None
-        z, g = active_rows(z, g, weights, active)
-        return _scatter(use.weight, z, g, g.dtype), None
+        return ops.embedding_weighted_gradient(z, g, weights, use.weight.shape[0]), None
 
 
 def row_of(padding_idx: int | None, weight: Tensor) -> int | None:
@@ -113,11 +109,6 @@ def row_of(padding_idx: int | None, weight: Tensor) -> int | None:
 def _unpadded(g: Tensor, index: Tensor, padding: int | None) -> Tensor:
     """The rows of g, zero where the index is that of the padding."""
     return g if padding is None else g.masked_fill((index == padding).unsqueeze(-1), 0)
-
-
-def _scatter(like: Tensor, index: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.zeros(like.shape, dtype=dtype, device=g.device)
-    return out.index_add_(0, index.reshape(-1), g.reshape(-1, g.shape[-1]).to(dtype))
 
 
 class Bag(NamedTuple):

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype, product
 
-from .base import Call, Factors, Function, Layer, Roots, RowMap, Use, active_rows
-from .costs import BLOCKED_POSITIONS, Cost, Size, rates_of
+from .base import Call, Factors, Function, Layer, Roots, RowMap, Use
+from .costs import Cost, Size, rates_of
 
 
 def flat(x: Tensor) -> Tensor:
@@ -29,6 +29,8 @@ class Linear(Layer):
     functions: ClassVar[tuple[Function, ...]] = (F.linear,)
     linear_in_x = True
     rows_add_up = True
+    inputs_first: ClassVar[bool] = False
+    """Whether the weight is (d_in, d_out)."""
 
     def bind(
         self, func: Function, input: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -45,7 +47,12 @@ class Linear(Layer):
 
     def term_transpose(self, g: Tensor, x: Tensor, like: Roots, options: Any) -> Roots:
         """Σ g xᵀ and Σ g over all rows."""
-        return self._sums(flat(g), x, like, accumulation_dtype(g.dtype))
+        g, z, dtype = flat(g), flat(x), accumulation_dtype(g.dtype)
+        left, right = (z, g) if self.inputs_first else (g, z)
+        return (
+            None if like[0] is None else product(left.t(), right, dtype),
+            None if like[1] is None else g.sum(0, dtype=dtype),
+        )
 
     def data_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, options: Any) -> Tensor:
         """Wᵀ g."""
@@ -53,7 +60,7 @@ class Linear(Layer):
         return torch.matmul(g, self._outputs_first(weight))
 
     def _outputs_first(self, weight: Tensor) -> Tensor:
-        return weight
+        return weight.mT if self.inputs_first else weight
 
     def prepare(self, use: Use, z: Tensor, g: Tensor, rows: RowMap) -> tuple[Tensor, Tensor]:
         """(N, T, d_in) and (N, T, d_out)."""
@@ -115,32 +122,17 @@ class Linear(Layer):
         G, G_b, u = ops.linear_example_gradients(z, g, V, V_b)
         return (self._outputs_first(G), G_b if use.roots[1] is not None else None), u
 
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-    ) -> Roots:
-        """Σ w g zᵀ over the rows of active examples."""
-        if z.shape[1] >= BLOCKED_POSITIONS and z.device.type == "cpu" and use.roots[0] is not None:
-            # A linear layer is a convolution of width T with a kernel of one.
-            W, W_b = ops.conv_weighted_gradient(
-                z.transpose(1, 2), g.transpose(1, 2), weights, [1], [1], [0], [1], 1
-            )
-            W = self._outputs_first(W.squeeze(2)).contiguous()
-            return W, (W_b if use.roots[1] is not None else None)
-        z, g = active_rows(z, g, weights, active)
+    def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
+        """Σ w g zᵀ, in the memory layout of the weight, and Σ w g over all rows."""
+        weight, bias = use.roots
+        if weight is None:
+            return None, ops.weighted_sum(g, weights).sum(0)
         # Under autocast the parameter is wider than z and g, and so is its gradient.
-        root = use.roots[0] if use.roots[0] is not None else use.roots[1]
-        assert root is not None
-        return self._sums(flat(g), z, use.roots, root.dtype)
-
-    def _sums(self, g: Tensor, z: Tensor, like: Roots, dtype: torch.dtype) -> Roots:
-        """Σ g zᵀ, in the memory layout of the weight, and Σ g over rows."""
-        return (
-            None if like[0] is None else self._outer(g, flat(z), dtype),
-            None if like[1] is None else g.sum(0, dtype=dtype),
+        wide = weight.dtype != g.dtype
+        W, W_b = ops.linear_weighted_gradient(
+            z, g, weights, bias is not None, self.inputs_first, wide
         )
-
-    def _outer(self, g: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-        return product(g.t(), z, dtype)
+        return W, None if bias is None else W_b
 
 
 class InputsFirst(Linear):
@@ -157,6 +149,7 @@ class InputsFirst(Linear):
         torch.addmm,
         Tensor.addmm,
     )
+    inputs_first = True
 
     def bind(self, func: Function, *args: Any, **kwargs: Any) -> Call | None:
         """``x @ W`` or ``addmm(b, x, W)``; other products have rewrites."""
@@ -166,12 +159,6 @@ class InputsFirst(Linear):
         if x.dim() == 0 or weight.dim() != 2 or any(b.shape != weight.shape[1:] for b in start):
             return None
         return Call(func.__name__.strip("_"), x, weight, start[0] if start else None)
-
-    def _outputs_first(self, weight: Tensor) -> Tensor:
-        return weight.mT
-
-    def _outer(self, g: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-        return product(z.t(), g, dtype)
 
 
 LINEAR = Linear()

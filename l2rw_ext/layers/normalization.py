@@ -140,9 +140,7 @@ class Scale(Layer):
             u = u + z @ V.reshape(-1)
         return u if V_b is None else u + g @ V_b.reshape(-1)
 
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-    ) -> Roots:
+    def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w_i G_i, rows with w = 0 left out."""
         weight, bias = use.roots
         return (

@@ -113,9 +113,7 @@ class TransposedConvolution(Convolution):
         G_b = _bias_gradients(g)
         return (G, G_b), (u if V_b is None else u + G_b @ V_b.to(G_b.dtype))
 
-    def weighted_gradient(
-        self, use: Use, z: Tensor, g: Tensor, weights: Tensor, active: Tensor | None
-    ) -> Roots:
+    def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w_i G_i; examples with w = 0 are never read."""
         W = W_b = None
         if use.roots[0] is not None:

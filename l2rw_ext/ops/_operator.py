@@ -82,6 +82,10 @@ def operator(
         function = cast(Operator[P, R], call)
         function.compiled = compiled
         function.composition = composition
+        # No schema can have tags at this ABI target. Without the first, inductor copies what it has
+        # laid out anew (images, channels last) back to the strides of eager mode. Kernels read any
+        # strides, and a fake knows what follows from them.
+        compiled._tags = [torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag]
         function.composed = not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
         if function.composed:
             _library.impl(name, composition, "CUDA")

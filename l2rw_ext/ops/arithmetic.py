@@ -37,6 +37,12 @@ def parts(count: int, bytes_each: int) -> Iterator[slice]:
         yield slice(first, min(first + step, count))
 
 
+def weighted(x: Tensor, weights: Tensor) -> Tensor:
+    """w_i x_i, rounded to the dtype of x, and zero where w_i = 0: 0 · NaN is NaN."""
+    left_out = without_weight(weights, x.dim())
+    return (x * weights.view(left_out.shape)).to(x.dtype).masked_fill(left_out, 0)
+
+
 def without_weight(weights: Tensor, dims: int) -> Tensor:
     """Where w_i = 0, in a shape that broadcasts along ``dims`` dimensions."""
     return (weights == 0).view(-1, *[1] * (dims - 1))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ._checks import Checks
 from ._operator import operator, scores
-from .arithmetic import accumulation_dtype, parts, product, without_weight
+from .arithmetic import accumulation_dtype, parts, product, weighted, without_weight
 
 
 @operator(torch.ops.l2rw_ext.conv_correlation.default, fake=lambda z, *_: scores(z))
@@ -184,9 +184,8 @@ def conv_weighted_gradient(
     z, g = z.to(dtype), g.to(dtype)
     if weights is not None:
         # 0 · NaN is NaN: an example without weight has neither an input nor a gradient.
-        left_out = without_weight(weights, z.dim())
-        z = z.masked_fill(left_out, 0)
-        g = (g * weights.to(dtype).view(left_out.shape)).masked_fill(left_out, 0)
+        z = z.masked_fill(without_weight(weights, z.dim()), 0)
+        g = weighted(g, weights.to(dtype))
     bias_gradient = _pixel_sums(g, dtype).sum(0)
     if z.numel() == 0 or g.numel() == 0:
         return z.new_zeros(shape), bias_gradient

@@ -64,6 +64,8 @@ class Formula:
         signed: whether the function takes ``sign``, by which it multiplies whatever it subtracts:
             with absolute values and -1 it returns the sum over the absolute values of all terms.
         sums: whether the results are sums over the arguments.
+        rounds: whether a product of an argument and a weight may be rounded to the dtype of the
+            argument.
     """
 
     function: Callable[..., Any]
@@ -72,6 +74,7 @@ class Formula:
     stored: tuple[int, ...]
     signed: bool
     sums: bool
+    rounds: bool
 
     def exact(self, arguments: Arguments) -> Results:
         """The results in float64."""
@@ -118,11 +121,12 @@ def _formula(
     stored: tuple[int, ...] = (),
     signed: bool = False,
     sums: bool = True,
+    rounds: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Enter a function into the table, under its name."""
 
     def enter(function: _Function) -> _Function:
-        FORMULAS[function.__name__] = Formula(function, small, large, stored, signed, sums)
+        FORMULAS[function.__name__] = Formula(function, small, large, stored, signed, sums, rounds)
         return function
 
     return enter
@@ -187,6 +191,21 @@ def _conv_gradients(
         for i in range(z.shape[0]):
             G[i] = of_weight(z[i : i + 1], shape, g[i : i + 1], *geometry)
     return G, g.flatten(2).sum(2)
+
+
+@_formula(
+    lambda d: (
+        *((d(4, 5, 9), d(4, 5, 6)) if d.optional else (d(4, 5, 2, 9), d(4, 5, 2, 6))),
+        *(d.weights(), d.optional, not d.optional, True),
+    ),
+    rounds=True,
+)
+def linear_weighted_gradient(
+    z: Tensor, g: Tensor, w: Tensor, bias: bool, inputs_first: bool, wide: bool
+) -> Results:
+    W = torch.einsum("n,nt...o,nt...i->...oi", w, g, z)
+    W_b = torch.einsum("n,nt...->...", w, g) if bias else g.new_empty(0)
+    return W.mT if inputs_first else W, W_b
 
 
 # Stride, padding, dilation and groups of a convolution from (4, 4, 5, 6) to (4, 6, 3, 2).
@@ -304,21 +323,17 @@ def embedding_correlation(index: Tensor, g: Tensor, V: Tensor) -> Tensor:
     return (g * V[index.long()]).sum((1, 2))
 
 
+@_formula(
+    lambda d: (torch.tensor([[0, 1, 1, 2, 0], [2, 0, 1, 1, 1]] * 2), d(4, 5, 9), d.weights(), 4)
+)
+def embedding_weighted_gradient(index: Tensor, g: Tensor, w: Tensor, rows: int) -> Tensor:
+    chosen = torch.nn.functional.one_hot(index.long(), rows).to(g.dtype)
+    return torch.einsum("n,ntv,ntd->vd", w, chosen, g)
+
+
 @_formula(lambda d: (d(4, 5, 9), d.weights()))
 def weighted_sum(gradients: Tensor, w: Tensor) -> Tensor:
     return torch.einsum("n,n...->...", w, gradients)
-
-
-@_formula(
-    lambda d: (
-        d(4, 9, 5).transpose(1, 2) if d.optional else d(4, 5, 9),
-        d.weights(),
-        torch.tensor([0, 2, 3]),
-    ),
-    stored=(0,),
-)
-def scale_rows(g: Tensor, w: Tensor, active: Tensor) -> Tensor:
-    return w[active, None, None] * g[active]
 
 
 @_formula(lambda d: (d(5),), stored=(0,), sums=False)

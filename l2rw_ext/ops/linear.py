@@ -1,4 +1,4 @@
-"""Operators of a linear layer: scores, and gradients of single examples."""
+"""Operators of a linear layer: scores, gradients of single examples, the weighted gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor
 
 from ._checks import Checks
 from ._operator import operator, scores
-from .arithmetic import WORKSPACE_BYTES, accumulation_dtype, parts, product
+from .arithmetic import (
+    WORKSPACE_BYTES,
+    accumulation_dtype,
+    parts,
+    product,
+    weighted,
+    without_weight,
+)
 
 # The number of clean rows that are multiplied at a time: wide enough for a matrix product.
 _COLUMNS = 4096
@@ -225,6 +232,65 @@ def linear_example_gradients(
         if v is not None:
             u[part].add_(wide.reshape(wide.shape[0], o * i) @ v)
     return gradients, bias_gradients.to(z.dtype), u
+
+
+def _empty_gradient(
+    z: Tensor, g: Tensor, weights: Tensor, bias: bool, inputs_first: bool, wide: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(z.dtype) if wide else z.dtype
+    matrix = (z.shape[-1], g.shape[-1]) if inputs_first else (g.shape[-1], z.shape[-1])
+    return (
+        z.new_empty((*z.shape[2:-1], *matrix), dtype=dtype),
+        z.new_empty(g.shape[2:] if bias else (0,), dtype=dtype),
+    )
+
+
+@operator(torch.ops.l2rw_ext.linear_weighted_gradient.default, fake=_empty_gradient)
+def linear_weighted_gradient(
+    z: Tensor, g: Tensor, weights: Tensor, bias: bool, inputs_first: bool, wide: bool
+) -> tuple[Tensor, Tensor]:
+    """Weighted gradient of a linear layer, without storing the gradients of single examples.
+
+    W = Σ_i Σ_t w_i g_it z_itᵀ and W_b = Σ_i Σ_t w_i g_it over the examples with w_i ≠ 0; the others
+    are never read. w_i g_it may be rounded to the dtype of g, as in a backward of weighted losses.
+
+    There may be heads, each a layer for itself.
+
+    Args:
+        z: (n, T, i) input of the layer, or (n, T, h, i).
+        g: (n, T, o) gradient of the summed training losses, or (n, T, h, o).
+        weights: (n,) weights.
+        bias: whether W_b is formed.
+        inputs_first: whether Wᵀ is returned, as for a layer that computes z @ W.
+        wide: whether the results have the accumulation dtype; else they have that of z.
+
+    Returns:
+        W (o, i), or (h, o, i), or with the last two sizes exchanged; and W_b (o,), or (h, o), or
+        (0,) if it is not formed.
+
+    Example:
+        >>> import torch
+        >>> from l2rw_ext import ops
+        >>> z, g = torch.ones(2, 1, 2), torch.tensor([[[2.0]], [[float("nan")]]])
+        >>> ops.linear_weighted_gradient(z, g, torch.tensor([0.5, 0.0]), True, False, True)
+        (tensor([[1., 1.]]), tensor([1.]))
+    """
+    check = Checks("z", z, dims=None)
+    check.require(
+        z.dim() in (3, 4),
+        "z must have 3 or 4 dimensions (examples, positions, perhaps heads, width), got shape "
+        f"{tuple(z.shape)}",
+    )
+    whats = ("examples of z", "positions of z", "heads of z")
+    check.same("g", g, *zip(z.shape[:-1], whats, strict=False), None)
+    check.same("weights", weights, (z.shape[0], "examples of z"), or_wide=True)
+
+    dtype = accumulation_dtype(z.dtype) if wide else z.dtype
+    z = z.masked_fill(without_weight(weights, z.dim()), 0)
+    g = weighted(g, weights)
+    W_b = g.sum((0, 1), dtype=dtype) if bias else g.new_empty(0, dtype=dtype)
+    z, g = (x.flatten(0, 1).movedim(0, -2) for x in (z, g))  # one matrix, or one of each head
+    return product(z.mT, g, dtype) if inputs_first else product(g.mT, z, dtype), W_b
 
 
 def _check_linear(

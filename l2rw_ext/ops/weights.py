@@ -60,53 +60,6 @@ def weighted_sum(gradients: Tensor, weights: Tensor) -> Tensor:
     return total.view(shape)
 
 
-def _positions_side_by_side(g: Tensor) -> bool:
-    return g.stride(1) == 1 and g.stride(2) != 1
-
-
-def _empty_rows(g: Tensor, active: Tensor) -> Tensor:
-    k, (_, positions, width) = active.shape[0], g.shape
-    if _positions_side_by_side(g):
-        return g.new_empty((k, width, positions)).transpose(1, 2)
-    return g.new_empty((k, positions, width))
-
-
-@operator(
-    torch.ops.l2rw_ext.scale_rows.default, fake=lambda g, weights, active: _empty_rows(g, active)
-)
-def scale_rows(g: Tensor, weights: Tensor, active: Tensor) -> Tensor:
-    """Examples with weight, scaled by it: the left factor of a weighted gradient.
-
-    Row a of the result is w_a g_a, for a in `active`.
-
-    Args:
-        g: (n, T, d) gradient of the summed training losses.
-        weights: (n,) weights.
-        active: (k,) int64, the examples to keep.
-
-    Returns:
-        (k, T, d) in the dtype of g; positions lie side by side in memory where they do in g.
-
-    Example:
-        >>> import torch
-        >>> from l2rw_ext import ops
-        >>> w = torch.tensor([0.0, 0.5])
-        >>> ops.scale_rows(torch.ones(2, 1, 2), w, w.nonzero().flatten())
-        tensor([[[0.5000, 0.5000]]])
-    """
-    check = Checks("g", g)
-    check.same("weights", weights, (g.shape[0], "examples of g"), or_wide=True)
-    check.integers("active", active, (torch.int64,), None)
-
-    transposed = _positions_side_by_side(g)
-    if transposed:
-        g = g.transpose(1, 2)
-    factors = weights.to(accumulation_dtype(g.dtype)).index_select(0, active)
-    rows = g.index_select(0, active) * factors.view(-1, 1, 1)
-    rows = rows.to(g.dtype).contiguous()
-    return rows.transpose(1, 2) if transposed else rows
-
-
 @operator(torch.ops.l2rw_ext.normalize_weights.default, fake=lambda u: u.new_empty((u.shape[0],)))
 def normalize_weights(u: Tensor) -> Tensor:
     """Weights from scores, without waiting for the device.

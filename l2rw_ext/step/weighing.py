@@ -122,8 +122,11 @@ class Computed:
 
 
 def waits(clean_loss: Tensor, on_degenerate: Degenerate, check_finite: bool) -> bool:
-    """Whether a step decides by its values before it accumulates gradients."""
-    return devices.readable(clean_loss) or check_finite or on_degenerate != "zero"
+    """Whether a step decides by its values before it accumulates gradients.
+
+    A step that is traced does so when its graph has run.
+    """
+    return devices.synchronous(clean_loss) or check_finite or on_degenerate != "zero"
 
 
 def weigh(

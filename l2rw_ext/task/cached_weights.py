@@ -25,3 +25,13 @@ def cached_weights_kept() -> Iterator[None]:
         yield
     finally:
         parametrize._cache = kept
+
+
+@contextlib.contextmanager
+def without_cached_weights() -> Iterator[None]:
+    """In the body no weight is kept, so that a forward changes nothing."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled

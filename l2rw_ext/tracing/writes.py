@@ -85,7 +85,7 @@ def storage_of(x: Tensor) -> int | None:
         return None
 
 
-def place_of(x: Tensor) -> tuple[int | None, int]:
+def place_of(x: Tensor) -> tuple[Any, Any]:
     """Where a tensor lies; it has another place after ``x.data = other``."""
     return storage_of(x), x.storage_offset()
 

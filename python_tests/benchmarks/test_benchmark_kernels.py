@@ -25,8 +25,7 @@ from benchmarks.kernel_cases import (
     default_kernel_cases,
 )
 from benchmarks.roofline import Ceilings, measure_ceilings
-from benchmarks.timing import interleaved
-from l2rw_ext.compiled.recording import Recording
+from benchmarks.timing import Captured, interleaved
 from l2rw_ext.devices import float32_products
 from l2rw_ext.ops._operator import OPERATORS
 from l2rw_ext.ops.formulas import FORMULAS, as_results
@@ -100,9 +99,9 @@ def test_arguments_fit_their_operator(name: str) -> None:
         # Half of the examples have a weight.
         ("weighted-sum", 50 * 2 * 576 * 512, (50 * 576 * 512 + 100) * 2 + 576 * 512 * 4),
         (
-            "scale-rows",
-            128 * 64 * 1024,
-            (128 * 64 * 1024 + 256) * 2 + 128 * 8 + 128 * 64 * 1024 * 2,
+            "linear-weighted",
+            128 * 64 * 1024 * (2 * 1024 + 2),
+            (2 * 128 * 64 * 1024 + 256) * 2 + (1024 * 1024 + 1024) * 4,
         ),
         # No more rows are read than there are positions.
         (
@@ -115,8 +114,6 @@ def test_arguments_fit_their_operator(name: str) -> None:
 def test_counts(name: str, operations: int, moved: int) -> None:
     case = KERNEL_CASES[name]
     arguments, results = _on_meta(case, "bf16")
-    if case.operator == "scale_rows":  # whose shape follows from the drawn list
-        results = (torch.empty(128, 64, 1024, dtype=torch.bfloat16, device="meta"),)
     assert case.operation_count() == operations
     assert case.byte_count(arguments, results) == moved
 
@@ -223,9 +220,10 @@ def test_a_replay_that_writes_nothing_is_wrong(
     arguments = case.draw("fp32", "cpu")
     (candidate, _) = kernels.candidates(case, "fp32", arguments, "cpu")
 
-    def capture(call: Callable[[], Tensor]) -> Recording[Tensor]:
+    def capture(call: Callable[[], Tensor]) -> Captured[Tensor]:
         result = call()
-        return Recording(_Graph(call, result, writes), result)
+        graph: Any = _Graph(call, result, writes)
+        return Captured(graph, result)
 
     monkeypatch.setattr(kernels, "capture", capture)
     formula = FORMULAS[case.operator]

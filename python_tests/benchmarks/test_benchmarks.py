@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ from benchmarks.__main__ import main
 from benchmarks.cases import CASES, RHO_RANGE, Case, CaseSpec, make_case
 from benchmarks.expected import oracle
 from benchmarks.memory import run_case as memory_case
-from benchmarks.methods import METHODS, Method, Outcome, Step
+from benchmarks.methods import FIRST_STEPS, METHODS, Method, Outcome, Step
 from benchmarks.step import run_case
 
 TINY = CASES["tiny"]
+COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 
 
 def rows(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -203,6 +207,19 @@ def test_memory_is_measured_in_a_subprocess() -> None:
     assert found["l2rw_ext"]["ratio"] < found["double_backward"]["ratio"]
 
 
+@COMPILER
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_of_a_compiled_step_is_compared_with_a_compiled_one() -> None:
+    """What the compiler itself takes is in the first steps alone."""
+    found = rows(memory_case(CASES["mlp-100-10"], [METHODS["plain_union_compiled"]]))
+    (row,) = found.values()
+    assert row["ratio"] == 1
+    parameters = 4 * 1_863_690
+    assert parameters <= row["later"] < 3 * parameters
+    assert row["first"] > row["later"]
+    assert METHODS["l2rw_ext_compiled"].counterpart == "plain_union_compiled"
+
+
 def test_report_draws_a_chart_and_says_what_is_old(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,41 +279,123 @@ def test_an_unfinished_run_keeps_its_cases(tmp_path: Path, monkeypatch: pytest.M
     assert not report["complete"]
 
 
+CUDA_GRAPHS = (
+    "plain_union_captured",
+    "plain_union_reduce_overhead",
+    "l2rw_ext_cudagraphs",
+    "l2rw_ext_reduce_overhead",
+)
+
+
 def test_a_cuda_graph_needs_cuda() -> None:
-    names = ("plain_union_captured", "l2rw_ext_captured")
-    found = rows(run_case(TINY, [METHODS[name] for name in names], repeats=2, warmup=1))
-    for name, reason in zip(names, ("needs a CUDA device", "move the model to"), strict=True):
+    found = rows(run_case(TINY, [METHODS[name] for name in CUDA_GRAPHS], repeats=2, warmup=1))
+    for name in CUDA_GRAPHS:
         assert found[name]["status"] == "failed"
-        assert reason in found[name]["reason"]
+        assert "needs a CUDA device" in found[name]["reason"]
     assert found["plain_union"]["ratio"] == 1
 
 
-def test_a_captured_method_is_compared_with_its_own_yardstick() -> None:
-    plain, ours = (
-        dataclasses.replace(METHODS[name], prepare=METHODS[eager].prepare)
-        for name, eager in (
-            ("plain_union_captured", "plain_union"),
-            ("l2rw_ext_captured", "l2rw_ext"),
+def _slower(seconds: float) -> Callable[[Case], Step]:
+    """The plain step on the union, and some sleep."""
+
+    def prepare(case: Case) -> Step:
+        step = METHODS["plain_union"].prepare(case)
+
+        def late() -> Outcome:
+            time.sleep(seconds)
+            return step()
+
+        return late
+
+    return prepare
+
+
+@pytest.mark.parametrize(("eager", "compiled"), [(0.05, 0.0), (0.0, 0.05)])
+def test_the_faster_plain_step_is_the_yardstick(eager: float, compiled: float) -> None:
+    methods = [
+        dataclasses.replace(METHODS[name], prepare=_slower(seconds))
+        for name, seconds in (("plain_union", eager), ("plain_union_compiled", compiled))
+    ]
+    entry = run_case(TINY, [*methods, METHODS["plain"]], repeats=3, warmup=1)
+    fast, slow = sorted(methods, key=lambda m: (m.name == "plain_union") == (eager > compiled))
+    assert entry["yardstick"] == fast.name
+    found = rows(entry)
+    assert found[fast.name]["ratio"] == 1
+    for name in (slow.name, "plain"):
+        assert found[name]["ratio"] == pytest.approx(
+            found[name]["seconds"] / found[fast.name]["seconds"]
         )
-    )
-    found = rows(run_case(TINY, [plain, ours], repeats=2, warmup=1))
-    assert found["plain_union_captured"]["ratio"] == 1
-    assert found["l2rw_ext_captured"]["ratio"] == pytest.approx(
-        found["l2rw_ext_captured"]["seconds"] / found["plain_union_captured"]["seconds"]
-    )
-    alone = rows(run_case(TINY, [ours], repeats=2, warmup=1))["l2rw_ext_captured"]
-    assert alone["seconds"] > 0
-    assert "ratio" not in alone
+    assert found[slow.name]["ratio"] > 1
+
+
+def test_a_wrong_plain_step_is_no_yardstick() -> None:
+    """It leaves the gradient of the training batch alone."""
+    wrong = dataclasses.replace(METHODS["plain_union_compiled"], prepare=METHODS["plain"].prepare)
+    entry = run_case(TINY, [wrong], repeats=2, warmup=1)
+    row = rows(entry)["plain_union_compiled"]
+    assert row["status"] == "wrong"
+    assert "union gradient" in row["reason"]
+    assert entry["yardstick"] == "plain_union"
+
+
+def test_the_first_steps_are_timed_apart_and_the_last_of_them_is_checked() -> None:
+    """This one is slow at first, and wrong from its third step on, as a wrong graph would be."""
+
+    def prepare(case: Case) -> Step:
+        time.sleep(0.02)
+        step, wrong = METHODS["l2rw_ext"].prepare(case), _with_wrong_gradient(case)
+        calls = iter(range(1000))
+
+        def late() -> Outcome:
+            call = next(calls)
+            time.sleep(0.05 if call < 2 else 0)
+            return step() if call < 2 else wrong()
+
+        return late
+
+    row = rows(run_case(TINY, [Method("off", "off", "exact", prepare)], repeats=2, warmup=1))["off"]
+    assert row["status"] == "wrong"
+    assert "gradient" in row["reason"]
+    assert len(row["first_steps"]) == FIRST_STEPS
+    assert row["first_steps"][0] > 0.07
+    assert row["first_steps"][1] > 0.05
+    assert row["first_seconds"] == pytest.approx(sum(row["first_steps"]))
+
+
+@COMPILER
+@pytest.mark.parametrize(
+    "name", ["plain_union_compiled", "jvp_compiled", "double_backward_compiled"]
+)
+def test_a_compiled_method_is_right(name: str) -> None:
+    entry = run_case(TINY, [METHODS[name]], repeats=2, warmup=1)
+    row = rows(entry)[name]
+    assert row["status"] == "ok", row
+    assert max(row["errors"].values()) < 2e-6
+    assert row["ratio"] > 0
+    # Compiling takes longer than a step, and happens in the first one.
+    assert row["first_steps"][0] > 10 * row["seconds"]
+    assert entry["yardstick"] in ("plain_union", "plain_union_compiled")
+
+
+@pytest.mark.parametrize(
+    "name", ["l2rw_ext_flat", pytest.param("l2rw_ext_compiled", marks=COMPILER)]
+)
+def test_a_step_of_ours_as_one_graph_is_right(name: str) -> None:
+    row = rows(run_case(TINY, [METHODS[name]], repeats=2, warmup=1))[name]
+    assert row["status"] == "ok", row
+    assert row["engine"] == "layerwise"
+    assert max(row["errors"].values()) < 2e-6
 
 
 @pytest.mark.cuda
-def test_a_captured_step_is_right_or_refused() -> None:
-    methods = [METHODS[n] for n in ("plain_union_captured", "l2rw_ext_captured", "l2rw_ext")]
-    found = rows(run_case(TINY, methods, repeats=2, warmup=1, device="cuda"))
-    assert found["plain_union_captured"]["ratio"] == 1
-    assert found["l2rw_ext_captured"]["status"] in ("ok", "failed"), found["l2rw_ext_captured"]
-    assert found["l2rw_ext"]["status"] == "ok", found["l2rw_ext"]
-    assert found["l2rw_ext"]["seconds"] > 0
+def test_steps_from_cuda_graphs_are_right() -> None:
+    names = (*CUDA_GRAPHS, "plain_union_compiled", "l2rw_ext", "l2rw_ext_compiled")
+    entry = run_case(TINY, [METHODS[n] for n in names], repeats=2, warmup=1, device="cuda")
+    found = rows(entry)
+    for name in names:
+        assert found[name]["status"] == "ok", found[name]
+    assert min(row["ratio"] for row in found.values()) <= 1
+    assert found[entry["yardstick"]]["ratio"] == 1
 
 
 def test_profile_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,8 +101,8 @@ def test_the_plan(tmp_path: Path, prebuilt: Path | None) -> None:
         "other tests",
         "kernels",
         "kernels, warpgroups",
+        "step, compiled",
         "step",
-        "step, captured",
         "memory",
     ]
     build = named["build"]

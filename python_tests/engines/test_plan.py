@@ -128,6 +128,19 @@ def test_detached_statistics_of_a_hidden_layer(name: str) -> None:
     assert "two passes" in reweighter.explain(vectors(6), vectors(4)).passes
 
 
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}])
+def test_states_picked_by_their_time_are_no_examples(options: dict[str, Any]) -> None:
+    """A recurrent layer writes states and gates to parts of one tensor; the batches merge."""
+    model = model_of(
+        lambda s, x: s.head(s.layer(x)[0][:, -1]),
+        layer=nn.LSTM(5, 6, batch_first=True, **options),
+        head=nn.LazyLinear(CLASSES),
+    ).float()
+    batch, clean = ((torch.randn(n, 4, 5), torch.randint(CLASSES, (n,))) for n in (6, 3))
+    model(batch[0])
+    assert "one merged" in Reweighter(model, cross_entropy).explain(batch, clean).passes
+
+
 @pytest.mark.parametrize("name", ["mean", "last row", "size of the batch"])
 @pytest.mark.parametrize("gate", ["last layer", "scalar"])
 def test_statistics_behind_parameters_that_start_at_zero(name: str, gate: str) -> None:

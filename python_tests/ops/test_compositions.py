@@ -121,17 +121,6 @@ def test_which_compositions_divide_their_work(name: str) -> None:
     assert (calls[1] > calls[0]) == (name in DIVIDED)
 
 
-@every_operator
-def test_autocast_changes_nothing(name: str) -> None:
-    arguments = sample(name)
-    expected = compose(name, arguments)
-    with torch.autocast("cpu", torch.bfloat16):
-        results = compose(name, arguments)
-    for result, exact in zip(results, expected, strict=True):
-        assert result.dtype == exact.dtype
-        assert torch.equal(result, exact)
-
-
 def test_what_would_synchronise_is_found() -> None:
     x, mask = torch.ones(3), torch.tensor([True, False, True])
     for wait in (

@@ -94,7 +94,7 @@ def test_overflow_skips_the_step_and_lowers_the_scale(engine: Any, warm: bool) -
 def test_overflow_in_a_first_step_whose_values_are_not_readable(
     low_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "readable", lambda x: False)
+    monkeypatch.setattr(devices, "synchronous", lambda x: False)
     model = mlp(dtype=torch.float32)
     batch, clean = vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
     reweighter = Reweighter(model, cross_entropy, engine="layerwise", low_memory=low_memory)

@@ -23,7 +23,7 @@ from l2rw_ext.data.batch import (
 from l2rw_ext.engines.base import Engine, Scored
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
 from l2rw_ext.engines.proof import Plain, Proofs, Record, plain_training
-from l2rw_ext.errors import NotCompilableError, NotExactError
+from l2rw_ext.errors import NotCompilableError, NotExactError, NotPlannedError
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
@@ -106,6 +106,9 @@ class Layerwise(Engine):
         kind = self._kinds.get(key, _Kind(key[0]))
         if kind.refused is not None:
             raise NotExactError(kind.refused)
+        if devices.tracing():  # what a trace meets says nothing of steps that run eagerly
+            own = replace(kind, plans=OrderedDict(kind.plans))
+            return self._attempts(task, snapshot, direction, own)
         try:
             return self._attempts(task, snapshot, direction, kind)
         except OverflowedError as error:
@@ -137,8 +140,9 @@ class Layerwise(Engine):
                 return self._attempt(task, snapshot, direction, kind, new=False)
             except StalePlanError:
                 if devices.tracing():
-                    raise NotCompilableError(
-                        "the model calls other functions than in the step before"
+                    raise NotPlannedError(
+                        "each step calls other functions of torch than the one before, or meets "
+                        "other parameters or other values"
                     ) from None
                 snapshot.restore()
                 return self._attempt(task, snapshot, direction, kind, new=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2rw_ext import devices, ops
+from l2rw_ext import ops
 from l2rw_ext.engines.base import Scored
 from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.plan import Plan, UsePlan
@@ -115,9 +115,9 @@ class Scoring(Scored):
         self._planned: dict[int, UsePlan] = {}
         self._postponed: list[tuple[Use, UsePlan, Tensor, Tensor]] = []
         """Reports of uses whose direction is the sum over several uses."""
-        self._second: tuple[Tensor, Tensor | None, Totals] | None = None
+        self._second: tuple[Tensor, Totals] | None = None
         """While a second backward forms the weighted gradient: one for each example of positive
-        weight, else zero, shape (n,); the indices of these examples; and what it has formed."""
+        weight, else zero, shape (n,); and what it has formed."""
         self.again: Callable[[Tensor, bool], None] | None = None
         """Runs the backward of the training losses again, with other seeds, and keeps the graph if
         told to; for ``low_memory``."""
@@ -179,9 +179,9 @@ class Scoring(Scored):
             self._score(use, planned.form, *rows)
             return
         # The gradients of the second backward contain the weights already.
-        ones, active, totals = self._second
+        ones, totals = self._second
         kept = _Kept(use, rows[0][: self._n], rows[1][: self._n])
-        _add_roots(totals, use, _weighted(kept, ones, active))
+        _add_roots(totals, use, _weighted(kept, ones))
 
     def finish(self) -> None:
         """Score what waited for the end of the backward.
@@ -329,13 +329,12 @@ class Scoring(Scored):
         if weights is not None and self.again is not None:
             totals = self._second_backward(self.again, weights, keep=keep)
         elif weights is not None:
-            active = _active(weights)
             trained = {use.index for use in self._trained}
             with BelowAutograd():
                 while kept:
                     item = kept.pop()
                     if item.use.index in trained:
-                        _add_roots(totals, item.use, _weighted(item, weights, active))
+                        _add_roots(totals, item.use, _weighted(item, weights))
         if not keep:
             self._kept.clear()
             self.again = None
@@ -353,7 +352,7 @@ class Scoring(Scored):
     ) -> Totals:
         """Σ w_i ∇f_i if nothing was kept, from a second backward of Σ w_i f_i."""
         totals: Totals = {}
-        self._second = (weights != 0).to(weights.dtype), _active(weights), totals
+        self._second = (weights != 0).to(weights.dtype), totals
         self._expected = {use.index for use in self._trained}
         self._reported.clear()
         again(self._task.scaled(weights.to(self.losses.dtype)), keep)
@@ -361,12 +360,7 @@ class Scoring(Scored):
         return totals
 
 
-def _active(weights: Tensor) -> Tensor | None:
-    """The examples with w_i ≠ 0; None if the host cannot read how many there are."""
-    return weights.nonzero().flatten() if devices.readable(weights) else None
-
-
-def _weighted(kept: _Kept, weights: Tensor, active: Tensor | None) -> Roots:
+def _weighted(kept: _Kept, weights: Tensor) -> Roots:
     if kept.examples is not None:
         weight, bias = kept.examples
         return (
@@ -376,7 +370,7 @@ def _weighted(kept: _Kept, weights: Tensor, active: Tensor | None) -> Roots:
     assert kept.z is not None
     assert kept.g is not None
     weights = _for(kept.g, weights)
-    return kept.use.layer.weighted_gradient(kept.use, kept.z, kept.g, weights, active)
+    return kept.use.layer.weighted_gradient(kept.use, kept.z, kept.g, weights)
 
 
 def _for(kept: Tensor, weights: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from l2rw_ext.layers.torch_functions import tensors_in
 from l2rw_ext.tracing.dispatch import DispatchMode
 
 from .call import Call
-from .ids import MIXED, NONE, counted, full, join, mixed, over, prefer, unowned
+from .ids import MIXED, NONE, counted, full, join, mixed, over, prefer, squash, unowned
 from .rules import rule_of
 from .storages import Pair, Storage, geometry, key, plain
 
@@ -288,7 +288,7 @@ class ExampleMap(DispatchMode):
     def _with_data(self, c: Call, pairs: list[Pair]) -> None:
         if _shaped_by_values(c):
             self.note("reads", c.name)
-        if self._takes_places(c):
+        if self._within is None and self._takes_places(c):
             self.note("places", c.name)
         self._meets_constants(c, pairs)
         in_use = self._within is not None
@@ -325,7 +325,7 @@ class ExampleMap(DispatchMode):
         """Whether a view picks examples by their place in the batch."""
         if c.name not in _PICKING or not c.tensors:
             return False
-        x, ids = c.tensors[0], self._pair(c.tensors[0])[0]
+        x, ids = c.tensors[0], squash(self._pair(c.tensors[0])[0])
         unlike = [d for d, k in enumerate(ids.shape) if k > 1]
         picked = range(x.dim()) if c["dim"] is None else [c["dim"] % max(x.dim(), 1)]
         changed = any(out.shape != x.shape for out in c.outs)
