@@ -87,6 +87,7 @@ def whole_step(
             check_finite,
             task.low_memory,
             scaled,
+            _said(task),
             key,
         ),
         given=given,
@@ -112,7 +113,7 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
         return found.clean_loss, [(p, found.values.get(id(q))) for p, q in pairs]
 
     return Work(
-        key=("the direction", scaled),
+        key=("the direction", scaled, _said(task)),
         given=given,
         eager=lambda: compute(task, snapshot),
         engine=lambda _: "",
@@ -136,6 +137,11 @@ def as_direction(found: Gradients) -> Direction:
     """The direction as engines take it."""
     clean_loss, values = found
     return Direction({id(p): v for p, v in values if v is not None}, clean_loss)
+
+
+def _said(task: Task) -> tuple[int, int]:
+    """What the caller says of the sizes, so that a step of which it is not true is no other's."""
+    return task.size.excess, 0 if task.clean_size is None else task.clean_size.excess
 
 
 def _with_scale(task: Task, given: Sequence[Tensor]) -> tuple[list[Tensor], bool]:

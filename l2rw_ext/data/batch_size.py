@@ -75,11 +75,17 @@ class BatchSize:
             # Of inputs or targets of a subclass; what a step hands out and differentiates is plain.
             return plain(losses)
 
+    @property
+    def excess(self) -> int:
+        """How many more examples the caller says that there are than the batch shows."""
+        said = self._given is not None or self._indexed is not None
+        return self.guess - (self._shown() if any(self._lengths) else 0) if said else 0
+
     def _suggested(self) -> int:
-        if self._given is not None:
-            return self._given
-        if self._indexed is not None:
-            return self._indexed
+        said = self._indexed if self._given is None else self._given
+        return self._shown() if said is None else said
+
+    def _shown(self) -> int:
         if not self._lengths:
             raise ValueError(
                 f"{self._name}: no tensor and no list among inputs and targets says how many "

@@ -83,6 +83,12 @@ class _Kind:
         if len(self.plans) > _LARGEST_NUMBER_OF_PLANS:
             self.plans.popitem(last=False)
 
+    def alike(self, calls: Key) -> Plan | None:
+        """The plan of a forward with symbols for sizes, for which autograd may make more nodes."""
+        today = _numbers(calls)
+        found = [plan for form, plan in self.plans.items() if form[0] == today]
+        return found[0] if len(found) == 1 else None
+
 
 class Layerwise(Engine):
     """Sums per-layer products; exact if each loss depends only on its own rows.
@@ -367,9 +373,10 @@ class _Pass:
         seeded += [(x, task.scaled(torch.full_like(x, 1 / task.m))) for x in clean_losses]
         signatures = (_signature(use, interception) for use in reached)
         sizes = (x.numel() for x in self._outputs)
-        form = _today((*sizes, *interception.calls, *self._nodes, *signatures))
+        form = (*sizes, *interception.calls, *signatures), tuple(self._nodes)
         if self.verdict is None:
-            plan = self._kind.plans.get(form)
+            kind = self._kind
+            plan = kind.plans.get(form) if task.concrete is None else kind.alike(form[0])
             if plan is None:
                 raise StalePlanError
         else:
@@ -486,11 +493,11 @@ def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
     )
 
 
-def _today(form: Any) -> Any:
-    """A form with the numbers for which symbols stand."""
-    if isinstance(form, tuple):
-        return tuple(map(_today, form)) if devices.tracing() else form
-    return form.node.hint if isinstance(form, torch.SymInt) else form
+def _numbers(tree: Any) -> Any:
+    """Nested tuples with the numbers for which symbols stand at present."""
+    if isinstance(tree, tuple):
+        return tuple(map(_numbers, tree))
+    return tree.node.hint if isinstance(tree, torch.SymInt) else tree
 
 
 def _finite_seed(losses: Tensor) -> Tensor:
