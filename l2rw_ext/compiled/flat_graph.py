@@ -86,6 +86,11 @@ class FlatGraph:
                     preserved(members, always=False) as snapshot,
                 ):
                     outputs = list(step(replace(task, members=members), snapshot))
+                    assigned = snapshot.state.assigned()
+                    if assigned is not None:
+                        raise NotCompilableError(
+                            f"the forward assigns {assigned!r}; write to a buffer in place instead"
+                        )
                 for name, x in snapshot.state.written():
                     if id(x) not in of_copy:
                         raise NotCompilableError(f"the forward writes to {name!r}")
@@ -93,11 +98,6 @@ class FlatGraph:
                     if updates:
                         self.updated.append(of_copy[id(x)])
                         outputs.append(x)
-                assigned = snapshot.state.assigned()
-                if assigned is not None:
-                    raise NotCompilableError(
-                        f"the forward assigns {assigned!r}; write to a buffer in place instead"
-                    )
                 return outputs
 
         with devices.traced():
