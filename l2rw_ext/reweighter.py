@@ -158,7 +158,7 @@ class Reweighter:
             if value not in get_args(allowed):
                 listed = ", ".join(map(repr, get_args(allowed)))
                 raise ValueError(f"{name} must be one of {listed}, got {value!r}")
-        if not compile and compile_options is not None:
+        if compile is False and compile_options is not None:
             raise ValueError("compile_options are given, but compile is off")
         self.model = model
         self.loss_fn = loss_fn
@@ -182,7 +182,8 @@ class Reweighter:
             preconditioner=preconditioner,
         )
         self._engines: list[Engine] = [Layerwise(), Forward(), DoubleBackward()]
-        self._compiled = Steps(Backend(compile, compile_options)) if compile else None
+        backend = None if compile is False else Backend(compile, compile_options)
+        self._compiled = None if backend is None else Steps(backend)
         self._accumulation: Accumulation | None = None
         self._warned: set[str] = set()
 

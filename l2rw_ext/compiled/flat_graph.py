@@ -26,6 +26,7 @@ from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import BeforeWrites, storage_of
 
+from .draws import Draws
 from .symbolic import Symbolic
 
 _aten = torch.ops.aten
@@ -82,22 +83,24 @@ class FlatGraph:
                 )
                 with (
                     BeforeWrites(_refusals(inputs, names)),
+                    Draws(task.members.devices()) as draws,
                     _InSight(task.stand_ins),
                     preserved(members, always=False) as snapshot,
                 ):
                     outputs = list(step(replace(task, members=members), snapshot))
+                    draws.check()
+                    for name, x in snapshot.state.written():
+                        if id(x) not in of_copy:
+                            raise NotCompilableError(f"the forward writes to {name!r}")
+                        written.append(of_copy[id(x)])
+                        if updates:
+                            self.updated.append(of_copy[id(x)])
+                            outputs.append(x)
                     assigned = snapshot.state.assigned()
                     if assigned is not None:
                         raise NotCompilableError(
                             f"the forward assigns {assigned!r}; write to a buffer in place instead"
                         )
-                for name, x in snapshot.state.written():
-                    if id(x) not in of_copy:
-                        raise NotCompilableError(f"the forward writes to {name!r}")
-                    written.append(of_copy[id(x)])
-                    if updates:
-                        self.updated.append(of_copy[id(x)])
-                        outputs.append(x)
                 return outputs
 
         with devices.traced():
@@ -148,19 +151,13 @@ def _traced(body: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torc
 
 
 def _check_operations(graph: torch.fx.Graph) -> None:
-    """Raise if an operation does at each step what the graph would do once.
+    """Raise if the shape of an operation's output depends on values.
 
     Raises:
-        NotCompilableError: the shape of its output depends on values, or it draws from a generator.
+        NotCompilableError: names the operation.
     """
     for node in graph.nodes:
-        given = pytree.tree_leaves((node.args, node.kwargs))
-        if any(isinstance(x, torch.Generator) for x in given):
-            raise NotCompilableError(
-                "the forward draws random numbers from a generator of its own; leave generator= out"
-            )
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.dynamic_output_shape not in tags:
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
             continue
         if node.target is not _aten.index.Tensor or any(map(_is_mask, node.args[1])):
             raise NotCompilableError(
@@ -253,12 +250,16 @@ def _refusals(
 
 
 def _check_constants(graph: torch.fx.Graph, module: nn.Module) -> None:
-    """Raise if a tensor entered the graph that is neither an input nor a number in Python's code.
+    """Raise if something entered the graph that is neither an input nor a number in Python's code.
 
     Raises:
-        NotCompilableError: names its shape.
+        NotCompilableError: it is a tensor, whose shape is named, or a generator.
     """
     for node in graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(module, str(node.target)), torch.Generator):
+            raise NotCompilableError(
+                "the forward draws random numbers from a generator of its own; leave generator= out"
+            )
         if any(user.target not in _LITERALS for user in node.users):
             shape = tuple(getattr(module, str(node.target)).shape)
             raise NotCompilableError(

@@ -9,9 +9,11 @@ forwards found them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import types
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -59,7 +61,7 @@ def _forwards(
     return losses, clean_loss_fn(forward(model, clean[0]), clean[1])
 
 
-@dataclass
+@dataclass(eq=False)
 class Guarded:
     """What holds while one set of guards does."""
 
@@ -85,7 +87,12 @@ class Guards:
         # Guards lie with a function's code, of which torch allows so many.
         code = _forwards.__code__.replace()
         own = types.FunctionType(code, _forwards.__globals__, "forwards")
-        self._forwards = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        # Dynamo keeps a backend, and what it returns, as long as the process lives.
+        backend = functools.partial(_backend, weakref.ref(self))
+        self._forwards = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+        all_found: weakref.WeakSet[Guarded] = weakref.WeakSet()
+        self._all = all_found
+        weakref.finalize(self, _forget, all_found)
         self._found: tuple[Guarded, list[Tensor]] | None = None
         self._settings = contextlib.ExitStack()
 
@@ -133,9 +140,10 @@ class Guards:
             raise NotCompilableError("the forwards have no operation of torch")
         return found
 
-    def _backend(
+    def backend(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., tuple[Tensor, ...]]:
+        """The forwards' graph as Dynamo calls it; see the arguments of torch.compile."""
         of_tensors = [not _is_size(node) for node in graph.graph.find_nodes(op="placeholder")]
         placeholders = list(compress(graph.graph.find_nodes(op="placeholder"), of_tensors))
         names = [_source(node) for node in placeholders]
@@ -154,8 +162,13 @@ class Guards:
             )
         found = Guarded([*map(_readable, names)], [bool(node.users) for node in placeholders])
 
+        self._all.add(found)
+        guards = weakref.ref(self)
+
         def call(*given: Tensor) -> tuple[Tensor, ...]:
-            self._found = found, list(compress(given, of_tensors))
+            own = guards()
+            if own is not None:
+                own._found = found, list(compress(given, of_tensors))
             raise _Stop
 
         self._settings.enter_context(torch._dynamo.config.patch(_EXACT))  # until guards are made
@@ -180,6 +193,20 @@ def _is_size(node: torch.fx.Node) -> bool:
     from torch._dynamo.source import TensorPropertySource
 
     return isinstance(getattr(node.meta.get("grapharg"), "source", None), TensorPropertySource)
+
+
+def _backend(
+    guards: weakref.ref[Guards], graph: torch.fx.GraphModule, example_inputs: Sequence[Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    own = guards()
+    assert own is not None
+    return own.backend(graph, example_inputs)
+
+
+def _forget(all_found: Iterable[Guarded]) -> None:
+    """Let go of the graphs of guards that are gone."""
+    for found in all_found:
+        found.kinds.clear()
 
 
 def _changed() -> str | None:

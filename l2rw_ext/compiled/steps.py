@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -196,7 +197,7 @@ class _Kind(Generic[R]):
     """Work of one kind."""
 
     def __init__(self, steps: Steps, guarded: Guarded) -> None:
-        self._steps = steps
+        self._steps: Steps = weakref.proxy(steps)  # Dynamo may keep this alive
         self._guarded = guarded
         self._count = 0
         self._tries = 0

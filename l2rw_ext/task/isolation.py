@@ -33,6 +33,10 @@ class Generators:
             torch.equal(torch.cuda.get_rng_state(d), s) for d, s in self._cuda.items()
         )
 
+    def key(self) -> bytes:
+        """What tells these states from others."""
+        return b"".join(bytes(s.numpy()) for s in (self._cpu, *self._cuda.values()))
+
     def restore(self) -> None:
         """Put the states back."""
         torch.set_rng_state(self._cpu)

@@ -13,6 +13,7 @@ from l2rw_ext.tracing.fast_path import fast_paths
 
 from .cached_weights import cached_weights_kept
 from .checkpointing import non_reentrant
+from .unfused import unfused_in_traces
 
 
 def _eager() -> AbstractContextManager[Any]:
@@ -38,7 +39,7 @@ def _eager() -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _changes() -> Iterator[None]:
-    with _eager(), non_reentrant(), fast_paths(), cached_weights_kept():
+    with _eager(), non_reentrant(), fast_paths(), unfused_in_traces(), cached_weights_kept():
         yield
 
 
@@ -66,5 +67,5 @@ class _Shared:
 
 for_steps = _Shared()
 """A context: compiled models run eagerly, reentrant checkpoints as non-reentrant ones, torch's
-transformers without the modes of a step where these would keep them off the fast path; and cached
-weights are put back in the end."""
+transformers without the modes of a step where these would keep them off the fast path, LSTM layers
+unfused in a trace; and cached weights are put back in the end."""

@@ -92,7 +92,7 @@ def _set_hook(kind: str, m: Any, k: int) -> None:
 
 
 def _replace(m: Any, name: str, value: Tensor) -> None:
-    setattr(getattr(m, name), "weight", nn.Parameter(value))
+    getattr(m, name).weight = nn.Parameter(value)
 
 
 def _tie(m: Any, k: int) -> None:
@@ -120,7 +120,10 @@ CHANGES: dict[str, tuple[Change, Read]] = {
     "of the class": (lambda m, k: setattr(Model, "zeta", k / 2), lambda s, h: h * s.zeta),
     "of a list": (lambda m, k: m.items.__setitem__(0, k), lambda s, h: h * s.items[0]),
     "of a dict": (lambda m, k: m.table.__setitem__("k", k), lambda s, h: h * s.table["k"]),
-    "new in a dict": (lambda m, k: m.table.update({k: k}), lambda s, h: h * sum(s.table.values())),
+    "new in a dict": (
+        lambda m, k: m.table.update({"new": 2.0}) if k == 2 else m.table.pop("new", None),
+        lambda s, h: h * sum(s.table.values()),
+    ),
     "of an object": (lambda m, k: setattr(m.config, "tau", k), lambda s, h: h * s.config.tau),
     "deep in an object": (
         lambda m, k: m.config.deep["a"].__setitem__(0, k),
@@ -159,7 +162,9 @@ CHANGES: dict[str, tuple[Change, Read]] = {
         lambda s, h: h * 2 if s.b.bias.grad is None else h,
     ),
     "strides of a parameter": (
-        lambda m, k: setattr(m.a.weight, "data", _WEIGHT.t().contiguous().t() if k % 2 else _WEIGHT),
+        lambda m, k: setattr(
+            m.a.weight, "data", _WEIGHT.t().contiguous().t() if k % 2 else _WEIGHT
+        ),
         lambda s, h: h,
     ),
     "tied": (_tie, lambda s, h: s.second(s.first(h))),
@@ -175,7 +180,10 @@ CHANGES: dict[str, tuple[Change, Read]] = {
         _set("t", lambda k: _full(k).to([torch.float32, torch.int64][k % 2])),
         lambda s, h: h * s.t,
     ),
-    "tensor of other shape": (_set("t", lambda k: _full(k)[: 8 - 7 * (k % 2)]), lambda s, h: h * s.t),
+    "tensor of other shape": (
+        _set("t", lambda k: _full(k)[: 8 - 7 * (k % 2)]),
+        lambda s, h: h * s.t,
+    ),
 }
 
 
@@ -522,9 +530,7 @@ def test_weights_follow_what_changes() -> None:
         pair = Pair(Model(lambda s, h: h * s.tau).double())
         for k in (1, 1, 1, 2):
             pair.change(lambda m, k=k: setattr(m, "tau", float(k)))
-            expected, found = pair.both(
-                lambda r, b=vectors(6), c=vectors(4): r.weights(b, c)
-            )
+            expected, found = pair.both(Reweighter.weights, vectors(6), vectors(4))
             assert torch.allclose(found, expected)
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import gc
 import pickle
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +17,6 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter
-from l2rw_ext.errors import NotCompilableError
 from support.feature_table import FEATURES
 from support.models import CLASSES, ENGINES, cross_entropy, mlp, model_of, vectors
 from support.oracle import unchanged
@@ -200,9 +196,7 @@ def test_autocast_is_part_of_the_kind() -> None:
         pair = Pair(model, tolerance=2e-2)
         for k in range(8):
             with torch.autocast("cpu", torch.bfloat16, enabled=k % 2 == 1):
-                step = pair.step(
-                    vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32)
-                )
+                step = pair.step(vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32))
             assert step.losses.dtype == torch.float32
 
 
@@ -225,7 +219,7 @@ def test_weights_change_nothing(make: Callable[[], nn.Module]) -> None:
         for k in range(6):
             batch, clean = vectors(6), vectors(4)
             with unchanged(pair.models[1]):
-                expected, found = pair.both(lambda r, b=batch, c=clean: r.weights(b, c))
+                expected, found = pair.both(Reweighter.weights, batch, clean)
             assert torch.allclose(found, expected)
             if k % 2:
                 pair.step(batch, clean)
@@ -429,9 +423,7 @@ def test_gradients_add_up_in_the_tensor_that_is_there() -> None:
                 for p in m.parameters():
                     p.grad = torch.full_like(p, float(k))
             held = [p.grad for p in model.parameters()]
-            expected, step = pair.both(
-                lambda r, b=vectors(6), c=vectors(4): r.backward(b, c)
-            )
+            expected, step = pair.both(Reweighter.backward, vectors(6), vectors(4))
             pair.assert_same(step, expected)
             assert all(p.grad is g for p, g in zip(model.parameters(), held, strict=True))
 

@@ -5,8 +5,6 @@ Either the fused kernel has none, or the function is a Python body around one th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from l2rw_ext.engines.forward.mode import Tangents, carries
 from l2rw_ext.layers import corrections
 from l2rw_ext.layers.base import Function
 from l2rw_ext.layers.torch_functions import inside
+from l2rw_ext.task.unfused import without_onednn
 
 _BY_PARTS = {
     func: inside(func)
@@ -63,16 +62,6 @@ def _attention(mode: Tangents, func: Function, /, *args: Any, **kwargs: Any) -> 
 
 @carries(torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu)
 def _recurrence(mode: Tangents, func: Function, /, *args: Any, **kwargs: Any) -> Any:
-    with _without_onednn():
+    """Torch's fused layer has no forward derivative; its unfused composition has one."""
+    with without_onednn():
         return func(*args, **kwargs)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """Torch's fused recurrent layer has no forward derivative; its unfused composition has one."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
