@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import BeforeWrites, storage_of
 
 from .draws import Draws
+from .symbolic import Symbolic
 
 _aten = torch.ops.aten
 _LITERALS = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)
@@ -46,6 +47,7 @@ class FlatGraph:
         inputs: all tensors that the step reads, each once.
         names: how errors name the inputs.
         updates: whether the new values of what the forward writes to follow the outputs.
+        symbolic: stand-ins for the inputs, if the graph is to serve batches of other sizes.
 
     Raises:
         NotCompilableError: the step cannot be traced.
@@ -59,14 +61,19 @@ class FlatGraph:
         names: Sequence[str],
         *,
         updates: bool,
+        symbolic: Symbolic | None,
     ) -> None:
+        given = task
+        if symbolic is not None:
+            inputs = symbolic.inputs
         self.updated: list[int] = []
         """Which inputs the forward writes to."""
         copied: list[int] = []
         written: list[int] = []
 
         def body(*_: Tensor) -> list[Tensor]:
-            with _copies(task.members, inputs) as copies:
+            on = contextlib.nullcontext(given) if symbolic is None else symbolic.step()
+            with on as task, _copies(task.members, inputs) as copies:
                 copied.extend(copies)
                 of_copy = {id(x): k for k, x in copies.items()}
                 parts = dict(task.members.parts)
@@ -77,7 +84,7 @@ class FlatGraph:
                 with (
                     BeforeWrites(_refusals(inputs, names)),
                     Draws(task.members.devices()) as draws,
-                    _InSight(),
+                    _InSight(task.stand_ins),
                     preserved(members, always=False) as snapshot,
                 ):
                     outputs = list(step(replace(task, members=members), snapshot))
@@ -165,9 +172,17 @@ def _is_mask(node: torch.fx.Node | None) -> bool:
 
 
 class _InSight(StepMode):
-    """Refuses calls that take values out of torch's sight, which would be constants in a graph."""
+    """Refuses calls that take values out of torch's sight, which would be constants in a graph.
+
+    Args:
+        stand_ins: by id, what takes the place of tensors that the forward has from elsewhere.
+    """
 
     _CALLS = ("numpy", "__array__", "tolist", "__dlpack__")
+
+    def __init__(self, stand_ins: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._stand_ins = stand_ins
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -175,6 +190,9 @@ class _InSight(StepMode):
         name = getattr(func, "__name__", "")
         if name in self._CALLS:
             raise NotCompilableError(f"the forward takes values out of a tensor by {name}()")
+        found = self._stand_ins
+        if found and name != "__get__":  # what asks a tensor for its shape means that tensor
+            args, kwargs = pytree.tree_map(lambda x: found.get(id(x), x), (args, kwargs))
         return func(*args, **(kwargs or {}))
 
 
