@@ -74,12 +74,17 @@ sanitize: $(VENV)/.installed ## the CUDA kernels on the host, with every address
 		ASAN_OPTIONS=detect_leaks=0 L2RW_EMULATOR_FLAGS=-fsanitize=address \
 		"$(VENV)/bin/python" -m pytest -s -m emulated python_tests/cuda/test_cuda_ops.py $(ARGS)
 
+RECORD := "$(VENV)/bin/python" -m benchmarks
+
 bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/results/cpu
-	@"$(VENV)/bin/python" -m benchmarks step --json benchmarks/results/cpu/step.json $(ARGS)
-	@"$(VENV)/bin/python" -m benchmarks step --methods plain_union l2rw_ext --repeats 21 --json benchmarks/results/cpu/step-pair.json $(ARGS)
-	@"$(VENV)/bin/python" -m benchmarks memory --methods plain_union l2rw_ext --json benchmarks/results/cpu/memory.json
-	@"$(VENV)/bin/python" -m benchmarks memory --case vit-checkpointed --methods plain_union l2rw_ext l2rw_ext_kept --json benchmarks/results/cpu/memory-checkpointed.json
-	@"$(VENV)/bin/python" -m benchmarks report --fill README.md docs/benchmarks.md
+	@$(RECORD) step --json benchmarks/results/cpu/step.json $(ARGS)
+	@$(RECORD) step --methods plain_union plain_union_compiled l2rw_ext l2rw_ext_compiled --repeats 21 --json benchmarks/results/cpu/step-pair.json $(ARGS)
+	@$(RECORD) step --methods plain_union plain_union_compiled l2rw_ext_compiled jvp_compiled double_backward_compiled --json benchmarks/results/cpu/step-compiled.json $(ARGS)
+	@$(RECORD) memory --methods plain_union l2rw_ext --json benchmarks/results/cpu/memory.json
+	@$(RECORD) memory --methods plain_union_compiled l2rw_ext_compiled --json benchmarks/results/cpu/memory-compiled.json
+	@$(RECORD) memory --case vit-checkpointed --methods plain_union l2rw_ext l2rw_ext_kept --json benchmarks/results/cpu/memory-checkpointed.json
+	@$(RECORD) scaling --json benchmarks/results/cpu/scaling.json
+	@$(RECORD) report --fill README.md docs/benchmarks.md
 
 # Without a network: torch, cmake, ninja, pybind11 and scikit-build-core must be installed, and for
 # the tests and benchmarks pytest, pytest-timeout, hypothesis, numpy and rich; pytest-xdist is used if

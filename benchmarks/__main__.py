@@ -10,8 +10,9 @@ COMMANDS = {
     "step": "time of a training step, every method against the plain one",
     "kernels": "every operator against its composition and the roofline",
     "memory": "peak memory of a training step, in a subprocess for each method",
+    "scaling": "time and memory of a step as batches, model or sequences grow",
     "profile": "where the time of a step goes, and what each intercepted call costs",
-    "report": "draw the README's chart from recorded results",
+    "report": "draw charts and print tables from recorded results",
     "demo": "train on imbalanced digits: plain, clean images only, reweighted",
     "paper": "the paper's experiments, each ending in a table beside the paper's numbers",
 }

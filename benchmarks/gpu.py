@@ -167,7 +167,7 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
                 *(*step, *_COMPILED_CASES, "--methods", *_COMPILED_METHODS),
                 *(*on_cuda, str(folder / "step-compiled.json")),
             ),
-            80,
+            70,
         ),
         Phase(
             "step",
@@ -187,7 +187,7 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
                 *on_cuda,
                 str(folder / "memory.json"),
             ),
-            20,
+            15,
         ),
     ]
 

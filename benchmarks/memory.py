@@ -1,13 +1,13 @@
 """``python -m benchmarks memory``: peak memory of one training step, a fresh process per method.
 
-A child process builds model and data and makes steps of two examples, so that libraries, thread
-pools, code pages and, for a compiled method, the compiler are loaded. It drops the gradients,
-returns freed memory to the system and notes the resident size: the level. Then it makes steps, each
-after a reset of the kernel's peak counter. The peak above the level counts everything that a step
-needs, whoever allocated it: activations, gradients, caches, compiled code and what the allocator
-holds. ``first`` is the largest of the first steps of that shape (the package makes its plan there,
-and compilers run), ``later`` the largest of the following ones. On CUDA the allocator's peak is
-read. Ratios are over the plain step that runs in the same way, eagerly or compiled.
+A child process builds model and data and makes steps on another model, so that libraries, thread
+pools, code pages and, for a compiled method, the compiler are loaded. It drops that model, returns
+freed memory to the system and notes the resident size: the level. Then it makes steps, each after a
+reset of the kernel's peak counter. The peak above the level counts everything that a step needs,
+whoever allocated it: activations, gradients, caches, compiled code and what the allocator holds.
+``first`` is the largest of the first steps (the package makes its plan there, and compilers run),
+``later`` the largest of the following ones. On CUDA the allocator's peak is read. Ratios are over
+the plain step that runs in the same way, eagerly or compiled.
 
 glibc returns large blocks at once with the fixed thresholds that every child gets.
 """
@@ -89,13 +89,18 @@ def _clear(case: Case) -> None:
 
 
 def _warm_up(case: Case, method: Method) -> None:
-    """Steps of two and two examples on a model of its own, which is then dropped."""
-    x, y = case.train
-    x_clean, y_clean = case.clean
-    small = dataclasses.replace(case.copy(), train=(x[:2], y[:2]), clean=(x_clean[:2], y_clean[:2]))
-    step = method.prepare(small)
-    for _ in range(FIRST_STEPS if method.compiled else 1):
-        _clear(small)
+    """First steps on a model of its own, which is then dropped.
+
+    Two and two examples load what an eager step loads. A compiler must see the very shapes: it then
+    finds its own code when the steps that are measured compile, and leaves nothing else behind.
+    """
+    own = case.copy()
+    if not method.compiled:
+        (x, y), (x_clean, y_clean) = case.train, case.clean
+        own = dataclasses.replace(own, train=(x[:2], y[:2]), clean=(x_clean[:2], y_clean[:2]))
+    step = method.prepare(own)
+    for _ in range(FIRST_STEPS):
+        _clear(own)
         step()
     torch.compiler.reset()
 

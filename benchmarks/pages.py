@@ -13,7 +13,17 @@ from typing import Any
 from . import provenance
 from .errors import UsageError
 
-PARTS = ("summary", "step", "step-pair", "memory", "memory-checkpointed")
+PARTS = (
+    "summary",
+    "step",
+    "step-first",
+    "step-pair",
+    "step-compiled",
+    "memory",
+    "memory-compiled",
+    "memory-checkpointed",
+    "scaling",
+)
 PART = re.compile(
     r"(?P<begin><!-- recorded (?P<name>[a-z-]+): begin -->\n).*?"
     r"(?P<end><!-- recorded (?P=name): end -->)",
@@ -21,25 +31,63 @@ PART = re.compile(
 )
 
 
-def ratios(entry: dict[str, Any]) -> dict[str, float]:
-    """The ratio of every measured method of a case, by name."""
-    return {row["name"]: row["ratio"] for row in entry["methods"] if "ratio" in row}
+def ratios(entry: dict[str, Any], number: str = "ratio") -> dict[str, float]:
+    """The ratio, or another number, of every measured method of a case, by name."""
+    return {row["name"]: row[number] for row in entry["methods"] if number in row}
 
 
-def table(report: dict[str, Any]) -> str:
-    """The ratios of a report as a Markdown table, one row for each case."""
+def sweeps(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The entries of a scaling report by the size that grows."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in report["cases"]:
+        found.setdefault(entry["axis"], []).append(entry)
+    return found
+
+
+def growth(entries: list[dict[str, Any]]) -> dict[str, dict[float, dict[str, float]]]:
+    """What a sweep found, by method and size: seconds, bytes, and both over the plain step's."""
+    found: dict[str, dict[float, dict[str, float]]] = {}
+    for entry in entries:
+        for part, names in (
+            ("step", {"seconds": "seconds", "ratio": "time"}),
+            ("memory", {"later": "bytes", "ratio": "memory"}),
+        ):
+            for row in entry[part]["methods"]:
+                at = found.setdefault(row["name"], {}).setdefault(entry["value"], {})
+                at |= {to: row[name] for name, to in names.items() if name in row}
+    return found
+
+
+def scaling_table(report: dict[str, Any]) -> str:
+    """Time and memory over the plain step's, one row for each method and size that grows."""
+    lines = ["| grows | method | time over plain | memory over plain |", "|---|---|---|---|"]
+    for axis, entries in sweeps(report).items():
+        rows = [row for entry in entries for row in entry["step"]["methods"]]
+        labels = {row["name"]: row["label"] for row in rows if row["kind"] != "union"}
+        sizes = ", ".join(f"{entry['value']:g}" for entry in entries)
+        found = growth(entries)
+        for name, label in labels.items():
+            cells = [
+                ", ".join(f"{v[part]:.2f}" if part in v else "-" for v in found[name].values())
+                for part in ("time", "memory")
+            ]
+            lines.append(f"| {axis}: {sizes} | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table(report: dict[str, Any], number: str = "ratio") -> str:
+    """The ratios of a report, or another number, as a Markdown table with one row for each case."""
     labels = {row["name"]: row["label"] for entry in report["cases"] for row in entry["methods"]}
-    shown = {
-        n: label for n, label in labels.items() if any(n in ratios(e) for e in report["cases"])
-    }
-    has_rho = report["kind"] == "step"
+    measured = {name for entry in report["cases"] for name in ratios(entry, number)}
+    shown = {name: label for name, label in labels.items() if name in measured}
+    has_rho = report["kind"] == "step" and number == "ratio"
     head = ["case", *(["ρ", "operation count"] if has_rho else []), *shown.values()]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
     for entry in report["cases"]:
         cells = [entry["title"]]
         if has_rho:
             cells += [f"{entry['rho']:.2f}", f"{entry['operation_bound']:.2f}"]
-        found = ratios(entry)
+        found = ratios(entry, number)
         cells += [f"{found[name]:.2f}" if name in found else "-" for name in shown]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -94,7 +142,13 @@ def phase_table(report: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report of any kind; empty for a kind without one."""
-    makers = {"step": table, "memory": table, "kernels": kernel_table, "gpu": phase_table}
+    makers = {
+        "step": table,
+        "memory": table,
+        "scaling": scaling_table,
+        "kernels": kernel_table,
+        "gpu": phase_table,
+    }
     maker = makers.get(report["kind"])
     return maker(report) if maker else ""
 
@@ -120,15 +174,19 @@ def summary(report: dict[str, Any]) -> str:
     ranges = []
     for name, label in (
         ("l2rw_ext", "`l2rw_ext`"),
+        ("l2rw_ext_compiled", "compiled"),
         ("jvp", "`torch.func.jvp`"),
         ("double_backward", "double backward"),
     ):
         found = [ratios(entry)[name] for entry in report["cases"] if name in ratios(entry)]
         if found:
             ranges.append(f"{label} {min(found):.2f} to {max(found):.2f}")
+    rows = [row for entry in report["cases"] for row in entry["methods"]]
+    compiled = {row["name"] for row in rows if row["kind"] == "union"} - {"plain_union"}
+    faster = ", eager or compiled, whichever is faster" if compiled else ""
     return (
         "Time of a training step, in plain steps on the same examples (training and clean batch "
-        f"together): {', '.join(ranges)}. {origin(report)}"
+        f"together{faster}): {', '.join(ranges)}. {origin(report)}"
     )
 
 
@@ -140,6 +198,12 @@ def parts(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
             found[name] = f"{table(report)}\n\n{origin(report)}"
     if "step" in reports:
         found["summary"] = summary(reports["step"])
+        if any(ratios(entry, "first_seconds") for entry in reports["step"]["cases"]):
+            found["step-first"] = table(reports["step"], "first_seconds")
+    if "scaling" in reports:
+        report = reports["scaling"]
+        chart = "![Time and memory of a step as its sizes grow](assets/scaling.svg)"
+        found["scaling"] = f"{chart}\n\n{scaling_table(report)}\n\n{origin(report)}"
     return found
 
 

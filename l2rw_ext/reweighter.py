@@ -95,11 +95,12 @@ class Reweighter:
             momentum the clean gradient is taken at the point where momentum leads.
         compile: turn the whole step into one graph and give it to a backend of ``torch.compile``:
             ``True`` for ``"inductor"``, or the name of a backend; ``"eager"`` runs the graph as it
-            is, which saves Python's time and needs no compiler. The first step of a kind runs
-            eagerly, and the second is traced, compiled and compared with an eager step. A step that
-            cannot be one graph runs eagerly, and a warning says why: see "Compiled steps" on the
-            page of options.
+            is, which saves Python's time and needs no compiler. The first two steps of a kind run
+            eagerly; then the step is traced and compiled, and compared with an eager step. A step
+            that cannot be one graph runs eagerly, and a warning says why: see "Compiled steps" on
+            the page of options.
         compile_options: ``mode``, ``dynamic``, ``options`` and ``fullgraph`` of ``torch.compile``;
+            with ``dynamic=True`` a graph serves batches of other sizes where that is possible, and
             with ``fullgraph=True`` a step that cannot be one graph is an error.
 
     With none of the options from ``every`` to ``preconditioner``, and without
@@ -157,7 +158,7 @@ class Reweighter:
             if value not in get_args(allowed):
                 listed = ", ".join(map(repr, get_args(allowed)))
                 raise ValueError(f"{name} must be one of {listed}, got {value!r}")
-        if not compile and compile_options is not None:
+        if compile is False and compile_options is not None:
             raise ValueError("compile_options are given, but compile is off")
         self.model = model
         self.loss_fn = loss_fn
@@ -181,7 +182,8 @@ class Reweighter:
             preconditioner=preconditioner,
         )
         self._engines: list[Engine] = [Layerwise(), Forward(), DoubleBackward()]
-        self._compiled = Steps(Backend(compile, compile_options)) if compile else None
+        backend = None if compile is False else Backend(compile, compile_options)
+        self._compiled = None if backend is None else Steps(backend)
         self._accumulation: Accumulation | None = None
         self._warned: set[str] = set()
 
@@ -452,7 +454,8 @@ class Reweighter:
             return as_direction(found.run(direction_of_clean_batch(task, snapshot)))
 
         def compute(task: Task, snapshot: Snapshot, engine: str | None) -> Computed:
-            return self._compute(task, snapshot, direction, remembered or engine, dry=dry)
+            own = None if direction is None else direction.of(task)
+            return self._compute(task, snapshot, own, remembered or engine, dry=dry)
 
         generators = Generators(task.members.devices())
         direction = None

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2rw_ext.errors import NotCompilableError
+
 Compiled = Callable[..., Sequence[Tensor]]
 
-_ALLOWED = ("mode", "dynamic", "options", "fullgraph")
+_ALLOWED: dict[str, type] = {"mode": str, "dynamic": bool, "options": Mapping, "fullgraph": bool}
 _INDUCTOR = {
     # Random numbers as torch draws them, by which a compiled step can be held to an eager one.
     "fallback_random": True,
@@ -44,12 +46,18 @@ class Backend:
         from torch._dynamo.exc import InvalidBackend
 
         self._given = compile, options
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"compile_options must be a dict, got {options!r}")
         options = dict(options or {})
         unknown = [name for name in options if name not in _ALLOWED]
         if unknown:
             raise ValueError(
                 f"compile_options: {unknown[0]!r} is none of {', '.join(map(repr, _ALLOWED))}"
             )
+        for name, value in options.items():
+            if value is not None and not isinstance(value, _ALLOWED[name]):
+                kind = _ALLOWED[name].__name__.lower()
+                raise TypeError(f"compile_options: {name} must be a {kind}, got {value!r}")
         self.name = "inductor" if compile is True else compile
         self.dynamic = bool(options.get("dynamic"))
         self.fullgraph = bool(options.get("fullgraph"))
@@ -66,14 +74,8 @@ class Backend:
             raise ValueError(
                 f"compile={self.name!r} is no backend of torch.compile; there are {listed}"
             ) from None
-        if self.name == "inductor" and self._mode is not None:
-            from torch._inductor import list_mode_options
-
-            modes = list_mode_options()
-            if self._mode not in modes:
-                listed = ", ".join(map(repr, modes))
-                raise ValueError(f"compile_options: mode must be one of {listed}")
-            self._options = modes[self._mode] | self._options
+        if self.name == "inductor":
+            self._options = _options_of_inductor(self._mode, self._options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), self._given)
@@ -88,9 +90,37 @@ class Backend:
         if self.name == "inductor":
             from torch import _inductor
 
-            options = _INDUCTOR | self._options
-            compiled: Compiled = _inductor.compile(graph, list(inputs), options)
+            try:
+                compiled: Compiled = _inductor.compile(
+                    graph, list(inputs), _INDUCTOR | self._options
+                )
+            except Exception as error:
+                if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
+                    raise
+                raise NotCompilableError(
+                    "inductor finds no C++ compiler; install one, or take compile='eager', which "
+                    "needs none"
+                ) from error
             return compiled
         given = {"mode": self._mode, "options": self._options}
         given = {name: value for name, value in given.items() if value}
         return self._compile(graph, list(inputs), **given)
+
+
+def _options_of_inductor(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a mode, and those that are given.
+
+    Raises:
+        ValueError: there is no such mode or setting.
+    """
+    from torch._inductor import list_mode_options, list_options
+
+    modes, known = list_mode_options(), list_options()
+    if mode is not None and mode not in modes:
+        listed = ", ".join(map(repr, modes))
+        raise ValueError(f"compile_options: mode must be one of {listed}, got {mode!r}")
+    given = {name.replace("-", "_"): value for name, value in options.items()}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"compile_options: inductor has no option {name!r}")
+    return (modes[mode] if mode is not None else {}) | given

@@ -96,8 +96,9 @@ class Draws(DispatchMode):
         for x in written:
             x.copy_(next(results))
         same = {id(x) for x in written}
-        again = [x if id(x) in same else y for x, y in zip(_tensors(out), results, strict=True)]
-        return pytree.tree_map_only(Tensor, lambda _, found=iter(again): next(found), out)
+        pairs = zip(_tensors(out), results, strict=True)
+        again = iter([x if id(x) in same else y for x, y in pairs])
+        return pytree.tree_map_only(Tensor, lambda _: next(again), out)
 
     def _now(self) -> bytes:
         with torch._C.DisableTorchFunction(), _disable_current_modes():
@@ -119,7 +120,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[Any]]:
     """The tensors that an operation writes to, and its other arguments."""
-    written, read = [], []
+    written: list[Any] = []
+    read: list[Any] = []
     for given, argument in _named(func, args, kwargs):
         writes = argument.alias_info is not None and argument.alias_info.is_write
         (written if writes else read).append(given)

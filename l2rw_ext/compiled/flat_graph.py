@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from l2rw_ext.tracing.members import Members
 from l2rw_ext.tracing.writes import BeforeWrites, storage_of
 
 from .draws import Draws
+from .symbolic import Symbolic
 
 _aten = torch.ops.aten
 _LITERALS = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)
@@ -46,6 +47,7 @@ class FlatGraph:
         inputs: all tensors that the step reads, each once.
         names: how errors name the inputs.
         updates: whether the new values of what the forward writes to follow the outputs.
+        symbolic: stand-ins for the inputs, if the graph is to serve batches of other sizes.
 
     Raises:
         NotCompilableError: the step cannot be traced.
@@ -59,14 +61,19 @@ class FlatGraph:
         names: Sequence[str],
         *,
         updates: bool,
+        symbolic: Symbolic | None,
     ) -> None:
+        given = task
+        if symbolic is not None:
+            inputs = symbolic.inputs
         self.updated: list[int] = []
         """Which inputs the forward writes to."""
         copied: list[int] = []
         written: list[int] = []
 
         def body(*_: Tensor) -> list[Tensor]:
-            with _copies(task.members, inputs) as copies:
+            on = contextlib.nullcontext(given) if symbolic is None else symbolic.step()
+            with on as task, _copies(task.members, inputs) as copies:
                 copied.extend(copies)
                 of_copy = {id(x): k for k, x in copies.items()}
                 parts = dict(task.members.parts)
@@ -77,23 +84,23 @@ class FlatGraph:
                 with (
                     BeforeWrites(_refusals(inputs, names)),
                     Draws(task.members.devices()) as draws,
-                    _InSight(),
+                    _InSight(task.stand_ins),
                     preserved(members, always=False) as snapshot,
                 ):
                     outputs = list(step(replace(task, members=members), snapshot))
                     draws.check()
-                for name, x in snapshot.state.written():
-                    if id(x) not in of_copy:
-                        raise NotCompilableError(f"the forward writes to {name!r}")
-                    written.append(of_copy[id(x)])
-                    if updates:
-                        self.updated.append(of_copy[id(x)])
-                        outputs.append(x)
-                assigned = snapshot.state.assigned()
-                if assigned is not None:
-                    raise NotCompilableError(
-                        f"the forward assigns {assigned!r}; write to a buffer in place instead"
-                    )
+                    for name, x in snapshot.state.written():
+                        if id(x) not in of_copy:
+                            raise NotCompilableError(f"the forward writes to {name!r}")
+                        written.append(of_copy[id(x)])
+                        if updates:
+                            self.updated.append(of_copy[id(x)])
+                            outputs.append(x)
+                    assigned = snapshot.state.assigned()
+                    if assigned is not None:
+                        raise NotCompilableError(
+                            f"the forward assigns {assigned!r}; write to a buffer in place instead"
+                        )
                 return outputs
 
         with devices.traced():
@@ -144,19 +151,13 @@ def _traced(body: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torc
 
 
 def _check_operations(graph: torch.fx.Graph) -> None:
-    """Raise if an operation does at each step what the graph would do once.
+    """Raise if the shape of an operation's output depends on values.
 
     Raises:
-        NotCompilableError: the shape of its output depends on values, or it draws from a generator.
+        NotCompilableError: names the operation.
     """
     for node in graph.nodes:
-        given = pytree.tree_leaves((node.args, node.kwargs))
-        if any(isinstance(x, torch.Generator) for x in given):
-            raise NotCompilableError(
-                "the forward draws random numbers from a generator of its own; leave generator= out"
-            )
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.dynamic_output_shape not in tags:
+        if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
             continue
         if node.target is not _aten.index.Tensor or any(map(_is_mask, node.args[1])):
             raise NotCompilableError(
@@ -171,9 +172,17 @@ def _is_mask(node: torch.fx.Node | None) -> bool:
 
 
 class _InSight(StepMode):
-    """Refuses calls that take values out of torch's sight, which would be constants in a graph."""
+    """Refuses calls that take values out of torch's sight, which would be constants in a graph.
+
+    Args:
+        stand_ins: by id, what takes the place of tensors that the forward has from elsewhere.
+    """
 
     _CALLS = ("numpy", "__array__", "tolist", "__dlpack__")
+
+    def __init__(self, stand_ins: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._stand_ins = stand_ins
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -181,6 +190,9 @@ class _InSight(StepMode):
         name = getattr(func, "__name__", "")
         if name in self._CALLS:
             raise NotCompilableError(f"the forward takes values out of a tensor by {name}()")
+        found = self._stand_ins
+        if found and name != "__get__":  # what asks a tensor for its shape means that tensor
+            args, kwargs = pytree.tree_map(lambda x: found.get(id(x), x), (args, kwargs))
         return func(*args, **(kwargs or {}))
 
 
@@ -238,12 +250,16 @@ def _refusals(
 
 
 def _check_constants(graph: torch.fx.Graph, module: nn.Module) -> None:
-    """Raise if a tensor entered the graph that is neither an input nor a number in Python's code.
+    """Raise if something entered the graph that is neither an input nor a number in Python's code.
 
     Raises:
-        NotCompilableError: names its shape.
+        NotCompilableError: it is a tensor, whose shape is named, or a generator.
     """
     for node in graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(module, str(node.target)), torch.Generator):
+            raise NotCompilableError(
+                "the forward draws random numbers from a generator of its own; leave generator= out"
+            )
         if any(user.target not in _LITERALS for user in node.users):
             shape = tuple(getattr(module, str(node.target)).shape)
             raise NotCompilableError(

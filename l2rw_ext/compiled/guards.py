@@ -9,10 +9,13 @@ forwards found them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import types
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ def _forwards(
     return losses, clean_loss_fn(forward(model, clean[0]), clean[1])
 
 
-@dataclass
+@dataclass(eq=False)
 class Guarded:
     """What holds while one set of guards does."""
 
@@ -74,13 +77,22 @@ class Guards:
     """Finds what holds for a step, and the tensors that its forwards read.
 
     The forwards do not run, and change nothing.
+
+    Args:
+        dynamic: whether the same holds for batches of other sizes, where that is possible.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, dynamic: bool) -> None:
+        self._dynamic = dynamic
         # Guards lie with a function's code, of which torch allows so many.
         code = _forwards.__code__.replace()
         own = types.FunctionType(code, _forwards.__globals__, "forwards")
-        self._forwards = torch.compile(own, backend=self._backend, fullgraph=True, dynamic=False)
+        # Dynamo keeps a backend, and what it returns, as long as the process lives.
+        backend = functools.partial(_backend, weakref.ref(self))
+        self._forwards = torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+        all_found: weakref.WeakSet[Guarded] = weakref.WeakSet()
+        self._all = all_found
+        weakref.finalize(self, _forget, all_found)
         self._found: tuple[Guarded, list[Tensor]] | None = None
         self._settings = contextlib.ExitStack()
 
@@ -102,7 +114,8 @@ class Guards:
         batch = (task.inputs, task.targets)
         recurrent = any(isinstance(module, nn.RNNBase) for _, module in task.members.modules)
         rnn = torch._dynamo.config.patch(allow_rnn=True) if recurrent else contextlib.nullcontext()
-        with rnn, self._settings, without_cached_weights():
+        marked = _marked(tensors((batch, clean))) if self._dynamic else contextlib.nullcontext()
+        with rnn, marked, self._settings, without_cached_weights():
             try:
                 self._forwards(task.model, task.loss_fn, task.clean_loss_fn, batch, clean)
             except _Stop:
@@ -127,12 +140,14 @@ class Guards:
             raise NotCompilableError("the forwards have no operation of torch")
         return found
 
-    def _backend(
+    def backend(
         self, graph: torch.fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., tuple[Tensor, ...]]:
-        placeholders = graph.graph.find_nodes(op="placeholder")
+        """The forwards' graph as Dynamo calls it; see the arguments of torch.compile."""
+        of_tensors = [not _is_size(node) for node in graph.graph.find_nodes(op="placeholder")]
+        placeholders = list(compress(graph.graph.find_nodes(op="placeholder"), of_tensors))
         names = [_source(node) for node in placeholders]
-        for name, x in zip(names, example_inputs, strict=True):
+        for name, x in zip(names, compress(example_inputs, of_tensors), strict=True):
             _check_input(name, x)
         if any(type(node.target).__module__ == "torch._dynamo.utils" for node in graph.graph.nodes):
             raise NotCompilableError("the forward computes with NumPy; compute with tensors")
@@ -147,12 +162,51 @@ class Guards:
             )
         found = Guarded([*map(_readable, names)], [bool(node.users) for node in placeholders])
 
+        self._all.add(found)
+        guards = weakref.ref(self)
+
         def call(*given: Tensor) -> tuple[Tensor, ...]:
-            self._found = found, list(given)
+            own = guards()
+            if own is not None:
+                own._found = found, list(compress(given, of_tensors))
             raise _Stop
 
         self._settings.enter_context(torch._dynamo.config.patch(_EXACT))  # until guards are made
         return call
+
+
+@contextlib.contextmanager
+def _marked(batch: Sequence[Tensor]) -> Iterator[None]:
+    """In the body, Dynamo takes the sizes of these tensors for symbols."""
+    for x in batch:
+        torch._dynamo.maybe_mark_dynamic(x, list(range(x.dim())))
+    try:
+        yield
+    finally:
+        for x in batch:
+            for name in ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking"):
+                vars(x).pop(name, None)
+
+
+def _is_size(node: torch.fx.Node) -> bool:
+    """Whether an input of the forwards is a size of a tensor."""
+    from torch._dynamo.source import TensorPropertySource
+
+    return isinstance(getattr(node.meta.get("grapharg"), "source", None), TensorPropertySource)
+
+
+def _backend(
+    guards: weakref.ref[Guards], graph: torch.fx.GraphModule, example_inputs: Sequence[Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    own = guards()
+    assert own is not None
+    return own.backend(graph, example_inputs)
+
+
+def _forget(all_found: Iterable[Guarded]) -> None:
+    """Let go of the graphs of guards that are gone."""
+    for found in all_found:
+        found.kinds.clear()
 
 
 def _changed() -> str | None:

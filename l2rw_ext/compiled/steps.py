@@ -1,8 +1,9 @@
 """When a step runs eagerly, and when its graph does.
 
-The first step of a kind runs eagerly: it makes the engine's plan and its proof. At the second, the
-step is traced and compiled, and its graph is held against the eager step; so it is again at steps
-16, 256, 4096, ... What cannot be a graph runs eagerly, and a warning says why.
+The first step of a kind runs eagerly: it makes the engine's plan and its proof. So does the second,
+which is then traced and compiled. The graph is held against an eager step at its first use, at the
+first few sizes of batches that it serves, and at steps 16, 256, 4096, ... What cannot be a graph
+runs eagerly, and a warning says why.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -27,6 +29,7 @@ from l2rw_ext.task.task import Task
 from .backends import Backend
 from .flat_graph import FlatGraph
 from .guards import Guarded, Guards, SwitchedOffError, sentence, unread
+from .symbolic import Sizes, Symbolic, sizes
 from .wrappers import announce_backward, inside
 
 R = TypeVar("R")
@@ -41,6 +44,12 @@ _GRADIENT = "its gradient"
 _LARGEST_NUMBER_OF_TRIES = 8
 """How often a kind of step may change its engine or have no plan, before it is not compiled any
 more."""
+
+_LARGEST_NUMBER_OF_GRAPHS = 8
+"""Of one kind of step, for batches of other sizes."""
+
+_FEW_SIZES = 16
+"""Sizes at which each graph is held against an eager step."""
 
 
 @dataclass
@@ -82,7 +91,7 @@ class Steps:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self._guards = Guards()
+        self._guards = Guards(dynamic=backend.dynamic)
         self._refusals: dict[Hashable, str] = {}
         self._served: set[Hashable] = set()
         self._said: set[str] = set()
@@ -188,12 +197,13 @@ class _Kind(Generic[R]):
     """Work of one kind."""
 
     def __init__(self, steps: Steps, guarded: Guarded) -> None:
-        self._steps = steps
+        self._steps: Steps = weakref.proxy(steps)  # Dynamo may keep this alive
         self._guarded = guarded
         self._count = 0
-        self._engine = ""
         self._tries = 0
-        self._graph: _Graph[R] | None = None
+        self._graphs: list[_Graph[R]] = []
+        self._one_size: str | None = None
+        """Why each graph serves batches of one size, if not because that was asked for."""
         self._refused: str | None = None
 
     @property
@@ -201,78 +211,111 @@ class _Kind(Generic[R]):
         """What the next step does."""
         if self._refused is not None:
             return f"runs eagerly, for {self._refused}"
-        return "is traced at its next step" if self._graph is None else self._graph.says
+        if not self._graphs:
+            return "is traced at its next step"
+        said = self._graphs[-1].says
+        if len(self._graphs) > 1:
+            said = f"has {len(self._graphs)} graphs for batches of other sizes; the last {said}"
+        return said if self._one_size is None else f"{said}; each is for one size: {self._one_size}"
 
     def run(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
         """See :meth:`Found.run`."""
         if self._refused is not None:
             return self._steps.eagerly(work, task, self._refused)
-        if self._count == 0:
-            result = work.eager()
-            self._engine = work.engine(result)
-            self._count = 1
-            return result
-        checks = self._graph is None or due(self._count)
+        size = sizes(task, work.given) if self._steps.backend.dynamic else ()
+        graph = next((graph for graph in self._graphs if graph.serves(size)), None)
+        step, self._count = self._count, self._count + 1
+        if graph is None:
+            return self._without_graph(work, task, bare, inputs, first=step == 0)
         generators = Generators(task.members.devices())
         try:
-            if self._graph is None:
-                self._graph = self._traced(work, bare, inputs)
             if work.updates:
                 announce_backward(task.model)
-            found = self._graph.run(work, inputs)
+            found = graph.run(work, inputs)
         except torch.OutOfMemoryError:
             raise
-        except NotPlannedError as error:
-            generators.restore()
-            self._tries += 1
-            reason = str(error) if self._tries == _LARGEST_NUMBER_OF_TRIES else ""
         except Exception as error:
             generators.restore()
             reason = sentence(error)
             traceback.clear_frames(error.__traceback__)
         else:
-            result = (
-                self._checked(work, task, inputs, found, generators)
-                if checks
-                else self._graph.result(work, inputs, found)
-            )
-            self._count += 1
-            return result
+            if graph.due(size) or due(step):
+                return self._checked(work, task, inputs, graph, found, generators)
+            return graph.result(work, inputs, found)
         # Out of the handler, so that an error of the user's has no other for a context.
-        if not reason:
-            result = work.eager()
-            self._engine = work.engine(result)
-            return result
         result = self._steps.eagerly(work, task, reason)
         self._refuse(reason)
         return result
 
-    def _traced(self, work: Work[R], bare: Task, inputs: Sequence[Tensor]) -> _Graph[R]:
-        """The graph; generators are as before."""
+    def _without_graph(
+        self, work: Work[R], task: Task, bare: Task, inputs: Sequence[Tensor], *, first: bool
+    ) -> R:
+        """The eager step's result; if it is not the first, a graph follows its plan from now on."""
+        many = len(self._graphs)
+        if many == _LARGEST_NUMBER_OF_GRAPHS:
+            reason = f"there are {many} graphs for other sizes; pad batches to fewer lengths"
+            result = self._steps.eagerly(work, task, reason)
+            self._steps.say(reason)
+            return result
+        before = Snapshot(task.members)
+        result = work.eager()
+        if first:
+            return result
+        try:
+            self._graphs.append(self._traced(work, work.engine(result), bare, inputs))
+        except torch.OutOfMemoryError:
+            before.undo()
+            raise
+        except Exception as error:
+            planned = not isinstance(error, NotPlannedError)
+            self._tries += 1
+            if planned or self._tries == _LARGEST_NUMBER_OF_TRIES:
+                reason = sentence(error)
+                traceback.clear_frames(error.__traceback__)
+                if self._steps.backend.fullgraph:
+                    before.undo()
+                    raise self._steps.error(reason) from None
+                self._refuse(reason)
+        return result
+
+    def _traced(
+        self, work: Work[R], engine: str, bare: Task, inputs: Sequence[Tensor]
+    ) -> _Graph[R]:
+        """A graph, for batches of other sizes, too, if that was asked for and is possible."""
         backend = self._steps.backend
         generators, others = Generators(bare.members.devices()), HostGenerators()
+        reason = self._one_size
         try:
-            return _Graph(work, self._engine, bare, inputs, self._guarded, backend)
+            if backend.dynamic and reason is None:
+                try:
+                    return _Graph(work, engine, bare, inputs, self._guarded, backend, symbolic=True)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    reason = sentence(error)
+                    traceback.clear_frames(error.__traceback__)
+            graph = _Graph(work, engine, bare, inputs, self._guarded, backend, symbolic=False)
         finally:
             generators.restore()
             others.restore()
+        self._one_size = reason
+        return graph
 
     def _checked(
         self,
         work: Work[R],
         task: Task,
         inputs: Sequence[Tensor],
+        graph: _Graph[R],
         found: list[Tensor],
         generators: Generators,
     ) -> R:
         """The eager step's result, to which the graph's is held."""
-        graph = self._graph
-        assert graph is not None
         generators.restore()
         before = Snapshot(task.members)
         expected = work.eager()
-        if work.engine(expected) != self._engine:
-            self._engine, self._graph = work.engine(expected), None
+        if work.engine(expected) != graph.engine:
+            self._graphs.remove(graph)
             self._tries += 1
             if self._tries == _LARGEST_NUMBER_OF_TRIES:
                 self._refuse("such steps change their engine again and again")
@@ -287,7 +330,8 @@ class _Kind(Generic[R]):
         return expected
 
     def _refuse(self, reason: str) -> None:
-        self._refused, self._graph = reason, None
+        self._refused = reason
+        self._graphs.clear()
         self._steps.say(reason)
 
 
@@ -302,7 +346,11 @@ class _Graph(Generic[R]):
         inputs: Sequence[Tensor],
         guarded: Guarded,
         backend: Backend,
+        *,
+        symbolic: bool,
     ) -> None:
+        self.engine = engine
+        self._held: set[Sizes] = set()
         results: list[R] = []
 
         def step(task: Task, snapshot: Snapshot) -> list[Tensor]:
@@ -312,14 +360,20 @@ class _Graph(Generic[R]):
         inputs = [*inputs, *work.given]
         names = [*guarded.names, *["an option"] * len(work.given)]
         start = time.perf_counter()
-        flat = FlatGraph(step, task, inputs, names, updates=work.updates)
+        stand_ins = Symbolic(task, inputs, work.given) if symbolic else None
+        flat = FlatGraph(step, task, inputs, names, updates=work.updates, symbolic=stand_ins)
         missed = unread(guarded, inputs, flat.read, work.unread)
         if missed is not None:
             raise NotCompilableError(f"the trace does not follow how the forward reads {missed}")
         self._tolerance = tolerance_of(flat.dtypes)
         traced = time.perf_counter()
         with torch.no_grad(), without_autocast():
-            self._compiled = backend(flat.module, inputs)
+            self._compiled = backend(flat.module, stand_ins.inputs if stand_ins else inputs)
+        if stand_ins is not None:
+            self.serves = stand_ins.conditions()
+        else:
+            own = sizes(task, work.given)
+            self.serves = lambda found: not backend.dynamic or found == own
         self._copies = backend.reuses_memory
         self._updated = flat.updated
         self._inputs = names
@@ -334,6 +388,13 @@ class _Graph(Generic[R]):
             f"is one graph of {flat.operations} operations, traced in {traced - start:.1f} s and "
             f"compiled in {seconds:.1f} s"
         )
+
+    def due(self, size: Sizes) -> bool:
+        """Whether this graph is to be held against an eager step of this size."""
+        if size in self._held or len(self._held) == _FEW_SIZES:
+            return False
+        self._held.add(size)
+        return True
 
     def run(self, work: Work[R], inputs: Sequence[Tensor]) -> list[Tensor]:
         """All that the graph computes; nothing is changed yet."""

@@ -50,6 +50,12 @@ def whole_step(
         with preserved(task.members, always=dry) as snapshot:
             return compute(task, snapshot, None)
 
+    def traced(on: Task, snapshot: Snapshot, engine: str) -> Computed:
+        computed = compute(on, snapshot, engine)
+        own = {id(p): q for p, q in zip(on.parameters, task.parameters, strict=True)}
+        computed.gradients = [(own[id(p)], g) for p, g in computed.gradients]
+        return computed
+
     def rebuilt(
         about: tuple[str, Plan | None], parameters: list[nn.Parameter], tensors: list[Any]
     ) -> Computed:
@@ -81,12 +87,13 @@ def whole_step(
             check_finite,
             task.low_memory,
             scaled,
+            _said(task),
             key,
         ),
         given=given,
         eager=eager,
         engine=lambda computed: computed.step.engine,
-        traced=compute,
+        traced=traced,
         tensors=tensors,
         parameters=lambda computed: [p for p, _ in computed.gradients],
         about=lambda computed: (computed.step.engine, computed.plan),
@@ -100,16 +107,17 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
     """The direction v and the mean clean loss; nothing changes."""
     given, scaled = _with_scale(task, ())
 
-    def compute(task: Task, snapshot: Snapshot) -> Gradients:
-        found = clean_direction(task, snapshot)
-        return found.clean_loss, [(p, found.values.get(id(p))) for p in task.parameters]
+    def compute(on: Task, snapshot: Snapshot) -> Gradients:
+        found = clean_direction(on, snapshot)
+        pairs = zip(task.parameters, on.parameters, strict=True)
+        return found.clean_loss, [(p, found.values.get(id(q))) for p, q in pairs]
 
     return Work(
-        key=("the direction", scaled),
+        key=("the direction", scaled, _said(task)),
         given=given,
         eager=lambda: compute(task, snapshot),
         engine=lambda _: "",
-        traced=lambda task, snapshot, _: compute(task, snapshot),
+        traced=lambda on, snapshot, _: compute(on, snapshot),
         tensors=lambda found: [
             ("its clean loss", found[0]),
             *_named("its direction", found[1], task),
@@ -129,6 +137,11 @@ def as_direction(found: Gradients) -> Direction:
     """The direction as engines take it."""
     clean_loss, values = found
     return Direction({id(p): v for p, v in values if v is not None}, clean_loss)
+
+
+def _said(task: Task) -> tuple[int, int]:
+    """What the caller says of the sizes, so that a step of which it is not true is no other's."""
+    return task.size.excess, 0 if task.clean_size is None else task.clean_size.excess
 
 
 def _with_scale(task: Task, given: Sequence[Tensor]) -> tuple[list[Tensor], bool]:

@@ -68,6 +68,17 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in _flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def has_functions(x: Tensor) -> bool:
+    """Whether a tensor is of a subclass that has a say in torch's functions."""
+    own = type(x).__torch_function__
+    return type(x) is not Tensor and own is not torch._C._disabled_torch_function_impl
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor without what a subclass of a user's adds to it."""
+    return x.as_subclass(Tensor) if has_functions(x) else x
+
+
 def cloned(tree: Any) -> Any:
     """The nest with copies of its tensors."""
     leaves, structure = _flatten(tree)
@@ -240,12 +251,12 @@ def _merge_leaf(x: Any, y: Any, n: int, m: int, *, alone: bool, known_batched: b
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         if x.layout != torch.strided or y.layout != torch.strided:
             return None  # what is asked of merged rows, sparse tensors cannot say
-        if type(x) is not Tensor and (vars(x) or vars(y)):
+        if has_functions(x) and (vars(x) or vars(y)):
             return None  # of what a subclass knows beside its values, one would go for both
         if x.dim() and y.dim() and x.size(0) == n and y.size(0) == m:
             if x.shape[1:] != y.shape[1:]:
                 return None
-            if n == m and not alone and _equal(x, y, ask=not known_batched):
+            if not alone and n == m and _equal(x, y, ask=not known_batched):
                 return None
             merged = torch.cat([x, y])
             return merged if type(merged) is type(x) else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .batch import LossFn, arguments, is_plain, leaves_inside, parts_of
+from .batch import LossFn, arguments, is_plain, leaves_inside, parts_of, plain
 
 
 class BatchSize:
@@ -58,6 +58,10 @@ class BatchSize:
         if given is not None:
             self._check_index(given)
 
+    def like(self, inputs: Any, targets: Any) -> BatchSize:
+        """The size of another batch of the same kind, which has to show it."""
+        return BatchSize(self._name, inputs, targets)
+
     def losses(self, loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
         """Call ``loss_fn`` and check that it returned one unreduced loss for each example.
 
@@ -69,13 +73,19 @@ class BatchSize:
             self._check(losses)
             self.number = losses.numel()
             # Of inputs or targets of a subclass; what a step hands out and differentiates is plain.
-            return losses if type(losses) is Tensor else losses.as_subclass(Tensor)
+            return plain(losses)
+
+    @property
+    def excess(self) -> int:
+        """How many more examples the caller says that there are than the batch shows."""
+        said = self._given is not None or self._indexed is not None
+        return self.guess - (self._shown() if any(self._lengths) else 0) if said else 0
 
     def _suggested(self) -> int:
-        if self._given is not None:
-            return self._given
-        if self._indexed is not None:
-            return self._indexed
+        said = self._indexed if self._given is None else self._given
+        return self._shown() if said is None else said
+
+    def _shown(self) -> int:
         if not self._lengths:
             raise ValueError(
                 f"{self._name}: no tensor and no list among inputs and targets says how many "
@@ -86,8 +96,8 @@ class BatchSize:
             raise self._empty()
         rows = [shape[0] for shape in self._shapes]
         anywhere = [size for shape in self._shapes for size in shape]
-        agreed = [n for sizes in (rows, anywhere) for n in lengths if n in sizes]
-        return (agreed or lengths)[0]
+        agreed = (n for sizes in (rows, anywhere) for n in lengths if n in sizes)
+        return next(agreed, lengths[0])
 
     def _check(self, losses: Any) -> None:
         name, n = self._name, self.number

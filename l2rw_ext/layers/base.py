@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from l2rw_ext.errors import NotCompilableError
+
 from .costs import Cost, Size
 
 Function: TypeAlias = Callable[..., Any]
@@ -104,6 +106,20 @@ class RowMap:
     def of_all(cls, rows: int) -> RowMap:
         """The map that takes all rows for one example."""
         return cls(1, 1, rows, True)
+
+    def resized(self, rows: int, size: int) -> RowMap:
+        """The same order for other numbers of rows and of examples, which may be symbols.
+
+        Raises:
+            NotCompilableError: it cannot be said, because the order has more than two numbers.
+        """
+        if self.positions == 1 and rows != size:
+            raise NotCompilableError("a layer has one row for each example, or several")
+        if self.outer == 1:
+            return RowMap(1, size, rows // size)
+        if self.inner == 1:
+            return RowMap(rows // size, size, 1)
+        raise NotCompilableError("the examples are in the middle of a layer's rows")
 
     @property
     def positions(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +42,10 @@ class Task:
     model checkpoints."""
     autocast: Autocast = field(default_factory=Autocast)
     """The caller's autocast, under which the model and the loss functions run."""
+    concrete: Task | None = None
+    """If the sizes of the batches are symbols: an equal step whose sizes are numbers, which ran."""
+    stand_ins: Mapping[int, Tensor] = field(default_factory=dict)
+    """By id of a tensor of that step: what stands for it in this one."""
 
     @property
     def n(self) -> int:
@@ -121,6 +126,14 @@ class Direction:
     """v by id of the parameter, in its shape, without the loss scale; absent if it is zero."""
     clean_loss: Tensor
     """The mean clean loss, shape (), detached."""
+
+    def of(self, task: Task) -> Direction:
+        """The direction in a step that may be on stand-ins."""
+        found = task.stand_ins
+        if not found:
+            return self
+        values = {id(found[key]): found[id(v)] for key, v in self.values.items()}
+        return Direction(values, found[id(self.clean_loss)])
 
 
 def clean_direction(task: Task, snapshot: Snapshot) -> Direction:

@@ -24,7 +24,7 @@ from l2rw_ext import devices
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Call, Function, Layer, Roots, Use
-from l2rw_ext.layers.torch_functions import for_subclasses, takes, tensors_in, writes
+from l2rw_ext.layers.torch_functions import for_subclasses, getters, takes, tensors_in, writes
 
 from . import autocast
 from .example_map import ExampleMap
@@ -39,11 +39,16 @@ _REWRITES: dict[Function, Rewrite] = {}
 
 _BY_PARTS: set[Function] = set()
 
-_MARKS = (
-    torch.ops.profiler._record_function_enter_new,
-    torch.ops.profiler._record_function_exit._RecordFunction,
+_UNLISTED = frozenset(
+    (
+        torch.ops.profiler._record_function_enter_new,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+        *getters("device"),
+        *(f for name, f in vars(torch).items() if name.startswith(("sym_", "_sym_"))),
+    )
 )
-"""Functions that compute nothing; with another wrapper, a model calls them or not."""
+"""Functions that say nothing of a forward's structure, and that it may call or not: with another
+wrapper, on tensors without values, on sizes that are symbols."""
 
 
 def rewrites(*functions: Function, by_parts: bool = False) -> Callable[[Rewrite], Rewrite]:
@@ -174,7 +179,7 @@ class Interception(StepMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         number = len(self.calls)
-        if self._listing and func not in _MARKS:
+        if self._listing and func not in _UNLISTED:
             with nullcontext() if self.example_map is None else self.example_map.aside():
                 self.calls.append(_described(func, args, kwargs, self._makers))
         out = NotImplemented
@@ -486,4 +491,6 @@ def _structure(a: Any, makers: _Makers) -> Any:
         return ":", *(_structure(x, makers) for x in (a.start, a.stop, a.step))
     if isinstance(a, (tuple, list)):
         return tuple(_structure(x, makers) for x in a)
+    if kind is torch.SymInt:
+        return a
     return int(a) if isinstance(a, numbers.Integral) else kind

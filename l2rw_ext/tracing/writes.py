@@ -85,6 +85,11 @@ def storage_of(x: Tensor) -> int | None:
         return None
 
 
+def place_of(x: Tensor) -> tuple[Any, Any]:
+    """Where a tensor lies; it has another place after ``x.data = other``."""
+    return storage_of(x), x.storage_offset()
+
+
 @functools.cache
 def _targets(func: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operation writes to."""

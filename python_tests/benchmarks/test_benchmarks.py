@@ -228,8 +228,8 @@ def test_report_draws_a_chart_and_says_what_is_old(
     report = provenance.header("step", "cpu", ["step"])
     report["cases"] = [run_case(TINY, [METHODS["l2rw_ext"]], repeats=2, warmup=1)]
     provenance.write(folder / "step.json", report)
-    chart = tmp_path / "step.svg"
-    arguments = ["report", "--results", str(tmp_path), "--chart", str(chart), "--check"]
+    chart = tmp_path / "charts" / "step.svg"
+    arguments = ["report", "--results", str(tmp_path), "--charts", str(chart.parent), "--check"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "of the present sources" in out
@@ -416,6 +416,8 @@ def test_profile_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["step", "--device", "toaster"],
         ["step", "--tf32"],
         ["memory", "--device", "toaster"],
+        ["scaling", "--device", "toaster"],
+        ["scaling", "--sweep", "no-such-sweep"],
         ["kernels", "--case", "no-such-case"],
         ["kernels", "--device", "toaster"],
         ["kernels", "--precision", "int8"],
@@ -448,5 +450,5 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert error.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("step", "kernels", "memory", "profile", "report", "demo"):
+    for command in ("step", "kernels", "memory", "scaling", "profile", "report", "demo"):
         assert command in shown

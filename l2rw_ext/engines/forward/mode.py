@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import make_dual
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from l2rw_ext.data.batch import plain
 from l2rw_ext.errors import NotExactError
 from l2rw_ext.layers import LAYERS
 from l2rw_ext.layers.base import Function, Layer
@@ -30,6 +31,7 @@ from l2rw_ext.task.task import Direction, Task
 from l2rw_ext.tracing.fast_path import StepMode
 from l2rw_ext.tracing.graph import leaf_of, nodes_from
 from l2rw_ext.tracing.saved_tensors import kept, recomputed
+from l2rw_ext.tracing.writes import place_of
 
 from .dual import dual, tangent_of, unpack
 
@@ -74,7 +76,7 @@ class Tangents(StepMode):
         self._names = {id(p): name for name, p in task.members.parameters}
         self._duals: dict[int, Tensor] = {}
         self._entrances: set[Any] = set()
-        self._states: list[tuple[Tensor, int, int]] = []
+        self._states: list[tuple[Tensor, int, Any]] = []
         self._still: Any = WeakTensorKeyDictionary()
         self.attention = False
         """Whether attention was called, whose fused kernels have no forward derivative."""
@@ -87,7 +89,7 @@ class Tangents(StepMode):
             v = (v.to_dense() if v.is_sparse else v).detach().to(p.dtype)
             self._duals[id(p)] = moving = make_dual(p, v)
             self._entrances.add(moving.grad_fn)
-            self._states.append((p, p._version, p.data_ptr()))
+            self._states.append((p, p._version, place_of(p)))
 
     def __torch_function__(
         self,
@@ -219,8 +221,8 @@ class Tangents(StepMode):
             NotExactError: the losses depend on a parameter past the mode, or a parameter was
                 changed during the forward.
         """
-        for p, version, address in self._states:
-            if p._version != version or p.data_ptr() != address:
+        for p, version, place in self._states:
+            if p._version != version or place_of(p) != place:
                 raise NotExactError(
                     f"parameter {self._names[id(p)]!r} was changed during the forward"
                 )
@@ -237,9 +239,7 @@ class Tangents(StepMode):
             if losses.requires_grad and not losses.is_leaf and losses not in self._still:
                 raise NotExactError("the losses come from an operation without forward derivative")
             return torch.zeros_like(losses)
-        tangent = tangent.detach()
-        # Not if there is no need: a trace does not see the cast.
-        return tangent if type(tangent) is Tensor else tangent.as_subclass(Tensor)
+        return plain(tangent.detach())
 
 
 def _through(layer: Layer, func: Function, /, *args: Any, **kwargs: Any) -> Any:

@@ -83,6 +83,12 @@ class _Kind:
         if len(self.plans) > _LARGEST_NUMBER_OF_PLANS:
             self.plans.popitem(last=False)
 
+    def alike(self, calls: Key) -> Plan | None:
+        """The plan of a forward with symbols for sizes, for which autograd may make more nodes."""
+        today = _numbers(calls)
+        found = [plan for form, plan in self.plans.items() if form[0] == today]
+        return found[0] if len(found) == 1 else None
+
 
 class Layerwise(Engine):
     """Sums per-layer products; exact if each loss depends only on its own rows.
@@ -102,7 +108,7 @@ class Layerwise(Engine):
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
-        key = _key_of_step(task, direction)
+        key = _key_of_step(task.concrete or task, direction)
         kind = self._kinds.get(key, _Kind(key[0]))
         if kind.refused is not None:
             raise NotExactError(kind.refused)
@@ -181,12 +187,14 @@ class Layerwise(Engine):
                 try:
                     return self._merged(task, snapshot, inputs, kind, new=new)
                 except NotMergeableError as reason:
+                    if devices.tracing():
+                        raise NotCompilableError(str(reason)) from reason
                     snapshot.restore()
                     why = str(reason)
                     permanent = permanent or reason.permanent
             else:
                 why = "the inputs of the two batches do not agree in shape"
-            if permanent:
+            if permanent and not devices.tracing():
                 kind.separate = why
         return self._two_passes(task, snapshot, direction, kind, why, new=new)
 
@@ -365,9 +373,10 @@ class _Pass:
         seeded += [(x, task.scaled(torch.full_like(x, 1 / task.m))) for x in clean_losses]
         signatures = (_signature(use, interception) for use in reached)
         sizes = (x.numel() for x in self._outputs)
-        form = (*sizes, *interception.calls, *self._nodes, *signatures)
+        form = (*sizes, *interception.calls, *signatures), tuple(self._nodes)
         if self.verdict is None:
-            plan = self._kind.plans.get(form)
+            kind = self._kind
+            plan = kind.plans.get(form) if task.concrete is None else kind.alike(form[0])
             if plan is None:
                 raise StalePlanError
         else:
@@ -471,12 +480,24 @@ def _check_wrappers(members: Members) -> None:
 
 def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
     names = interception.names
+
+    def name(root: Tensor) -> Any:
+        own = names.get(id(root))
+        return own or (root.shape, frozenset(names.get(p, p) for p in sources(root)))
+
     return (
         use.operation,
         use.part,
         use.shape,
-        *(None if r is None else names.get(id(r)) or (r.shape, sources(r)) for r in use.roots),
+        *(None if root is None else name(root) for root in use.roots),
     )
+
+
+def _numbers(tree: Any) -> Any:
+    """Nested tuples with the numbers for which symbols stand at present."""
+    if isinstance(tree, tuple):
+        return tuple(map(_numbers, tree))
+    return tree.node.hint if isinstance(tree, torch.SymInt) else tree
 
 
 def _finite_seed(losses: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from l2rw_ext import ops
 from l2rw_ext.engines.base import Scored
 from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.plan import Plan, UsePlan
-from l2rw_ext.errors import NotExactError
+from l2rw_ext.errors import NotCompilableError, NotExactError
 from l2rw_ext.layers.base import Factors, Roots, RowMap, Use
 from l2rw_ext.layers.costs import FEW_POSITIONS
 from l2rw_ext.ops.arithmetic import accumulation_dtype
@@ -232,9 +232,13 @@ class Scoring(Scored):
         self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """The layer's z and g, examples first; None if g is zero or empty."""
-        if planned.rows is None:
-            return None
-        return use.layer.prepare(use, z, g, planned.rows)
+        rows, task = planned.rows, self._task
+        if task.concrete is not None:
+            if rows is None:
+                raise NotCompilableError(f"the output of {use.operation} was empty")
+            size = {"merged": task.n + task.m, "train": task.n, "clean": task.m}[use.part]
+            rows = rows.resized(math.prod(g.shape[: use.layer.leading(use, g)]), size)
+        return None if rows is None else use.layer.prepare(use, z, g, rows)
 
     def _score(self, use: Use, form: str, z: Tensor, g: Tensor) -> None:
         """Score a use whose direction depends on no other use, or is known beforehand."""
