@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
@@ -58,6 +57,8 @@ class Symbolic:
 
     def _of_batch(self, k: int, x: Tensor) -> Tensor:
         """A stand-in for all of a tensor but where in its memory it begins."""
+        from torch._dynamo.source import ConstantSource  # which loads the compiler, for seconds
+
         context: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC] * x.dim())
         shape, strides, _ = self._shapes.create_symbolic_sizes_strides_storage_offset(
             x, ConstantSource(f"batch_{k}"), symbolic_context=context
