@@ -61,7 +61,7 @@ class FlatGraph:
         names: Sequence[str],
         *,
         updates: bool,
-        symbolic: Symbolic | None,
+        symbolic: Symbolic | None = None,
     ) -> None:
         given = task
         if symbolic is not None:

@@ -263,7 +263,7 @@ class _Kind(Generic[R]):
             return result
         try:
             self._graphs.append(self._traced(work, work.engine(result), bare, inputs))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
             before.undo()
             raise
         except Exception as error:
@@ -320,7 +320,11 @@ class _Kind(Generic[R]):
             if self._tries == _LARGEST_NUMBER_OF_TRIES:
                 self._refuse("such steps change their engine again and again")
             return expected
-        difference = graph.difference(work, inputs, found, expected)
+        try:
+            difference = graph.difference(work, inputs, found, expected)
+        except BaseException:
+            before.undo()
+            raise
         if difference is not None:
             reason = f"{difference} by the graph differs from the eager step's"
             if self._steps.backend.fullgraph:
