@@ -15,8 +15,8 @@ class NotCompilableError(RuntimeError):
     """A step cannot become one graph; the message says why, and what to change if that is known."""
 
 
-class NotPlannedError(NotCompilableError):
-    """A step has no plan by which it could be traced; steps that run eagerly may make one."""
+class NotYetCompilableError(NotCompilableError):
+    """A step has no plan to be traced by, or another thread drew; a later trace may succeed."""
 
 
 def warn(text: str) -> None:

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from l2rw_ext.errors import NotCompilableError
+from l2rw_ext.errors import NotYetCompilableError
 from l2rw_ext.task.isolation import Generators
 from l2rw_ext.tracing.dispatch import DispatchMode
 
@@ -45,8 +45,9 @@ class Draws(DispatchMode):
         devices: whose generators there are.
 
     Raises:
-        NotCompilableError: a generator is where no operation of the trace has left it, or another
-            operation draws from there.
+        NotYetCompilableError: a generator is where no operation of the trace has left it, or
+            another operation draws from there. Perhaps another thread drew, and a later trace
+            succeeds.
     """
 
     def __init__(self, devices: set[torch.device]) -> None:
@@ -58,7 +59,7 @@ class Draws(DispatchMode):
     def check(self) -> None:
         """Raise unless the generators are where the last draw has left them."""
         if self._now() != self._state:
-            raise NotCompilableError(
+            raise NotYetCompilableError(
                 "the forward sets torch's generator of random numbers; draw them before the step, "
                 "and give them with the batch"
             )

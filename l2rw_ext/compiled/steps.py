@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from l2rw_ext.data.batch import describe
 from l2rw_ext.devices import without_autocast
 from l2rw_ext.engines.proof import due, tolerance_of
-from l2rw_ext.errors import NotCompilableError, NotPlannedError, warn
+from l2rw_ext.errors import NotCompilableError, NotYetCompilableError, warn
 from l2rw_ext.task.isolation import BelowAutograd, Generators, HostGenerators, Snapshot, preserved
 from l2rw_ext.task.task import Task
 
@@ -267,7 +267,7 @@ class _Kind(Generic[R]):
             before.undo()
             raise
         except Exception as error:
-            planned = not isinstance(error, NotPlannedError)
+            planned = not isinstance(error, NotYetCompilableError)
             self._tries += 1
             if planned or self._tries == _LARGEST_NUMBER_OF_TRIES:
                 reason = sentence(error)

@@ -157,14 +157,16 @@ def test_a_mask_that_selects_is_not_an_index() -> None:
 
 def test_traces_in_threads_leave_torch_as_it_was() -> None:
     errors: list[BaseException] = []
+    models = [mlp() for _ in range(4)]  # here, because a trace sees that another thread draws
 
-    def work() -> None:
+    def work(model: nn.Module) -> None:
         try:
-            flat(mlp(), vectors(6))
+            flat(model, batch)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    batch = vectors(6)
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -23,7 +23,7 @@ from l2rw_ext.data.batch import (
 from l2rw_ext.engines.base import Engine, Scored
 from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
 from l2rw_ext.engines.proof import Plain, Proofs, Record, plain_training
-from l2rw_ext.errors import NotCompilableError, NotExactError, NotPlannedError
+from l2rw_ext.errors import NotCompilableError, NotExactError, NotYetCompilableError
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
@@ -146,7 +146,7 @@ class Layerwise(Engine):
                 return self._attempt(task, snapshot, direction, kind, new=False)
             except StalePlanError:
                 if devices.tracing():
-                    raise NotPlannedError(
+                    raise NotYetCompilableError(
                         "each step calls other functions of torch than the one before, or meets "
                         "other parameters or other values"
                     ) from None
