@@ -41,7 +41,7 @@ class SwitchedOffError(NotCompilableError):
     """Dynamo does not follow the forwards now, but may at another step."""
 
 
-class _Stop(Exception):  # noqa: N818
+class _StopError(Exception):
     """Ends the forwards where their graph would run, before Python's objects are changed."""
 
 
@@ -118,7 +118,7 @@ class Guards:
         with rnn, marked, self._settings, without_cached_weights():
             try:
                 self._forwards(task.model, task.loss_fn, task.clean_loss_fn, batch, clean)
-            except _Stop:
+            except _StopError:
                 pass
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                 limit = torch._dynamo.config.recompile_limit
@@ -169,7 +169,7 @@ class Guards:
             own = guards()
             if own is not None:
                 own._found = found, list(compress(given, of_tensors))
-            raise _Stop
+            raise _StopError
 
         self._settings.enter_context(torch._dynamo.config.patch(_EXACT))  # until guards are made
         return call

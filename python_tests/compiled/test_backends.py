@@ -17,12 +17,6 @@ from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
 from support.pairs import Pair, compiled, eagerly, graphs
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def register() -> Iterator[Callable[..., str]]:
     """Registers a backend for one test."""

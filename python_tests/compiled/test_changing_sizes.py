@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,11 +40,9 @@ SIZES = [
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # A graph is checked once, so that its own results are those that the tests see.
+def _checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the graph's own results are those that the tests see."""
     monkeypatch.setattr(steps, "_FEW_SIZES", 1)
-    yield
-    torch._dynamo.reset()
 
 
 def said(pair: Pair, n: int = 6, m: int = 4, draw: Callable[[int], Any] = vectors) -> str:

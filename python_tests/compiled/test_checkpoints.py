@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,12 +18,6 @@ from support.models import CLASSES, ENGINES, model_of, vectors
 from support.pairs import Pair, compiled, graphs
 
 REENTRANT = [False, True]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def _inner(dropout: nn.Module) -> nn.Sequential:

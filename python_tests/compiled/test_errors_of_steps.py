@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,12 +16,6 @@ from l2rw_ext.errors import NotCompilableError
 from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
 from support.oracle import unchanged
 from support.pairs import Pair, eagerly, graphs
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def normed() -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,13 +18,6 @@ from l2rw_ext.task.task import Task
 from support.models import CLASSES, cross_entropy, mlp, vectors
 from support.oracle import unchanged
 from support.pairs import Pair, compiled, eagerly, graphs
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
 
 UNKNOWN = torch.ones(5, dtype=torch.float64)
 

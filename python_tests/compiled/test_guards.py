@@ -22,12 +22,6 @@ TAU = 1.0
 LIST = [1.0]
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
-
 def _default(h: Tensor, q: float = 1.0) -> Tensor:
     return h * q
 

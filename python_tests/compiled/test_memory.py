@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +14,6 @@ from torch import Tensor, nn
 from l2rw_ext import Reweighter
 from support.models import CLASSES, cross_entropy, mlp, vectors
 from support.pairs import graphs
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def _gone(found: list[weakref.ref[Any]]) -> bool:

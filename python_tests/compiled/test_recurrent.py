@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,12 +37,6 @@ CELLS: dict[str, type[nn.RNNCellBase]] = {
     "GRU": nn.GRUCell,
     "RNN": nn.RNNCell,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def _sequences(n: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,12 +23,6 @@ from support.oracle import unchanged
 from support.pairs import Pair, compiled, eagerly, graphs
 
 ROWS = {f.name: f for f in FEATURES}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
 
 
 def normed() -> nn.Module:
