@@ -42,7 +42,7 @@ _SEEN_BY_GEOMETRY = ("detach", "alias", "as_strided")
 """Views whose ids are found by storage and geometry, with no rule."""
 
 
-_PICKING = frozenset(
+PICKING = frozenset(
     (
         "slice",
         "select",
@@ -193,6 +193,11 @@ class ExampleMap(DispatchMode):
                     self._opaque(func, tensors_in(out))
                 elif func._opname not in _SEEN_BY_GEOMETRY:
                     self._follow(Call(func, args, kwargs or {}, tensors_in(out), self._known))
+                elif func._opname == "as_strided" and self._within is None:
+                    kept = [*zip(out.shape, out.stride(), strict=True)]
+                    unlike = _unlike(self.values(args[0]))
+                    if any((args[0].shape[d], args[0].stride(d)) not in kept for d in unlike):
+                        self.note("places", "as_strided")
         return out
 
     @contextlib.contextmanager
@@ -288,7 +293,7 @@ class ExampleMap(DispatchMode):
     def _with_data(self, c: Call, pairs: list[Pair]) -> None:
         if _shaped_by_values(c):
             self.note("reads", c.name)
-        if self._within is None and self._takes_places(c):
+        if self._within is None and c.tensors and self._takes_places(c, pairs[0][0]):
             self.note("places", c.name)
         self._meets_constants(c, pairs)
         in_use = self._within is not None
@@ -321,12 +326,14 @@ class ExampleMap(DispatchMode):
     def _meets_constants(self, c: Call, pairs: list[Pair]) -> None:
         """Data meets tensors that are made without; a subclass may look at them."""
 
-    def _takes_places(self, c: Call) -> bool:
-        """Whether a view picks examples by their place in the batch."""
-        if c.name not in _PICKING or not c.tensors:
+    def _takes_places(self, c: Call, ids: Tensor) -> bool:
+        """Whether elements of a tensor with these ids are picked by their place in the batch."""
+        x = c.tensors[0]
+        unlike = _unlike(squash(ids))
+        if c.name in ("tril", "triu"):
+            return any(d >= x.dim() - 2 for d in unlike)
+        if c.name not in PICKING:
             return False
-        x, ids = c.tensors[0], squash(self._pair(c.tensors[0])[0])
-        unlike = [d for d, k in enumerate(ids.shape) if k > 1]
         picked = range(x.dim()) if c["dim"] is None else [c["dim"] % max(x.dim(), 1)]
         changed = any(out.shape != x.shape for out in c.outs)
         return changed and any(d in picked for d in unlike)
@@ -380,6 +387,11 @@ class ExampleMap(DispatchMode):
             labels = prefer(labels, found.get(x)[1])
         found.set(x, (values, labels))
         found.known = False
+
+
+def _unlike(ids: Tensor) -> list[int]:
+    """Dimensions along which ids differ."""
+    return [d for d, size in enumerate(ids.shape) if size > 1]
 
 
 def _shaped_by_values(c: Call) -> bool:
