@@ -6,12 +6,13 @@ Its trace serves all batches of whose sizes the conditions hold that the trace h
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
@@ -47,7 +48,7 @@ class Symbolic:
         self._mode = FakeTensorMode(shape_env=self._shapes)
         batch = tensors(_batches(task))
         found = {id(x): self._of_batch(k, x) for k, x in enumerate(batch)}
-        for x in inputs:
+        for x in (*inputs, *task.parameters):  # some of which no forward may read
             if id(x) not in found:
                 found[id(x)] = self._mode.from_tensor(x, static_shapes=True)
         self._found = found
@@ -72,7 +73,7 @@ class Symbolic:
     def step(self) -> Iterator[Task]:
         """In the body, stand-ins take the place of the model's tensors; yields the step on them."""
         task, found = self._task, self._found
-        replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+        replaced: list[tuple[dict[str, Any], str, Any]] = []
         try:
             for _, module in task.members.modules:
                 tables: Any = (module._parameters, module._buffers, module.__dict__)
@@ -81,6 +82,12 @@ class Symbolic:
                         if isinstance(x, Tensor) and id(x) in found:
                             replaced.append((table, name, x))
                             table[name] = found[id(x)]
+                if isinstance(module, nn.RNNBase):  # it lists its weights, to see if they change
+                    listed = [found.get(id(x), x) for x in module._flat_weights]
+                    references = [None if x is None else weakref.ref(x) for x in listed]
+                    for name, x in (("_flat_weights", listed), ("_flat_weight_refs", references)):
+                        replaced.append((module.__dict__, name, module.__dict__[name]))
+                        module.__dict__[name] = x
             batches = pytree.tree_map(lambda x: found.get(id(x), x), _batches(task))
             inputs, targets, clean_inputs, clean_targets = batches
             clean_size = task.clean_size

@@ -218,6 +218,14 @@ def test_tensors_from_elsewhere() -> None:
             balance.add_(0.1)
 
 
+def test_parameters_that_no_forward_reads() -> None:
+    model = model_of(lambda s, x: s.inner(x), inner=mlp(), unused=torch.randn(3))
+    pair = Pair(model, compile_options=DYNAMIC)
+    with compiled(1):
+        for n in (6, 6, 5, 7):
+            pair.step(vectors(n), vectors(4))
+
+
 def test_numbers_in_python() -> None:
     """A number that the forward reads is no size, and another one needs another graph."""
     scale = {"by": 1.0, "rows": 4}
@@ -324,19 +332,14 @@ def test_past_the_bound_may_be_an_error() -> None:
 def test_one_graph_for_each_size() -> None:
     """What cannot run on symbols still is a graph, and explain() says why it is no other's."""
 
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.LSTM(5, 4, batch_first=True)
-            self.outer = nn.Linear(4, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.outer(self.inner(x)[0][:, -1])
-
     def draw(n: int) -> tuple[Tensor, Tensor]:
-        return torch.randn(n, 3, 5).double(), torch.randint(CLASSES, (n,))
+        return torch.randn(n, 2, 3, 5).double(), torch.randint(CLASSES, (n,))
 
-    pair = Pair(Recurrent().double(), compile_options=DYNAMIC)
+    def forward(s: Any, x: Tensor) -> Tensor:  # the examples are in the middle of the rows
+        return s.outer(torch.tanh(s.inner(x.transpose(0, 1))).sum((0, 2)))
+
+    model = model_of(forward, inner=nn.Linear(5, 4), outer=nn.Linear(4, CLASSES))
+    pair = Pair(model, compile_options=DYNAMIC)
     with compiled(2):
         for n in (6, 6, 6, 5, 5, 6):
             pair.step(draw(n), draw(4))

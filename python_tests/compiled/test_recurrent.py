@@ -159,3 +159,51 @@ def test_a_graph_grows_by_the_same_for_each_step_in_time(kind: str) -> None:
 
     counts = [operations(length) for length in (2, 3, 4)]
     assert counts[2] - counts[1] == counts[1] - counts[0]
+
+
+def _numbers_of_examples(pair: Pair, width: torch.dtype, *lengths: int) -> None:
+    for n, m in ((6, 4), (6, 4), (5, 4), (6, 3), (9, 7)):
+        for length in lengths:
+            pair.step(*((torch.randn(k, length, 5).to(width), _sequences(k)[1]) for k in (n, m)))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_graph_for_all_numbers_of_examples(kind: str, options: str) -> None:
+    """The layers' own lists of weights are as before when the graph is made."""
+    layer = LAYERS[kind](5, 6, **OPTIONS[options])
+    lists = [list(layer._flat_weights), list(layer._flat_weight_refs)]
+    pair = Pair(_of(layer), compile_options={"dynamic": True})
+    with compiled(1):
+        _numbers_of_examples(pair, torch.float64, 3)
+    for before, after in zip(lists, (layer._flat_weights, layer._flat_weight_refs), strict=True):
+        assert all(x is y for x, y in zip(before, after, strict=True))
+
+
+def test_a_graph_for_each_length() -> None:
+    """There are as many operations as there are steps in time."""
+    pair = Pair(_of(nn.GRU(5, 6, batch_first=True)), compile_options={"dynamic": True})
+    with compiled(2):
+        _numbers_of_examples(pair, torch.float64, 3, 2)
+
+
+@pytest.mark.parametrize("compile", ["eager", "inductor"])
+def test_the_fused_layer_for_all_numbers_of_examples(compile: str) -> None:
+    model = _of(nn.LSTM(5, 6, batch_first=True)).float()
+    pair = Pair(model, compile=compile, compile_options={"dynamic": True}, tolerance=FLOAT32)
+    with compiled(1):
+        _numbers_of_examples(pair, torch.float32, 3)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells_for_all_numbers_of_examples(kind: str) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], 6)
+        state: Any = (h, h) if kind == "LSTM" else h
+        for x_t in x.unbind(1):
+            state = s.cell(x_t, state)
+        return s.head(state[0] if kind == "LSTM" else state)
+
+    model = model_of(forward, cell=CELLS[kind](5, 6), head=nn.Linear(6, CLASSES))
+    with compiled(1):
+        _numbers_of_examples(Pair(model, compile_options={"dynamic": True}), torch.float64, 3)
