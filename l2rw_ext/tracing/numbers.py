@@ -27,7 +27,8 @@ _COUNTING = ("arange", "range", "linspace")
 """Operations whose numbers say how many elements there are; what they make is a constant."""
 
 _SHAPED = re.compile(
-    "view|_unsafe_view|_reshape_alias|expand|repeat|new_.*|native_group_norm|_cudnn_rnn|miopen_rnn"
+    "view|_unsafe_view|_reshape_alias|expand|repeat|new_.*|native_group_norm|convolution"
+    "|affine_grid_generator|_cudnn_rnn|miopen_rnn"
 )
 """Operations that are given sizes among which are numbers of examples."""
 
@@ -36,6 +37,21 @@ _ROW_BY_ROW = re.compile(
     "|native_layer_norm|_softmax|embedding|index"
 )
 """Operations that do the same to each row, besides views and pointwise ones."""
+
+
+Found = tuple[Any, Any, Any]
+"""What an operation takes, and its sizes: as they are, and for each example if it has rows."""
+
+
+def agree(*found: set[Found]) -> bool:
+    """Whether forwards take the same, of sizes that are the same or of as many rows as examples."""
+    as_they_are = [{(what, sizes) for what, sizes, _ in each} for each in found]
+    by_example = [{(what, sizes) for what, _, sizes in each} for each in found]
+    return all(
+        all((what, sizes) in each for each in as_they_are)
+        or all((what, of_rows) in each for each in by_example)
+        for what, sizes, of_rows in set.union(*found)
+    )
 
 
 class Numbers(ExampleMap):
@@ -54,7 +70,7 @@ class Numbers(ExampleMap):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.found: dict[str, set[Any]] = {}
+        self.found: dict[str, set[Found]] = {}
         """By part of the forward, see :meth:`part`."""
         self._drawn: set[int] = set()
         self._of_members: set[int] = set(self._permanent)
@@ -63,9 +79,10 @@ class Numbers(ExampleMap):
         """Which of equal rows the elements are computed from, in what members were computed to."""
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """A context for a part of the forward."""
+    def part(self, name: str, first: int = 0, count: int | None = None) -> Iterator[None]:
+        """A context for a part of the forward, which has some examples from the first on."""
         self._into = self.found.setdefault(name, set())
+        self._first, self.count = first, count or self.count
         with self:
             yield
 
@@ -79,10 +96,13 @@ class Numbers(ExampleMap):
             for where in _numbers(func):
                 value = argument(*where, args, kwargs)
                 if isinstance(value, (int, float, complex)):
-                    self._into.add((name, value))
+                    self._add(name, value)
             if name == "as_strided" and plain(args[0]) and key(args[0]) in self._rows:
-                self._into.add((name, self.count))  # it may make rows of parts of rows
+                self._add(name, self.count)  # it may make rows of parts of rows
         return out
+
+    def _add(self, name: str, what: Any, sizes: Any = None, of_rows: Any = None) -> None:
+        self._into.add(((name, what), sizes, of_rows))
 
     def _follow(self, c: Call) -> None:
         made = [*c.outs, *c.writes]
@@ -124,6 +144,7 @@ class Numbers(ExampleMap):
                 ids = self._row(x) if member else counted(x.dim(), d, 0, sizes[d])
                 if owners:
                     ids = counted(x.dim(), d, 0, sizes[d]) // (sizes[d] // self.count)
+                    ids = ids + self._first
                 if self._apart(c, found, found | {id(x): ids}):
                     found[id(x)] = ids
                     sizes[d] //= self.count
@@ -131,7 +152,9 @@ class Numbers(ExampleMap):
             if member and id(x) not in found and not unowned(self._row(x)):
                 found[id(x)] = full(x.dim(), MIXED)  # rows that were mixed or picked
                 sizes.append(self.count)
-            self._into.add((c.name, tuple(sizes), None if member else _digest(x)))
+            if c.name != "clone":
+                digest = None if member else _digest(x)
+                self._add(c.name, digest, tuple(x.shape), tuple(sizes))
         return found
 
     def _collect_places(self, c: Call, owners: dict[int, Tensor]) -> None:
@@ -142,9 +165,11 @@ class Numbers(ExampleMap):
             if whole or self._takes_places(c, owners.get(id(x), full(x.dim()))):
                 return
         if owners and c.name in ("expand", "repeat"):
-            self._into.add((c.name, tuple(_times(x, c.outs[0]).values())))
+            self._add(c.name, tuple(_times(x, c.outs[0]).values()))
         elif not _SHAPED.fullmatch(c.name):
-            self._into.add((c.name, str([a for a in c.args.values() if _whole(a)])))
+            given = [a for a in c.args.values() if _whole(a)]
+            if given:
+                self._add(c.name, str(given))
 
     def _alike(self, x: Tensor, member: bool) -> list[int]:
         """Dimensions along which x may hold the same for each example, the likeliest first."""

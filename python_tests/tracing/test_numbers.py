@@ -55,9 +55,13 @@ def _sequences(n: int) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))
 
 
+SIZES = ((6, 4), (4, 4), (2, 8))
+"""n and m, some of which are also numbers of features or of layers."""
+
+
 def _check_merged(model: nn.Module, make: Callable[[int], Any] = _sequences) -> None:
     """One pass with the oracle's numbers, whatever the sizes of the batches are."""
-    for sizes in ((6, 4), (4, 4), (2, 8)):
+    for sizes in SIZES:
         reweighter = Reweighter(model, cross_entropy, engine="layerwise")
         batch, clean = map(make, sizes)
         assert "one merged" in reweighter.explain(batch, clean).passes
@@ -119,6 +123,9 @@ ALIKE: dict[str, Callable[[Any, Tensor], Tensor]] = {
         h.reshape(-1, 4) + (s.gate * s.table[:1, :4]).repeat(2 * len(h), 1)
     ).view(-1, 8),
     "parts of rows": lambda s, h: h * torch.cat(_rows(s, h, 8).chunk(2, 1)[::-1], 1).softmax(1),
+    "a constant as long as a batch": lambda s, h: (
+        h + (s.gate * s.table[0, :4] * h.new_ones(4, 4)).sum(1).repeat(2)
+    ),
     "rows written to a tensor": lambda s, h: h + h.new_zeros(len(h), 8).copy_(_rows(s, h, 8)),
 }
 
@@ -200,6 +207,20 @@ def _gated(function: Callable[[Any, Tensor], Tensor]) -> nn.Module:
 def test_rows_that_are_alike(name: str) -> None:
     model = _gated(ALIKE[name])
     _check_merged(model, vectors)
+
+
+def test_a_constant_of_the_losses() -> None:
+    """It has a row for each of their examples, which are a part of the merged ones."""
+
+    def losses(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets) * outputs.new_full((len(targets),), 0.5)
+
+    for sizes in ((6, 4), (4, 4), (6, 1)):
+        model = _gated(lambda s, h: h)
+        reweighter = Reweighter(model, losses)
+        batch, clean = map(vectors, sizes)
+        assert "one merged" in reweighter.explain(batch, clean).passes
+        assert_exact(model, losses, batch, clean, reweighter=reweighter)
 
 
 @pytest.mark.parametrize("name", DIFFERENT)

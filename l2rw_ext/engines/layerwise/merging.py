@@ -22,7 +22,7 @@ from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Generators, HostGenerators, Snapshot
 from l2rw_ext.task.task import Task, direction_of
 from l2rw_ext.tracing.fast_path import StepMode
-from l2rw_ext.tracing.numbers import Numbers
+from l2rw_ext.tracing.numbers import Numbers, agree
 
 
 class NotMergeableError(Exception):
@@ -133,18 +133,22 @@ def _agree(task: Task, snapshot: Snapshot, inputs: Any, host: HostGenerators) ->
         with numbers.part(part):
             return losses(outputs)
 
+    def part(name: str) -> AbstractContextManager[None]:
+        first, size = {"merged": (0, n + m), "train": (0, n), "clean": (n, m)}[name]
+        return merged.part(name, first, size)
+
     restart()
-    together = comparable(task, *merged_losses(task, inputs, merged.part)[:2])
+    together = comparable(task, *merged_losses(task, inputs, part)[:2])
     own_clean = alone(clean, task.clean_inputs, task.clean_losses, "clean")
     direction = None if together is None else direction_of(task, own_clean)
     own_train = alone(train, task.inputs, task.losses, "train")
     drawn = not snapshot.generators.unchanged()
     apart = None if direction is None else comparable(task, own_train, direction)
-    parts = merged.found
-    if not (parts["merged"] == train.found["merged"] == clean.found["merged"]):
+    if not agree(*(numbers.found["merged"] for numbers in (merged, train, clean))):
         return False
-    if parts["train"] != train.found["train"] or parts["clean"] != clean.found["clean"]:
-        return False
+    for name, numbers in (("train", train), ("clean", clean)):
+        if not agree(merged.found[name], numbers.found[name]):
+            return False
     # Forwards that draw have other numbers each, and nothing can be compared.
     return drawn or together is None or apart is None or not together.differs(apart)
 
