@@ -51,7 +51,6 @@ class Symbolic:
             if id(x) not in found:
                 found[id(x)] = self._mode.from_tensor(x, static_shapes=True)
         self._found = found
-        self._tables: list[tuple[dict[str, Any], str, Tensor]] = []
         self._sized = [found[id(x)] for x in (*batch, *given)]
         self.inputs = [found[id(x)] for x in inputs]
 
@@ -72,38 +71,26 @@ class Symbolic:
     def step(self) -> Iterator[Task]:
         """In the body, stand-ins take the place of the model's tensors; yields the step on them."""
         task, found = self._task, self._found
-        replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-        try:
-            for _, module in task.members.modules:
-                tables: Any = (module._parameters, module._buffers, module.__dict__)
-                for table in tables:
-                    for name, x in list(table.items()):
-                        if isinstance(x, Tensor) and id(x) in found:
-                            replaced.append((table, name, x))
-                            table[name] = found[id(x)]
+        with task.members.exchanged(lambda _, x: found.get(id(x))), self._mode:
             batches = pytree.tree_map(lambda x: found.get(id(x), x), _batches(task))
             inputs, targets, clean_inputs, clean_targets = batches
             clean_size = task.clean_size
             if clean_size is not None:
                 clean_size = clean_size.like(clean_inputs, clean_targets)
             parameters: Any = [found[id(p)] for p in task.parameters]
-            with self._mode:
-                yield replace(
-                    task,
-                    inputs=inputs,
-                    targets=targets,
-                    clean_inputs=clean_inputs,
-                    clean_targets=clean_targets,
-                    size=task.size.like(inputs, targets),
-                    clean_size=clean_size,
-                    parameters=parameters,
-                    loss_scale=found.get(id(task.loss_scale)),
-                    concrete=task,
-                    stand_ins=found,
-                )
-        finally:
-            for table, name, x in replaced:
-                table[name] = x
+            yield replace(
+                task,
+                inputs=inputs,
+                targets=targets,
+                clean_inputs=clean_inputs,
+                clean_targets=clean_targets,
+                size=task.size.like(inputs, targets),
+                clean_size=clean_size,
+                parameters=parameters,
+                loss_scale=found.get(id(task.loss_scale)),
+                concrete=task,
+                stand_ins=found,
+            )
 
     def conditions(self) -> Callable[[Sizes], bool]:
         """Whether the trace, and what was compiled of it, serves batches of other sizes."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,3 +95,25 @@ class Members:
     def devices(self) -> set[torch.device]:
         """Where the parameters are."""
         return {p.device for _, p in self.parameters}
+
+    @contextlib.contextmanager
+    def exchanged(self, other: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+        """In the body, other tensors take the place of parameters, buffers and attributes.
+
+        Args:
+            other: (name in its module, tensor) -> what takes its place, None to leave it there.
+        """
+        replaced: list[tuple[Any, str, Tensor]] = []
+        try:
+            for _, module in self.modules:
+                tables: Any = (module._parameters, module._buffers, module.__dict__)
+                for table in tables:
+                    for name, x in list(table.items()):
+                        y = other(name, x) if isinstance(x, Tensor) else None
+                        if y is not None:
+                            replaced.append((table, name, x))
+                            table[name] = y
+            yield
+        finally:
+            for table, name, x in replaced:
+                table[name] = x

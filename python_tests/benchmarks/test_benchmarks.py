@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -362,18 +363,17 @@ def test_the_first_steps_are_timed_apart_and_the_last_of_them_is_checked() -> No
     assert row["first_seconds"] == pytest.approx(sum(row["first_steps"]))
 
 
-@COMPILER
 @pytest.mark.parametrize(
     "name", ["plain_union_compiled", "jvp_compiled", "double_backward_compiled"]
 )
-def test_a_compiled_method_is_right(name: str) -> None:
+def test_a_compiled_method_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the graph that a backend is given; inductor would take long, and has tests of its own."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     entry = run_case(TINY, [METHODS[name]], repeats=2, warmup=1)
     row = rows(entry)[name]
     assert row["status"] == "ok", row
     assert max(row["errors"].values()) < 2e-6
     assert row["ratio"] > 0
-    # Compiling takes longer than a step, and happens in the first one.
-    assert row["first_steps"][0] > 10 * row["seconds"]
     assert entry["yardstick"] in ("plain_union", "plain_union_compiled")
 
 

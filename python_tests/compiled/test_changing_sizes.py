@@ -18,7 +18,7 @@ from l2rw_ext import Reweighter
 from l2rw_ext.compiled import steps
 from l2rw_ext.errors import NotCompilableError
 from l2rw_ext.layers.base import RowMap
-from support.models import CLASSES, Tokens, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, Tokens, cross_entropy, mlp, model_of, normed, vectors
 from support.pairs import Pair, compiled, eagerly, graphs
 
 DYNAMIC = {"dynamic": True}
@@ -88,11 +88,6 @@ def convolution() -> nn.Module:
 def images(n: int) -> tuple[Tensor, Tensor]:
     """A batch of n images, all of one height."""
     return torch.randn(n, 2, random.choice((6, 7, 9)), 6).double(), torch.randint(CLASSES, (n,))
-
-
-def normed() -> nn.Module:
-    """With batch statistics, so that examples meet."""
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double()
 
 
 # One graph for many sizes.
@@ -192,7 +187,8 @@ def test_micro_batches() -> None:
 
 
 def test_checkpoints() -> None:
-    inner, outer = mlp(), nn.Linear(CLASSES, CLASSES).double()
+    """They draw the masks of their forward again, of whatever size."""
+    inner, outer = nn.Sequential(mlp(), nn.Dropout(0.4)), nn.Linear(CLASSES, CLASSES)
     model = model_of(
         lambda m, x: m.outer(checkpoint(m.inner, x, use_reentrant=False)), inner=inner, outer=outer
     )

@@ -18,18 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter
 from support.feature_table import FEATURES
-from support.models import CLASSES, ENGINES, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, ENGINES, cross_entropy, mlp, model_of, normed, vectors
 from support.oracle import unchanged
 from support.pairs import Pair, compiled, eagerly, graphs
 
 ROWS = {f.name: f for f in FEATURES}
-
-
-def normed() -> nn.Module:
-    """With batch statistics, so that examples meet."""
-    return nn.Sequential(
-        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)
-    ).double()
 
 
 def dropped() -> nn.Module:
@@ -72,14 +65,16 @@ def test_buffers_advance(engine: Any) -> None:
     assert pair.models[1][1].num_batches_tracked == 19
 
 
-def test_only_buffers_that_are_written_are_outputs() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_only_buffers_that_are_written_are_outputs(training: bool) -> None:
+    """Batch norm writes to its statistics in training mode alone."""
     model = normed().eval()
-    model[1].train()
+    model[1].train(training)
     model[0].register_buffer("read", torch.ones(8, dtype=torch.float64))
     model.append(model_of(lambda _, x: x * model[0].read.sum()))
     with graphs() as made:
         Pair(model).steps(3)
-    assert len(made[0].updated) == 3
+    assert len(made[0].updated) == 3 * training
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
