@@ -298,8 +298,7 @@ def _source(node: torch.fx.Node) -> str:
 
 def _text(source: Any) -> str:
     """How the forward reaches an object, as Dynamo writes it."""
-    name = source.name
-    return str(name() if callable(name) else name)
+    return str(source.name)
 
 
 _EXPLAINED = "Explanation: "

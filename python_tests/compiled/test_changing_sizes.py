@@ -111,23 +111,22 @@ def test_all_sizes(dynamic: bool) -> None:
     assert (len(made) <= 4) == dynamic
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("make", "draw"),
     [(Places, sentences), (tied, sentences), (convolution, images)],
     ids=["places", "encoder", "images"],
 )
-def test_lengths(make: Callable[[], nn.Module], draw: Callable[[int], Any], dynamic: bool) -> None:
+def test_lengths(make: Callable[[], nn.Module], draw: Callable[[int], Any]) -> None:
     """Those of the two batches are mostly not the same."""
     random.seed(0)
-    pair = Pair(make().double(), compile_options={"dynamic": dynamic})
-    with graphs() as made, torch._dynamo.config.patch(recompile_limit=64):
+    pair = Pair(make().double(), compile_options=DYNAMIC)
+    with graphs() as made:
         for _ in range(2):
             pair.step(draw(6), draw(4))
         for _ in range(12):
             pair.step(draw(random.randint(2, 9)), draw(random.randint(2, 5)))
-    assert not dynamic or len(made) <= 4
-    assert not dynamic or "each is for one size" not in said(pair, draw=draw)
+    assert len(made) <= 4
+    assert "each is for one size" not in said(pair, draw=draw)
 
 
 def test_batch_statistics() -> None:

@@ -36,9 +36,11 @@ def _model(forward: Callable[[Any, Tensor], Tensor], dropout: nn.Module | None =
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("reentrant", REENTRANT)
-@pytest.mark.parametrize("low_memory", [False, True, "auto"])
+@pytest.mark.parametrize(
+    ("engine", "low_memory"),
+    [*((engine, "auto") for engine in ENGINES), ("layerwise", False), ("layerwise", True)],
+)
 def test_dropout_inside(engine: Any, reentrant: bool, low_memory: Any) -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         x = checkpoint(s.a, x, use_reentrant=reentrant)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter
 from support.feature_table import FEATURES
@@ -187,19 +186,6 @@ def test_autocast_is_part_of_the_kind() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=k % 2 == 1):
                 step = pair.step(vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32))
             assert step.losses.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("reentrant", "low_memory"), [(True, "auto"), (True, False), (False, True), (False, "auto")]
-)
-def test_checkpoints(reentrant: bool, low_memory: Any) -> None:
-    def forward(model: Any, x: Tensor) -> Tensor:
-        h = torch.tanh(model.a(x))
-        return model.c(checkpoint(lambda h: torch.tanh(model.b(h)), h, use_reentrant=reentrant))
-
-    model = model_of(forward, a=nn.Linear(5, 8), b=nn.Linear(8, 8), c=nn.Linear(8, CLASSES))
-    with compiled():
-        Pair(model, low_memory=low_memory).steps(4)
 
 
 @pytest.mark.parametrize("make", [mlp, dropped, normed], ids=["plain", "dropout", "batch norm"])
