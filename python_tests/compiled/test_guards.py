@@ -349,8 +349,7 @@ def _own_generator(s: Any, h: Tensor) -> Tensor:
 
 
 EAGER: dict[str, tuple[Read, str]] = {
-    "Python's generator": (lambda s, h: h * random.random(), "random"),
-    "Python's generator, a range": (lambda s, h: h * random.uniform(0, 1), "Python's generator"),
+    "Python's generator": (lambda s, h: h * random.uniform(0, 1), "Python's generator"),
     "NumPy's generator": (lambda s, h: h * np.random.rand(), "data-dependent"),
     "an array of NumPy's generator": (
         lambda s, h: h * torch.from_numpy(np.random.rand(8)),
