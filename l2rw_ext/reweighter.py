@@ -100,8 +100,9 @@ class Reweighter:
             that cannot be one graph runs eagerly, and a warning says why: see "Compiled steps" on
             the page of options.
         compile_options: ``mode``, ``dynamic``, ``options`` and ``fullgraph`` of ``torch.compile``;
-            with ``dynamic=True`` a graph serves batches of other sizes where that is possible, and
-            with ``fullgraph=True`` a step that cannot be one graph is an error.
+            with ``dynamic=True`` a graph serves batches of other sizes where that is possible
+            (``len(x)`` and ``int(x.shape[1])`` fix a size, ``x.shape[1]`` does not), and with
+            ``fullgraph=True`` a step that cannot be one graph is an error.
 
     With none of the options from ``every`` to ``preconditioner``, and without
     ``on_degenerate="uniform"``, the weights are the paper's.

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -138,8 +140,13 @@ class FlatGraph:
 def _traced(body: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
     # What the user has compiled runs as Python here.
     nested = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    # For the shapes of all nodes. Without it make_fx makes a mode for each of them, which records
+    # its caller's stack: most of the time of a trace.
+    context = None
+    if detect_fake_mode(inputs) is None:
+        context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
     try:
-        with _one_at_a_time, nested:
+        with _one_at_a_time, nested, tracing(context):
             return make_fx(body, tracing_mode="real")(*inputs)
     except RuntimeError as error:
         if "get value out of a tracing tensor" not in str(error):
@@ -208,30 +215,21 @@ def _copies(members: Members, inputs: Sequence[Tensor]) -> Iterator[dict[int, Te
     numbers = {id(x): k for k, x in enumerate(inputs)}
     copies: dict[int, Tensor] = {}
     storages: dict[int | None, str] = {}
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for _, module in members.modules:
-            for table in (module._buffers, module.__dict__):
-                for name, x in list(table.items()):
-                    if not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
-                        continue
-                    k = numbers.get(id(x))
-                    if k is None:
-                        continue
-                    if k not in copies:
-                        storage = storage_of(x)
-                        if storage in storages:
-                            raise NotCompilableError(
-                                f"{name!r} and {storages[storage]!r} share memory"
-                            )
-                        storages[storage] = name
-                        copies[k] = x.clone()
-                    replaced.append((table, name, x))
-                    table[name] = copies[k]
+
+    def copy_of(name: str, x: Tensor) -> Tensor | None:
+        k = numbers.get(id(x))
+        if k is None or isinstance(x, nn.Parameter):
+            return None
+        if k not in copies:
+            storage = storage_of(x)
+            if storage in storages:
+                raise NotCompilableError(f"{name!r} and {storages[storage]!r} share memory")
+            storages[storage] = name
+            copies[k] = x.clone()
+        return copies[k]
+
+    with members.exchanged(copy_of):
         yield copies
-    finally:
-        for table, name, x in replaced:
-            table[name] = x
 
 
 def _refusals(

@@ -222,9 +222,36 @@ def _changed() -> str | None:
         if isinstance(variable.mutation_type, (AttributeMutationExisting, ValueMutationExisting)):
             name = _text(variable.source)
             if not _BUFFERS.fullmatch(name):
-                attribute = next(iter(effects.store_attr_mutations.get(variable, ())), None)
-                return _readable(name if attribute is None else f"{name}.{attribute}")
+                stored = effects.store_attr_mutations.get(variable, {})
+                changed = [a for a, value in stored.items() if not _is_now(variable, a, value)]
+                if changed or not stored:
+                    return _readable(f"{name}.{changed[0]}" if changed else name)
     return None
+
+
+def _is_now(variable: Any, attribute: str, value: Any) -> bool:
+    """Whether a module's attribute is assigned what it is, which a guard holds from now on.
+
+    Args:
+        variable: Dynamo's, for the object.
+        attribute: the name.
+        value: Dynamo's variable for what is assigned.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource
+
+    module = getattr(variable, "value", None)
+    if not isinstance(module, nn.Module) or not value.is_python_constant():
+        return False
+    now = vars(module).get(attribute)
+    if not isinstance(now, (bool, int, float, str)):
+        return False
+    given = value.as_python_constant()
+    if type(given) is not type(now) or repr(given) != repr(now):
+        return False
+    source = AttrSource(variable.source, attribute)
+    install_guard(source.make_guard(GuardBuilder.CONSTANT_MATCH))
+    return True
 
 
 def unread(
@@ -271,8 +298,7 @@ def _source(node: torch.fx.Node) -> str:
 
 def _text(source: Any) -> str:
     """How the forward reaches an object, as Dynamo writes it."""
-    name = source.name
-    return str(name() if callable(name) else name)
+    return str(source.name)
 
 
 _EXPLAINED = "Explanation: "

@@ -6,13 +6,12 @@ Its trace serves all batches of whose sizes the conditions hold that the trace h
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
@@ -52,7 +51,6 @@ class Symbolic:
             if id(x) not in found:
                 found[id(x)] = self._mode.from_tensor(x, static_shapes=True)
         self._found = found
-        self._tables: list[tuple[dict[str, Any], str, Tensor]] = []
         self._sized = [found[id(x)] for x in (*batch, *given)]
         self.inputs = [found[id(x)] for x in inputs]
 
@@ -73,44 +71,26 @@ class Symbolic:
     def step(self) -> Iterator[Task]:
         """In the body, stand-ins take the place of the model's tensors; yields the step on them."""
         task, found = self._task, self._found
-        replaced: list[tuple[dict[str, Any], str, Any]] = []
-        try:
-            for _, module in task.members.modules:
-                tables: Any = (module._parameters, module._buffers, module.__dict__)
-                for table in tables:
-                    for name, x in list(table.items()):
-                        if isinstance(x, Tensor) and id(x) in found:
-                            replaced.append((table, name, x))
-                            table[name] = found[id(x)]
-                if isinstance(module, nn.RNNBase):  # it lists its weights, to see if they change
-                    listed = [found.get(id(x), x) for x in module._flat_weights]
-                    references = [None if x is None else weakref.ref(x) for x in listed]
-                    for name, x in (("_flat_weights", listed), ("_flat_weight_refs", references)):
-                        replaced.append((module.__dict__, name, module.__dict__[name]))
-                        module.__dict__[name] = x
+        with task.members.exchanged(lambda _, x: found.get(id(x))), self._mode:
             batches = pytree.tree_map(lambda x: found.get(id(x), x), _batches(task))
             inputs, targets, clean_inputs, clean_targets = batches
             clean_size = task.clean_size
             if clean_size is not None:
                 clean_size = clean_size.like(clean_inputs, clean_targets)
             parameters: Any = [found[id(p)] for p in task.parameters]
-            with self._mode:
-                yield replace(
-                    task,
-                    inputs=inputs,
-                    targets=targets,
-                    clean_inputs=clean_inputs,
-                    clean_targets=clean_targets,
-                    size=task.size.like(inputs, targets),
-                    clean_size=clean_size,
-                    parameters=parameters,
-                    loss_scale=found.get(id(task.loss_scale)),
-                    concrete=task,
-                    stand_ins=found,
-                )
-        finally:
-            for table, name, x in replaced:
-                table[name] = x
+            yield replace(
+                task,
+                inputs=inputs,
+                targets=targets,
+                clean_inputs=clean_inputs,
+                clean_targets=clean_targets,
+                size=task.size.like(inputs, targets),
+                clean_size=clean_size,
+                parameters=parameters,
+                loss_scale=found.get(id(task.loss_scale)),
+                concrete=task,
+                stand_ins=found,
+            )
 
     def conditions(self) -> Callable[[Sizes], bool]:
         """Whether the trace, and what was compiled of it, serves batches of other sizes."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,3 +96,33 @@ class Members:
     def devices(self) -> set[torch.device]:
         """Where the parameters are."""
         return {p.device for _, p in self.parameters}
+
+    @contextlib.contextmanager
+    def exchanged(self, other: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+        """In the body, other tensors take the place of parameters, buffers and attributes.
+
+        Args:
+            other: (name in its module, tensor) -> what takes its place, None to leave it there.
+        """
+        replaced: list[tuple[Any, str, Any]] = []
+        exchanged: dict[int, Tensor] = {}
+        try:
+            for _, module in self.modules:
+                tables: Any = (module._parameters, module._buffers, module.__dict__)
+                for table in tables:
+                    for name, x in list(table.items()):
+                        y = other(name, x) if isinstance(x, Tensor) else None
+                        if y is not None:
+                            replaced.append((table, name, x))
+                            table[name] = y
+                            exchanged[id(x)] = y
+                if isinstance(module, nn.RNNBase):  # it lists its weights, to see if they change
+                    listed = [exchanged.get(id(x), x) for x in module._flat_weights]
+                    references = [None if x is None else weakref.ref(x) for x in listed]
+                    for name, y in (("_flat_weights", listed), ("_flat_weight_refs", references)):
+                        replaced.append((module.__dict__, name, module.__dict__[name]))
+                        module.__dict__[name] = y
+            yield
+        finally:
+            for table, name, x in replaced:
+                table[name] = x

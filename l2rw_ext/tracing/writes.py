@@ -13,6 +13,8 @@ from .dispatch import DispatchMode, argument
 
 STATISTICS = ("running_mean", "running_var")
 """Arguments that operators of batch norm write to, although not all of their schemas say so."""
+_TRAINING = ("training", "train")
+"""Their flags; where one is False, the statistics are only read, although a schema may say more."""
 
 
 class Written:
@@ -66,7 +68,7 @@ class BeforeWrites(DispatchMode):
         kwargs = kwargs or {}
         # Nothing here is a call of the model's, which a function mode should see.
         with torch._C.DisableTorchFunction():
-            for where in _targets(func):
+            for where in _targets(func, _trains(func, args, kwargs)):
                 given = argument(*where, args, kwargs)
                 for x in given if isinstance(given, (list, tuple)) else (given,):
                     storage = storage_of(x) if isinstance(x, Tensor) else None
@@ -90,13 +92,26 @@ def place_of(x: Tensor) -> tuple[Any, Any]:
     return storage_of(x), x.storage_offset()
 
 
+def _trains(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation may write to statistics of batch norm."""
+    return all(argument(*flag, args, kwargs) is not False for flag in _flags(func))
+
+
 @functools.cache
-def _targets(func: Any) -> tuple[tuple[int, str], ...]:
+def _flags(func: Any) -> tuple[tuple[int, str], ...]:
+    return tuple((k, a.name) for k, a in enumerate(_arguments(func)) if a.name in _TRAINING)
+
+
+@functools.cache
+def _targets(func: Any, trains: bool) -> tuple[tuple[int, str], ...]:
     """Position and name of the arguments that an operation writes to."""
-    schema = getattr(func, "_schema", None)  # a higher-order operator has none
     return tuple(
-        (position, argument.name)
-        for position, argument in enumerate(() if schema is None else schema.arguments)
-        if (argument.alias_info is not None and argument.alias_info.is_write)
-        or argument.name in STATISTICS
+        (k, a.name)
+        for k, a in enumerate(_arguments(func))
+        if (trains if a.name in STATISTICS else a.alias_info is not None and a.alias_info.is_write)
     )
+
+
+def _arguments(func: Any) -> Sequence[Any]:
+    schema = getattr(func, "_schema", None)  # a higher-order operator has none
+    return () if schema is None else schema.arguments

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,14 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 
-from benchmarks import operations, provenance
+from benchmarks import memory, operations, provenance
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, RHO_RANGE, Case, CaseSpec, make_case
 from benchmarks.expected import oracle
-from benchmarks.memory import run_case as memory_case
 from benchmarks.methods import FIRST_STEPS, METHODS, Method, Outcome, Step
 from benchmarks.step import run_case
 
 TINY = CASES["tiny"]
-COMPILER = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 
 
 def rows(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -196,7 +195,7 @@ def test_cuda_sources_make_no_number_of_a_cpu_old(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_measured_in_a_subprocess() -> None:
     spec = CASES["mlp-100-10"]
-    entry = memory_case(spec, [METHODS["l2rw_ext"], METHODS["double_backward"]])
+    entry = memory.run_case(spec, [METHODS["l2rw_ext"], METHODS["double_backward"]])
     found = rows(entry)
     parameters = 4 * 1_863_690
     for name in ("plain_union", "l2rw_ext", "double_backward"):
@@ -207,17 +206,18 @@ def test_memory_is_measured_in_a_subprocess() -> None:
     assert found["l2rw_ext"]["ratio"] < found["double_backward"]["ratio"]
 
 
-@COMPILER
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_of_a_compiled_step_is_compared_with_a_compiled_one() -> None:
-    """What the compiler itself takes is in the first steps alone."""
-    found = rows(memory_case(CASES["mlp-100-10"], [METHODS["plain_union_compiled"]]))
-    (row,) = found.values()
-    assert row["ratio"] == 1
-    parameters = 4 * 1_863_690
-    assert parameters <= row["later"] < 3 * parameters
-    assert row["first"] > row["later"]
-    assert METHODS["l2rw_ext_compiled"].counterpart == "plain_union_compiled"
+def test_memory_of_a_compiled_step_is_compared_with_a_compiled_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = {"l2rw_ext_compiled": 3e6, "plain_union_compiled": 2e6}
+    monkeypatch.setattr(
+        memory, "measure", lambda _, m, **options: {"first": 4e6, "later": held[m.name]}
+    )
+    found = rows(memory.run_case(TINY, [METHODS["l2rw_ext_compiled"]]))
+    assert {name: row["ratio"] for name, row in found.items()} == {
+        "l2rw_ext_compiled": 1.5,
+        "plain_union_compiled": 1,
+    }
 
 
 def test_report_draws_a_chart_and_says_what_is_old(
@@ -362,24 +362,22 @@ def test_the_first_steps_are_timed_apart_and_the_last_of_them_is_checked() -> No
     assert row["first_seconds"] == pytest.approx(sum(row["first_steps"]))
 
 
-@COMPILER
 @pytest.mark.parametrize(
     "name", ["plain_union_compiled", "jvp_compiled", "double_backward_compiled"]
 )
-def test_a_compiled_method_is_right(name: str) -> None:
+def test_a_compiled_method_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the graph that a backend is given; inductor would take long, and has tests of its own."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     entry = run_case(TINY, [METHODS[name]], repeats=2, warmup=1)
     row = rows(entry)[name]
     assert row["status"] == "ok", row
     assert max(row["errors"].values()) < 2e-6
     assert row["ratio"] > 0
-    # Compiling takes longer than a step, and happens in the first one.
-    assert row["first_steps"][0] > 10 * row["seconds"]
     assert entry["yardstick"] in ("plain_union", "plain_union_compiled")
 
 
-@pytest.mark.parametrize(
-    "name", ["l2rw_ext_flat", pytest.param("l2rw_ext_compiled", marks=COMPILER)]
-)
+@pytest.mark.parametrize("name", ["l2rw_ext_flat", "l2rw_ext_compiled"])
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_a_step_of_ours_as_one_graph_is_right(name: str) -> None:
     row = rows(run_case(TINY, [METHODS[name]], repeats=2, warmup=1))[name]
     assert row["status"] == "ok", row

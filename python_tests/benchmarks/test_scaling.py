@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 
-from benchmarks import pages, provenance
+from benchmarks import memory, pages, provenance, step
 from benchmarks.__main__ import main
 from benchmarks.cases import make_case
 from benchmarks.scaling import SWEEPS
@@ -41,11 +40,12 @@ def test_the_smallest_cases_have_half_positive_scores() -> None:
         assert 0.45 <= make_case(sweep.case(sweep.values[0])).rho <= 0.55
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_scaling_command_records_and_reports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With a memory that is not measured, for which each method needs a process."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(memory, "measure", lambda *rest, **options: {"first": 3e6, "later": 2e6})
     path = tmp_path / "cpu" / "scaling.json"
     arguments = ["scaling", "--quick", "--sweep", "n", "--repeats", "2", "--json", str(path)]
     assert main(arguments) == 0
@@ -72,8 +72,6 @@ def test_scaling_command_records_and_reports(
 def test_a_wrong_answer_of_ours_ends_with_1(
     status: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import memory, step
-
     row = {"name": "l2rw_ext", "label": "l2rw_ext", "kind": "exact", "status": status}
     monkeypatch.setattr(step, "run_case", lambda *rest, **options: {"methods": [row]})
     monkeypatch.setattr(memory, "run_case", lambda *rest, **options: {"methods": []})

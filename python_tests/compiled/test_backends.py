@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends import registry
 
 from l2rw_ext import Reweighter
-from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, cross_entropy, mlp, model_of, normed, vectors
 from support.pairs import Pair, compiled, eagerly, graphs
 
 
@@ -31,12 +31,6 @@ def register() -> Iterator[Callable[..., str]]:
     for name in names:
         registry._BACKENDS.pop(name, None)
         registry._COMPILER_FNS.pop(name, None)
-
-
-def normed() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)
-    ).double()
 
 
 class Attention(nn.Module):
@@ -59,15 +53,6 @@ def sequences(n: int) -> tuple[Tensor, Tensor]:
 def test_aot_eager(make: Callable[[], nn.Module]) -> None:
     with compiled():
         Pair(make(), compile="aot_eager").steps(5)
-
-
-def test_inductor() -> None:
-    """Dropout draws the masks of an eager step."""
-    model = nn.Sequential(
-        nn.Linear(5, 8), nn.Dropout(0.4), nn.ReLU(), nn.Linear(8, CLASSES), nn.Dropout(0.1)
-    ).double()
-    with compiled():
-        Pair(model, compile=True).steps(17)
 
 
 def test_inductor_and_batch_statistics() -> None:

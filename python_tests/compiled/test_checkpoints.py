@@ -36,9 +36,11 @@ def _model(forward: Callable[[Any, Tensor], Tensor], dropout: nn.Module | None =
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("reentrant", REENTRANT)
-@pytest.mark.parametrize("low_memory", [False, True, "auto"])
+@pytest.mark.parametrize(
+    ("engine", "low_memory"),
+    [*((engine, "auto") for engine in ENGINES), ("layerwise", False), ("layerwise", True)],
+)
 def test_dropout_inside(engine: Any, reentrant: bool, low_memory: Any) -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         x = checkpoint(s.a, x, use_reentrant=reentrant)
@@ -87,6 +89,7 @@ def test_attention_with_dropout_inside(engine: Any) -> None:
 
 
 def test_through_inductor() -> None:
+    """Dropout draws the masks of an eager step, twice the same ones."""
     model = _model(lambda s, x: checkpoint(s.a, x, use_reentrant=False))
     with compiled():
         Pair(model, compile="inductor").steps(3)

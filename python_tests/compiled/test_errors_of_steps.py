@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from l2rw_ext import Reweighter
 from l2rw_ext.compiled import flat_graph, steps
 from l2rw_ext.errors import NotCompilableError
-from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, cross_entropy, mlp, model_of, normed, vectors
 from support.oracle import unchanged
 from support.pairs import Pair, eagerly, graphs
 
 
-def normed() -> nn.Module:
+def _model(*first: nn.Module) -> nn.Module:
     """With dropout and batch statistics, so that there is something to put back."""
-    return nn.Sequential(
-        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, CLASSES)
-    ).double()
+    return nn.Sequential(*first, normed(), nn.Dropout(0.3)).double()
 
 
 def _raises(_: Any, x: Tensor) -> Tensor:
@@ -72,7 +70,7 @@ def _error(reweighter: Reweighter, batch: Any, clean: Any) -> tuple[type[Excepti
 )
 def test_errors_of_the_user(name: str, fullgraph: bool) -> None:
     """At the first step, at the one that is traced and later; the graph still serves."""
-    model = nn.Sequential(model_of(_raises), *normed())
+    model = _model(model_of(_raises))
     options = {"fullgraph": fullgraph}
     with graphs() as made, eagerly(None):
         pair = Pair(model, loss, compile_options=options)
@@ -92,7 +90,7 @@ def test_errors_of_the_user(name: str, fullgraph: bool) -> None:
 
 @pytest.mark.parametrize("where", ["traced", "run", "result"])
 def test_interruptions(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = normed()
+    model = _model()
     pair = Pair(model)
     pair.steps(1 if where == "traced" else 4)
     with monkeypatch.context() as patch:
@@ -124,8 +122,7 @@ def test_an_engine_that_is_not_exact(engine: Any) -> None:
     """A forced engine is an error as in eager steps, whatever the backend."""
     from l2rw_ext import NotExactError
 
-    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
-    reweighter = Reweighter(model, cross_entropy, engine=engine, compile="eager")
+    reweighter = Reweighter(normed(), cross_entropy, engine=engine, compile="eager")
     for _ in range(3):
         expected = contextlib.nullcontext() if engine == "auto" else pytest.raises(NotExactError)
         with expected:
@@ -137,7 +134,7 @@ def _decides(_: Any, x: Tensor) -> Tensor:
 
 
 def test_fullgraph_is_an_error_that_changes_nothing() -> None:
-    model = nn.Sequential(model_of(_decides), *normed())
+    model = _model(model_of(_decides))
     reweighter = Reweighter(
         model, cross_entropy, compile="eager", compile_options={"fullgraph": True}
     )

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from l2rw_ext.compiled.flat_graph import FlatGraph
 from l2rw_ext.errors import NotCompilableError
@@ -83,6 +85,14 @@ def test_only_what_is_written_is_copied() -> None:
     assert len(clones) == 1
     assert graph.operations < 30
     assert torch.float64 in graph.dtypes
+
+
+def test_one_mode_holds_the_shapes_of_all_nodes() -> None:
+    """Making one takes longer than tracing an operation."""
+    graph, _ = flat(Model().double(), vectors(6))
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph.module.graph.nodes])
+    modes = {x.fake_mode for x in values if isinstance(x, FakeTensor)}
+    assert len(modes) == 1
 
 
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {

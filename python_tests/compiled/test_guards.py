@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter
-from support.models import CLASSES, cross_entropy, mlp, vectors
+from support.models import CLASSES, cross_entropy, mlp, normed, vectors
 from support.pairs import Pair, compiled, eagerly, graphs
 
 TAU = 1.0
@@ -349,8 +349,7 @@ def _own_generator(s: Any, h: Tensor) -> Tensor:
 
 
 EAGER: dict[str, tuple[Read, str]] = {
-    "Python's generator": (lambda s, h: h * random.random(), "random"),
-    "Python's generator, a range": (lambda s, h: h * random.uniform(0, 1), "Python's generator"),
+    "Python's generator": (lambda s, h: h * random.uniform(0, 1), "Python's generator"),
     "NumPy's generator": (lambda s, h: h * np.random.rand(), "data-dependent"),
     "an array of NumPy's generator": (
         lambda s, h: h * torch.from_numpy(np.random.rand(8)),
@@ -406,6 +405,24 @@ def test_what_no_graph_can_do_runs_eagerly(name: str) -> None:
             drawn = [m.generator.get_state() for m in pair.models]
             assert torch.equal(*drawn)
     LIST[0] = before
+
+
+def test_an_attribute_that_is_assigned_what_it_is() -> None:
+    """Until it is something else, which the assignment changes."""
+
+    def read(s: Any, h: Tensor) -> Tensor:
+        s.mode, s.count = "a", 2
+        return h * s.count
+
+    with graphs() as made, eagerly("changes model.count"):
+        pair = Pair(Model(read).double())
+        pair.steps(4)
+        assert len(made) == 1
+        for k in range(4):
+            pair.change(lambda m, k=k: setattr(m, "count", 2 + k % 2))
+            pair.steps(1)
+            assert [m.count for m in pair.models] == [2, 2]
+    assert len(made) == 1
 
 
 LOSSES: dict[str, tuple[Any, Any, str]] = {
@@ -512,7 +529,7 @@ def test_kinds_beyond_the_limit() -> None:
 def test_where_torch_compile_is_switched_off() -> None:
     """Steps run eagerly without a word, and are graphs once it is on."""
     with graphs() as made, eagerly(None):
-        pair = Pair(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double())
+        pair = Pair(normed())
         with torch.compiler.set_stance("force_eager"):
             pair.steps(3)
         assert not made

@@ -133,7 +133,7 @@ def test_packed_sequences(kind: str) -> None:
     Pair(_of(LAYERS[kind](5, 6, batch_first=True), forward)).steps(3, _sequences)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["LSTM", "relu"])
 def test_through_inductor(kind: str) -> None:
     model = _of(LAYERS[kind](5, 6, batch_first=True, num_layers=2)).float()
     with compiled():

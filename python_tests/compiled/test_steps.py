@@ -14,22 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter
 from support.feature_table import FEATURES
-from support.models import CLASSES, ENGINES, cross_entropy, mlp, model_of, vectors
+from support.models import CLASSES, ENGINES, cross_entropy, mlp, model_of, normed, vectors
 from support.oracle import unchanged
 from support.pairs import Pair, compiled, eagerly, graphs
 
 ROWS = {f.name: f for f in FEATURES}
-
-
-def normed() -> nn.Module:
-    """With batch statistics, so that examples meet."""
-    return nn.Sequential(
-        nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)
-    ).double()
 
 
 def dropped() -> nn.Module:
@@ -72,14 +64,16 @@ def test_buffers_advance(engine: Any) -> None:
     assert pair.models[1][1].num_batches_tracked == 19
 
 
-def test_only_buffers_that_are_written_are_outputs() -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_only_buffers_that_are_written_are_outputs(training: bool) -> None:
+    """Batch norm writes to its statistics in training mode alone."""
     model = normed().eval()
-    model[1].train()
+    model[1].train(training)
     model[0].register_buffer("read", torch.ones(8, dtype=torch.float64))
     model.append(model_of(lambda _, x: x * model[0].read.sum()))
     with graphs() as made:
         Pair(model).steps(3)
-    assert len(made[0].updated) == 3
+    assert len(made[0].updated) == 3 * training
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -192,19 +186,6 @@ def test_autocast_is_part_of_the_kind() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=k % 2 == 1):
                 step = pair.step(vectors(6, dtype=torch.float32), vectors(4, dtype=torch.float32))
             assert step.losses.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("reentrant", "low_memory"), [(True, "auto"), (True, False), (False, True), (False, "auto")]
-)
-def test_checkpoints(reentrant: bool, low_memory: Any) -> None:
-    def forward(model: Any, x: Tensor) -> Tensor:
-        h = torch.tanh(model.a(x))
-        return model.c(checkpoint(lambda h: torch.tanh(model.b(h)), h, use_reentrant=reentrant))
-
-    model = model_of(forward, a=nn.Linear(5, 8), b=nn.Linear(8, 8), c=nn.Linear(8, CLASSES))
-    with compiled():
-        Pair(model, low_memory=low_memory).steps(4)
 
 
 @pytest.mark.parametrize("make", [mlp, dropped, normed], ids=["plain", "dropout", "batch norm"])

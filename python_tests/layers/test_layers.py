@@ -154,9 +154,17 @@ _RECURRENT: list[tuple[Any, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "options"), _RECURRENT)
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize(("bias", "batch_first"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("layers", "bidirectional", "bias", "batch_first"),
+    [
+        (1, False, True, True),
+        (2, True, True, True),
+        (2, False, False, True),
+        (1, True, False, True),
+        (1, False, True, False),
+        (2, True, True, False),
+    ],
+)
 def test_recurrent_layers(
     kind: Any,
     options: dict[str, Any],

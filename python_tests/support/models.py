@@ -40,6 +40,12 @@ def mlp(*, dtype: torch.dtype = torch.float64, width: int = 8) -> nn.Sequential:
     return model.to(dtype)
 
 
+def normed() -> nn.Sequential:
+    """With batch statistics, so that examples meet."""
+    layers = (nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+    return nn.Sequential(*layers).double()
+
+
 def vectors(
     n: int, features: int = 5, *, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
