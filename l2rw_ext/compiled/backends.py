@@ -23,6 +23,9 @@ _INDUCTOR = {
     # In torch 2.13 a result written over a part of a concatenation is lost, once the memory of the
     # whole is used again (the gradient of an nn.RNN with relu).
     "inplace_buffers": False,
+    # Images stay as they lie. Convolutions of images that inductor lays out channels last round up
+    # to ten times as much, and each ReLU whose sign that changes moves gradients by a thousandth.
+    "layout_optimization": False,
 }
 """Options of inductor's, which the caller's go before."""
 

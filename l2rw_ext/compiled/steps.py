@@ -12,7 +12,7 @@ import math
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from l2rw_ext.data.batch import describe
 from l2rw_ext.devices import without_autocast
-from l2rw_ext.engines.proof import due, tolerance_of
+from l2rw_ext.engines.proof import NARROW, due, tolerance_of
 from l2rw_ext.errors import NotCompilableError, NotYetCompilableError, warn
 from l2rw_ext.task.isolation import BelowAutograd, Generators, HostGenerators, Snapshot, preserved
 from l2rw_ext.task.task import Task
@@ -50,6 +50,10 @@ _LARGEST_NUMBER_OF_GRAPHS = 8
 
 _FEW_SIZES = 16
 """Sizes at which each graph is held against an eager step."""
+
+_ROUNDINGS = 4
+"""How often, by how many units in the last place, inputs are rounded otherwise, and how many times
+the largest change rounding may explain."""
 
 
 @dataclass
@@ -321,7 +325,7 @@ class _Kind(Generic[R]):
                 self._refuse("such steps change their engine again and again")
             return expected
         try:
-            difference = graph.difference(work, inputs, found, expected)
+            difference = graph.difference(work, inputs, found, expected, generators)
         except BaseException:
             before.undo()
             raise
@@ -419,46 +423,97 @@ class _Graph(Generic[R]):
         return result
 
     def difference(
-        self, work: Work[R], inputs: Sequence[Tensor], found: list[Tensor], expected: R
+        self,
+        work: Work[R],
+        inputs: Sequence[Tensor],
+        found: list[Tensor],
+        expected: R,
+        generators: Generators,
     ) -> str | None:
-        """What the graph has computed in another way than the eager step, which has just run."""
-        values = iter(found)
-        mine = {
-            n: next(values)
-            for n, present in zip(self._names, self._present, strict=True)
-            if present
-        }
+        """What the graph has computed in another way than the eager step, which has just run.
+
+        Args:
+            work: of the step.
+            inputs: that the graph has read, after the step.
+            found: by the graph.
+            expected: by the eager step.
+            generators: as they were before the step.
+        """
+        mine = self._named(found)
         theirs = {name: x for name, x in work.tensors(expected) if x is not None}
-        own, shared = self._tolerance
-        whole = _norm(x for name, x in theirs.items() if name.startswith(_GRADIENT))
         for name in mine.keys() - theirs.keys():  # which says that something is the case
             if bool(mine[name].any()):
                 return name
-        for name, x in theirs.items():
-            y = mine.get(name)
-            allowed = shared * whole if name.startswith(_GRADIENT) else 0.0
-            if y is None or not _close(y, x, own, allowed):
-                return name
-        for k, y in zip(self._updated, values, strict=True):
-            if not _close(y, inputs[k], own, 0.0):
-                return f"the new value of {self._inputs[k]!r}"
-        return None
+        excess = self._excess(mine, theirs)
+        for k, y in zip(self._updated, found[len(mine) :], strict=True):
+            new = f"the new value of {self._inputs[k]!r}"
+            excess |= self._excess({new: y}, {new: inputs[k]})
+        name = max(excess, key=excess.__getitem__)
+        if excess[name] <= 1 or excess[name] <= self._uncertainty(work, inputs, generators):
+            return None
+        return name
+
+    def _named(self, found: list[Tensor]) -> dict[str, Tensor]:
+        """Results of the graph, without new values of buffers."""
+        names = (n for n, present in zip(self._names, self._present, strict=True) if present)
+        return dict(zip(names, found, strict=False))
+
+    def _excess(self, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+        """By how many times the tolerance results are off."""
+        own, shared = self._tolerance
+        gradients = [x for name, x in theirs.items() if name.startswith(_GRADIENT)]
+        small = shared / own * math.hypot(*(float(x.detach().double().norm()) for x in gradients))
+        return {
+            name: _error(mine.get(name), x, small * name.startswith(_GRADIENT)) / own
+            for name, x in theirs.items()
+        }
+
+    def _uncertainty(
+        self, work: Work[R], inputs: Sequence[Tensor], generators: Generators
+    ) -> float:
+        """How many times the tolerance rounding explains, where the graph decides by values.
+
+        A ReLU whose input is zero but for rounding has one gradient or another, and in a network
+        of millions of them some always are. So the graph runs on other roundings of its inputs.
+        What is off by more than half precision may be is never explained.
+        """
+        after = Generators({x.device for x in inputs})
+        runs = []
+        for seed in range(_ROUNDINGS + 1):
+            generators.restore()
+            rounded = [_rounded(x, seed) for x in inputs] if seed else inputs
+            runs.append(self._named(self.run(work, rounded)))
+        after.restore()
+        changes = (max(self._excess(run, runs[0]).values()) for run in runs[1:])
+        return min(_ROUNDINGS * max(changes), NARROW.own / self._tolerance.own)
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.sqrt(sum(float(x.detach().double().norm()) ** 2 for x in tensors))
+def _rounded(x: Tensor, seed: int) -> Tensor:
+    """A tensor whose elements are off by a few units in their last place."""
+    if not x.is_floating_point() or x.layout != torch.strided:
+        return x
+    y = x.detach().clone()
+    if y.stride() != x.stride():  # elements that lie at one place
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    return y.mul_(1 + _ROUNDINGS * torch.finfo(x.dtype).eps * (2 * noise - 1))
 
 
-def _close(x: Tensor, y: Tensor, relative: float, absolute: float) -> bool:
-    """Whether two tensors agree, up to an error of this norm; not finite at the same places."""
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
+def _error(x: Tensor | None, y: Tensor, absolute: float = 0.0) -> float:
+    """The norm of an error, relative to that of y plus a number.
+
+    It is infinite if the tensors are not of one kind, or not finite at the same places.
+    """
+    if x is None or x.shape != y.shape or x.dtype != y.dtype:
+        return math.inf
     x, y = (a.to_dense() if a.is_sparse else a for a in (x, y))
     finite = x.isfinite()
     if not torch.equal(finite, y.isfinite()):
-        return False
+        return math.inf
     x, y = (a.where(finite, torch.zeros_like(a)).double() for a in (x, y))
-    return bool((x - y).norm() <= relative * y.norm() + absolute)
+    error = float((x - y).norm())
+    return error and error / max(float(y.norm()) + absolute, math.ulp(0.0))
 
 
 def _key(task: Task) -> Hashable:

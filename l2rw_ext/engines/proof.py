@@ -46,7 +46,7 @@ class Tolerance(NamedTuple):
 
 
 _TOLERANCES = {torch.float64: Tolerance(1e-9, 1e-12), torch.float32: Tolerance(1e-3, 1e-5)}
-_NARROW = Tolerance(5e-2, 3e-2)
+NARROW = Tolerance(5e-2, 3e-2)
 """For float16 and bfloat16."""
 
 Plain: TypeAlias = tuple[Tensor, Direction | Tensor, Any]
@@ -222,7 +222,7 @@ def _coarsest_of(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 def tolerance_of(dtypes: Iterable[torch.dtype]) -> Tolerance:
     """The errors that rounding explains in computations with these dtypes."""
-    return _TOLERANCES.get(_coarsest_of(dtypes), _NARROW)
+    return _TOLERANCES.get(_coarsest_of(dtypes), NARROW)
 
 
 def due(step: int) -> bool:

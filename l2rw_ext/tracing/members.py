@@ -119,9 +119,10 @@ class Members:
                 if isinstance(module, nn.RNNBase):  # it lists its weights, to see if they change
                     listed = [exchanged.get(id(x), x) for x in module._flat_weights]
                     references = [None if x is None else weakref.ref(x) for x in listed]
-                    for name, y in (("_flat_weights", listed), ("_flat_weight_refs", references)):
-                        replaced.append((module.__dict__, name, module.__dict__[name]))
-                        module.__dict__[name] = y
+                    own: Any = module.__dict__
+                    for name in ("_flat_weights", "_flat_weight_refs"):
+                        replaced.append((own, name, own[name]))
+                    own |= {"_flat_weights": listed, "_flat_weight_refs": references}
             yield
         finally:
             for table, name, x in replaced:
