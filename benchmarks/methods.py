@@ -57,8 +57,8 @@ class Method:
     """A way to make one training step.
 
     ``kind`` is ``plain`` (no weights), ``union`` (a plain step on both batches as one; times are
-    over the fastest of a run), ``exact`` (held to the oracle, as ``union`` is) or ``approximate``
-    (its error is reported). ``requires`` names the module that must be installed; without
+    over the fastest of a run), ``exact`` (held to the oracle) or ``approximate`` (its error is
+    reported). ``requires`` names the module that must be installed; without
     ``default`` the method runs where it is asked for. ``counterpart`` is the plain step that runs
     in the same way, eagerly or compiled or from a CUDA graph: memory is compared with its.
     """

@@ -338,6 +338,26 @@ def test_a_wrong_plain_step_is_no_yardstick() -> None:
     assert entry["yardstick"] == "plain_union"
 
 
+def test_a_plain_step_that_rounds_more_is_a_yardstick() -> None:
+    def prepare(case: Case) -> Step:
+        step = METHODS["plain_union"].prepare(case)
+
+        def rounded() -> Outcome:
+            outcome = step()
+            for p in case.model.parameters():
+                assert p.grad is not None
+                p.grad *= 1.001
+            return outcome
+
+        return rounded
+
+    rounds = dataclasses.replace(METHODS["plain_union_compiled"], prepare=prepare)
+    row = rows(run_case(TINY, [rounds], repeats=2, warmup=1))["plain_union_compiled"]
+    assert row["status"] == "approximate"
+    assert row["errors"]["union gradient"] == pytest.approx(1e-3, rel=0.01)
+    assert "ratio" in row
+
+
 def test_the_first_steps_are_timed_apart_and_the_last_of_them_is_checked() -> None:
     """This one is slow at first, and wrong from its third step on, as a wrong graph would be."""
 
