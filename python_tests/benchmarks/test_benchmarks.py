@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -17,7 +18,7 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 
-from benchmarks import memory, operations, provenance
+from benchmarks import memory, operations, provenance, step
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES, RHO_RANGE, Case, CaseSpec, make_case
 from benchmarks.expected import oracle
@@ -336,6 +337,22 @@ def test_a_wrong_plain_step_is_no_yardstick() -> None:
     assert row["status"] == "wrong"
     assert "union gradient" in row["reason"]
     assert entry["yardstick"] == "plain_union"
+
+
+def test_limits_are_those_of_the_worst_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def coarsely(case: Case, seed: int) -> None:
+        for p in case.model.parameters():
+            p.data *= 1 + 1e-3 * seed
+
+    case = make_case(TINY)
+    truth = oracle(case)
+    before, usual = copy.deepcopy(case.model), step.error_limits(case, truth)
+    monkeypatch.setattr(step, "_round", coarsely)
+    limits = step.error_limits(case, truth)
+    assert all(limit < 1e-5 for limit in usual.values())
+    assert all(limit > 1e-4 for limit in limits.values())
+    for p, q in zip(before.parameters(), case.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_plain_step_that_rounds_more_is_a_yardstick() -> None:
