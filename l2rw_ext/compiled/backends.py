@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ class Backend:
 
             try:
                 compiled: Compiled = _inductor.compile(
-                    graph, list(inputs), _INDUCTOR | self._options
+                    _drawn_apart(graph), list(inputs), _INDUCTOR | self._options
                 )
             except Exception as error:
                 if "InvalidCxxCompiler" not in f"{type(error).__name__} {error}":
@@ -108,6 +109,41 @@ class Backend:
         given = {"mode": self._mode, "options": self._options}
         given = {name: value for name, value in given.items() if value}
         return self._compile(graph, list(inputs), **given)
+
+
+@torch.library.custom_op(
+    "l2rw_ext_compiled::bernoulli", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def _bernoulli(like: Tensor, p: float) -> Tensor:
+    """Ones with a probability, else zeros, in the shape, dtype and strides of a tensor."""
+    return torch.empty_like(like).bernoulli_(p)
+
+
+@_bernoulli.register_fake
+def _(like: Tensor, p: float) -> Tensor:
+    return torch.empty_like(like)
+
+
+def _drawn_apart(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A graph in which masks are drawn by an operator.
+
+    Inductor, in torch 2.13, draws in place, and may read the mask of a second dropout in the loop
+    that makes the memory for it, before it is drawn.
+    """
+    graph = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    aten = torch.ops.aten
+    for node in graph.graph.nodes:
+        if node.target not in (aten.bernoulli_.float, aten.bernoulli.p) or node.kwargs:
+            continue
+        like, p = (*node.args, 0.5)[:2]
+        if node.target is aten.bernoulli.p or set(like.users) == {node}:
+            with graph.graph.inserting_before(node):
+                draw = graph.graph.call_function(_bernoulli._opoverload, (like, p))
+            draw.meta = node.meta
+            node.replace_all_uses_with(draw)
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
 
 
 def _options_of_inductor(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -264,8 +264,6 @@ def test_report_of_another_device(
 
 
 def test_an_unfinished_run_keeps_its_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import step
-
     def stopped(spec: CaseSpec, *rest: Any, **options: Any) -> dict[str, Any]:
         if spec.name != "tiny":
             raise KeyboardInterrupt

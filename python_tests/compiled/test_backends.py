@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
         self.head = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,6 +61,7 @@ def test_inductor_and_batch_statistics() -> None:
 
 
 def test_inductor_and_attention() -> None:
+    """With dropout before and behind a LayerNorm, of which inductor itself reads one too early."""
     with compiled():
         pair = Pair(
             Attention().train(), compile=True, compile_options={"options": {}}, tolerance=1e-4
