@@ -1,10 +1,10 @@
 """``python -m benchmarks profile``: where the time of a reweighted step goes.
 
-Three views of the same step. Unprofiled times of a full step and of one on 2+1 examples, where
+Four views of the same step. Unprofiled times of a full step and of one on 2+1 examples, where
 arithmetic is next to nothing: what the package adds there is what Python, dispatch and bookkeeping
 cost in every step, an upper bound of the Python overhead. cProfile, whose own cost inflates Python
 by about two, split into this package, torch's Python, and compiled code. And the package's
-functions by time, called ones included.
+functions by time, called ones included. Last, the operations of both steps by torch's profiler.
 """
 
 from __future__ import annotations
@@ -122,17 +122,51 @@ def profile(case: Case, repeats: int) -> Profile:
     )
 
 
+def operations(case: Case, method: str, repeats: int) -> dict[str, float]:
+    """Seconds of a step by operation, without those that it calls."""
+    own = case.copy()
+    step = METHODS[method].prepare(own)
+
+    def run() -> None:
+        for p in own.model.parameters():
+            p.grad = None
+        step()
+
+    for _ in range(3):
+        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(repeats):
+            run()
+    return {e.key: 1e-6 * e.self_cpu_time_total / repeats for e in found.key_averages()}
+
+
+def operations_table(case: Case, repeats: int, top: int) -> Table:
+    """The operations of this package's step that take longest, beside those of the plain step."""
+    ours, plain = (operations(case, name, repeats) for name in ("l2rw_ext", YARDSTICK))
+    out = Table()
+    out.add_column("operation", no_wrap=True)
+    for name in ("plain union ms", "l2rw_ext ms"):
+        out.add_column(name, justify="right")
+    names = sorted(ours | plain, key=lambda k: -max(ours.get(k, 0.0), plain.get(k, 0.0)))
+    for name in names[:top]:
+        out.add_row(name, *(f"{1e3 * step.get(name, 0.0):.2f}" for step in (plain, ours)))
+    out.add_row("all", *(f"{1e3 * sum(step.values()):.2f}" for step in (plain, ours)))
+    return out
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``profile``."""
     parser.add_argument("--case", choices=list(CASES), default="lenet", metavar="NAME")
     parser.add_argument("--repeats", type=provenance.positive, default=30)
-    parser.add_argument("--top", type=provenance.positive, default=20, help="functions to list")
+    parser.add_argument(
+        "--top", type=provenance.positive, default=20, help="functions and operations to list"
+    )
     parser.add_argument("--threads", type=provenance.positive, help="default: torch's choice")
     parser.epilog = f"cases: {', '.join(CASES)}."
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the three views."""
+    """Print the four views."""
     if args.threads:
         torch.set_num_threads(args.threads)
     case = make_case(CASES[args.case])
@@ -161,4 +195,5 @@ def run(args: argparse.Namespace) -> int:
     for f in found.functions[: args.top]:
         out.add_row(f.where, f"{f.calls:.0f}", f"{1e6 * f.own:.0f}", f"{1e6 * f.cumulative:.0f}")
     console.print(out)
+    console.print(operations_table(case, args.repeats, args.top))
     return 0

@@ -436,6 +436,7 @@ def test_profile_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = " ".join(capsys.readouterr().out.split())
     assert "intercepted calls" in out
     assert "reweighter.py" in out
+    assert "aten::addmm" in out
 
 
 @pytest.mark.parametrize(
