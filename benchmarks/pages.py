@@ -19,6 +19,7 @@ PARTS = (
     "step-first",
     "step-pair",
     "step-compiled",
+    "step-peers",
     "memory",
     "memory-compiled",
     "memory-checkpointed",
