@@ -80,7 +80,7 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 	@$(RECORD) step --json benchmarks/results/cpu/step.json $(ARGS)
 	@$(RECORD) step --methods plain_union plain_union_compiled l2rw_ext l2rw_ext_compiled --repeats 21 --json benchmarks/results/cpu/step-pair.json $(ARGS)
 	@$(RECORD) step --methods plain_union plain_union_compiled l2rw_ext l2rw_ext_flat l2rw_ext_compiled --json benchmarks/results/cpu/step-compiled.json $(ARGS)
-	@$(RECORD) step --case mlp-256-64 lenet vit --methods plain_union plain_union_compiled l2rw_ext_compiled jvp_compiled double_backward_compiled --json benchmarks/results/cpu/step-peers.json
+	@$(RECORD) step --case mlp-256-64 lenet --methods plain_union plain_union_compiled l2rw_ext_compiled jvp_compiled double_backward_compiled --json benchmarks/results/cpu/step-peers.json
 	@$(RECORD) memory --methods plain_union l2rw_ext --json benchmarks/results/cpu/memory.json
 	@$(RECORD) memory --methods plain_union_compiled l2rw_ext_compiled --json benchmarks/results/cpu/memory-compiled.json
 	@$(RECORD) memory --case vit-checkpointed --methods plain_union l2rw_ext l2rw_ext_kept --json benchmarks/results/cpu/memory-checkpointed.json

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
-from support.models import CLASSES, ENGINES, cross_entropy, model_of
+from support.models import (
+    CELLS,
+    CLASSES,
+    ENGINES,
+    RECURRENT,
+    cross_entropy,
+    model_of,
+    short_sequences,
+)
 from support.pairs import Pair, compiled, graphs
 
 FLOAT32 = 1e-5
 """Relative error of float32 numbers after some steps, in which torch's LSTM is a fused kernel."""
-
-LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
-    "LSTM": nn.LSTM,
-    "GRU": nn.GRU,
-    "tanh": nn.RNN,
-    "relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
-}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -32,19 +33,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "both ways in two layers": {"num_layers": 2, "bidirectional": True, "batch_first": True},
 }
 
-CELLS: dict[str, type[nn.RNNCellBase]] = {
-    "LSTM": nn.LSTMCell,
-    "GRU": nn.GRUCell,
-    "RNN": nn.RNNCell,
-}
-
-
-def _sequences(n: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(n, 3, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))
-
 
 def _narrow(n: int) -> tuple[Tensor, Tensor]:
-    x, y = _sequences(n)
+    x, y = short_sequences(n)
     return x.float(), y
 
 
@@ -62,13 +53,15 @@ def _of(layer: nn.RNNBase, forward: Callable[[Any, Tensor], Tensor] = _last) -> 
 @pytest.mark.parametrize(
     ("engine", "kind", "options"),
     [
-        *(("layerwise", kind, options) for kind in LAYERS for options in OPTIONS),
-        *((engine, kind, "two layers") for engine in ENGINES[1:] for kind in LAYERS),
+        *(("layerwise", kind, options) for kind in RECURRENT for options in OPTIONS),
+        *((engine, kind, "two layers") for engine in ENGINES[1:] for kind in RECURRENT),
     ],
 )
 def test_layers(engine: Any, kind: str, options: str) -> None:
     with compiled():
-        Pair(_of(LAYERS[kind](5, 6, **OPTIONS[options])), engine=engine).steps(3, _sequences)
+        Pair(_of(RECURRENT[kind](5, 6, **OPTIONS[options])), engine=engine).steps(
+            3, short_sequences
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -94,7 +87,7 @@ def test_the_fused_layer_in_a_checkpoint() -> None:
 @pytest.mark.parametrize("engine", ["forward", "double_backward"])
 def test_projections(engine: Any) -> None:
     with compiled():
-        Pair(_of(nn.LSTM(5, 6, proj_size=4)), engine=engine).steps(3, _sequences)
+        Pair(_of(nn.LSTM(5, 6, proj_size=4)), engine=engine).steps(3, short_sequences)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -108,20 +101,20 @@ def test_cells_in_a_loop(engine: Any, kind: str) -> None:
 
     model = model_of(forward, cell=CELLS[kind](5, 6), head=nn.Linear(6, CLASSES))
     with compiled():
-        Pair(model, engine=engine).steps(3, _sequences)
+        Pair(model, engine=engine).steps(3, short_sequences)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", RECURRENT)
 def test_trained_initial_states_and_final_ones(kind: str) -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         h = s.h.expand(1, len(x), 6).contiguous()
         _, state = s.layer(x, (h, h.tanh()) if kind == "LSTM" else h)
         return s.head((state[0] * state[1] if kind == "LSTM" else state)[0])
 
-    layer = LAYERS[kind](5, 6, batch_first=True)
+    layer = RECURRENT[kind](5, 6, batch_first=True)
     model = model_of(forward, layer=layer, head=nn.Linear(6, CLASSES), h=torch.randn(1, 1, 6))
     with compiled():
-        Pair(model).steps(3, _sequences)
+        Pair(model).steps(3, short_sequences)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
@@ -130,23 +123,23 @@ def test_packed_sequences(kind: str) -> None:
         packed = pack_padded_sequence(x, [2] * len(x), batch_first=True)
         return s.head(s.layer(packed)[1][0].reshape(len(x), 6))
 
-    Pair(_of(LAYERS[kind](5, 6, batch_first=True), forward)).steps(3, _sequences)
+    Pair(_of(RECURRENT[kind](5, 6, batch_first=True), forward)).steps(3, short_sequences)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "relu"])
 def test_through_inductor(kind: str) -> None:
-    model = _of(LAYERS[kind](5, 6, batch_first=True, num_layers=2)).float()
+    model = _of(RECURRENT[kind](5, 6, batch_first=True, num_layers=2)).float()
     with compiled():
         Pair(model, compile="inductor", tolerance=FLOAT32).steps(3, _narrow)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", RECURRENT)
 def test_a_graph_grows_by_the_same_for_each_step_in_time(kind: str) -> None:
     """And no operation in it writes to a part of a tensor, which a compiler would copy whole."""
 
     def operations(length: int) -> int:
-        model = _of(LAYERS[kind](5, 6, batch_first=True))
-        batch, clean = ((torch.randn(n, length, 5).double(), _sequences(n)[1]) for n in (6, 4))
+        model = _of(RECURRENT[kind](5, 6, batch_first=True))
+        batch, clean = ((torch.randn(n, length, 5).double(), short_sequences(n)[1]) for n in (6, 4))
         with graphs() as made:
             pair = Pair(model, cross_entropy)
             for _ in range(2):
@@ -164,14 +157,16 @@ def test_a_graph_grows_by_the_same_for_each_step_in_time(kind: str) -> None:
 def _numbers_of_examples(pair: Pair, width: torch.dtype, *lengths: int) -> None:
     for n, m in ((6, 4), (6, 4), (5, 4), (6, 3), (9, 7)):
         for length in lengths:
-            pair.step(*((torch.randn(k, length, 5).to(width), _sequences(k)[1]) for k in (n, m)))
+            pair.step(
+                *((torch.randn(k, length, 5).to(width), short_sequences(k)[1]) for k in (n, m))
+            )
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", RECURRENT)
 def test_one_graph_for_all_numbers_of_examples(kind: str, options: str) -> None:
     """The layers' own lists of weights are as before when the graph is made."""
-    layer = LAYERS[kind](5, 6, **OPTIONS[options])
+    layer = RECURRENT[kind](5, 6, **OPTIONS[options])
     lists = [list(layer._flat_weights), list(layer._flat_weight_refs)]
     pair = Pair(_of(layer), compile_options={"dynamic": True})
     with compiled(1):

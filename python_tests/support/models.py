@@ -34,6 +34,20 @@ def token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return flat.view(targets.shape).sum(1)
 
 
+RECURRENT: dict[str, Callable[..., nn.RNNBase]] = {
+    "LSTM": nn.LSTM,
+    "GRU": nn.GRU,
+    "tanh": nn.RNN,
+    "relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
+}
+
+CELLS: dict[str, type[nn.RNNCellBase]] = {
+    "LSTM": nn.LSTMCell,
+    "GRU": nn.GRUCell,
+    "RNN": nn.RNNCell,
+}
+
+
 def mlp(*, dtype: torch.dtype = torch.float64, width: int = 8) -> nn.Sequential:
     """Two linear layers on five features."""
     model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, CLASSES))
@@ -51,6 +65,11 @@ def vectors(
 ) -> tuple[Tensor, Tensor]:
     """A batch of n vectors and classes."""
     return torch.randn(n, features, dtype=dtype), torch.randint(CLASSES, (n,))
+
+
+def short_sequences(n: int) -> tuple[Tensor, Tensor]:
+    """A batch of n sequences of three float64 vectors, and classes."""
+    return torch.randn(n, 3, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))
 
 
 class Function(nn.Module):

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from l2rw_ext import Reweighter
-from support.models import CLASSES, cross_entropy, model_of, vectors
+from support.models import (
+    CELLS,
+    CLASSES,
+    RECURRENT,
+    cross_entropy,
+    model_of,
+    short_sequences,
+    vectors,
+)
 from support.oracle import assert_exact
-
-LAYERS: dict[str, Callable[..., nn.RNNBase]] = {
-    "LSTM": nn.LSTM,
-    "GRU": nn.GRU,
-    "tanh": nn.RNN,
-    "relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
-}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -44,22 +45,12 @@ STATES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "trained, squashed": lambda s, x: torch.tanh(s.state + x.new_zeros(1, len(x), 1)),
 }
 
-CELLS: dict[str, type[nn.RNNCellBase]] = {
-    "LSTM": nn.LSTMCell,
-    "GRU": nn.GRUCell,
-    "RNN": nn.RNNCell,
-}
-
-
-def _sequences(n: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(n, 3, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))
-
 
 SIZES = ((6, 4), (4, 4), (2, 8))
 """n and m, some of which are also numbers of features or of layers."""
 
 
-def _check_merged(model: nn.Module, make: Callable[[int], Any] = _sequences) -> None:
+def _check_merged(model: nn.Module, make: Callable[[int], Any] = short_sequences) -> None:
     """One pass with the oracle's numbers, whatever the sizes of the batches are."""
     for sizes in SIZES:
         reweighter = Reweighter(model, cross_entropy, engine="layerwise")
@@ -69,9 +60,9 @@ def _check_merged(model: nn.Module, make: Callable[[int], Any] = _sequences) -> 
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", RECURRENT)
 def test_recurrent_layers_take_one_pass(kind: str, options: str) -> None:
-    layer = LAYERS[kind](5, 6, **{"batch_first": True, **OPTIONS[options]})
+    layer = RECURRENT[kind](5, 6, **{"batch_first": True, **OPTIONS[options]})
 
     def forward(s: Any, x: Tensor) -> Tensor:
         if s.layer.batch_first:
