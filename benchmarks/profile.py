@@ -146,7 +146,7 @@ def operations_table(case: Case, repeats: int, top: int) -> Table:
     out = Table()
     out.add_column("operation", no_wrap=True)
     for name in ("plain union ms", "l2rw_ext ms"):
-        out.add_column(name, justify="right")
+        out.add_column(name, justify="right", no_wrap=True)
     names = sorted(ours | plain, key=lambda k: -max(ours.get(k, 0.0), plain.get(k, 0.0)))
     for name in names[:top]:
         out.add_row(name, *(f"{1e3 * step.get(name, 0.0):.2f}" for step in (plain, ours)))

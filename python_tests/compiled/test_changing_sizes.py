@@ -358,7 +358,9 @@ def test_a_graph_is_checked_at_a_new_size(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(steps, "_FEW_SIZES", 3)
     checked = []
 
-    def difference(self: Any, work: Any, inputs: Any, found: Any, expected: Any) -> str | None:
+    def difference(
+        self: Any, work: Any, inputs: Any, found: Any, expected: Any, generators: Any
+    ) -> str | None:
         checked.append(len(expected.step.weights))
         return "its losses" if len(checked) == 4 else None
 
