@@ -94,8 +94,9 @@ def _with_error(scale: float) -> Method:
     return Method("off", "off", "exact", prepare)
 
 
-def _with_wrong_gradient(case: Case) -> Step:
-    step = METHODS["double_backward"].prepare(case)
+def _with_wrong_gradient(case: Case, method: str = "double_backward") -> Step:
+    """A step whose gradient is off by a thousandth."""
+    step = METHODS[method].prepare(case)
 
     def off() -> Outcome:
         outcome = step()
@@ -354,18 +355,7 @@ def test_limits_are_those_of_the_worst_rounding(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_plain_step_that_rounds_more_is_a_yardstick() -> None:
-    def prepare(case: Case) -> Step:
-        step = METHODS["plain_union"].prepare(case)
-
-        def rounded() -> Outcome:
-            outcome = step()
-            for p in case.model.parameters():
-                assert p.grad is not None
-                p.grad *= 1.001
-            return outcome
-
-        return rounded
-
+    prepare = partial(_with_wrong_gradient, method="plain_union")
     rounds = dataclasses.replace(METHODS["plain_union_compiled"], prepare=prepare)
     row = rows(run_case(TINY, [rounds], repeats=2, warmup=1))["plain_union_compiled"]
     assert row["status"] == "approximate"
