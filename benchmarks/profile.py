@@ -14,6 +14,7 @@ import cProfile
 import dataclasses
 import math
 import pstats
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import l2rw_ext
 
 from . import provenance
 from .cases import CASES, Case, make_case
-from .methods import METHODS, YARDSTICK
+from .methods import METHODS, YARDSTICK, Step
 from .step import Candidate, time_interleaved
 
 INTERCEPTION = "__torch_function__"
@@ -75,10 +76,10 @@ def smallest(case: Case) -> Case:
     )
 
 
-def profile(case: Case, repeats: int) -> Profile:
-    """The profile of ``repeats`` steps after warming up, divided by ``repeats``."""
+def warm(case: Case, method: str) -> tuple[Step, Callable[[], None]]:
+    """A step after its first ones, and what clears the gradients before the next."""
     own = case.copy()
-    step = METHODS["l2rw_ext"].prepare(own)
+    step = METHODS[method].prepare(own)
 
     def clear() -> None:
         for p in own.model.parameters():
@@ -87,6 +88,12 @@ def profile(case: Case, repeats: int) -> Profile:
     for _ in range(3):
         clear()
         step()
+    return step, clear
+
+
+def profile(case: Case, repeats: int) -> Profile:
+    """The profile of ``repeats`` steps after warming up, divided by ``repeats``."""
+    step, clear = warm(case, "l2rw_ext")
     profiler = cProfile.Profile()
     for _ in range(repeats):
         clear()
@@ -124,19 +131,11 @@ def profile(case: Case, repeats: int) -> Profile:
 
 def operations(case: Case, method: str, repeats: int) -> dict[str, float]:
     """Seconds of a step by operation, without those that it calls."""
-    own = case.copy()
-    step = METHODS[method].prepare(own)
-
-    def run() -> None:
-        for p in own.model.parameters():
-            p.grad = None
-        step()
-
-    for _ in range(3):
-        run()
+    step, clear = warm(case, method)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         for _ in range(repeats):
-            run()
+            clear()
+            step()
     return {e.key: 1e-6 * e.self_cpu_time_total / repeats for e in found.key_averages()}
 
 
