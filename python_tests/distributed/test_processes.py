@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support.processes import SIZE, Pool, RanksFailed
+from support.processes import SIZE, Pool, RanksError
 
 
 def _sum_of_ranks(group: dist.ProcessGroup, factor: int) -> tuple[int, int, int]:
@@ -51,6 +51,6 @@ def test_results_of_each_rank(pool: Pool, ranks: int) -> None:
 def test_failures_name_the_rank_and_the_next_call_works(
     pool: Pool, function: object, message: str
 ) -> None:
-    with pytest.raises(RanksFailed, match=message):
+    with pytest.raises(RanksError, match=message):
         pool.run(function, ranks=2, seconds=2)  # type: ignore[arg-type]
     assert pool.run(_sum_of_ranks, 1) == [(3, SIZE, 1)] * SIZE

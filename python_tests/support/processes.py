@@ -38,7 +38,7 @@ AFTER_ERROR = 5.0
 _PRELOADED = ["torch.distributed", "torch.nn.parallel", "l2rw_ext"]
 
 
-class RanksFailed(AssertionError):
+class RanksError(AssertionError):
     """Some ranks of a call raised, died or did not end; the message says which, and where."""
 
 
@@ -75,19 +75,20 @@ class Pool:
         generator is seeded with 0 on each rank.
 
         Raises:
-            RanksFailed: a rank raised, died, or did not end within ``seconds``.
+            RanksError: a rank raised, died, or did not end within ``seconds``.
         """
         task = pickle.dumps((function, args, ranks))
         if not self._workers:
             self._start()
         called = self._workers[:ranks]
         for worker in called:
-            with contextlib.suppress(OSError):  # one that has died says nothing, which is seen below
+            with contextlib.suppress(OSError):  # it has died, which its answer will tell
                 worker.connection.send_bytes(task)
         answers, failures = self._answers(called, seconds)
         if failures:
             self._end()
-            raise RanksFailed("\n".join(f"rank {r}: {text}" for r, text in sorted(failures.items())))
+            lines = (f"rank {rank}: {text}" for rank, text in sorted(failures.items()))
+            raise RanksError("\n".join(lines))
         return [answers[worker.rank] for worker in called]
 
     def _start(self) -> None:
