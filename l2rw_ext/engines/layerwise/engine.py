@@ -82,8 +82,10 @@ class _Kind:
     """How such steps were compared with plain autograd; kinds of other sizes share it."""
     written: int = 0
     """How many merged forwards of this kind have written to the model."""
-    met: int = 0
-    """How often other ranks have waited for a plan for merged steps of this kind."""
+    stale: bool = False
+    """Whether a merged step with other ranks failed on this one, for want of a plan perhaps."""
+    rehearsals: int = 0
+    """How often a plan for merged steps with other ranks was looked for and not found."""
 
     def add(self, form: Key, plan: Plan) -> None:
         """Remember a plan, and forget the oldest if there are many."""
@@ -102,7 +104,8 @@ class _Kind:
         """Whether a merged step of this kind can be expected to follow a plan, without a proof."""
         apart = self.separate is not None or self.refused is not None
         certain = any(plan.certain for plan in self.plans.values())
-        return certain and not apart and self.proof is not None and self.proof.settled
+        settled = self.proof is not None and self.proof.settled
+        return certain and settled and not (apart or self.stale)
 
 
 class Layerwise(Engine):
@@ -147,8 +150,7 @@ class Layerwise(Engine):
         """Score in a merged pass in which the ranks exchange the direction of their clean batches.
 
         All ranks call this in the same step, and get None alike if one of them cannot make such a
-        step; the state is then as it was. A rank without a plan makes one, for later steps, from
-        its own batches.
+        step; the state is then as it was. A rank that has no plan makes one from its own batches.
 
         Raises:
             RankError: another rank has failed.
@@ -156,11 +158,11 @@ class Layerwise(Engine):
         if self._failures >= _LARGEST_NUMBER_OF_FAILURES:
             return None
         key = _key_of_step(task, None)
-        kind = self._kinds.get(key, _Kind(key[0]))
+        kind = self._kinds.get(key) or _Kind(key[0])
+        if task.clean_size is not None and not kind.merges:
+            self._rehearse(task, snapshot, key, kind)
         ready = task.clean_size is not None and kind.merges
         if not all(flag for (flag,) in processes.meet("a merged step", ready)):
-            if not ready and task.clean_size is not None:
-                self._rehearse(task, snapshot, key, kind)
             return None
         exchange = Exchange(processes)
 
@@ -173,9 +175,8 @@ class Layerwise(Engine):
         scored = exchange.run(score)
         self._failures = self._failures + 1 if scored is None else 0
         if scored is None:
+            kind.stale = exchange.failed
             snapshot.restore()
-            if exchange.failed:
-                self._rehearse(task, snapshot, key, kind)
         return scored
 
     def _rehearse(self, task: Task, snapshot: Snapshot, key: Key, kind: _Kind) -> None:
@@ -183,14 +184,14 @@ class Layerwise(Engine):
 
         That is not worth its price for a kind of step that is met only once.
         """
-        kind.met += 1
         self._remember(key, kind)
-        if kind.separate is not None or kind.refused is not None:
-            return
         certain = [plan.certain for plan in kind.plans.values()]
-        first = not certain and 1 < kind.met <= 1 + _LARGEST_NUMBER_OF_REHEARSALS
-        if not (first or any(certain)):
+        if kind.separate is not None or kind.refused is not None or (certain and not any(certain)):
             return
+        kind.rehearsals = 0 if certain else kind.rehearsals + 1
+        if kind.rehearsals == 1 or kind.rehearsals > 1 + _LARGEST_NUMBER_OF_REHEARSALS:
+            return
+        kind.stale = False
         try:
             self.score(task, snapshot)
         except NotExactError as error:
@@ -384,7 +385,7 @@ class _Pass:
     def __init__(
         self,
         task: Task,
-        directions: dict[int, Tensor] | None,
+        directions: Mapping[int, Tensor] | None,
         kind: _Kind,
         count: int,
         exchange: Exchange | None = None,

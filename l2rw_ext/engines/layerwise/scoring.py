@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,7 +104,7 @@ class Scoring(Scored):
         self,
         task: Task,
         leaves: Leaves,
-        directions: dict[int, Tensor] | None = None,
+        directions: Mapping[int, Tensor] | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self.probe: Probe | None = None
@@ -238,7 +238,7 @@ class Scoring(Scored):
         explanation = Explanation.layerwise(self._task, self.plan, low_memory=self.low_memory)
         return replace(explanation, proof=self.proof)
 
-    def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
+    def _push(self, uses: list[Use], directions: Mapping[int, Tensor]) -> None:
         for use in uses:
             for root in use.roots:
                 if root is not None and id(root) not in self._pushed:
