@@ -714,9 +714,7 @@ class Reweighter:
             accumulation.direction = direction
         return direction
 
-    def _merged(
-        self, processes: Processes | None, task: Task, snapshot: Snapshot
-    ) -> Scored | None:
+    def _merged(self, processes: Processes | None, task: Task, snapshot: Snapshot) -> Scored | None:
         """Scores of a pass in which the ranks exchange their directions, if all can make one."""
         if processes is None or self.replicated_clean or self._changes_direction(None):
             return None

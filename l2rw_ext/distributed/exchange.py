@@ -213,11 +213,14 @@ def _flat(message: Message, parts: Sequence[Tensor], m: int, largest: int) -> Te
         flat = torch.nn.functional.pad(rows, (0, 0, 0, largest - m)).view(-1)
     else:
         flat = torch.cat([x.reshape(-1) for x in parts])
-    if flat.numel() != message.numel or torch.promote_types(flat.dtype, message.dtype) != message.dtype:
+    if (
+        flat.numel() != message.numel
+        or torch.promote_types(flat.dtype, message.dtype) != message.dtype
+    ):
         raise AssertionError(f"{flat.dtype}[{flat.numel()}] is not what {message} says")
     return flat.to(message.dtype)
 
 
 def _digest(agreed: object) -> int:
     """A number that fits a float64 and is the same in all processes for equal texts."""
-    return int.from_bytes(hashlib.blake2b(repr(agreed).encode(), digest_size=6).digest())
+    return int.from_bytes(hashlib.blake2b(repr(agreed).encode(), digest_size=6).digest(), "big")

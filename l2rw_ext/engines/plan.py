@@ -93,7 +93,9 @@ def between_ranks(plan: Plan, uses: Sequence[Use], task: Task, agreed: Agreed) -
                 shared[place] = Message(("parameter", place), p.numel(), dtype, p.device, ranks)
             planned.append(replace(own, messages=tuple(shared[place] for place in new)))
         else:
-            planned.append(own if own.rows is None else _exchanged(own, own.rows, use, task, agreed))
+            planned.append(
+                own if own.rows is None else _exchanged(own, own.rows, use, task, agreed)
+            )
     alone = (x for own in reversed(planned) if not own.joint for x in own.messages)
     messages = [first, *alone, *(shared[place] for place in sorted(shared))]
     return replace(plan, uses=planned, messages=messages)

@@ -372,9 +372,7 @@ class Scoring(Scored):
         for key, p in zip(sent, parameters, strict=True):
             own = directions.get(id(p))
             self._exchange.send(key, [torch.zeros_like(p) if own is None else own])
-        return {
-            id(p): self._exchange.take(key)[0] for key, p in zip(sent, parameters, strict=True)
-        }
+        return {id(p): self._exchange.take(key)[0] for key, p in zip(sent, parameters, strict=True)}
 
     def _side_by_side(
         self, reports: list[tuple[Use, str, Tensor, Tensor]]
