@@ -122,7 +122,7 @@ def check_losses(losses: Tensor, task: Task) -> None:
 class Direction:
     """v, the gradient of the mean clean loss, possibly changed by an option."""
 
-    values: dict[int, Tensor]
+    values: Mapping[int, Tensor]
     """v by id of the parameter, in its shape, without the loss scale; absent if it is zero."""
     clean_loss: Tensor
     """The mean clean loss, shape (), detached."""

@@ -6,7 +6,7 @@ direction in which w̃ moves is J of that of θ. Both maps are small, because no
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Leaves:
                     leaves[id(p)] = gradient if held is None else held + gradient
         return leaves
 
-    def push_forward(self, root: Tensor, directions: dict[int, Tensor]) -> Tensor | None:
+    def push_forward(self, root: Tensor, directions: Mapping[int, Tensor]) -> Tensor | None:
         """J: the direction of a root, given those of the parameters; None if it is zero.
 
         For a derived root this is a backward through the backward of h, which works wherever that

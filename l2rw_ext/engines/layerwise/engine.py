@@ -301,7 +301,7 @@ class _Pass:
     def __init__(
         self,
         task: Task,
-        directions: dict[int, Tensor] | None,
+        directions: Mapping[int, Tensor] | None,
         kind: _Kind,
         count: int,
         *,
