@@ -35,6 +35,13 @@ class UsePlan:
     """By which its part of the direction is exchanged between ranks. Uses that share a parameter
     have one message for it, which the first of them lists."""
 
+    @property
+    def sent(self) -> str:
+        """How it comes from the other ranks of a merged step; "" if nothing of it is sent."""
+        if self.joint:
+            return "reduced at the end"
+        return "".join("gathered" if x.gathered else "reduced" for x in self.messages)
+
 
 @dataclass
 class Plan:
