@@ -146,6 +146,18 @@ def single_gradient_scores(
     before = State(Members.of(model, loss_fn, clean_loss_fn), whole=True)
     direction = clean_direction(model, loss_fn, clean, clean_loss_fn=clean_loss_fn)
     before.restore()
+    return scores_along(direction, model, loss_fn, batch, clean_loss_fn=clean_loss_fn)
+
+
+def scores_along(
+    direction: Mapping[str, Tensor],
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Batch,
+    *,
+    clean_loss_fn: LossFn | None = None,
+) -> Tensor:
+    """u_i = <∇f_i, v>, shape (n,), along a direction v that has an entry for each name."""
     inputs, targets = batch
     losses = loss_fn(forward(model, inputs), targets)
     named = trainable(model, loss_fn, clean_loss_fn)
@@ -155,8 +167,8 @@ def single_gradient_scores(
             losses[i], list(named.values()), retain_graph=True, allow_unused=True
         )
         terms = [
-            (g * v).sum()
-            for g, v in zip(gradients, direction.values(), strict=True)
+            (g * direction[name]).sum()
+            for name, g in zip(named, gradients, strict=True)
             if g is not None
         ]
         scores.append(torch.stack(terms).sum())

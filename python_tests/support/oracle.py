@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext import Reweighter, Step, reference
+from l2rw_ext.data.batch import forward
 from l2rw_ext.reference import relative_error
 from l2rw_ext.task.state import State
 from l2rw_ext.tracing.members import Members
@@ -48,6 +49,8 @@ class Truth:
     weights: Tensor
     gradients: dict[str, Tensor | None]
     """By name; those of a loss that is a module too."""
+    clean_loss: Tensor
+    """The mean clean loss, shape ()."""
 
 
 def as_double(tree: Any) -> Any:
@@ -71,6 +74,27 @@ def truth(
     On float64 copies of the model and of losses that are modules, so that they keep their state;
     ``copied=False`` for a loss function that holds the model's own parameters.
     """
+    (found,) = truth_of_ranks(
+        model, loss_fn, [batch], [clean], clean_loss_fn=clean_loss_fn, copied=copied
+    )
+    return found
+
+
+def truth_of_ranks(
+    model: nn.Module,
+    loss_fn: Any,
+    batches: Sequence[Any],
+    cleans: Sequence[Any],
+    *,
+    clean_loss_fn: Any = None,
+    copied: bool = True,
+) -> list[Truth]:
+    """:func:`truth` of one step on the union of all ranks' batches, as each rank sees it.
+
+    That is the scores and weights of its own examples, and the gradient and clean loss of all. A
+    rank's batches have a forward each, so that BatchNorm takes its statistics from them alone; its
+    clean batch may be None. An example whose score is not finite is left out.
+    """
 
     def duplicates() -> tuple[Any, ...]:
         given = (model, loss_fn, clean_loss_fn)
@@ -79,13 +103,48 @@ def truth(
         held = copy.deepcopy([x if isinstance(x, nn.Module) else None for x in given])
         return tuple(x if d is None else d.double() for x, d in zip(given, held, strict=True))
 
-    batch, clean = as_double(batch), as_double(clean)
-    own, loss, clean_loss = duplicates()
-    scores = reference.single_gradient_scores(own, loss, batch, clean, clean_loss_fn=clean_loss)
-    weights = reference.weights_from_scores(scores)
-    own, loss, _ = duplicates()
-    gradients = reference.weighted_gradient(own, loss, batch, weights)
-    return Truth(scores, weights, gradients)
+    sizes: list[int] = []
+    clean_losses: list[Tensor] = []
+    directions: list[dict[str, Tensor]] = []
+    for clean in (as_double(c) for c in cleans if c is not None):
+        own, loss, clean_loss = duplicates()
+        before = State(Members.of(own, loss, clean_loss), whole=True)
+        directions.append(reference.clean_direction(own, loss, clean, clean_loss_fn=clean_loss))
+        before.restore()
+        with torch.random.fork_rng(devices=[]):
+            losses = (clean_loss or loss)(forward(own, clean[0]), clean[1]).detach()
+        before.restore()
+        sizes.append(losses.numel())
+        clean_losses.append(losses.mean())
+    direction = {name: _mean([v[name] for v in directions], sizes) for name in directions[0]}
+
+    batches = [as_double(b) for b in batches]
+    scores: list[Tensor] = []
+    for batch in batches:
+        own, loss, clean_loss = duplicates()
+        scores.append(reference.scores_along(direction, own, loss, batch, clean_loss_fn=clean_loss))
+    joined = torch.cat(scores)
+    weights = reference.weights_from_scores(joined.where(joined.isfinite(), 0))
+
+    gradients: dict[str, Tensor | None] = {}
+    parts = weights.split([u.numel() for u in scores])
+    for batch, w in zip(batches, parts, strict=True):
+        own, loss, _ = duplicates()
+        for name, g in reference.weighted_gradient(own, loss, batch, w).items():
+            gradients[name] = _sum(gradients.get(name), g)
+    mean = _mean(clean_losses, sizes)
+    return [Truth(u, w, gradients, mean) for u, w in zip(scores, parts, strict=True)]
+
+
+def _mean(values: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Σ m_r v_r / Σ m_r."""
+    if len(values) == 1:
+        return values[0]
+    return torch.stack([m * v for m, v in zip(sizes, values, strict=True)]).sum(0) / sum(sizes)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def gradients_of(model: nn.Module, loss_fn: Any = None) -> dict[str, Tensor | None]:
