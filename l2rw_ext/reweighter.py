@@ -257,24 +257,24 @@ class Reweighter:
         if accumulation is not None and processes is not None:
             followed = accumulation.followed()
         with followed:
-            task, numbers = self._begun(
+            task, numbers, remembered = self._begun(
                 "backward()", processes, batch, clean, batch_size, index, grad_scaler
             )
-            steps: list[Step] = []
+            results: list[Computed] = []
 
             def step() -> Tensor | None:
-                computed = self._step(processes, task, numbers)
-                steps.append(computed.step)
+                results.append(self._step(processes, task, numbers, remembered))
                 if accumulation is not None:
-                    accumulation.add(computed)
+                    accumulation.add(results[0])
                     return None
                 self._direction_options.advance()
-                return node_of(computed.gradients)
+                return node_of(results[0].gradients)
 
             self._delivered(step)
-        if numbers is not None and steps[0].engine != Remembered.name:
-            self.record.add(numbers, steps[0].scores)
-        return steps[0]
+        found = results[0].step
+        if accumulation is None and results[0].index is not None:
+            self.record.add(results[0].index, (found._union or found).scores)
+        return found
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
@@ -310,17 +310,20 @@ class Reweighter:
         if self._accumulation is not None:
             raise RuntimeError("accumulate() is entered twice; its contexts cannot be nested")
         processes = self._processes()
+        told: list[list[float]] = []
         self._accumulation = accumulation = Accumulation()
         try:
             if processes is None:
                 yield accumulation
-                gradients = accumulation.finish()
             else:
                 with processes.together("the end of accumulate()") as meeting:
                     yield accumulation
                     accumulation.check()
                     meeting.tell = accumulation.about()
-                gradients = accumulation.finish(processes, meeting.told)
+                told = meeting.told
+            gradients = accumulation.finish(processes, told)
+            for numbers, scores in accumulation.recorded(processes, told):
+                self.record.add(numbers, scores)
         finally:
             self._accumulation = accumulation.error = None
         if not gradients:
@@ -353,9 +356,9 @@ class Reweighter:
         weights of a degenerate step are zeros.
         """
         processes = self._processes()
-        task, _ = self._begun("weights()", processes, batch, clean, batch_size)
+        task, *_ = self._begun("weights()", processes, batch, clean, batch_size)
         with self._dry():
-            return self._step(processes, task, None, dry=True).step.weights
+            return self._step(processes, task, None, None, dry=True).step.weights
 
     def explain(
         self,
@@ -371,8 +374,7 @@ class Reweighter:
         Print the result, or take it as plain data from its ``as_dict()``.
         """
         processes = self._processes()
-        task, numbers = self._begun("explain()", processes, batch, clean, batch_size, index)
-        remembered = self._remembered(task, numbers)
+        task, _, remembered = self._begun("explain()", processes, batch, clean, batch_size, index)
         lines = self._direction_options.lines()
         if processes is not None:
             lines.append(said_of(processes, replicated_clean=self.replicated_clean))
@@ -429,14 +431,14 @@ class Reweighter:
         batch_size: Any,
         index: Any = None,
         grad_scaler: torch.amp.GradScaler | None = None,
-    ) -> tuple[Task, Tensor | None]:
-        """The checked arguments of a call, which all ranks make if one does.
+    ) -> tuple[Task, Tensor | None, Remembered | None]:
+        """The checked arguments of a call, which all ranks make if one does, and remembered scores.
 
         Of the micro-batches in :meth:`accumulate`, ranks may have other numbers, so that they meet
         at the first one only.
         """
 
-        def checked() -> tuple[Task, Tensor | None]:
+        def checked() -> tuple[Task, Tensor | None, Remembered | None]:
             numbers = check_index(index)
             optional = not self.needs_clean or (processes is not None and not self.replicated_clean)
             task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional)
@@ -444,7 +446,7 @@ class Reweighter:
             reuses = self.reuse == "scores" and self._direction_options.every > 1
             if place == "backward()" and numbers is None and reuses:
                 raise ValueError("index must be given: reuse='scores' remembers scores by it")
-            return task, numbers
+            return task, numbers, self._remembered(task, numbers)
 
         accumulation = self._accumulation if place == "backward()" else None
         if processes is None or (accumulation is not None and accumulation.begun):
@@ -452,15 +454,17 @@ class Reweighter:
         if accumulation is not None:
             accumulation.begun = True
         with processes.together(place) as meeting:
-            found = checked()
-            meeting.tell = (self.needs_clean, found[0].clean_size is not None)
-        if len({due for due, _ in meeting.told}) > 1:
-            processes.fail(
-                RankError("some ranks need a clean batch in this step and others do not")
-            )
-        if self.needs_clean and not any(has_clean for _, has_clean in meeting.told):
+            task, numbers, remembered = checked()
+            has_clean = task.clean_size is not None
+            meeting.tell = self.needs_clean, has_clean, numbers is not None, remembered is not None
+        due, clean_batches, indexed, known = zip(*meeting.told, strict=True)
+        if len(set(due)) > 1:
+            processes.fail(RankError("some ranks need a clean batch in this step, others do not"))
+        if len(set(indexed)) > 1:
+            processes.fail(ValueError("index must be given on all ranks or on none"))
+        if self.needs_clean and not any(clean_batches):
             processes.fail(ValueError("clean batch: this step needs one, and no rank has any"))
-        return found
+        return task, numbers, remembered if all(known) else None
 
     def _task(
         self,
@@ -512,18 +516,33 @@ class Reweighter:
         )
 
     def _step(
-        self, processes: Processes | None, task: Task, index: Tensor | None, *, dry: bool = False
+        self,
+        processes: Processes | None,
+        task: Task,
+        index: Tensor | None,
+        remembered: Remembered | None,
+        *,
+        dry: bool = False,
     ) -> Computed:
         """A step, with what is to be delivered unless it is ``dry`` or in :meth:`accumulate`."""
+        index = index if remembered is None else None  # whose scores are no new ones
         if processes is None or (self._accumulation is not None and not dry):
-            return self._computed(processes, task, index, dry=dry, partial=False)
+            computed = self._computed(processes, task, remembered, dry=dry, partial=False)
+            computed.index = index
+            return computed
         before = Snapshot(task.members)
         try:
             with processes.together("the scores") as meeting:
-                computed = self._computed(processes, task, index, dry=dry, partial=True)
+                computed = self._computed(processes, task, remembered, dry=dry, partial=True)
                 meeting.tell = about(computed)
             computed = united(
-                processes, computed, meeting.told, self.on_degenerate, self.check_finite
+                processes,
+                computed,
+                meeting.told,
+                index,
+                self.on_degenerate,
+                self.check_finite,
+                scaled=task.loss_scale is not None,
             )
         except BaseException:
             before.undo()
@@ -539,13 +558,12 @@ class Reweighter:
         self,
         processes: Processes | None,
         task: Task,
-        index: Tensor | None,
+        remembered: Remembered | None,
         *,
         dry: bool,
         partial: bool,
     ) -> Computed:
         """What this rank computes; ``partial`` if other ranks have scores that count too."""
-        remembered = self._remembered(task, index)
         if self._compiled is not None:
             found = self._compiled.find(task)
             return self._by_graph(processes, found, task, remembered, dry=dry, partial=partial)
