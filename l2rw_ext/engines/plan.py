@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -56,6 +57,8 @@ class Plan:
     uses: list[UsePlan] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     """What the ranks exchange in a merged backward, in the order that all keep."""
+    shared: tuple[Any, Plan] | None = None
+    """The plan with messages that the ranks followed last, after what they had agreed on."""
 
 
 def choose_form(

@@ -30,7 +30,7 @@ from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.task.task import Direction, Task, check_clean_loss, clean_direction, require_grad
 from l2rw_ext.tracing.coverage import check_graph
 from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
 from l2rw_ext.tracing.graph import sources
@@ -489,14 +489,17 @@ class _Pass:
 
         Raises:
             StalePlanError: this rank's plan is not certain.
+            ValueError: the clean loss is not finite.
         """
         if not plan.certain:
             raise StalePlanError
         task, reached = self._task, self.scoring.reached
+        if devices.readable(self.scoring.clean_loss):
+            check_clean_loss(self.scoring.clean_loss)
         scale = task.loss_scale
         structure = [
             float(scale) if scale is not None and devices.readable(scale) else scale is None,
-            *((self.interception.names[id(p)], p.shape, p.dtype) for p in task.parameters),
+            *((self.interception.names[id(p)], p.numel(), p.dtype) for p in task.parameters),
             *(
                 (_operands(use, self.interception), own.joint, own.rows is None)
                 for use, own in zip(reached, plan.uses, strict=True)
@@ -504,7 +507,9 @@ class _Pass:
         ]
         positions = [None if own.rows is None else own.rows.positions for own in plan.uses]
         agreed = exchange.agree(task.n, task.m, structure, positions)
-        return between_ranks(plan, reached, task, agreed)
+        if plan.shared is None or plan.shared[0] != (agreed, structure):
+            plan.shared = (agreed, structure), between_ranks(plan, reached, task, agreed)
+        return plan.shared[1]
 
     def _planned(self, verdict: Verdict, *, merged: bool) -> Plan:
         """A plan from what the map says; its uses are left open if it is not certain."""
