@@ -93,6 +93,39 @@ def test_scores_are_reused(pool: Pool, wrapper: str) -> None:
     assert {"remembered", "layerwise"} == {outcome.engine for outcome in found[0]}
 
 
+def _recorded(
+    group: dist.ProcessGroup | None, setup: Setup, batches: Batches, accumulated: bool
+) -> list[Tensor]:
+    """The tables of the record after steps with an index, which may be in micro-batches."""
+    own = Rank(group, setup)
+    for k, b in enumerate(batches):
+        batch, clean = union(b) if group is None else b[dist.get_rank(group)]
+        numbers = _indices(batches, k)
+        index = torch.cat(numbers) if group is None else numbers[dist.get_rank(group)]
+        if not accumulated:
+            own.train(batch, clean, index=index)
+            continue
+        with own.reweighter.accumulate():
+            own.reweighter.backward(batch, clean, index=index)
+            own.reweighter.backward(batch, index=index + 20)
+    record = own.reweighter.record
+    return [record.visits, record.scores, record.mean_scores, record.kept_share]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_the_record_has_the_examples_of_all_ranks(
+    pool: Pool, accumulated: bool, wrapper: str
+) -> None:
+    setup = Setup(wrapper=WRAPPERS[wrapper])
+    batches = draw("mlp", SIZES["uneven"], steps=3)
+    expected = _recorded(None, setup, batches, accumulated)
+    for tables in pool.run(_recorded, setup, batches, accumulated):
+        for ours, theirs in zip(tables, expected, strict=True):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) <= EXACT
+
+
 def _in_micro_batches(
     group: dist.ProcessGroup | None, setup: Setup, parts: Batches, steps: int
 ) -> list[tuple[list[Tensor], dict[str, Tensor | None]]]:
