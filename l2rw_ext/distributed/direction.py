@@ -52,6 +52,7 @@ def said_of(processes: Processes, *, replicated_clean: bool) -> str:
     how = (
         "replicated_clean=True, so that nothing is sent for the direction"
         if replicated_clean
-        else "the directions of their clean batches are added up during the training forward"
+        else "the directions of their clean batches are added up, in a merged backward or "
+        "during the training forward"
     )
     return f"process_group: {processes.size} ranks are weighed together; {how}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from l2rw_ext.distributed.group import Processes
 from l2rw_ext.engines.base import Scored
 from l2rw_ext.engines.layerwise import scoring
 from l2rw_ext.engines.layerwise.scoring import Scoring
-from l2rw_ext.errors import NotExactError
+from l2rw_ext.errors import NotExactError, RankError
 from l2rw_ext.reference import relative_error
 from support.models import CLASSES, Mean, cross_entropy, model_of, vectors
 from support.oracle import EXACT, flat, gradients_of, truth_of_ranks, zero_grad
@@ -71,6 +72,8 @@ OWN: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, Tens
     "optional": (_optional, vectors),
     "deep": (_deep, vectors),
 }
+
+MERGED = ["mlp", "convolutions", "tokens", "shared", "checkpointed", "wide", "derived", "recurrent"]
 
 
 @dataclass
@@ -190,7 +193,7 @@ def _assert_merged(
 
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("model", [name for name in OWN if name not in ("batch norm", "branches")])
+@pytest.mark.parametrize("model", MERGED)
 def test_a_merged_step_is_that_of_the_union(
     pool: Pool, model: str, ranks: int, low_memory: bool
 ) -> None:
@@ -426,3 +429,43 @@ def test_a_rank_is_interrupted_in_its_backward(pool: Pool, model: str, at: int) 
     assert [told.pop(1) for told in found] == ["RankError", "RankError", "_Stop"]
     _assert_exact(found, model, [steps[0], steps[2]])
     assert _merged(found) == [False, True]
+
+
+def _many_steps(group: dist.ProcessGroup, steps: Sequence[Any]) -> tuple[int, int, Tensor]:
+    """Steps of which a third fail, on drawn ranks and in drawn places of the backward."""
+    rank, drawn = _Rank(group, "shared"), random.Random(0)  # the same on each rank
+    optimizer = torch.optim.SGD(rank.model.parameters(), 0.1)
+    bad, at = -1, -1
+    original = Scoring.report
+
+    def report(self: Scoring, *args: Any) -> None:
+        nonlocal at
+        if self._exchange is not None:
+            at -= 1
+            if at == 0 and dist.get_rank(group) == bad:
+                raise kind("in the middle")
+        original(self, *args)
+
+    stopped = 0
+    with mock.patch.object(Scoring, "report", report):
+        for own in steps:
+            bad, at = drawn.randrange(9), drawn.randint(1, 4)
+            kind = drawn.choice([RuntimeError, torch.OutOfMemoryError, _Stop])
+            try:
+                rank.backward(*own[dist.get_rank(group)])
+                optimizer.step()
+            except (RankError, _Stop):
+                stopped += 1
+    merged = sum(scored is not None for scored in rank.merged)
+    return merged, stopped, flat(p.detach() for p in rank.model.parameters())
+
+
+def test_many_steps_with_errors(pool: Pool) -> None:
+    """Nobody hangs, and parameters are the same on all ranks."""
+    steps = _batches("shared", SIZES["uneven"], 150)
+    (merged, stopped, first), *others = pool.run(_many_steps, steps)
+    assert merged > 75
+    assert stopped > 5
+    for found in others:
+        assert found[:2] == (merged, stopped)
+        assert torch.equal(found[2], first)
