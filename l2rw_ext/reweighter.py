@@ -438,7 +438,7 @@ class Reweighter:
         def checked() -> tuple[Task, Tensor | None, Remembered | None]:
             numbers = check_index(index)
             optional = not self.needs_clean or (processes is not None and not self.replicated_clean)
-            task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional)
+            task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional=optional)
             check_wrappers(task.members, wrapper_of(self.model), processes)
             reuses = self.reuse == "scores" and self._direction_options.every > 1
             if place == "backward()" and numbers is None and reuses:
@@ -468,9 +468,10 @@ class Reweighter:
         batch: Any,
         clean: Any,
         batch_size: Any,
-        index: Tensor | None,
-        grad_scaler: torch.amp.GradScaler | None,
-        optional: bool,
+        index: Tensor | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        *,
+        optional: bool = False,
     ) -> Task:
         """The checked step; the clean batch is ``optional`` where it may be None."""
         if torch.is_inference_mode_enabled():
