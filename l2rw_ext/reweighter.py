@@ -18,7 +18,7 @@ from .data.batch import LossFn, check_same_kind, in_order_of, unpack
 from .data.batch_size import BatchSize, given_sizes
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
-from .distributed.ddp import as_forward, check_wrappers, inside, wrapper_of
+from .distributed.ddp import as_forward, check_wrappers, forget_forwards, inside, wrapper_of
 from .distributed.direction import said_of, union_direction
 from .distributed.group import Membership, Processes
 from .engines.base import Engine, Scored
@@ -322,6 +322,10 @@ class Reweighter:
             gradients = accumulation.finish(processes, told)
             for numbers, scores in accumulation.recorded(processes, told):
                 self.record.add(numbers, scores)
+        except BaseException:
+            if (wrapper := wrapper_of(self.model)) is not None:
+                forget_forwards(wrapper)
+            raise
         finally:
             self._accumulation = accumulation.error = None
         if not gradients:
