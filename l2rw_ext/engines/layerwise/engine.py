@@ -497,14 +497,16 @@ class _Pass:
         if devices.readable(self.scoring.clean_loss):
             check_clean_loss(self.scoring.clean_loss)
         scale = task.loss_scale
-        structure = [
-            float(scale) if scale is not None and devices.readable(scale) else scale is None,
-            *((self.interception.names[id(p)], p.numel(), p.dtype) for p in task.parameters),
-            *(
-                (_operands(use, self.interception), own.joint, own.rows is None)
-                for use, own in zip(reached, plan.uses, strict=True)
-            ),
+        structure: list[Any] = [
+            float(scale) if scale is not None and devices.readable(scale) else scale is None
         ]
+        for p in task.parameters:
+            structure.append((self.interception.names[id(p)], p.numel(), p.dtype, p.device.type))
+        for use, own in zip(reached, plan.uses, strict=True):
+            dtype = None if use.weight is None else use.weight.dtype
+            structure.append(
+                (_operands(use, self.interception), dtype, own.joint, own.rows is None)
+            )
         positions = [None if own.rows is None else own.rows.positions for own in plan.uses]
         agreed = exchange.agree(task.n, task.m, structure, positions)
         if plan.shared is None or plan.shared[0] != (agreed, structure):
