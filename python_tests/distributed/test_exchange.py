@@ -319,12 +319,16 @@ def test_plans_that_differ(pool: Pool) -> None:
 
 
 def _under_autocast(group: dist.ProcessGroup | None, model: str, steps: Sequence[Any]) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return _in_float32(group, model, steps)
+
+
+def _in_float32(group: dist.ProcessGroup | None, model: str, steps: Sequence[Any]) -> Any:
     rank = _Rank(group, model)
     rank.model.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        if group is None:
-            return rank.reweighter.backward(*union(steps[-1]))
-        return [rank.backward(*own[dist.get_rank(group)]) for own in steps]
+    if group is None:
+        return rank.reweighter.backward(*union(steps[-1]))
+    return [rank.backward(*own[dist.get_rank(group)]) for own in steps]
 
 
 @pytest.mark.parametrize("model", ["wide", "convolutions", "tokens"])
@@ -337,6 +341,28 @@ def test_autocast(pool: Pool, model: str) -> None:
     expected = _under_autocast(None, model, steps)
     for told, weights in zip(found, expected.weights.split([5, 2, 7]), strict=True):
         assert relative_error(told[1].step.weights, weights) <= 1e-2
+
+
+def _one_under_autocast(group: dist.ProcessGroup, steps: Sequence[Any]) -> list[_Told]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=dist.get_rank(group) == 1):
+        return _in_float32(group, "wide", steps)
+
+
+def test_autocast_on_one_rank(pool: Pool) -> None:
+    """The ranks would send other dtypes."""
+    steps = [
+        [tuple((x.float(), y) for x, y in own) for own in step]
+        for step in _batches("wide", SIZES["uneven"], 3)
+    ]
+    assert not any(_merged(pool.run(_one_under_autocast, steps)))
+
+
+def test_proofs_are_repeated(pool: Pool) -> None:
+    """Each rank compares its own batches with plain autograd, and the step is merged."""
+    steps = _batches("mlp", SIZES["uneven"], 20)
+    for told in _assert_merged(pool, "mlp", steps):
+        assert told[-1].explanation is not None
+        assert "compared at step 17" in told[-1].explanation.proof
 
 
 def _scaled(group: dist.ProcessGroup, steps: Sequence[Any], scales: Sequence[float]) -> Any:
