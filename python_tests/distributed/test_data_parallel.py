@@ -16,6 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from l2rw_ext import NotExactError, Reweighter
+from l2rw_ext.reference import relative_error
 from support.models import ENGINES, cross_entropy, vectors
 from support.oracle import EXACT, Truth, flat, gradients_of, truth
 from support.processes import Pool
@@ -32,6 +33,7 @@ from support.ranks import (
     draw,
     train,
     truths,
+    union,
 )
 
 COMPILE = [False, "eager"]
@@ -209,6 +211,38 @@ def test_parameters_of_the_loss_outside_of_the_wrapper(
     setup = Setup(loss=ScaledCrossEntropy, options={"engine": engine}, wrapper=wrapper)
     batches = draw("mlp", SIZES["uneven"], steps=2)
     assert_steps(pool.run(train, setup, batches), truths(setup, batches))
+
+
+class _Shared(nn.Module):
+    """A loss with a parameter of the model, which the wrapper averages, and one that is its own."""
+
+    def __init__(self, of_model: nn.Parameter) -> None:
+        super().__init__()
+        self.of_model = of_model
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs * self.scale + self.of_model.square(), targets)
+
+
+def _shared(group: dist.ProcessGroup | None, batches: Batches) -> dict[str, Tensor | None]:
+    inner = Rank(None, Setup()).inner
+    loss = _Shared(inner[2].bias)
+    model, pair = inner, union(batches[0])
+    if group is not None:
+        model = DistributedDataParallel(inner, process_group=group)
+        pair = batches[0][dist.get_rank(group)]
+    Reweighter(model, loss).backward(*pair)
+    return gradients_of(inner, loss)
+
+
+def test_a_parameter_of_the_model_in_the_loss(pool: Pool) -> None:
+    batches = draw("mlp", SIZES["uneven"])
+    expected = _shared(None, batches)
+    for gradients in pool.run(_shared, batches):
+        assert gradients.keys() == expected.keys()
+        found = flat(gradients.values())
+        assert relative_error(found, flat(expected.values())) <= EXACT
 
 
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
