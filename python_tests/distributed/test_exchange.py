@@ -25,7 +25,7 @@ from l2rw_ext.reference import relative_error
 from support.models import CLASSES, Mean, cross_entropy, model_of, vectors
 from support.oracle import EXACT, flat, gradients_of, truth_of_ranks, zero_grad
 from support.processes import Pool
-from support.ranks import MODELS, SIZES, ScaledCrossEntropy, union
+from support.ranks import COUPLED, MODELS, SIZES, ScaledCrossEntropy, union
 
 
 def _derived() -> nn.Module:
@@ -190,7 +190,7 @@ def _assert_merged(
 
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("model", [name for name in OWN if name not in ("batch norm", "branches")])
+@pytest.mark.parametrize("model", sorted(OWN.keys() - COUPLED - {"branches"}))
 def test_a_merged_step_is_that_of_the_union(
     pool: Pool, model: str, ranks: int, low_memory: bool
 ) -> None:
