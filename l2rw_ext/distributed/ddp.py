@@ -100,6 +100,20 @@ def check_wrappers(
                 f"DistributedDataParallel ignores parameter {name!r}, so that it may be another "
                 "one on each rank; give process_group=None for a step of each process alone"
             )
+    trained = [
+        p
+        for name, p in wrapper.module.named_parameters()
+        if p.requires_grad and name not in ignored
+    ]
+    known = wrapper._get_ddp_logging_data()
+    if (known["num_parameter_tensors"], known["total_parameter_size_bytes"]) != (
+        len(trained),
+        sum(p.numel() * p.element_size() for p in trained),
+    ):
+        raise TypeError(
+            "DistributedDataParallel was made when other parameters were trained, or of another "
+            "dtype, and does not average the present ones; wrap the model again"
+        )
 
 
 def _shared(module: nn.SyncBatchNorm) -> bool:

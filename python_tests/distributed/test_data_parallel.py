@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from l2rw_ext import NotExactError, Reweighter
-from support.models import ENGINES, cross_entropy
+from l2rw_ext.reference import relative_error
+from support.models import ENGINES, cross_entropy, vectors
 from support.oracle import EXACT, Truth, flat, gradients_of, truth
 from support.processes import Pool
 from support.ranks import (
+    MODELS,
     SIZES,
     Batches,
     Outcome,
@@ -30,6 +33,7 @@ from support.ranks import (
     draw,
     train,
     truths,
+    union,
 )
 
 COMPILE = [False, "eager"]
@@ -209,6 +213,38 @@ def test_parameters_of_the_loss_outside_of_the_wrapper(
     assert_steps(pool.run(train, setup, batches), truths(setup, batches))
 
 
+class _Shared(nn.Module):
+    """A loss with a parameter of the model, which the wrapper averages, and one that is its own."""
+
+    def __init__(self, of_model: nn.Parameter) -> None:
+        super().__init__()
+        self.of_model = of_model
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs * self.scale + self.of_model.square(), targets)
+
+
+def _shared(group: dist.ProcessGroup | None, batches: Batches) -> dict[str, Tensor | None]:
+    inner = Rank(None, Setup()).inner
+    loss = _Shared(inner[2].bias)
+    model, pair = inner, union(batches[0])
+    if group is not None:
+        model = DistributedDataParallel(inner, process_group=group)
+        pair = batches[0][dist.get_rank(group)]
+    Reweighter(model, loss).backward(*pair)
+    return gradients_of(inner, loss)
+
+
+def test_a_parameter_of_the_model_in_the_loss(pool: Pool) -> None:
+    batches = draw("mlp", SIZES["uneven"])
+    expected = _shared(None, batches)
+    for gradients in pool.run(_shared, batches):
+        assert gradients.keys() == expected.keys()
+        found = flat(gradients.values())
+        assert relative_error(found, flat(expected.values())) <= EXACT
+
+
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
 def test_parameters_that_are_not_used(pool: Pool, engine: str) -> None:
     """By no rank, or by the first and the last one alone; sizes of batches decide."""
@@ -270,6 +306,39 @@ def _refusals(group: dist.ProcessGroup, batches: Batches) -> list[str]:
     assert all(g is None for g in gradients_of(model).values())
     Rank(group, Setup()).train(*own)  # for Join leaves its mark on the wrapper
     return found
+
+
+CHANGES: dict[str, tuple[bool, Callable[[nn.Module], object]]] = {
+    "unfrozen": (True, lambda model: model.requires_grad_(True)),
+    "frozen": (False, lambda model: model[0].requires_grad_(False)),
+    "another dtype": (False, lambda model: model.float()),
+}
+"""Whether the first layer is frozen when the wrapper is made, and what is done then."""
+
+
+def _changed(group: dist.ProcessGroup, change: str) -> tuple[str, bool]:
+    """What a step says after a change of the parameters, and whether a new wrapper helps."""
+    frozen, do = CHANGES[change]
+    inner = MODELS["mlp"][0]()
+    inner[0].requires_grad_(not frozen)
+    model = DistributedDataParallel(inner, process_group=group)
+    do(inner)
+    batch, clean = (vectors(4, dtype=inner[2].weight.dtype) for _ in range(2))
+    with pytest.raises(TypeError) as caught:
+        Reweighter(model, cross_entropy).backward(batch, clean)
+    model = DistributedDataParallel(inner, process_group=group)
+    Reweighter(model, cross_entropy).backward(batch, clean)
+    return str(caught.value), all(
+        (p.grad is not None) == p.requires_grad for p in inner.parameters()
+    )
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_the_wrapper_does_not_average_are_an_error(pool: Pool, change: str) -> None:
+    """The wrapper itself would leave their gradients as they are on each rank."""
+    for said, repaired in pool.run(_changed, change, ranks=2):
+        assert "wrap the model again" in said
+        assert repaired
 
 
 def test_what_cannot_be_is_one_sentence(pool: Pool) -> None:

@@ -389,6 +389,48 @@ def test_one_rank_fails_when_asked(pool: Pool, fault: str, call: str) -> None:
     assert_step([outcome for _, outcome in found], expected)
 
 
+def _disagree(group: dist.ProcessGroup, setup: Setup, batches: Batches, how: str) -> list[Any]:
+    """What the ranks say if the first one does something else, and the next step."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    pair = batches[0][rank]
+    call, arguments = own.reweighter.backward, {}
+    if how == "method" and rank == 0:
+        call = own.reweighter.weights
+    if how == "index" and rank == 0:
+        arguments["index"] = torch.arange(len(pair[0][1]))
+    if how == "interrupt" and rank == 0:
+        own.loss.fault = _interrupt
+    with unchanged(own.model), pytest.raises((RankError, ValueError, KeyboardInterrupt)) as caught:
+        call(*pair, **arguments)
+    own.loss.fault = None
+    return [type(caught.value).__name__, str(caught.value), own.train(*pair)]
+
+
+def _interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    ("how", "kinds", "message"),
+    [
+        ("method", ["RankError"] * 3, "rank 0 at 'weights()', rank 1 at 'backward()'"),
+        ("index", ["ValueError"] * 3, "on all ranks or on none"),
+        ("interrupt", ["KeyboardInterrupt", "RankError", "RankError"], "rank 0 failed"),
+    ],
+)
+def test_ranks_that_do_not_do_the_same(
+    pool: Pool, how: str, kinds: list[str], message: str, wrapper: str
+) -> None:
+    setup = Setup(loss=_Loss, wrapper=WRAPPERS[wrapper])
+    batches = draw("mlp", SIZES["uneven"])
+    (expected,) = truths(setup, batches)
+    found = pool.run(_disagree, setup, batches, how)
+    assert [kind for kind, *_ in found] == kinds
+    assert all(message in said for kind, said, _ in found if kind != "KeyboardInterrupt")
+    assert_step([outcome for *_, outcome in found], expected)
+
+
 def _many_steps(group: dist.ProcessGroup, setup: Setup, steps: int) -> tuple[int, Tensor]:
     """Steps on drawn batches, of which every fifth fails; how many did, and the parameters."""
     own, rank = Rank(group, setup), dist.get_rank(group)
@@ -396,7 +438,8 @@ def _many_steps(group: dist.ProcessGroup, setup: Setup, steps: int) -> tuple[int
     torch.manual_seed(rank)
     failed = 0
     for _ in range(steps):
-        batch, clean = vectors(drawn.randint(1, 6) + rank), vectors(1 + rank)
+        least = 3 if setup.model == "batch norm" else 1
+        batch, clean = vectors(drawn.randint(least, 6) + rank), vectors(least + rank)
         own.optimizer.zero_grad()
         bad = drawn.sample(range(3), drawn.randint(1, 2)) if drawn.random() < 0.2 else []
         faults = {r: FAULTS[drawn.choice(list(FAULTS))] for r in bad}
@@ -417,17 +460,22 @@ SOAK = [pytest.mark.soak, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "steps"),
+    ("wrapper", "model", "steps"),
     [
-        ("wrapped", 800),
-        ("group given", 100),
-        ("static graph", 100),
-        *(pytest.param(wrapper, 10_000, marks=SOAK) for wrapper in WRAPPERS),
+        ("wrapped", "mlp", 600),
+        ("wrapped", "batch norm", 100),
+        ("group given", "mlp", 100),
+        ("static graph", "mlp", 100),
+        *(
+            pytest.param(wrapper, model, 10_000, marks=SOAK)
+            for wrapper in WRAPPERS
+            for model in ("mlp", "batch norm")
+        ),
     ],
 )
-def test_many_steps_with_errors(pool: Pool, wrapper: str, steps: int) -> None:
+def test_many_steps_with_errors(pool: Pool, wrapper: str, model: str, steps: int) -> None:
     """Nobody hangs, and no rank drifts from the others: parameters are the same to the bit."""
-    setup = Setup(loss=_Loss, wrapper=WRAPPERS[wrapper], rate=0.01)
+    setup = Setup(model, loss=_Loss, wrapper=WRAPPERS[wrapper], rate=0.01)
     found = pool.run(_many_steps, setup, steps, seconds=60 + steps / 10)
     assert {failed for failed, _ in found} == {found[0][0]}
     assert steps / 10 < found[0][0] < steps / 3

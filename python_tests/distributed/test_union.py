@@ -18,6 +18,7 @@ from support.models import ENGINES
 from support.oracle import truth_of_ranks
 from support.processes import SIZE, Pool
 from support.ranks import (
+    COUPLED,
     MODELS,
     SIZES,
     Batches,
@@ -32,8 +33,6 @@ from support.ranks import (
 )
 
 WRAPPERS = {"wrapped": {}, "group given": None}
-COUPLED = {"batch norm", "meets if odd"}
-"""Models whose examples meet, which the layer-wise engine refuses."""
 
 
 def _assert_exact(

@@ -119,6 +119,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, T
 }
 """Float64 models and their batches of n examples, by name."""
 
+COUPLED = {"batch norm", "meets if odd"}
+"""Those whose examples meet, which the layer-wise engine refuses."""
+
 SIZES = {
     "even": [(4, 2)] * 3,
     "uneven": [(5, 2), (2, 4), (7, 3)],
