@@ -27,9 +27,9 @@ from .engines.plain import judged
 from .engines.remembered import Remembered
 from .errors import NotExactError, warn
 from .step.accumulation import Accumulation, accumulate_grad, filled_if
-from .step.weighing import Computed, Degenerate, Step, waits, weigh
+from .step.sharded import sharded_gradients
+from .step.weighing import Computed, Degenerate, Gradients, Step, waits, weigh
 from .task.isolation import Generators, Snapshot, preserved
-from .task.sharding import check_not_sharded
 from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
 from .tracing.writes import Written
@@ -171,7 +171,8 @@ class Reweighter:
         self.reuse = reuse
         self._written = Written()
         members = self._members()
-        check_not_sharded(members)
+        if members.shards is not None and compile is not False:
+            raise TypeError("compile: a step on parameters that fully_shard shards is no graph")
         self.record = ExampleRecord()
         """Scores from the steps with an ``index``: see :class:`~l2rw_ext.ExampleRecord`."""
         self._direction_options = DirectionOptions(
@@ -391,7 +392,6 @@ class Reweighter:
             check_same_kind(inputs, clean_inputs)
             clean_size = BatchSize("clean batch", clean_inputs, clean_targets, m)
         members = self._members()
-        check_not_sharded(members)
         parameters = members.trainable
         if not parameters:
             raise ValueError("model has no parameter that requires grad: there is nothing to score")
@@ -431,7 +431,14 @@ class Reweighter:
             computed = weigh(task, scored, engine.name, self.on_degenerate, self.check_finite)
             if dry or (computed.skip and self._accumulation is None):
                 return computed
-            form = functools.partial(scored.weighted_gradients, computed.for_gradient)
+            form: Callable[[], Gradients]
+            shards = task.members.shards
+            if shards is None:
+                form = functools.partial(scored.weighted_gradients, computed.for_gradient)
+            else:
+                form = functools.partial(
+                    sharded_gradients, task, shards, scored, computed.for_gradient
+                )
             gradients = judged(form, engine.name, task, snapshot, given=True)
             contaminated = computed.step._contaminated
             if not waits(scored.clean_loss, self.on_degenerate, self.check_finite):
@@ -520,7 +527,7 @@ class Reweighter:
             direction = self._direction_options.direction(
                 task, functools.partial(of_clean_batch, task, snapshot)
             )
-        elif accumulation is not None:
+        elif accumulation is not None or task.members.shards is not None:
             direction = of_clean_batch(task, snapshot)
         else:
             return None
@@ -553,6 +560,8 @@ class Reweighter:
             snapshot.mark_generators()
 
         def attempt(engine: Engine) -> T:
+            if task.members.shards is not None and not isinstance(engine, Layerwise):
+                raise NotExactError("parameters are sharded, which this engine does not support")
             score = functools.partial(engine.score, task, snapshot, direction)
             return work(engine, judged(score, engine.name, task, snapshot, given=given))
 

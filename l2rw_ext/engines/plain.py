@@ -63,4 +63,8 @@ def _train(task: Task, snapshot: Snapshot, *, given: bool) -> None:
     losses = task.forward_train()
     require_grad(losses)
     seed = task.scaled(torch.ones_like(losses))
-    torch.autograd.grad(losses, task.parameters, seed, allow_unused=True)
+    shards = task.members.shards
+    if shards is None:
+        torch.autograd.grad(losses, task.parameters, seed, allow_unused=True)
+    else:
+        shards.gradients(losses, task.parameters, seed, retain=False)

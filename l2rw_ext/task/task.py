@@ -123,7 +123,8 @@ class Direction:
     """v, the gradient of the mean clean loss, possibly changed by an option."""
 
     values: dict[int, Tensor]
-    """v by id of the parameter, in its shape, without the loss scale; absent if it is zero."""
+    """v by id of the parameter, in its shape, without the loss scale; absent if it is zero. That of
+    a sharded parameter is sharded as it is."""
     clean_loss: Tensor
     """The mean clean loss, shape (), detached."""
 
@@ -148,10 +149,25 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
     return direction
 
 
-def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Direction:
-    """The gradient of the mean of clean losses, by plain autograd; ``retain`` keeps the graph."""
+def direction_of(
+    task: Task, losses: Tensor, *, retain: bool = False, of_all: int | None = None
+) -> Direction:
+    """The gradient of the mean of clean losses, by plain autograd.
+
+    Args:
+        task: the step.
+        losses: clean losses, shape (m,).
+        retain: whether to keep the graph.
+        of_all: the number of clean examples of all processes, where parameters are sharded; by
+            default, and without sharding, the mean is that of ``losses``.
+    """
     values = {}
-    if losses.requires_grad:
+    shards = task.members.shards
+    if losses.requires_grad and shards is not None:
+        seed = task.scaled(torch.full_like(losses, 1 / (of_all or task.m)))
+        reduced = shards.gradients(losses, task.parameters, seed, retain=retain)
+        values = {key: task.unscaled(g) for key, g in reduced.items()}
+    elif losses.requires_grad:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
         gradients = torch.autograd.grad(losses, task.parameters, seed, retain, allow_unused=True)
         values = {

@@ -309,7 +309,7 @@ class _Pass:
     ) -> None:
         self._task = task
         self._kind = kind
-        self._leaves = Leaves(task.parameters)
+        self._leaves = Leaves(task.parameters, task.members.shards)
         self.scoring = Scoring(task, self._leaves, directions)
         self.verdict: Verdict | None = None
         self.places: tuple[str, str] | None = None

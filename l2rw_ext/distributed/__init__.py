@@ -1,0 +1,1 @@
+"""One step over the batches of several processes."""
