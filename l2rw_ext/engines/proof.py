@@ -148,7 +148,8 @@ class Proof:
         own, shared = self._tolerance
         found = float(self._r.double() @ scored.scores.double())
         allowed = float(((own * norms + self._noise) * along).sum())
-        if not abs(found - float(products.sum())) <= allowed:
+        off = not abs(found - float(products.sum())) <= allowed
+        if any(self._task.agreement.any(off)):
             return (
                 f"the sum of its scores under random weights is {found}, by plain autograd it is "
                 f"{float(products.sum())}"
@@ -324,7 +325,9 @@ class Record:
         Raises:
             NotExactError: the engine disagrees with plain autograd.
         """
-        due = not devices.tracing() and self.due(size)
+        with task.agreement.at("the proof", NotExactError):
+            due = not devices.tracing() and self.due(size)
+        (due,) = task.agreement.any(due)
         scored = self._proved(task, snapshot, plain, score) if due else score()
         scored.proof = self.note
         return scored
@@ -340,6 +343,7 @@ class Record:
         devices = task.members.devices()
         start, host = Generators(devices), HostGenerators()
         proof, impossible = None, ""
+        anywhere = task.agreement.any
         try:
             proof = Proof(task, *plain(task)[:2])
         except (NotExactError, torch.OutOfMemoryError):
@@ -366,24 +370,25 @@ class Record:
 
         restart()
         scored = score()
-        if proof is None:
-            self._impossible, self.note = True, impossible
+        if any(anywhere(proof is None)) or proof is None:
+            self._impossible, self.note = True, impossible or "not compared in another process"
             return scored
-        if not proof.finite:
+        if any(anywhere(not proof.finite)):
             return scored  # there are no numbers to compare, and the next step is due
-        if proof.losses_differ(scored.losses):
+        if any(anywhere(proof.losses_differ(scored.losses))):
             repeated, *_ = repeat(task)
-            if proof.losses_differ(repeated):
+            if any(anywhere(proof.losses_differ(repeated))):
                 self._impossible = True
                 self.note = "not comparable with plain autograd: two forwards give other losses"
                 return scored
             found: str | None = "its losses are not those of the model's plain forward"
         else:
             found = proof.disagreement(scored)
-            if found is not None:
+            if any(anywhere(found is not None)):
                 proof.allow_rounding(repeat(task)[2])
                 found = proof.disagreement(scored)
-        if found is not None:
+        if any(anywhere(found is not None)):
+            found = found or "its numbers in another process are not those"
             self.refused = f"the engine disagrees with plain autograd: {found}"
             raise NotExactError(self.refused)
         self._complete = proof.complete

@@ -15,6 +15,7 @@ from l2rw_ext.devices import Autocast
 from l2rw_ext.tracing.graph import check_parameters
 from l2rw_ext.tracing.members import Members
 
+from .agreement import Agreement
 from .cached_weights import forget_cached_weights
 from .isolation import Snapshot
 
@@ -42,6 +43,8 @@ class Task:
     model checkpoints."""
     autocast: Autocast = field(default_factory=Autocast)
     """The caller's autocast, under which the model and the loss functions run."""
+    agreement: Agreement = field(default_factory=Agreement)
+    """With the processes among which parameters are sharded."""
     concrete: Task | None = None
     """If the sizes of the batches are symbols: an equal step whose sizes are numbers, which ran."""
     stand_ins: Mapping[int, Tensor] = field(default_factory=dict)
@@ -142,29 +145,24 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
 
     If no parameter reaches the clean loss, the direction is zero.
     """
-    losses = task.forward_clean()
-    check_parameters(losses, task.parameters)
+    with task.agreement.at("the forward of the clean batch"):
+        losses = task.forward_clean()
+        check_parameters(losses, task.parameters)
     direction = direction_of(task, losses)
     snapshot.restore_state()
     return direction
 
 
-def direction_of(
-    task: Task, losses: Tensor, *, retain: bool = False, of_all: int | None = None
-) -> Direction:
-    """The gradient of the mean of clean losses, by plain autograd.
+def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Direction:
+    """The gradient of the mean of clean losses, by plain autograd; ``retain`` keeps the graph.
 
-    Args:
-        task: the step.
-        losses: clean losses, shape (m,).
-        retain: whether to keep the graph.
-        of_all: the number of clean examples of all processes, where parameters are sharded; by
-            default, and without sharding, the mean is that of ``losses``.
+    If parameters are sharded, the mean is that over all processes.
     """
     values = {}
     shards = task.members.shards
     if losses.requires_grad and shards is not None:
-        seed = task.scaled(torch.full_like(losses, 1 / (of_all or task.m)))
+        total = task.agreement.total(task.m)
+        seed = task.scaled(torch.full_like(losses, 1 / total))
         reduced = shards.gradients(losses, task.parameters, seed, retain=retain)
         values = {key: task.unscaled(g) for key, g in reduced.items()}
     elif losses.requires_grad:
