@@ -4,7 +4,7 @@ from . import functional, ops, reference
 from .data.clean_batches import CleanBatches
 from .data.example_record import ExampleRecord
 from .engines.explanation import Explanation
-from .errors import NotExactError
+from .errors import NotExactError, RankError
 from .reweighter import Reweighter
 from .step.accumulation import Accumulation
 from .step.weighing import Step
@@ -15,6 +15,7 @@ __all__ = [
     "ExampleRecord",
     "Explanation",
     "NotExactError",
+    "RankError",
     "Reweighter",
     "Step",
     "functional",

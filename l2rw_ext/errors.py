@@ -11,6 +11,19 @@ class NotExactError(RuntimeError):
     """An engine would give wrong numbers for this model, or none; the message names the reason."""
 
 
+class RankError(RuntimeError):
+    """Another rank of the process group has failed in this step; the message says which, and why.
+
+    Attributes:
+        rank: the first rank that has failed, by its number in the group; None if none has, but they
+            are at different calls.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class NotCompilableError(RuntimeError):
     """A step cannot become one graph; the message says why, and what to change if that is known."""
 

@@ -18,6 +18,10 @@ from .data.batch import LossFn, check_same_kind, in_order_of, unpack
 from .data.batch_size import BatchSize, given_sizes
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
+from .distributed.ddp import as_forward, check_wrappers, inside, wrapper_of
+from .distributed.direction import said_of, union_direction
+from .distributed.group import Membership, Processes
+from .distributed.sharded import RanksAgreement, check_group
 from .engines.base import Engine, Scored
 from .engines.double_backward import DoubleBackward
 from .engines.explanation import Explanation
@@ -25,13 +29,16 @@ from .engines.forward.engine import Forward
 from .engines.layerwise.engine import Layerwise
 from .engines.plain import judged
 from .engines.remembered import Remembered
-from .errors import NotExactError, warn
-from .step.accumulation import Accumulation, accumulate_grad, filled_if
+from .errors import NotExactError, RankError, warn
+from .step.accumulation import Accumulation
+from .step.gradients import Gradients, filled_if, node_of, over_ranks
 from .step.sharded import sharded_gradients
-from .step.weighing import Computed, Degenerate, Gradients, Step, waits, weigh
+from .step.union import about, united
+from .step.weighing import Computed, Degenerate, Step, waits, weigh
 from .task.isolation import Generators, Snapshot, preserved
 from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
+from .tracing.shards import group_of
 from .tracing.writes import Written
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
@@ -103,6 +110,17 @@ class Reweighter:
             with ``dynamic=True`` a graph serves batches of other sizes where that is possible
             (``len(x)`` and ``int(x.shape[1])`` fix a size, ``x.shape[1]`` does not), and with
             ``fullgraph=True`` a step that cannot be one graph is an error.
+        process_group: the processes whose batches together are the batch of one step. ``"auto"``
+            takes the group of a ``DistributedDataParallel`` around the model, and no other process
+            for another model. With a group, scores, weights and gradient are those of one process
+            on the union of all ranks' batches, which may differ in length; each rank gets the
+            weights of its own examples, and a rank may have no clean batch (``clean=None``) if
+            another has one. All ranks call the same methods, and an error of one is an error of
+            all: see :class:`~l2rw_ext.RankError`. Gradients that no wrapper averages are summed
+            over the ranks here. With None each process weighs its own batch.
+        replicated_clean: all ranks are given the same clean batch, as
+            :class:`~l2rw_ext.CleanBatches` of one seed gives it, so that nothing is sent for the
+            direction.
 
     With none of the options from ``every`` to ``preconditioner``, and without
     ``on_degenerate="uniform"``, the weights are the paper's.
@@ -144,6 +162,8 @@ class Reweighter:
         preconditioner: torch.optim.Optimizer | None = None,
         compile: bool | str = False,
         compile_options: Mapping[str, Any] | None = None,
+        process_group: torch.distributed.ProcessGroup | Literal["auto"] | None = "auto",
+        replicated_clean: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -169,6 +189,8 @@ class Reweighter:
         self.engine = engine
         self.low_memory = low_memory
         self.reuse = reuse
+        self.replicated_clean = replicated_clean
+        self._membership = Membership(process_group)
         self._written = Written()
         members = self._members()
         if members.shards is not None and compile is not False:
@@ -231,26 +253,29 @@ class Reweighter:
         before, unless the error comes from a hook while gradients are accumulated. The page
         "In a training loop" says what belongs to that.
         """
-        numbers = check_index(index)
-        task = self._task(batch, clean, batch_size, numbers, grad_scaler)
-        if numbers is None and self.reuse == "scores" and self._direction_options.every > 1:
-            raise ValueError("index must be given: reuse='scores' remembers scores by it")
-        remembered = self._remembered(task, numbers)
-        if self._compiled is None:
-            with preserved(task.members, always=False) as snapshot:
-                direction = None if remembered else self._direction(task, snapshot)
-                computed = self._compute(task, snapshot, direction, remembered)
-        else:
-            computed = self._by_graph(self._compiled.find(task), task, remembered)
-        step = computed.step
-        if self._accumulation is not None:
-            self._accumulation.add(computed)
-        else:
-            self._direction_options.advance()
-            accumulate_grad(computed.gradients)
-        if numbers is not None and step.engine != Remembered.name:
-            self.record.add(numbers, step.scores)
-        return step
+        processes, accumulation = self._processes(), self._accumulation
+        followed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if accumulation is not None and processes is not None:
+            followed = accumulation.followed()
+        with followed:
+            task, numbers = self._begun(
+                "backward()", processes, batch, clean, batch_size, index, grad_scaler
+            )
+            steps: list[Step] = []
+
+            def step() -> Tensor | None:
+                computed = self._step(processes, task, numbers)
+                steps.append(computed.step)
+                if accumulation is not None:
+                    accumulation.add(computed)
+                    return None
+                self._direction_options.advance()
+                return node_of(computed.gradients)
+
+            self._delivered(step)
+        if numbers is not None and steps[0].engine != Remembered.name:
+            self.record.add(numbers, steps[0].scores)
+        return steps[0]
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
@@ -285,16 +310,33 @@ class Reweighter:
         """
         if self._accumulation is not None:
             raise RuntimeError("accumulate() is entered twice; its contexts cannot be nested")
+        processes = self._processes()
         self._accumulation = accumulation = Accumulation()
         try:
-            yield accumulation
-            gradients = accumulation.finish()
+            if processes is None:
+                yield accumulation
+                gradients = accumulation.finish()
+            else:
+                with processes.together("the end of accumulate()") as meeting:
+                    yield accumulation
+                    accumulation.check()
+                    meeting.tell = accumulation.about()
+                gradients = accumulation.finish(processes, meeting.told)
         finally:
-            self._accumulation = None
-        if gradients:
-            self._direction_options.advance()
-            if self.on_degenerate != "skip" or not accumulation.empty:
-                accumulate_grad(gradients)
+            self._accumulation = accumulation.error = None
+        if not gradients:
+            return
+        self._direction_options.advance()
+        if self.on_degenerate == "skip" and accumulation.empty:
+            return
+
+        def deliver() -> Tensor | None:
+            nonlocal gradients
+            if processes is not None and group_of(self.model) is None:
+                gradients = self._over_ranks(processes, gradients)
+            return node_of(accumulation.filled(gradients))
+
+        self._delivered(deliver)
 
     @property
     def needs_clean(self) -> bool:
@@ -311,13 +353,10 @@ class Reweighter:
         Arguments and errors are those of :meth:`backward`. With ``on_degenerate="skip"`` the
         weights of a degenerate step are zeros.
         """
-        task = self._task(batch, clean, batch_size)
+        processes = self._processes()
+        task, _ = self._begun("weights()", processes, batch, clean, batch_size)
         with self._dry():
-            if self._compiled is not None:
-                return self._by_graph(self._compiled.find(task), task, None, dry=True).step.weights
-            with preserved(task.members, always=True) as snapshot:
-                direction = self._direction(task, snapshot)
-                return self._compute(task, snapshot, direction, dry=True).step.weights
+            return self._step(processes, task, None, dry=True).step.weights
 
     def explain(
         self,
@@ -332,16 +371,22 @@ class Reweighter:
         generator changes. Without an ``index``, the answer is for a step that computes its scores.
         Print the result, or take it as plain data from its ``as_dict()``.
         """
-        numbers = check_index(index)
-        task = self._task(batch, clean, batch_size, numbers)
+        processes = self._processes()
+        task, numbers = self._begun("explain()", processes, batch, clean, batch_size, index)
         remembered = self._remembered(task, numbers)
         lines = self._direction_options.lines()
+        if processes is not None:
+            lines.append(said_of(processes, replicated_clean=self.replicated_clean))
         if self._compiled is not None:
             lines.append(self._compiled.find(task).line)
         forced = self.engine != "auto" and remembered is None
         reasons = [f"asked for by engine={self.engine!r}"] if forced else []
-        with self._dry(), preserved(task.members, always=True) as snapshot:
-            direction = None if remembered else self._direction(task, snapshot)
+        with (
+            contextlib.nullcontext() if processes is None else processes.together("explain()"),
+            self._dry(),
+            preserved(task.members, always=True) as snapshot,
+        ):
+            direction = None if remembered else self._direction(processes, task, snapshot)
             explanation, refusals = self._first_exact(
                 task, snapshot, lambda _, scored: scored.explain(), direction, remembered
             )
@@ -368,16 +413,78 @@ class Reweighter:
 
     def _members(self) -> Members:
         """The members of the model and of losses that are modules, as they are now."""
-        return Members.of(self.model, self.loss_fn, self.clean_loss_fn, self._written)
+        model = inside(self.model)
+        return Members.of(model, self.loss_fn, self.clean_loss_fn, self._written)
+
+    def _processes(self) -> Processes | None:
+        """The ranks whose batches make one step; None for this one alone."""
+        wrapper = wrapper_of(self.model)
+        own = group_of(self.model) if wrapper is None else wrapper.process_group
+        return self._membership.processes(own)
+
+    def _begun(
+        self,
+        place: str,
+        processes: Processes | None,
+        batch: Any,
+        clean: Any,
+        batch_size: Any,
+        index: Any = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> tuple[Task, Tensor | None]:
+        """The checked arguments of a call, which all ranks make if one does.
+
+        Of the micro-batches in :meth:`accumulate`, ranks may have other numbers, so that they meet
+        at the first one only.
+        """
+
+        def checked() -> tuple[Task, Tensor | None]:
+            numbers = check_index(index)
+            optional = not self.needs_clean or (processes is not None and not self.replicated_clean)
+            task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional)
+            check_wrappers(task.members, wrapper_of(self.model), processes)
+            group = group_of(task.model)
+            if group is not None:
+                check_group(processes, group)
+                if processes is not None:
+                    agreement = RanksAgreement(processes)
+                    task = dataclasses.replace(task, agreement=agreement)
+            reuses = self.reuse == "scores" and self._direction_options.every > 1
+            if place == "backward()" and numbers is None and reuses:
+                raise ValueError("index must be given: reuse='scores' remembers scores by it")
+            return task, numbers
+
+        accumulation = self._accumulation if place == "backward()" else None
+        if processes is None or (accumulation is not None and accumulation.begun):
+            return checked()
+        if accumulation is not None:
+            accumulation.begun = True
+        with processes.together(place) as meeting:
+            found = checked()
+            meeting.tell = (self.needs_clean, found[0].clean_size is not None)
+        if len({due for due, _ in meeting.told}) > 1:
+            processes.fail(
+                RankError("some ranks need a clean batch in this step and others do not")
+            )
+        if self.needs_clean and not any(has_clean for _, has_clean in meeting.told):
+            processes.fail(ValueError("clean batch: this step needs one, and no rank has any"))
+        sharded = found[0].agreement.shared
+        if self.needs_clean and sharded and not all(has_clean for _, has_clean in meeting.told):
+            processes.fail(
+                ValueError("clean batch: parameters are sharded, so that each rank needs one")
+            )
+        return found
 
     def _task(
         self,
         batch: Any,
         clean: Any,
         batch_size: Any,
-        index: Tensor | None = None,
-        grad_scaler: torch.amp.GradScaler | None = None,
+        index: Tensor | None,
+        grad_scaler: torch.amp.GradScaler | None,
+        optional: bool,
     ) -> Task:
+        """The checked step; the clean batch is ``optional`` where it may be None."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError("scores need gradients: leave torch.inference_mode for this call")
         if not torch.is_grad_enabled():
@@ -386,7 +493,7 @@ class Reweighter:
         inputs, targets = unpack(batch, "training batch")
         size = BatchSize("training batch", inputs, targets, n, index)
         clean_inputs = clean_targets = clean_size = None
-        if clean is not None or self.needs_clean:
+        if clean is not None or not optional:
             clean_inputs, clean_targets = unpack(clean, "clean batch")
             clean_inputs = in_order_of(inputs, clean_inputs)
             check_same_kind(inputs, clean_inputs)
@@ -401,7 +508,7 @@ class Reweighter:
                     "model has uninitialised lazy parameters; run one forward before the first step"
                 )
         return Task(
-            self.model,
+            inside(self.model),
             members,
             self.loss_fn,
             self.clean_loss_fn or self.loss_fn,
@@ -416,34 +523,121 @@ class Reweighter:
             self.low_memory,
         )
 
+    def _step(
+        self, processes: Processes | None, task: Task, index: Tensor | None, *, dry: bool = False
+    ) -> Computed:
+        """A step, with what is to be delivered unless it is ``dry`` or in :meth:`accumulate`."""
+        accumulates = self._accumulation is not None and not dry
+        if processes is None or (accumulates and task.members.shards is None):
+            return self._computed(processes, task, index, dry=dry, partial=False)
+        if task.members.shards is not None:
+            with processes.together("the step"):
+                return self._computed(processes, task, index, dry=dry, partial=True)
+        before = Snapshot(task.members)
+        try:
+            with processes.together("the scores") as meeting:
+                computed = self._computed(processes, task, index, dry=dry, partial=True)
+                meeting.tell = about(computed)
+            computed = united(
+                processes, computed, meeting.told, self.on_degenerate, self.check_finite
+            )
+        except BaseException:
+            before.undo()
+            raise
+        if dry or computed.skip:
+            computed.gradients.clear()
+        else:
+            gradients = self._over_ranks(processes, computed.gradients, computed.factor)
+            computed.gradients = filled_if(computed.overflow, gradients, float("inf"))
+        return computed
+
+    def _computed(
+        self,
+        processes: Processes | None,
+        task: Task,
+        index: Tensor | None,
+        *,
+        dry: bool,
+        partial: bool,
+    ) -> Computed:
+        """What this rank computes; ``partial`` if other ranks have scores that count too."""
+        remembered = self._remembered(task, index)
+        if self._compiled is not None:
+            found = self._compiled.find(task)
+            return self._by_graph(processes, found, task, remembered, dry=dry, partial=partial)
+        with preserved(task.members, always=dry) as snapshot:
+            direction = None if remembered else self._direction(processes, task, snapshot)
+            return self._compute(
+                task, snapshot, direction, remembered, processes, dry=dry, partial=partial
+            )
+
+    def _over_ranks(
+        self, processes: Processes, gradients: Gradients, factor: Tensor | None = None
+    ) -> Gradients:
+        """What to deliver, so that each rank gets the sum over all of them."""
+        averaged = None if wrapper_of(self.model) is None else inside(self.model)
+        return over_ranks(processes, averaged, self._members().trainable, gradients, factor)
+
+    def _delivered(self, step: Callable[[], Tensor | None]) -> None:
+        """Run a step, as the forward of a wrapper if there is one, and deliver its gradients."""
+        wrapper = wrapper_of(self.model)
+        if wrapper is None:
+            node = step()
+        else:
+            # Inside of accumulate() the wrapper sees gradients at the end only.
+            alone = contextlib.nullcontext() if self._accumulation is None else wrapper.no_sync()
+            with alone:
+                node = as_forward(wrapper, step)
+        if node is not None:
+            torch.autograd.backward(node, torch.ones_like(node))
+
     def _compute(
         self,
         task: Task,
         snapshot: Snapshot,
         direction: Direction | None,
         only: Only = None,
+        processes: Processes | None = None,
         *,
-        dry: bool = False,
+        dry: bool,
+        partial: bool,
     ) -> Computed:
-        """Scores, weights and, unless ``dry``, the weighted gradient."""
+        """Scores, weights and, unless ``dry``, the weighted gradient.
+
+        That of sharded parameters is the one of all ``processes``.
+        """
+        shards = task.members.shards
 
         def work(engine: Engine, scored: Scored) -> Computed:
-            computed = weigh(task, scored, engine.name, self.on_degenerate, self.check_finite)
+            computed = weigh(
+                scored.scores,
+                scored.losses,
+                scored.clean_loss,
+                engine.name,
+                self.on_degenerate,
+                self.check_finite,
+                mixes=scored.cannot_exclude,
+                scaled=task.loss_scale is not None,
+                partial=partial,
+            )
+            computed.plan = scored.plan
+            if shards is not None and processes is not None:
+                told = processes.meet("the scores", *about(computed))
+                computed = united(processes, computed, told, self.on_degenerate, self.check_finite)
             if dry or (computed.skip and self._accumulation is None):
                 return computed
             form: Callable[[], Gradients]
-            shards = task.members.shards
             if shards is None:
                 form = functools.partial(scored.weighted_gradients, computed.for_gradient)
             else:
-                form = functools.partial(
-                    sharded_gradients, task, shards, scored, computed.for_gradient
-                )
+                weights = computed.step.weights
+                form = functools.partial(sharded_gradients, task, shards, scored, weights)
             gradients = judged(form, engine.name, task, snapshot, given=True)
             contaminated = computed.step._contaminated
             if not waits(scored.clean_loss, self.on_degenerate, self.check_finite):
                 gradients = filled_if(contaminated, gradients, 0)
-            if self._accumulation is None:  # so that a gradient scaler skips its step
+            decided = shards is not None or not partial
+            if self._accumulation is None and decided:  # so that a scaler skips its step
                 gradients = filled_if(computed.overflow, gradients, float("inf"))
             computed.gradients = gradients
             return computed
@@ -454,7 +648,14 @@ class Reweighter:
         return computed
 
     def _by_graph(
-        self, found: Found, task: Task, remembered: Remembered | None, *, dry: bool = False
+        self,
+        processes: Processes | None,
+        found: Found,
+        task: Task,
+        remembered: Remembered | None,
+        *,
+        dry: bool,
+        partial: bool,
     ) -> Computed:
         """:meth:`_compute` and the direction before it, by their graphs if they have some."""
 
@@ -463,7 +664,8 @@ class Reweighter:
 
         def compute(task: Task, snapshot: Snapshot, engine: str | None) -> Computed:
             own = None if direction is None else direction.of(task)
-            return self._compute(task, snapshot, own, remembered or engine, dry=dry)
+            only = remembered or engine
+            return self._compute(task, snapshot, own, only, dry=dry, partial=partial)
 
         generators = Generators(task.members.devices())
         direction = None
@@ -473,9 +675,9 @@ class Reweighter:
         try:
             if remembered is not None:
                 given, kind = [remembered.scores, remembered.clean_loss], remembered.name
-            elif accumulating or self._direction_options.active:
+            elif self._changes_direction(processes):
                 with preserved(task.members, always=False) as snapshot:
-                    direction = self._direction(task, snapshot, of_clean_batch)
+                    direction = self._direction(processes, task, snapshot, of_clean_batch)
                 assert direction is not None
                 values = [direction.values.get(id(p)) for p in task.parameters]
                 given = [*(v for v in values if v is not None), direction.clean_loss]
@@ -490,6 +692,7 @@ class Reweighter:
                     self.on_degenerate,
                     self.check_finite,
                     dry=dry,
+                    partial=partial,
                 )
             )
         except BaseException:
@@ -513,8 +716,15 @@ class Reweighter:
                 if accumulation is not None:
                     accumulation.direction = direction
 
+    def _changes_direction(self, processes: Processes | None) -> bool:
+        """Whether steps are scored along another direction than that of their own clean batch."""
+        over_ranks = processes is not None and not self.replicated_clean
+        over_ranks = over_ranks or group_of(self.model) is not None
+        return over_ranks or self._accumulation is not None or self._direction_options.active
+
     def _direction(
         self,
+        processes: Processes | None,
         task: Task,
         snapshot: Snapshot,
         of_clean_batch: Callable[[Task, Snapshot], Direction] = clean_direction,
@@ -523,14 +733,16 @@ class Reweighter:
         accumulation = self._accumulation
         if accumulation is not None and accumulation.direction is not None:
             return accumulation.direction
-        if self._direction_options.active:
-            direction = self._direction_options.direction(
-                task, functools.partial(of_clean_batch, task, snapshot)
-            )
-        elif accumulation is not None or task.members.shards is not None:
-            direction = of_clean_batch(task, snapshot)
-        else:
+        if not self._changes_direction(processes):
             return None
+        find = functools.partial(of_clean_batch, task, snapshot)
+        over_ranks = processes is not None and not self.replicated_clean
+        if processes is not None and over_ranks and not task.agreement.shared:
+            find = functools.partial(union_direction, processes, task, find)
+        if self._direction_options.active:
+            direction = self._direction_options.direction(task, find)
+        else:
+            direction = find()
         if accumulation is not None:
             accumulation.direction = direction
         return direction
@@ -565,7 +777,7 @@ class Reweighter:
             score = functools.partial(engine.score, task, snapshot, direction)
             return work(engine, judged(score, engine.name, task, snapshot, given=given))
 
-        *candidates, last = (e for e in self._engines if (only or self.engine) in ("auto", e.name))
+        *candidates, last = self._candidates(task, only or self.engine)
         refusals: dict[str, str] = {}  # not the errors, whose frames hold the graph
         for engine in candidates:
             try:
@@ -583,6 +795,22 @@ class Reweighter:
             raise NotExactError(
                 f"no engine is exact for this model: {reasons}; {last.name}: {error}"
             ) from error
+
+    def _candidates(self, task: Task, wanted: str) -> list[Engine]:
+        """The engines to try, in order.
+
+        Raises:
+            NotExactError: the one that is wanted needs whole parameters.
+        """
+        found = [e for e in self._engines if wanted in ("auto", e.name)]
+        if task.members.shards is None:
+            return found
+        found = [e for e in found if isinstance(e, Layerwise)]
+        if not found:
+            raise NotExactError(
+                f"the {wanted} engine does not support sharded parameters; layerwise does"
+            )
+        return found
 
     def _warn(self, refusals: dict[str, str]) -> None:
         """Say once for each reason that the last engine has done the step."""

@@ -13,7 +13,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -30,7 +30,6 @@ from .backends import Backend
 from .flat_graph import FlatGraph
 from .guards import Guarded, Guards, SwitchedOffError, sentence, unread
 from .symbolic import Sizes, Symbolic, sizes
-from .wrappers import announce_backward, inside
 
 R = TypeVar("R")
 
@@ -110,18 +109,17 @@ class Steps:
         if reason is None and many and _key(task) not in self._served:
             reason = next(reversed(self._refusals.values()))
         if reason is not None:
-            return Found(self, task, task, None, [], reason)
+            return Found(self, task, None, [], reason)
         try:
             _check_devices(task)
-            bare = replace(task, model=inside(task.model))
-            guarded, inputs = self._guards.find(bare)
+            guarded, inputs = self._guards.find(task)
         except SwitchedOffError as error:
-            return Found(self, task, task, None, [], str(error), lasting=False)
+            return Found(self, task, None, [], str(error), lasting=False)
         except NotCompilableError as error:
-            return Found(self, task, task, None, [], str(error))
+            return Found(self, task, None, [], str(error))
         if not guarded.kinds:
             self._served.add(_key(task))
-        return Found(self, task, bare, guarded, inputs)
+        return Found(self, task, guarded, inputs)
 
     def eagerly(self, work: Work[R], task: Task, reason: str) -> R:
         """Do what cannot be a graph; an error that it raises is the user's.
@@ -159,8 +157,6 @@ class Found:
 
     _steps: Steps
     _task: Task
-    _bare: Task
-    """The step on the model without a wrapper."""
     _guarded: Guarded | None
     _inputs: list[Tensor]
     _reason: str = ""
@@ -182,7 +178,7 @@ class Found:
         kind = self._guarded.kinds.get(work.key)
         if kind is None:
             kind = self._guarded.kinds[work.key] = _Kind(self._steps, self._guarded)
-        found: R = kind.run(work, self._task, self._bare, self._inputs)
+        found: R = kind.run(work, self._task, self._inputs)
         return found
 
     @property
@@ -222,7 +218,7 @@ class _Kind(Generic[R]):
             said = f"has {len(self._graphs)} graphs for batches of other sizes; the last {said}"
         return said if self._one_size is None else f"{said}; each is for one size: {self._one_size}"
 
-    def run(self, work: Work[R], task: Task, bare: Task, inputs: list[Tensor]) -> R:
+    def run(self, work: Work[R], task: Task, inputs: list[Tensor]) -> R:
         """See :meth:`Found.run`."""
         if self._refused is not None:
             return self._steps.eagerly(work, task, self._refused)
@@ -230,11 +226,9 @@ class _Kind(Generic[R]):
         graph = next((graph for graph in self._graphs if graph.serves(size)), None)
         step, self._count = self._count, self._count + 1
         if graph is None:
-            return self._without_graph(work, task, bare, inputs, first=step == 0)
+            return self._without_graph(work, task, inputs, first=step == 0)
         generators = Generators(task.members.devices())
         try:
-            if work.updates:
-                announce_backward(task.model)
             found = graph.run(work, inputs)
         except torch.OutOfMemoryError:
             raise
@@ -252,7 +246,7 @@ class _Kind(Generic[R]):
         return result
 
     def _without_graph(
-        self, work: Work[R], task: Task, bare: Task, inputs: Sequence[Tensor], *, first: bool
+        self, work: Work[R], task: Task, inputs: Sequence[Tensor], *, first: bool
     ) -> R:
         """The eager step's result; if it is not the first, a graph follows its plan from now on."""
         many = len(self._graphs)
@@ -266,7 +260,7 @@ class _Kind(Generic[R]):
         if first:
             return result
         try:
-            self._graphs.append(self._traced(work, work.engine(result), bare, inputs))
+            self._graphs.append(self._traced(work, work.engine(result), task, inputs))
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             before.undo()
             raise
@@ -283,22 +277,22 @@ class _Kind(Generic[R]):
         return result
 
     def _traced(
-        self, work: Work[R], engine: str, bare: Task, inputs: Sequence[Tensor]
+        self, work: Work[R], engine: str, task: Task, inputs: Sequence[Tensor]
     ) -> _Graph[R]:
         """A graph, for batches of other sizes, too, if that was asked for and is possible."""
         backend = self._steps.backend
-        generators, others = Generators(bare.members.devices()), HostGenerators()
+        generators, others = Generators(task.members.devices()), HostGenerators()
         reason = self._one_size
         try:
             if backend.dynamic and reason is None:
                 try:
-                    return _Graph(work, engine, bare, inputs, self._guarded, backend, symbolic=True)
+                    return _Graph(work, engine, task, inputs, self._guarded, backend, symbolic=True)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
                     reason = sentence(error)
                     traceback.clear_frames(error.__traceback__)
-            graph = _Graph(work, engine, bare, inputs, self._guarded, backend, symbolic=False)
+            graph = _Graph(work, engine, task, inputs, self._guarded, backend, symbolic=False)
         finally:
             generators.restore()
             others.restore()

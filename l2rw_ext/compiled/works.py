@@ -31,6 +31,7 @@ def whole_step(
     check_finite: bool,
     *,
     dry: bool,
+    partial: bool,
 ) -> Work[Computed]:
     """Scores, weights and, unless ``dry``, weighted gradients and new values of buffers.
 
@@ -43,6 +44,7 @@ def whole_step(
         on_degenerate: see :class:`~l2rw_ext.Reweighter`.
         check_finite: see :class:`~l2rw_ext.Reweighter`.
         dry: whether only the weights are wanted, and nothing is to change.
+        partial: whether other ranks have scores too, so that these alone decide nothing.
     """
     given, scaled = _with_scale(task, given)
 
@@ -63,8 +65,9 @@ def whole_step(
         weights, scores, losses, clean_loss, excluded, contaminated, overflow, *gradients = tensors
         step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
         pairs = list(zip(parameters, gradients, strict=True))
-        computed = Computed(step, plan, None, overflow=overflow, gradients=pairs)
-        settle(computed, on_degenerate, check_finite)
+        computed = Computed(step, None, overflow=overflow, gradients=pairs, plan=plan)
+        if not partial:
+            settle(computed, on_degenerate, check_finite)
         return computed
 
     def tensors(computed: Computed) -> Named:
@@ -87,6 +90,7 @@ def whole_step(
             check_finite,
             task.low_memory,
             scaled,
+            partial,
             _said(task),
             key,
         ),

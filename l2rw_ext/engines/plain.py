@@ -26,7 +26,7 @@ def judged(part: Callable[[], T], engine: str, task: Task, snapshot: Snapshot, *
 
     After an error the same forwards and backwards run as in plain training, from the same state. A
     step that is traced is not repeated: its error is raised as it is. So is an error for want
-    of memory.
+    of memory, and one of a process that shares its forwards with others.
 
     Args:
         part: what the engine does.
@@ -43,7 +43,7 @@ def judged(part: Callable[[], T], engine: str, task: Task, snapshot: Snapshot, *
     except (NotExactError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        if devices.tracing():
+        if devices.tracing() or task.agreement.shared:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the graph, and another is coming
         raised = error

@@ -1,68 +1,20 @@
-"""From weighted gradients to ``p.grad``, at once or in one sum over several micro-batches."""
+"""One sum of weighted gradients over several micro-batches."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from l2rw_ext import ops
+from l2rw_ext.distributed.group import Processes
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.task import Direction
 
-from .weighing import Computed, Gradients
-
-
-class _AccumulateGrad(torch.autograd.Function):
-    """A node whose backward gives finished gradients to the parameters' accumulators.
-
-    The gradients go through autograd, so that tensor hooks and post-accumulate hooks fire. They go
-    through a Function and not through ``torch.autograd.backward(params, grads)``, because there the
-    caller's references make every accumulator copy the gradient it could have kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, box: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.box = box
-        # On the device of the gradients: autograd then knows the stream they were computed on.
-        return torch.empty((), device=box[0].device)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients = tuple(ctx.box)
-        ctx.box.clear()
-        return (None, *gradients)
-
-
-def accumulate_grad(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """Add each gradient to its parameter's ``grad``, firing the parameter's hooks.
-
-    The list is emptied, so that a parameter without a ``grad`` takes the tensor over uncopied.
-    """
-    parameters = [p for p, _ in gradients]
-    box = [g for _, g in gradients]
-    gradients.clear()
-    if parameters:
-        node = _AccumulateGrad.apply(box, *parameters)
-        torch.autograd.backward(node, torch.ones_like(node))
-
-
-def filled_if(condition: Tensor | None, gradients: Gradients, value: float) -> Gradients:
-    """The gradients, or ``value`` in each place if the condition, shape (), holds.
-
-    The host does not read the condition. None stands for one that does not hold.
-    """
-    if condition is None:
-        return gradients
-    return [(p, _filled_if(condition, g, value)) for p, g in gradients]
-
-
-def _filled_if(condition: Tensor, g: Tensor, value: float) -> Tensor:
-    if not g.is_sparse:
-        return g.masked_fill(condition, value)
-    values = g._values().masked_fill(condition, value)
-    return torch.sparse_coo_tensor(g._indices(), values, g.shape, check_invariants=False)
+from .gradients import Gradients, filled_if
+from .weighing import Computed
 
 
 class Accumulation:
@@ -76,6 +28,10 @@ class Accumulation:
     def __init__(self) -> None:
         self.direction: Direction | None = None
         """The direction v of the first micro-batch, which all micro-batches use."""
+        self.begun = False
+        """Whether the first micro-batch has begun."""
+        self.error: BaseException | None = None
+        """What a micro-batch has raised."""
         self._totals: dict[nn.Parameter, Tensor] = {}
         self._reached: dict[nn.Parameter, None] = {}
         self._rectified: list[Tensor] = []
@@ -83,6 +39,8 @@ class Accumulation:
         self._overflow: Tensor | None = None
         self._uniform = False
         self._weights: list[Tensor] | None = None
+        self._union = torch.empty(0)
+        """The weights of all ranks."""
 
     @property
     def weights(self) -> list[Tensor]:
@@ -97,9 +55,24 @@ class Accumulation:
 
     @property
     def empty(self) -> bool:
-        """Whether no weight is positive, though no gradient overflowed."""
+        """Whether no weight of any rank is positive, though no gradient overflowed."""
         overflowed = self._overflow is not None and bool(self._overflow)
-        return not overflowed and not any(bool(w.any()) for w in self.weights)
+        return not overflowed and not bool(self._union.any())
+
+    @contextlib.contextmanager
+    def followed(self) -> Iterator[None]:
+        """A context for a micro-batch whose error all ranks will raise, if it is not theirs yet."""
+        self.check()
+        try:
+            yield
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def check(self) -> None:
+        """Raise what a micro-batch has raised, even if it was caught."""
+        if self.error is not None:
+            raise self.error
 
     def add(self, computed: Computed) -> None:
         """Add the gradient of a micro-batch, whose weights sum to one or are all zero.
@@ -119,28 +92,71 @@ class Accumulation:
         if uniform and self._totals and not self._uniform:
             return
         self._uniform = uniform
-        factor = (kept if uniform else rectified).sum()
+        factor = (
+            (kept if uniform else rectified).sum() if computed.total is None else computed.total
+        )
         for p, g in computed.gradients:
             g = g.to(accumulation_dtype(g.dtype)) * factor.to(accumulation_dtype(g.dtype))
             held = self._totals.get(p)
             self._totals[p] = g if held is None else held.add_(g)
         computed.gradients.clear()
 
-    def finish(self) -> Gradients:
-        """The weighted gradient of all micro-batches; from now on the weights are known."""
+    def about(self) -> tuple[float, ...]:
+        """What other ranks have to know at the end.
+
+        These are the numbers of examples, and whether no score was positive and equal weights are
+        used instead.
+
+        Raises:
+            ValueError: there was no micro-batch.
+        """
+        if not self._rectified:
+            raise ValueError(
+                "accumulate(): there was no backward() inside, and each rank needs one"
+            )
+        return sum(part.numel() for part in self._rectified), self._uniform
+
+    def finish(
+        self, processes: Processes | None = None, told: Sequence[Sequence[float]] = ()
+    ) -> Gradients:
+        """The weighted gradient of all micro-batches; from now on the weights are known.
+
+        Over several processes it is this rank's part of the sum over all of them.
+
+        Args:
+            processes: all of which call this at the same time; None for this one alone.
+            told: what :meth:`about` says, by rank.
+        """
         if not self._rectified:
             self._weights = []
             return []
-        parts = self._kept if self._uniform else self._rectified
-        joined = torch.cat(parts)
+        sizes = [part.numel() for part in self._rectified]
+        rectified, kept = torch.cat(self._rectified), torch.cat(self._kept)
+        uniform, overflow, first = self._uniform, self._overflow, 0
+        if processes is not None:
+            flag = rectified.new_zeros(1) if overflow is None else overflow.to(rectified)[None]
+            n = [int(count) for count, _ in told]
+            parts = processes.gather(torch.cat([rectified, kept, flag]), [2 * k + 1 for k in n])
+            rectified = torch.cat([part[:k] for part, k in zip(parts, n, strict=True)])
+            kept = torch.cat([part[k:-1] for part, k in zip(parts, n, strict=True)])
+            overflow = None if overflow is None else torch.stack([x[-1] for x in parts]).any()
+            uniform = any(alike for _, alike in told) and not bool(rectified.any())
+            first = sum(n[: processes.rank])
+        joined = kept if uniform else rectified
         total = joined.sum()
-        weights = joined / total if self._uniform else ops.normalize_weights(joined)
-        self._weights = list(weights.split([part.numel() for part in parts]))
+        self._union = joined / total if uniform else ops.normalize_weights(joined)
+        self._weights = list(self._union[first : first + sum(sizes)].split(sizes))
+        self._overflow = overflow
+        if self._uniform and not uniform:  # a score of another rank is positive
+            self._totals.clear()
         total = total + (total == 0).to(total.dtype)  # Eq. 9
-        gradients = [
+        return [
             (p, (self._totals[p] / total.to(self._totals[p].dtype)).to(p.dtype))
             if p in self._totals
             else (p, torch.zeros_like(p))
             for p in self._reached
         ]
+
+    def filled(self, gradients: Gradients) -> Gradients:
+        """The gradients as they are delivered: infinite if some overflowed."""
         return filled_if(self._overflow, gradients, float("inf"))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from l2rw_ext.engines.base import Scored
 from l2rw_ext.task.task import Task
 from l2rw_ext.tracing.shards import Shards
 
-from .weighing import Gradients
+from .gradients import Gradients
 
 
-def sharded_gradients(
-    task: Task, shards: Shards, scored: Scored, weights: Tensor | None
-) -> Gradients:
+def sharded_gradients(task: Task, shards: Shards, scored: Scored, weights: Tensor) -> Gradients:
     """Σ w_i ∇f_i over the examples of all processes, as FSDP shards it, by the sharded parameter.
 
     Of the whole gradients, those of one of FSDP's groups are in memory at a time. All processes
@@ -24,10 +21,8 @@ def sharded_gradients(
         task: the step.
         shards: its sharded parameters.
         scored: this process's scores.
-        weights: of this process's examples, shape (n,); None if all are zero.
+        weights: of this process's examples, shape (n,).
     """
-    if weights is None:
-        weights = torch.zeros_like(scored.scores)
     groups = shards.groups
     parts = scored.gradients_of(groups, weights, give=shards.give)
     for group, gradients in zip(groups, parts, strict=True):

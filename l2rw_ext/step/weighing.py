@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l2rw_ext import devices, ops
-from l2rw_ext.engines.base import Scored
 from l2rw_ext.engines.plan import Plan
 from l2rw_ext.task.isolation import BelowAutograd
-from l2rw_ext.task.task import Task
+
+from .gradients import Gradients
 
 Degenerate = Literal["zero", "uniform", "skip"]
-
-Gradients = list[tuple[nn.Parameter, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,9 @@ class Step:
         losses: unreduced training losses, shape (n,).
         engine: name of the engine that computed them.
 
-    The properties below read values; on CUDA each waits for the device.
+    The properties below read values; on CUDA each waits for the device. In a step over several
+    processes the attributes are those of this rank's examples, and the properties those of the
+    examples of all ranks.
     """
 
     weights: Tensor
@@ -41,16 +41,21 @@ class Step:
     _clean_loss: Tensor = field(repr=False)
     _excluded: Tensor | None = field(repr=False)
     _contaminated: Tensor | None = field(default=None, repr=False)
+    _union: Step | None = field(default=None, repr=False)
+    """The step on the examples of all ranks, if there are others."""
 
-    def _check(self) -> None:
-        if not self._clean_loss.isfinite():
-            raise _clean_loss_error(self._clean_loss)
-        if self._contaminated is not None and self._contaminated:
+    def _checked(self) -> Step:
+        """The step on all examples, if its numbers mean something."""
+        whole = self._union or self
+        if not whole._clean_loss.isfinite():
+            raise _clean_loss_error(whole._clean_loss)
+        if whole._contaminated is not None and whole._contaminated:
             raise ValueError(
                 "training batch: losses or gradients of some examples are not finite; the engine "
-                f"{self.engine!r} mixes examples in one backward and cannot leave them out. No "
+                f"{whole.engine!r} mixes examples in one backward and cannot leave them out. No "
                 "gradient was accumulated"
             )
+        return whole
 
     @property
     def clean_loss(self) -> Tensor:
@@ -59,34 +64,32 @@ class Step:
         Raises:
             ValueError: it is not finite (on CUDA, where the step could not wait to know).
         """
-        self._check()
-        return self._clean_loss
+        return self._checked()._clean_loss
 
     @property
     def loss(self) -> Tensor:
         """Σ w_i f_i, shape (); comparable to a mean loss."""
-        self._check()
-        kept = self.weights != 0
-        return (self.losses[kept].to(self.weights.dtype) * self.weights[kept]).sum()
+        whole = self._checked()
+        kept = whole.weights != 0
+        return (whole.losses[kept].to(whole.weights.dtype) * whole.weights[kept]).sum()
 
     @property
     def degenerate(self) -> bool:
         """Whether no score was positive, so that Eq. 9 gives zeros."""
-        self._check()
-        positive = self.scores > 0
-        return not bool((positive if self._excluded is None else positive & ~self._excluded).any())
+        whole = self._checked()
+        positive, excluded = whole.scores > 0, whole._excluded
+        return not bool((positive if excluded is None else positive & ~excluded).any())
 
     @property
     def nonfinite(self) -> int:
         """How many training examples were left out because their loss or score is not finite."""
-        self._check()
-        return 0 if self._excluded is None else int(self._excluded.sum())
+        excluded = self._checked()._excluded
+        return 0 if excluded is None else int(excluded.sum())
 
     @property
     def effective_sample_size(self) -> float:
         """(Σ w_i)² / Σ w_i²; n for equal weights, 1 if one example counts, 0 if none does."""
-        self._check()
-        w = self.weights.double()
+        w = self._checked().weights.double()
         total = float(w.sum())
         return total * total / float((w * w).sum()) if total > 0 else 0.0
 
@@ -96,7 +99,6 @@ class Computed:
     """What one step has computed and not yet delivered to ``p.grad``."""
 
     step: Step
-    plan: Plan | None
     for_gradient: Tensor | None
     """Weights of the gradient, shape (n,); None where all are zero."""
     uniform: bool = False
@@ -107,6 +109,13 @@ class Computed:
     """Whether gradients overflowed under a loss scale, shape (); None if that was not checked."""
     gradients: Gradients = field(default_factory=list)
     """d(Σ w_i f_i)/dp of each parameter p that the training losses reach."""
+    factor: Tensor | None = None
+    """By what the gradients are still to be multiplied, shape (); None for one."""
+    total: Tensor | None = None
+    """Of what the gradients are the mean: the sum of the rectified scores, or of equal weights, of
+    all ranks, shape (); None if it is that of this rank."""
+    plan: Plan | None = None
+    """The plan that the engine has followed, if it is of a kind that makes plans."""
 
     @property
     def rectified(self) -> Tensor:
@@ -130,19 +139,38 @@ def waits(clean_loss: Tensor, on_degenerate: Degenerate, check_finite: bool) -> 
 
 
 def weigh(
-    task: Task, scored: Scored, engine: str, on_degenerate: Degenerate, check_finite: bool
+    scores: Tensor,
+    losses: Tensor,
+    clean_loss: Tensor,
+    engine: str,
+    on_degenerate: Degenerate,
+    check_finite: bool,
+    *,
+    mixes: bool,
+    scaled: bool,
+    partial: bool = False,
 ) -> Computed:
     """Eq. 8-9 of the scores; the gradients are still to be formed.
 
     On CUDA nothing here waits for the device, unless ``check_finite`` or an ``on_degenerate`` other
     than "zero" needs a decision. A step that is traced decides nothing: see :func:`settle`.
 
+    Args:
+        scores: u, shape (n,).
+        losses: the training losses, shape (n,).
+        clean_loss: the mean clean loss, shape ().
+        engine: name of the engine that computed them.
+        on_degenerate: see :class:`~l2rw_ext.Reweighter`.
+        check_finite: see :class:`~l2rw_ext.Reweighter`.
+        mixes: whether the engine cannot leave out an example.
+        scaled: whether there is a loss scale.
+        partial: whether other ranks have scores too, so that these alone decide nothing.
+
     Raises:
         ValueError: see :func:`_all_finite`.
     """
-    clean_loss, losses, scores = scored.clean_loss, scored.losses, scored.scores
-    mixes, scaled = scored.cannot_exclude, task.loss_scale is not None
-    decides = waits(clean_loss, on_degenerate, check_finite) and not devices.tracing()
+    undecided = partial or devices.tracing()
+    decides = waits(clean_loss, on_degenerate, check_finite) and not undecided
     finite = decides and _all_finite(clean_loss, losses, scores, engine, mixes=mixes, scaled=scaled)
     with BelowAutograd():
         excluded = overflow = contaminated = None
@@ -161,7 +189,7 @@ def weigh(
             weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
         for_gradient: Tensor | None = weights
         uniform = skip = False
-        if devices.tracing():
+        if undecided:
             if on_degenerate == "uniform":
                 for_gradient = weights = weights.where(weights.any(), _equal(weights, excluded))
         elif decides and not weights.any():
@@ -173,7 +201,7 @@ def weigh(
                 if uniform:
                     weights = for_gradient = equal
     step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
-    return Computed(step, scored.plan, for_gradient, uniform, skip, overflow)
+    return Computed(step, for_gradient, uniform, skip, overflow)
 
 
 def settle(computed: Computed, on_degenerate: Degenerate, check_finite: bool) -> None:

@@ -125,7 +125,7 @@ def check_losses(losses: Tensor, task: Task) -> None:
 class Direction:
     """v, the gradient of the mean clean loss, possibly changed by an option."""
 
-    values: dict[int, Tensor]
+    values: Mapping[int, Tensor]
     """v by id of the parameter, in its shape, without the loss scale; absent if it is zero. That of
     a sharded parameter is sharded as it is."""
     clean_loss: Tensor
@@ -160,12 +160,14 @@ def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Directi
     """
     values = {}
     shards = task.members.shards
-    if losses.requires_grad and shards is not None:
-        total = task.agreement.total(task.m)
-        seed = task.scaled(torch.full_like(losses, 1 / total))
-        reduced = shards.gradients(losses, task.parameters, seed, retain=retain)
-        values = {key: task.unscaled(g) for key, g in reduced.items()}
-    elif losses.requires_grad:
+    if shards is not None:
+        number, mean = task.agreement.mean(losses.detach())
+        if losses.requires_grad:
+            seed = task.scaled(torch.ones_like(losses) / number)
+            reduced = shards.gradients(losses, task.parameters, seed, retain=retain)
+            values = {key: task.unscaled(g) for key, g in reduced.items()}
+        return Direction(values, mean)
+    if losses.requires_grad:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
         gradients = torch.autograd.grad(losses, task.parameters, seed, retain, allow_unused=True)
         values = {

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -257,6 +258,19 @@ def whole(x: Tensor) -> Tensor:
         return x
     gathered: Tensor = x.full_tensor()
     return gathered
+
+
+def group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks among which ``fully_shard`` has sharded a model; None if it has not."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in () if fsdp is None else model.modules():
+        for group in _groups_of(module) if isinstance(module, fsdp.FSDPModule) else ():
+            mesh = group.mesh_info.mesh
+            if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
+                return dist.group.WORLD
+            found: dist.ProcessGroup = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+            return found
+    return None
 
 
 def _groups_of(module: Any) -> list[Any]:

@@ -69,7 +69,9 @@ def _work(rank: int, store: str) -> None:
         mean = sum(flat(e.gradients.values()) for e in expected) / 2
         model = nn.parallel.DistributedDataParallel(inner)
         for compile in (False, "eager"):
-            reweighter = Reweighter(model, cross_entropy, engine=engine, compile=compile)
+            reweighter = Reweighter(
+                model, cross_entropy, engine=engine, compile=compile, process_group=None
+            )
             for k in range(4 if compile else 1):
                 model.zero_grad()
                 step = reweighter.backward(*batches[rank])

@@ -307,7 +307,7 @@ class _Pass:
     def __init__(
         self,
         task: Task,
-        directions: dict[int, Tensor] | None,
+        directions: Mapping[int, Tensor] | None,
         kind: _Kind,
         count: int,
         *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,7 +108,7 @@ class Scoring(Scored):
     """
 
     def __init__(
-        self, task: Task, leaves: Leaves, directions: dict[int, Tensor] | None = None
+        self, task: Task, leaves: Leaves, directions: Mapping[int, Tensor] | None = None
     ) -> None:
         self.probe: Probe | None = None
         self._expected: set[int] = set()
@@ -225,7 +225,7 @@ class Scoring(Scored):
         explanation = Explanation.layerwise(self._task, self.plan, low_memory=self.low_memory)
         return replace(explanation, proof=self.proof)
 
-    def _push(self, uses: list[Use], directions: dict[int, Tensor]) -> None:
+    def _push(self, uses: list[Use], directions: Mapping[int, Tensor]) -> None:
         for use in uses:
             for root in use.roots:
                 if root is not None and id(root) not in self._pushed:
