@@ -263,7 +263,9 @@ def whole(x: Tensor) -> Tensor:
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks among which ``fully_shard`` has sharded a model; None if it has not."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in () if fsdp is None else model.modules():
+    if fsdp is None:
+        return None
+    for module in model.modules():
         for group in _groups_of(module) if isinstance(module, fsdp.FSDPModule) else ():
             mesh = group.mesh_info.mesh
             if mesh.ndim > 1 and mesh.size() == dist.get_world_size():
