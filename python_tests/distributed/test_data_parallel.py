@@ -1,0 +1,275 @@
+"""What DistributedDataParallel does in plain training, it does around a reweighted step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.join import Join
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from l2rw_ext import NotExactError, Reweighter
+from support.models import ENGINES, cross_entropy
+from support.oracle import EXACT, Truth, flat, gradients_of, truth
+from support.processes import Pool
+from support.ranks import (
+    SIZES,
+    Batches,
+    Outcome,
+    Rank,
+    ScaledCrossEntropy,
+    Setup,
+    assert_step,
+    assert_steps,
+    draw,
+    train,
+    truths,
+)
+
+COMPILE = [False, "eager"]
+
+
+@pytest.mark.parametrize("compile", COMPILE)
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        {"static_graph": True},
+        {"gradient_as_bucket_view": True},
+        {"find_unused_parameters": True},
+        {"bucket_cap_mb": 1e-4},
+        {"broadcast_buffers": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_options(pool: Pool, engine: str, wrapper: dict[str, Any], compile: Any) -> None:
+    setup = Setup(options={"engine": engine, "compile": compile}, wrapper=wrapper)
+    batches = draw("mlp", SIZES["uneven"], steps=4)
+    assert_steps(pool.run(train, setup, batches), truths(setup, batches))
+
+
+def _added(expected: list[list[Truth]]) -> list[list[Truth]]:
+    """Each step's gradient is added to those before."""
+    total: dict[str, Tensor | None] = {}
+    for step in expected:
+        for name, g in step[0].gradients.items():
+            before = total.get(name)
+            total[name] = g if g is None or before is None else before + g
+        for t in step:
+            t.gradients = dict(total)
+    return expected
+
+
+def _without_sync(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> list[Outcome]:
+    """A step whose gradients stay on the rank, then one that sends both."""
+    rank = Rank(group, setup)
+    first, second = (own[dist.get_rank(group)] for own in batches)
+    with rank.model.no_sync():
+        step = rank.outcome(rank.reweighter.backward(*first))
+    sent = [g.clone() for g in step.gradients.values() if g is not None]
+    total = torch.stack([flat(sent)])
+    dist.all_reduce(total, group=group)
+    mean = total[0] / dist.get_world_size(group)
+    offset = 0
+    for name, g in step.gradients.items():
+        assert g is not None
+        step.gradients[name] = mean[offset : offset + g.numel()].view_as(g)
+        offset += g.numel()
+    return [step, rank.outcome(rank.reweighter.backward(*second))]
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_sync(pool: Pool, engine: str, view: bool) -> None:
+    """The mean over ranks of what stays there is the gradient of the union."""
+    wrapper = {"gradient_as_bucket_view": view}
+    setup = Setup(options={"engine": engine}, wrapper=wrapper, rate=0.0)
+    batches = draw("mlp", SIZES["uneven"], steps=2)
+    assert_steps(pool.run(_without_sync, setup, batches), _added(truths(setup, batches)))
+
+
+def _counting(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    state.append(bucket.buffer().numel())
+    return default_hooks.allreduce_hook(state[0], bucket)  # type: ignore[arg-type]
+
+
+def _with_hook(
+    group: dist.ProcessGroup, setup: Setup, batches: Batches
+) -> tuple[list[Outcome], int, int]:
+    """The steps, and the numbers that the hook saw and that the parameters have."""
+    rank = Rank(group, setup)
+    state: list[Any] = [group]
+    rank.model.register_comm_hook(state, _counting)
+    outcomes = [rank.train(*own[dist.get_rank(group)]) for own in batches]
+    return outcomes, sum(state[1:]), sum(p.numel() for p in rank.parameters())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_communication_hooks(pool: Pool, engine: str) -> None:
+    setup = Setup(options={"engine": engine})
+    batches = draw("mlp", SIZES["uneven"], steps=3)
+    found = pool.run(_with_hook, setup, batches)
+    assert_steps([outcomes for outcomes, *_ in found], truths(setup, batches))
+    assert all(seen == 3 * numbers for _, seen, numbers in found)
+
+
+def _with_parameter_hooks(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> list[str]:
+    """Which hooks of parameters have run, in the order of parameters."""
+    rank, ran = Rank(group, setup), []
+    for name, p in rank.inner.named_parameters():
+        p.register_hook(lambda g, name=name: ran.append(name))
+        p.register_post_accumulate_grad_hook(lambda p, name=name: ran.append(f"after {name}"))
+    rank.train(*batches[0][dist.get_rank(group)])
+    return sorted(ran)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hooks_of_parameters_run_once(pool: Pool, engine: str) -> None:
+    setup = Setup(options={"engine": engine})
+    names = [name for name, _ in Rank(None, setup).inner.named_parameters()]
+    expected = sorted([*names, *(f"after {name}" for name in names)])
+    for ran in pool.run(_with_parameter_hooks, setup, draw("mlp", SIZES["uneven"])):
+        assert ran == expected
+
+
+def _buffers(
+    group: dist.ProcessGroup, setup: Setup, batches: Batches
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The buffers after each step, beside those of the same forward in plain training."""
+    rank, found = Rank(group, setup), []
+    plain = DistributedDataParallel(
+        copy.deepcopy(rank.inner), process_group=group, **(setup.wrapper or {})
+    )
+    for own in batches:
+        batch, clean = own[dist.get_rank(group)]
+        rank.train(batch, clean)
+        plain.load_state_dict(
+            {**plain.state_dict(), **{f"module.{k}": p for k, p in rank.inner.named_parameters()}}
+        )
+        plain(batch[0]).sum().backward()
+        found.append(
+            {k: b.clone() for k, b in m.named_buffers()} for m in (rank.inner, plain.module)
+        )
+    return [tuple(pair) for pair in found]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("engine", ["auto", "double_backward"])
+@pytest.mark.parametrize("options", [{}, {"on_degenerate": "skip"}, {"every": 2}], ids=str)
+def test_running_statistics_are_those_of_plain_training(
+    pool: Pool, engine: str, broadcast: bool, options: dict[str, Any]
+) -> None:
+    """The last step is degenerate where that is skipped: its forward counts all the same."""
+    setup = Setup(
+        "batch norm",
+        options={"engine": engine, **options},
+        wrapper={"broadcast_buffers": broadcast},
+        rate=0.0,  # so that parameters are the same before and after a step
+    )
+    batches = draw("batch norm", SIZES["even"], steps=3)
+    if "on_degenerate" in options:
+        batches[-1] = [((x, y), (x.clone(), y)) for (x, y), _ in batches[-1]]
+    for pairs in pool.run(_buffers, setup, batches):
+        for ours, theirs in pairs:
+            assert ours.keys() == theirs.keys()
+            for name, b in ours.items():
+                assert torch.allclose(b, theirs[name], rtol=EXACT, atol=EXACT), name
+
+
+def _sharded_optimiser(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> list[Outcome]:
+    rank = Rank(group, setup)
+    rank.optimizer = ZeroRedundancyOptimizer(
+        rank.parameters(), setup.optimizer, process_group=group, lr=setup.rate
+    )
+    return [rank.train(*own[dist.get_rank(group)]) for own in batches]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_zero_redundancy_optimizer(pool: Pool, ranks: int) -> None:
+    setup = Setup(optimizer=torch.optim.Adam, rate=0.01)
+    batches = draw("mlp", SIZES["uneven"][:ranks], steps=4)
+    found = pool.run(_sharded_optimiser, setup, batches, ranks=ranks)
+    assert_steps(found, truths(setup, batches))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("wrapper", [{}, {"static_graph": True}, {"find_unused_parameters": True}])
+def test_parameters_of_the_loss_outside_of_the_wrapper(
+    pool: Pool, engine: str, wrapper: dict[str, Any]
+) -> None:
+    setup = Setup(loss=ScaledCrossEntropy, options={"engine": engine}, wrapper=wrapper)
+    batches = draw("mlp", SIZES["uneven"], steps=2)
+    assert_steps(pool.run(train, setup, batches), truths(setup, batches))
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_parameters_that_are_not_used(pool: Pool, engine: str) -> None:
+    """By no rank, or by the first and the last one alone; sizes of batches decide."""
+    setup = Setup("branches", options={"engine": engine}, wrapper={"find_unused_parameters": True})
+    batches = draw("branches", [(5, 1), (2, 2), (3, 4)], steps=2)
+    batches += draw("branches", [(4, 2), (2, 2), (2, 4)], steps=1)
+    assert_steps(pool.run(train, setup, batches), truths(setup, batches))
+
+
+def _alone(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> list[Outcome]:
+    """Steps with a reweighter that knows of no other rank."""
+    rank = Rank(group, setup)
+    rank.reweighter = Reweighter(rank.model, rank.loss, process_group=None, **setup.options)
+    return [rank.train(*own[dist.get_rank(group)]) for own in batches]
+
+
+@pytest.mark.parametrize("compile", COMPILE)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_a_group_each_rank_weighs_for_itself(pool: Pool, engine: str, compile: Any) -> None:
+    """The wrapper averages, so that the gradient is the mean of the ranks' own."""
+    setup = Setup(options={"engine": engine, "compile": compile}, rate=0.0)
+    batches = draw("mlp", [(6, 4), (3, 2)], steps=4)
+    found = pool.run(_alone, setup, batches, ranks=2)
+    inner = Rank(None, setup).inner
+    for k, own in enumerate(batches):
+        expected = [truth(inner, cross_entropy, *b) for b in own]
+        mean = sum(flat(t.gradients.values()) for t in expected) / 2
+        for outcomes, t in zip(found, expected, strict=True):
+            local = Truth(t.scores, t.weights, outcomes[k].gradients, t.clean_loss)
+            assert_step([outcomes[k]], [local])
+            found_gradient = flat(outcomes[k].gradients.values())
+            assert float((found_gradient - mean).norm()) <= EXACT * float(mean.norm())
+
+
+class _Synchronised(nn.Sequential):
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(nn.Linear(5, 8), nn.SyncBatchNorm(8, process_group=group), nn.Linear(8, 3))
+        self.double()
+
+
+def _refusals(group: dist.ProcessGroup, batches: Batches) -> list[str]:
+    """What a step says under SyncBatchNorm and within Join, and whether gradients are untouched."""
+    own = batches[0][dist.get_rank(group)]
+    found = []
+    model = DistributedDataParallel(_Synchronised(group), process_group=group)
+    for engine in ("auto", *ENGINES):
+        with pytest.raises(NotExactError) as caught:
+            Reweighter(model, cross_entropy, engine=engine).backward(*own)
+        found.append(str(caught.value))
+    rank = Rank(group, Setup())
+    with Join([rank.model]):
+        with pytest.raises(RuntimeError) as failed:
+            rank.reweighter.backward(*own)
+        found.append(str(failed.value))
+        rank.model(own[0][0]).sum().backward()  # so that the context finds its collectives
+    assert all(g is None for g in gradients_of(model).values())
+    rank.train(*own)
+    return found
+
+
+def test_what_cannot_be_is_one_sentence(pool: Pool) -> None:
+    for sentences in pool.run(_refusals, draw("mlp", SIZES["uneven"])):
+        assert all("SyncBatchNorm" in s for s in sentences[:-1])
+        assert "Join" in sentences[-1]
+        assert not any(". " in s or "\n" in s for s in sentences)

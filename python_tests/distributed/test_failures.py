@@ -1,0 +1,398 @@
+"""What fails on one rank fails on all within the step, changes nothing, and the next step works.
+
+Nobody waits for a rank that has failed: a call that hangs fails with the pool's timeout.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from l2rw_ext import NotExactError, RankError
+from support.models import ENGINES, cross_entropy, vectors
+from support.oracle import unchanged
+from support.processes import Pool
+from support.ranks import SIZES, Batches, Outcome, Rank, Setup, assert_step, draw, truths
+
+WRAPPERS: dict[str, dict[str, Any] | None] = {
+    "wrapped": {},
+    "static graph": {"static_graph": True},
+    "group given": None,
+}
+
+
+class _FaultError(Exception):
+    """Raised by a model, a loss or a hook."""
+
+
+def _raise(*_: Any) -> Any:
+    raise _FaultError("of this rank")
+
+
+def _forward_fails(own: Rank, batch: Any, clean: Any) -> None:
+    handle = own.inner[1].register_forward_hook(_raise)
+    try:
+        own.reweighter.backward(batch, clean)
+    finally:
+        handle.remove()
+
+
+def _backward_fails(own: Rank, batch: Any, clean: Any) -> None:
+    def forward_hook(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.register_hook(_raise)
+
+    handle = own.inner[1].register_forward_hook(forward_hook)
+    try:
+        own.reweighter.backward(batch, clean)
+    finally:
+        handle.remove()
+
+
+def _loss_fails(own: Rank, batch: Any, clean: Any) -> None:
+    own.loss.fault = _raise
+    try:
+        own.reweighter.backward(batch, clean)
+    finally:
+        own.loss.fault = None
+
+
+def _loss_is_one_number(own: Rank, batch: Any, clean: Any) -> None:
+    own.loss.fault = Tensor.mean
+    try:
+        own.reweighter.backward(batch, clean)
+    finally:
+        own.loss.fault = None
+
+
+def _not_exact(own: Rank, batch: Any, clean: Any) -> None:
+    """Examples meet, on this rank alone."""
+    handle = own.inner[1].register_forward_hook(lambda _, __, output: output - output.mean(0))
+    try:
+        own.reweighter.backward(batch, clean)
+    finally:
+        handle.remove()
+
+
+def _clean_loss_is_nan(own: Rank, batch: Any, clean: Any) -> None:
+    x, y = clean
+    own.reweighter.backward(batch, (x * float("nan"), y))
+
+
+def _training_loss_is_nan(own: Rank, batch: Any, clean: Any) -> None:
+    x, y = batch
+    own.reweighter.backward((x * float("nan"), y), clean)
+
+
+def _wrong_argument(own: Rank, batch: Any, clean: Any) -> None:
+    own.reweighter.backward(batch, clean, batch_size="many")
+
+
+def _wrong_batch(own: Rank, batch: Any, clean: Any) -> None:
+    own.reweighter.backward(batch[0], clean)
+
+
+def _wrong_index(own: Rank, batch: Any, clean: Any) -> None:
+    own.reweighter.backward(batch, clean, index=[-1])
+
+
+def _wrong_shape(own: Rank, batch: Any, clean: Any) -> None:
+    x, y = batch
+    own.reweighter.backward((x[:, 1:], y), clean)
+
+
+def _wrong_clean_shape(own: Rank, batch: Any, clean: Any) -> None:
+    x, y = clean
+    own.reweighter.backward(batch, (x[:, 1:], y))
+
+
+def _without_grad(own: Rank, batch: Any, clean: Any) -> None:
+    with torch.no_grad():
+        own.reweighter.backward(batch, clean)
+
+
+Kind = tuple[Callable[[Rank, Any, Any], None], type[BaseException], str]
+
+FAULTS: dict[str, Kind] = {
+    "argument": (_wrong_argument, ValueError, "batch_size"),
+    "batch": (_wrong_batch, Exception, "training batch"),
+    "index": (_wrong_index, ValueError, "index"),
+    "no grad": (_without_grad, RuntimeError, "no_grad"),
+    "shape": (_wrong_shape, RuntimeError, "shapes"),
+    "clean shape": (_wrong_clean_shape, RuntimeError, "shapes"),
+    "hook of the forward": (_forward_fails, _FaultError, "of this rank"),
+    "hook of the backward": (_backward_fails, _FaultError, "of this rank"),
+    "loss": (_loss_fails, _FaultError, "of this rank"),
+    "loss of one number": (_loss_is_one_number, ValueError, "loss"),
+    "clean loss": (_clean_loss_is_nan, ValueError, "is nan"),
+}
+"""What a rank does, what it raises, and a part of the message; the same in each engine."""
+
+
+class _Loss(nn.Module):
+    """Cross entropy, unless it is told otherwise."""
+
+    fault: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = cross_entropy(outputs, targets)
+        return losses if self.fault is None else self.fault(losses)
+
+
+def _fails(own: Rank, kind: Kind | None, call: Callable[[], Any]) -> str:
+    """The message of what a call raises: on a rank with a fault its own, else that of another."""
+    error, message = (RankError, "rank") if kind is None else kind[1:]
+    with unchanged(own.model), pytest.raises(error, match=message) as caught:
+        call()
+    return str(caught.value)
+
+
+def _one_fault(
+    group: dist.ProcessGroup, setup: Setup, batches: Batches, kind: Kind, bad: int, warm: bool
+) -> tuple[str, Outcome]:
+    """What the step with the fault says, and the step after it."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    if warm:
+        for _ in range(2):
+            own.reweighter.backward(*batches[0][rank])
+        own.optimizer.zero_grad()
+    batch, clean = batches[0][rank]
+    mine = kind if rank == bad else None
+    step = own.reweighter.backward if mine is None else lambda *b: mine[0](own, *b)
+    message = _fails(own, mine, lambda: step(batch, clean))
+    return message, own.train(batch, clean)
+
+
+def _assert_one_fault(
+    pool: Pool, setup: Setup, kind: Kind, bad: int, warm: bool, ranks: int = 3
+) -> None:
+    batches = draw(setup.model, SIZES["uneven"][:ranks])
+    (expected,) = truths(setup, batches)
+    found = pool.run(_one_fault, setup, batches, kind, bad, warm, ranks=ranks)
+    for rank, (message, _) in enumerate(found):
+        assert rank == bad or f"rank {bad}" in message, message
+    assert_step([outcome for _, outcome in found], expected)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_one_rank_fails(pool: Pool, engine: str, fault: str, warm: bool, wrapper: str) -> None:
+    setup = Setup(loss=_Loss, options={"engine": engine}, wrapper=WRAPPERS[wrapper])
+    _assert_one_fault(pool, setup, FAULTS[fault], bad=1, warm=warm)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_of_two_ranks_either_may_fail(pool: Pool, fault: str, bad: int) -> None:
+    _assert_one_fault(pool, Setup(loss=_Loss), FAULTS[fault], bad, warm=False, ranks=2)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"every": 2},
+    {"compile": "eager"},
+    {"replicated_clean": True},
+    {"on_degenerate": "skip"},
+    {"low_memory": True},
+]
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_one_rank_fails_with_options(
+    pool: Pool, options: dict[str, Any], fault: str, warm: bool
+) -> None:
+    setup = Setup(loss=_Loss, options=options)
+    batches = draw("mlp", SIZES["uneven"])
+    if "replicated_clean" in options:
+        batches = [[(batch, batches[0][0][1]) for batch, _ in batches[0]]]
+    (expected,) = truths(setup, batches)
+    kind = FAULTS[fault]
+    if "every" in options and fault.startswith("clean") and warm:
+        pytest.skip("the step of the fault does not use the clean batch")
+    found = pool.run(_one_fault, setup, batches, kind, 1, warm)
+    for rank, (message, _) in enumerate(found):
+        assert rank == 1 or "rank 1" in message, message
+    assert_step([outcome for _, outcome in found], expected)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_forced_engine_is_not_exact_on_one_rank(pool: Pool, warm: bool, wrapper: str) -> None:
+    setup = Setup(loss=_Loss, options={"engine": "layerwise"}, wrapper=WRAPPERS[wrapper])
+    kind = (_not_exact, NotExactError, "mixes examples")
+    _assert_one_fault(pool, setup, kind, bad=2, warm=warm)
+
+
+@pytest.mark.parametrize("engine", ["forward", "double_backward"])
+def test_an_example_that_an_engine_cannot_leave_out(pool: Pool, engine: str) -> None:
+    setup = Setup(loss=_Loss, options={"engine": engine})
+    kind = (_training_loss_is_nan, ValueError, "training batch")
+    _assert_one_fault(pool, setup, kind, bad=0, warm=False)
+
+
+def _all_differ(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> tuple[str, Outcome]:
+    """Each rank fails, in another way."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    kind = FAULTS[["argument", "loss", "clean loss"][rank]]
+    message = _fails(own, kind, lambda: kind[0](own, *batches[0][rank]))
+    return message, own.train(*batches[0][rank])
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_all_ranks_fail_in_other_ways(pool: Pool, wrapper: str) -> None:
+    setup = Setup(loss=_Loss, wrapper=WRAPPERS[wrapper])
+    batches = draw("mlp", SIZES["uneven"])
+    (expected,) = truths(setup, batches)
+    found = pool.run(_all_differ, setup, batches)
+    assert_step([outcome for _, outcome in found], expected)
+
+
+def _nobody_has_clean_examples(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> str:
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    batch, clean = batches[0][rank]
+    with unchanged(own.model), pytest.raises((ValueError, TypeError)) as caught:
+        own.reweighter.backward(batch)
+    own.train(batch, clean)
+    return str(caught.value)
+
+
+def test_no_rank_has_clean_examples(pool: Pool) -> None:
+    for message in pool.run(_nobody_has_clean_examples, Setup(), draw("mlp", SIZES["even"])):
+        assert "clean" in message
+
+
+def _in_accumulate(
+    group: dist.ProcessGroup, setup: Setup, parts: Batches, kind: Kind, bad: int, at: int
+) -> tuple[str, Any]:
+    """A fault in one micro-batch, at the place where the context ends at the latest."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    mine = kind if rank == bad else None
+
+    def accumulate() -> None:
+        with own.reweighter.accumulate():
+            for k, batches in enumerate(parts):
+                batch, clean = batches[rank]
+                if mine is not None and k == at:
+                    mine[0](own, batch, clean)
+                else:
+                    own.reweighter.backward(batch, clean if k == 0 else None)
+
+    return _fails(own, mine, accumulate), own.train(*parts[0][rank])
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("fault", ["argument", "shape", "loss", "hook of the backward"])
+def test_one_rank_fails_in_accumulate(pool: Pool, fault: str, at: int, wrapper: str) -> None:
+    setup = Setup(loss=_Loss, wrapper=WRAPPERS[wrapper])
+    parts = draw("mlp", SIZES["uneven"], steps=3)
+    (expected,) = truths(setup, parts[:1])
+    found = pool.run(_in_accumulate, setup, parts, FAULTS[fault], 1, at)
+    for rank, (message, _) in enumerate(found):
+        assert rank == 1 or "rank 1" in message, message
+    assert_step([outcome for _, outcome in found], expected)
+
+
+def _between_micro_batches(
+    group: dist.ProcessGroup, setup: Setup, parts: Batches, bad: int
+) -> tuple[str, Any]:
+    """The user's own code raises between two micro-batches."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    mine: Any = (None, _FaultError, "of this rank") if rank == bad else None
+
+    def accumulate() -> None:
+        with own.reweighter.accumulate():
+            for k, batches in enumerate(parts):
+                if rank == bad and k == 1:
+                    _raise()
+                batch, clean = batches[rank]
+                own.reweighter.backward(batch, clean if k == 0 else None)
+
+    return _fails(own, mine, accumulate), own.train(*parts[0][rank])
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_loop_fails_between_micro_batches(pool: Pool, wrapper: str) -> None:
+    setup = Setup(loss=_Loss, wrapper=WRAPPERS[wrapper])
+    parts = draw("mlp", SIZES["uneven"], steps=2)
+    (expected,) = truths(setup, parts[:1])
+    found = pool.run(_between_micro_batches, setup, parts, 1)
+    for rank, (message, _) in enumerate(found):
+        assert rank == 1 or "rank 1" in message, message
+    assert_step([outcome for _, outcome in found], expected)
+
+
+def _asked(
+    group: dist.ProcessGroup, setup: Setup, batches: Batches, kind: Kind, call: str
+) -> tuple[str, Outcome]:
+    """A fault in ``weights()`` or ``explain()`` of rank 1."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    mine = kind if rank == 1 else None
+    asked = getattr(own.reweighter, call)
+    if mine is None:
+        message = _fails(own, None, lambda: asked(*batches[0][rank]))
+    else:
+        own.reweighter.backward = asked  # what the fault calls
+        message = _fails(own, mine, lambda: mine[0](own, *batches[0][rank]))
+        del own.reweighter.backward
+    return message, own.train(*batches[0][rank])
+
+
+@pytest.mark.parametrize("call", ["weights", "explain"])
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f not in ("index", "clean loss")])
+def test_one_rank_fails_when_asked(pool: Pool, fault: str, call: str) -> None:
+    setup = Setup(loss=_Loss)
+    batches = draw("mlp", SIZES["uneven"])
+    (expected,) = truths(setup, batches)
+    found = pool.run(_asked, setup, batches, FAULTS[fault], call)
+    for rank, (message, _) in enumerate(found):
+        assert rank == 1 or "rank 1" in message, message
+    assert_step([outcome for _, outcome in found], expected)
+
+
+def _many_steps(group: dist.ProcessGroup, setup: Setup, steps: int) -> tuple[int, Tensor]:
+    """Steps on drawn batches, of which every fifth fails; how many did, and the parameters."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    drawn = random.Random(0)  # the same on each rank
+    torch.manual_seed(rank)
+    failed = 0
+    for _ in range(steps):
+        batch, clean = vectors(drawn.randint(1, 6) + rank), vectors(1 + rank)
+        own.optimizer.zero_grad()
+        bad = drawn.sample(range(3), drawn.randint(1, 2)) if drawn.random() < 0.2 else []
+        faults = {r: FAULTS[drawn.choice(list(FAULTS))] for r in bad}
+        if not faults:
+            own.reweighter.backward(batch, clean)
+            own.optimizer.step()
+            continue
+        mine = faults.get(rank)
+        error, message = (RankError, "rank") if mine is None else mine[1:]
+        step = own.reweighter.backward if mine is None else lambda *b: mine[0](own, *b)  # noqa: B023
+        with pytest.raises(error, match=message):
+            step(batch, clean)
+        assert all(p.grad is None for p in own.parameters())
+        failed += 1
+    return failed, torch.cat([p.detach().flatten() for p in own.parameters()])
+
+
+@pytest.mark.parametrize(
+    "steps", [300, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_many_steps_with_errors(pool: Pool, wrapper: str, steps: int) -> None:
+    """Nobody hangs, and no rank drifts from the others: parameters are the same to the bit."""
+    setup = Setup(loss=_Loss, wrapper=WRAPPERS[wrapper], rate=0.01)
+    found = pool.run(_many_steps, setup, steps, seconds=60 + steps / 10)
+    assert {failed for failed, _ in found} == {found[0][0]}
+    assert steps / 10 < found[0][0] < steps / 3
+    for _, parameters in found:
+        assert bool(parameters.isfinite().all())
+        assert torch.equal(parameters, found[0][1])
