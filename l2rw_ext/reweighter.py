@@ -751,7 +751,8 @@ class Reweighter:
         """The engine that reuses scores, if it is allowed and knows the whole batch."""
         if index is None or self.reuse == "direction" or self._direction_options.due(task.members):
             return None
-        if not self.record.knows(index):
+        unknown = not self.record.knows(index)
+        if any(task.agreement.any(unknown)):
             return None
         scores = self.record.scores
         return Remembered(scores[index.to(scores.device)], self._direction_options.clean_loss)

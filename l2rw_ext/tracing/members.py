@@ -84,6 +84,10 @@ class Members:
         """The parameters that require grad."""
         return [p for _, p in self.parameters if p.requires_grad]
 
+    def held(self, p: nn.Parameter) -> nn.Parameter:
+        """The parameter that the model holds outside of its forward, and that optimisers know."""
+        return p if self.shards is None else self.shards.shard_of(p)
+
     @property
     def kind(self) -> tuple[Any, ...]:
         """What the forward's writes may depend on: which modules there are, and their modes."""

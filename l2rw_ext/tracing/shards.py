@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,22 @@ class Shards:
                     delattr(group, name)
             for owner, name, value in kept:
                 setattr(owner, name, value)
+
+    @contextlib.contextmanager
+    def moved(self, point: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+        """Give shards other values in the body, which FSDP gathers there."""
+        before = [(p, p.detach().clone()) for p in point]
+
+        def move(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+            self.reset()  # what is gathered has the values from before
+            for p, value in values:
+                p.detach().copy_(value)
+
+        try:
+            move(point.items())
+            yield
+        finally:
+            move(before)
 
     def reset(self) -> None:
         """Let FSDP forget a forward or a backward that did not come to its end."""

@@ -28,6 +28,7 @@ from support.ranks import (
     Setup,
     assert_steps,
     draw,
+    of_one_process,
     truths,
 )
 
@@ -156,3 +157,38 @@ def test_how_modules_are_sharded(
 ) -> None:
     sharding = Sharding(parts, {"reshard_after_forward": reshard})
     _assert_exact(pool, Setup(options={"low_memory": low_memory}), sharding)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "every": {"every": 3},
+    "direction_decay": {"direction_decay": 0.6, "every": 2},
+    "l2": {"l2": 0.3},
+    "layers": {"layers": ["2", "*.bias"]},
+    "preconditioner": {"preconditioner": True},
+    "uniform": {"on_degenerate": "uniform"},
+    "replicated_clean": {"replicated_clean": True},
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "Adam": lambda p, lr: torch.optim.Adam(p, lr, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(pool: Pool, option: str, optimizer: str) -> None:
+    setup = Setup(options=OPTIONS[option], optimizer=_Optimizer(optimizer))
+    batches = draw(setup.model, SIZES["uneven"][:2], 5)
+    if option == "replicated_clean":
+        batches = [[(batch, step[0][1]) for batch, _ in step] for step in batches]
+    sharding = Sharding(options={"reshard_after_forward": False})
+    found = pool.run(train, setup, sharding, batches, ranks=2)
+    assert_steps(found, of_one_process(setup, batches))
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        return OPTIMIZERS[self.name](*args, **kwargs)
