@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from l2rw_ext.data.batch import LossFn, forward
 from l2rw_ext.data.batch_size import BatchSize
 from l2rw_ext.devices import Autocast
+from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.tracing.graph import check_parameters
 from l2rw_ext.tracing.members import Members
 
@@ -165,7 +166,11 @@ def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Directi
         if losses.requires_grad:
             seed = task.scaled(torch.ones_like(losses) / number)
             reduced = shards.gradients(losses, task.parameters, seed, retain=retain)
-            values = {key: task.unscaled(g) for key, g in reduced.items()}
+            values = {
+                id(p): task.unscaled(reduced[id(p)]).to(accumulation_dtype(p.dtype))
+                for p in task.parameters
+                if id(p) in reduced
+            }
         return Direction(values, mean)
     if losses.requires_grad:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
