@@ -258,24 +258,24 @@ class Reweighter:
         if accumulation is not None and processes is not None:
             followed = accumulation.followed()
         with followed:
-            task, numbers = self._begun(
+            task, numbers, remembered = self._begun(
                 "backward()", processes, batch, clean, batch_size, index, grad_scaler
             )
-            steps: list[Step] = []
+            results: list[Computed] = []
 
             def step() -> Tensor | None:
-                computed = self._step(processes, task, numbers)
-                steps.append(computed.step)
+                results.append(self._step(processes, task, numbers, remembered))
                 if accumulation is not None:
-                    accumulation.add(computed)
+                    accumulation.add(results[0])
                     return None
                 self._direction_options.advance()
-                return node_of(computed.gradients)
+                return node_of(results[0].gradients)
 
             self._delivered(step)
-        if numbers is not None and steps[0].engine != Remembered.name:
-            self.record.add(numbers, steps[0].scores)
-        return steps[0]
+        found = results[0].step
+        if accumulation is None and results[0].index is not None:
+            self.record.add(results[0].index, (found._union or found).scores)
+        return found
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
@@ -311,17 +311,20 @@ class Reweighter:
         if self._accumulation is not None:
             raise RuntimeError("accumulate() is entered twice; its contexts cannot be nested")
         processes = self._processes()
+        told: list[list[float]] = []
         self._accumulation = accumulation = Accumulation()
         try:
             if processes is None:
                 yield accumulation
-                gradients = accumulation.finish()
             else:
                 with processes.together("the end of accumulate()") as meeting:
                     yield accumulation
                     accumulation.check()
                     meeting.tell = accumulation.about()
-                gradients = accumulation.finish(processes, meeting.told)
+                told = meeting.told
+            gradients = accumulation.finish(processes, told)
+            for numbers, scores in accumulation.recorded(processes, told):
+                self.record.add(numbers, scores)
         finally:
             self._accumulation = accumulation.error = None
         if not gradients:
@@ -354,9 +357,9 @@ class Reweighter:
         weights of a degenerate step are zeros.
         """
         processes = self._processes()
-        task, _ = self._begun("weights()", processes, batch, clean, batch_size)
+        task, *_ = self._begun("weights()", processes, batch, clean, batch_size)
         with self._dry():
-            return self._step(processes, task, None, dry=True).step.weights
+            return self._step(processes, task, None, None, dry=True).step.weights
 
     def explain(
         self,
@@ -372,8 +375,7 @@ class Reweighter:
         Print the result, or take it as plain data from its ``as_dict()``.
         """
         processes = self._processes()
-        task, numbers = self._begun("explain()", processes, batch, clean, batch_size, index)
-        remembered = self._remembered(task, numbers)
+        task, _, remembered = self._begun("explain()", processes, batch, clean, batch_size, index)
         lines = self._direction_options.lines()
         if processes is not None:
             lines.append(said_of(processes, replicated_clean=self.replicated_clean))
@@ -431,14 +433,14 @@ class Reweighter:
         batch_size: Any,
         index: Any = None,
         grad_scaler: torch.amp.GradScaler | None = None,
-    ) -> tuple[Task, Tensor | None]:
-        """The checked arguments of a call, which all ranks make if one does.
+    ) -> tuple[Task, Tensor | None, Remembered | None]:
+        """The checked arguments of a call, which all ranks make if one does, and remembered scores.
 
         Of the micro-batches in :meth:`accumulate`, ranks may have other numbers, so that they meet
-        at the first one only.
+        at the first one only, unless parameters are sharded.
         """
 
-        def checked() -> tuple[Task, Tensor | None]:
+        def checked() -> tuple[Task, Tensor | None, Remembered | None]:
             numbers = check_index(index)
             optional = not self.needs_clean or (processes is not None and not self.replicated_clean)
             task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional)
@@ -452,28 +454,30 @@ class Reweighter:
             reuses = self.reuse == "scores" and self._direction_options.every > 1
             if place == "backward()" and numbers is None and reuses:
                 raise ValueError("index must be given: reuse='scores' remembers scores by it")
-            return task, numbers
+            return task, numbers, self._remembered(task, numbers)
 
         accumulation = self._accumulation if place == "backward()" else None
-        if processes is None or (accumulation is not None and accumulation.begun):
+        follows = accumulation is not None and accumulation.begun
+        if processes is None or (follows and group_of(self.model) is None):
             return checked()
         if accumulation is not None:
             accumulation.begun = True
         with processes.together(place) as meeting:
-            found = checked()
-            meeting.tell = (self.needs_clean, found[0].clean_size is not None)
-        if len({due for due, _ in meeting.told}) > 1:
-            processes.fail(
-                RankError("some ranks need a clean batch in this step and others do not")
-            )
-        if self.needs_clean and not any(has_clean for _, has_clean in meeting.told):
+            task, numbers, remembered = checked()
+            has_clean = task.clean_size is not None
+            meeting.tell = self.needs_clean, has_clean, numbers is not None, remembered is not None
+        due, clean_batches, indexed, known = zip(*meeting.told, strict=True)
+        if len(set(due)) > 1:
+            processes.fail(RankError("some ranks need a clean batch in this step, others do not"))
+        if len(set(indexed)) > 1:
+            processes.fail(ValueError("index must be given on all ranks or on none"))
+        if self.needs_clean and not any(clean_batches):
             processes.fail(ValueError("clean batch: this step needs one, and no rank has any"))
-        sharded = found[0].agreement.shared
-        if self.needs_clean and sharded and not all(has_clean for _, has_clean in meeting.told):
+        if self.needs_clean and task.agreement.shared and not all(clean_batches):
             processes.fail(
                 ValueError("clean batch: parameters are sharded, so that each rank needs one")
             )
-        return found
+        return task, numbers, remembered if all(known) else None
 
     def _task(
         self,
@@ -524,23 +528,52 @@ class Reweighter:
         )
 
     def _step(
-        self, processes: Processes | None, task: Task, index: Tensor | None, *, dry: bool = False
+        self,
+        processes: Processes | None,
+        task: Task,
+        index: Tensor | None,
+        remembered: Remembered | None,
+        *,
+        dry: bool = False,
     ) -> Computed:
         """A step, with what is to be delivered unless it is ``dry`` or in :meth:`accumulate`."""
+        shards = task.members.shards
         accumulates = self._accumulation is not None and not dry
-        if processes is None or (accumulates and task.members.shards is None):
-            return self._computed(processes, task, index, dry=dry, partial=False)
-        if task.members.shards is not None:
+        index = index if remembered is None else None  # whose scores are no new ones
+        if processes is None or (accumulates and shards is None):
+            computed = self._computed(processes, task, remembered, dry=dry, partial=False)
+            computed.index = index
+            return computed
+
+        def unite(computed: Computed, told: list[list[float]]) -> Computed:
+            return united(
+                processes,
+                computed,
+                told,
+                None if accumulates else index,
+                self.on_degenerate,
+                self.check_finite,
+                scaled=task.loss_scale is not None,
+            )
+
+        if shards is not None:
+
+            def unite_at_once(computed: Computed) -> Computed:
+                return unite(computed, processes.meet("the scores", *about(computed)))
+
             with processes.together("the step"):
-                return self._computed(processes, task, index, dry=dry, partial=True)
+                computed = self._computed(
+                    processes, task, remembered, unite_at_once, dry=dry, partial=True
+                )
+            if accumulates:
+                computed.index = index
+            return computed
         before = Snapshot(task.members)
         try:
             with processes.together("the scores") as meeting:
-                computed = self._computed(processes, task, index, dry=dry, partial=True)
+                computed = self._computed(processes, task, remembered, dry=dry, partial=True)
                 meeting.tell = about(computed)
-            computed = united(
-                processes, computed, meeting.told, self.on_degenerate, self.check_finite
-            )
+            computed = unite(computed, meeting.told)
         except BaseException:
             before.undo()
             raise
@@ -555,20 +588,20 @@ class Reweighter:
         self,
         processes: Processes | None,
         task: Task,
-        index: Tensor | None,
+        remembered: Remembered | None,
+        unite: Callable[[Computed], Computed] | None = None,
         *,
         dry: bool,
         partial: bool,
     ) -> Computed:
         """What this rank computes; ``partial`` if other ranks have scores that count too."""
-        remembered = self._remembered(task, index)
         if self._compiled is not None:
             found = self._compiled.find(task)
             return self._by_graph(processes, found, task, remembered, dry=dry, partial=partial)
         with preserved(task.members, always=dry) as snapshot:
             direction = None if remembered else self._direction(processes, task, snapshot)
             return self._compute(
-                task, snapshot, direction, remembered, processes, dry=dry, partial=partial
+                task, snapshot, direction, remembered, unite, dry=dry, partial=partial
             )
 
     def _over_ranks(
@@ -597,14 +630,15 @@ class Reweighter:
         snapshot: Snapshot,
         direction: Direction | None,
         only: Only = None,
-        processes: Processes | None = None,
+        unite: Callable[[Computed], Computed] | None = None,
         *,
         dry: bool,
         partial: bool,
     ) -> Computed:
         """Scores, weights and, unless ``dry``, the weighted gradient.
 
-        That of sharded parameters is the one of all ``processes``.
+        If the weights of all ranks are to be known before the gradient is formed, as where
+        parameters are sharded, ``unite`` finds them.
         """
         shards = task.members.shards
 
@@ -621,9 +655,8 @@ class Reweighter:
                 partial=partial,
             )
             computed.plan = scored.plan
-            if shards is not None and processes is not None:
-                told = processes.meet("the scores", *about(computed))
-                computed = united(processes, computed, told, self.on_degenerate, self.check_finite)
+            if unite is not None:
+                computed = unite(computed)
             if dry or (computed.skip and self._accumulation is None):
                 return computed
             form: Callable[[], Gradients]
@@ -636,7 +669,7 @@ class Reweighter:
             contaminated = computed.step._contaminated
             if not waits(scored.clean_loss, self.on_degenerate, self.check_finite):
                 gradients = filled_if(contaminated, gradients, 0)
-            decided = shards is not None or not partial
+            decided = unite is not None or not partial
             if self._accumulation is None and decided:  # so that a scaler skips its step
                 gradients = filled_if(computed.overflow, gradients, float("inf"))
             computed.gradients = gradients
@@ -751,8 +784,7 @@ class Reweighter:
         """The engine that reuses scores, if it is allowed and knows the whole batch."""
         if index is None or self.reuse == "direction" or self._direction_options.due(task.members):
             return None
-        unknown = not self.record.knows(index)
-        if any(task.agreement.any(unknown)):
+        if not self.record.knows(index):
             return None
         scores = self.record.scores
         return Remembered(scores[index.to(scores.device)], self._direction_options.clean_loss)

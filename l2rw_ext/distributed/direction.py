@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from l2rw_ext.task.task import Direction, Task
+from l2rw_ext import devices
+from l2rw_ext.task.task import Direction, Task, check_clean_loss
 
 from .group import Processes
 from .sums import Sums
@@ -25,6 +26,8 @@ def union_direction(
     """
     with processes.owing(lambda: _sums(processes, task, None)):
         own = None if task.clean_size is None else of_clean_batch()
+        if own is not None and devices.synchronous(own.clean_loss):
+            check_clean_loss(own.clean_loss)  # while it is known whose it is
     return _sums(processes, task, own)
 
 

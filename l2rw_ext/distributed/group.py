@@ -102,7 +102,7 @@ class Processes:
         try:
             yield meeting
         except BaseException as error:
-            if id(error) != self._announced:
+            if self._announced not in map(id, _chain(error)):
                 self.meet(place, error=error)
             raise
         meeting.told = self.meet(place, *meeting.tell)
@@ -145,6 +145,13 @@ class Processes:
             self.fail(error)
         rank = next(r for r, said in enumerate(errors) if said is not None)
         self.fail(RankError(f"rank {rank} failed: {errors[rank]}", rank))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those in whose place it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class Membership:

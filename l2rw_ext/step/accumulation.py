@@ -37,6 +37,7 @@ class Accumulation:
         self._rectified: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._overflow: Tensor | None = None
+        self._recorded: list[tuple[Tensor, Tensor]] = []
         self._uniform = False
         self._weights: list[Tensor] | None = None
         self._union = torch.empty(0)
@@ -80,6 +81,8 @@ class Accumulation:
         A gradient of equal weights counts as long as no score of any micro-batch was positive.
         """
         uniform = computed.uniform
+        if computed.index is not None:
+            self._recorded.append((computed.index, computed.step.scores))
         rectified, kept = computed.rectified, computed.kept
         self._rectified.append(rectified)
         self._kept.append(kept)
@@ -104,8 +107,8 @@ class Accumulation:
     def about(self) -> tuple[float, ...]:
         """What other ranks have to know at the end.
 
-        These are the numbers of examples, and whether no score was positive and equal weights are
-        used instead.
+        These are the number of examples, whether no score was positive and equal weights are used
+        instead, and the number of examples for the record.
 
         Raises:
             ValueError: there was no micro-batch.
@@ -114,11 +117,10 @@ class Accumulation:
             raise ValueError(
                 "accumulate(): there was no backward() inside, and each rank needs one"
             )
-        return sum(part.numel() for part in self._rectified), self._uniform
+        recorded = sum(index.numel() for index, _ in self._recorded)
+        return sum(part.numel() for part in self._rectified), self._uniform, recorded
 
-    def finish(
-        self, processes: Processes | None = None, told: Sequence[Sequence[float]] = ()
-    ) -> Gradients:
+    def finish(self, processes: Processes | None, told: Sequence[Sequence[float]]) -> Gradients:
         """The weighted gradient of all micro-batches; from now on the weights are known.
 
         Over several processes it is this rank's part of the sum over all of them.
@@ -135,12 +137,12 @@ class Accumulation:
         uniform, overflow, first = self._uniform, self._overflow, 0
         if processes is not None:
             flag = rectified.new_zeros(1) if overflow is None else overflow.to(rectified)[None]
-            n = [int(count) for count, _ in told]
+            n = [int(count) for count, *_ in told]
             parts = processes.gather(torch.cat([rectified, kept, flag]), [2 * k + 1 for k in n])
             rectified = torch.cat([part[:k] for part, k in zip(parts, n, strict=True)])
             kept = torch.cat([part[k:-1] for part, k in zip(parts, n, strict=True)])
             overflow = None if overflow is None else torch.stack([x[-1] for x in parts]).any()
-            uniform = any(alike for _, alike in told) and not bool(rectified.any())
+            uniform = any(alike for _, alike, _ in told) and not bool(rectified.any())
             first = sum(n[: processes.rank])
         joined = kept if uniform else rectified
         total = joined.sum()
@@ -156,6 +158,20 @@ class Accumulation:
             else (p, torch.zeros_like(p))
             for p in self._reached
         ]
+
+    def recorded(
+        self, processes: Processes | None, told: Sequence[Sequence[float]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The numbers and scores of examples for the record, of all ranks as :meth:`finish`."""
+        if processes is None:
+            return self._recorded
+        n = [int(count) for *_, count in told]
+        if not any(n):
+            return []
+        none = self._rectified[0].new_empty(0)
+        index = torch.cat([none.to(torch.int64), *(i.to(none.device) for i, _ in self._recorded)])
+        scores = torch.cat([none, *(u for _, u in self._recorded)])
+        return list(zip(processes.gather(index, n), processes.gather(scores, n), strict=True))
 
     def filled(self, gradients: Gradients) -> Gradients:
         """The gradients as they are delivered: infinite if some overflowed."""

@@ -20,8 +20,11 @@ def united(
     processes: Processes,
     computed: Computed,
     told: list[list[float]],
+    index: Tensor | None,
     on_degenerate: Degenerate,
     check_finite: bool,
+    *,
+    scaled: bool,
 ) -> Computed:
     """The step on the examples of all ranks, with this rank's examples, weights and gradient.
 
@@ -33,8 +36,10 @@ def united(
         processes: all of which call this in the same step.
         computed: what this rank has computed.
         told: what :func:`about` says, by rank.
+        index: the numbers of this rank's examples, shape (n,); None on all ranks or on none.
         on_degenerate: see :class:`~l2rw_ext.Reweighter`.
         check_finite: see :class:`~l2rw_ext.Reweighter`.
+        scaled: whether there is a loss scale.
 
     Raises:
         ValueError: the clean batches were said to be the same on all ranks and are not; or see
@@ -58,7 +63,7 @@ def united(
         on_degenerate,
         check_finite,
         mixes=any(mixes for _, mixes in told),
-        scaled=computed.overflow is not None,
+        scaled=scaled,
     )
     weights = union.step.weights.split(n)[processes.rank]
     union.total = (union.kept if union.uniform else union.rectified).sum()
@@ -66,6 +71,8 @@ def united(
     union.factor = weights.sum()
     union.step = replace(step, weights=weights, _union=union.step)
     union.plan = computed.plan
+    if index is not None:
+        union.index = torch.cat(processes.gather(index.to(scores.device), n))
     return union
 
 

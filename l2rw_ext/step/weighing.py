@@ -12,6 +12,7 @@ from torch import Tensor
 from l2rw_ext import devices, ops
 from l2rw_ext.engines.plan import Plan
 from l2rw_ext.task.isolation import BelowAutograd
+from l2rw_ext.task.task import check_clean_loss
 
 from .gradients import Gradients
 
@@ -47,8 +48,7 @@ class Step:
     def _checked(self) -> Step:
         """The step on all examples, if its numbers mean something."""
         whole = self._union or self
-        if not whole._clean_loss.isfinite():
-            raise _clean_loss_error(whole._clean_loss)
+        check_clean_loss(whole._clean_loss)
         if whole._contaminated is not None and whole._contaminated:
             raise ValueError(
                 "training batch: losses or gradients of some examples are not finite; the engine "
@@ -114,6 +114,8 @@ class Computed:
     total: Tensor | None = None
     """Of what the gradients are the mean: the sum of the rectified scores, or of equal weights, of
     all ranks, shape (); None if it is that of this rank."""
+    index: Tensor | None = None
+    """The numbers in the training set of all examples that were scored, of all ranks."""
     plan: Plan | None = None
     """The plan that the engine has followed, if it is of a kind that makes plans."""
 
@@ -164,14 +166,15 @@ def weigh(
         check_finite: see :class:`~l2rw_ext.Reweighter`.
         mixes: whether the engine cannot leave out an example.
         scaled: whether there is a loss scale.
-        partial: whether other ranks have scores too, so that these alone decide nothing.
+        partial: whether other ranks have scores too, so that these alone are never degenerate.
 
     Raises:
         ValueError: see :func:`_all_finite`.
     """
-    undecided = partial or devices.tracing()
-    decides = waits(clean_loss, on_degenerate, check_finite) and not undecided
-    finite = decides and _all_finite(clean_loss, losses, scores, engine, mixes=mixes, scaled=scaled)
+    decides = waits(clean_loss, on_degenerate, check_finite) and not devices.tracing()
+    finite = decides and _all_finite(
+        clean_loss, losses, scores, engine, mixes=mixes, scaled=scaled, partial=partial
+    )
     with BelowAutograd():
         excluded = overflow = contaminated = None
         if finite:
@@ -189,7 +192,7 @@ def weigh(
             weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
         for_gradient: Tensor | None = weights
         uniform = skip = False
-        if undecided:
+        if partial or devices.tracing():
             if on_degenerate == "uniform":
                 for_gradient = weights = weights.where(weights.any(), _equal(weights, excluded))
         elif decides and not weights.any():
@@ -214,7 +217,15 @@ def settle(computed: Computed, on_degenerate: Degenerate, check_finite: bool) ->
     if not waits(step._clean_loss, on_degenerate, check_finite):
         return
     mixes, scaled = step._contaminated is not None, overflow is not None
-    _all_finite(step._clean_loss, step.losses, step.scores, step.engine, mixes=mixes, scaled=scaled)
+    _all_finite(
+        step._clean_loss,
+        step.losses,
+        step.scores,
+        step.engine,
+        mixes=mixes,
+        scaled=scaled,
+        partial=False,
+    )
     if on_degenerate != "zero" and not computed.rectified.any():
         computed.uniform = on_degenerate == "uniform" and bool(step.weights.any())
         computed.skip = on_degenerate == "skip" and not (scaled and bool(overflow))
@@ -234,6 +245,7 @@ def _all_finite(
     *,
     mixes: bool,
     scaled: bool,
+    partial: bool,
 ) -> bool:
     """Whether all losses and scores are finite; reads values.
 
@@ -244,13 +256,13 @@ def _all_finite(
         engine: its name.
         mixes: whether the engine cannot leave out an example.
         scaled: whether there is a loss scale.
+        partial: whether other ranks have scores too, which may be finite where none of these is.
 
     Raises:
         ValueError: the clean loss is not finite, or no score is although the losses are; or some
             training example is not finite and the engine cannot leave it out.
     """
-    if not math.isfinite(clean_loss.item()):
-        raise _clean_loss_error(clean_loss)
+    check_clean_loss(clean_loss)
     if math.isfinite((losses.sum() + scores.sum()).item()):
         return True
     for what, bad in _contaminating(losses, scores, scaled=scaled).items() if mixes else ():
@@ -260,7 +272,7 @@ def _all_finite(
                 f"are not finite; the engine {engine!r} mixes examples in one backward and "
                 "cannot leave them out"
             )
-    if not scaled and bool((losses.isfinite() & ~scores.isfinite()).all()):
+    if not scaled and not partial and bool((losses.isfinite() & ~scores.isfinite()).all()):
         raise ValueError(
             "no score is finite, although the losses are: the gradient of the clean "
             "loss overflowed. No gradient was accumulated"
@@ -279,10 +291,3 @@ def _contaminating(losses: Tensor, scores: Tensor, *, scaled: bool) -> dict[str,
         finite = scores.isfinite()
         found["gradients"] = ~finite & finite.any()
     return found
-
-
-def _clean_loss_error(value: Tensor) -> ValueError:
-    return ValueError(
-        f"clean batch: the mean loss is {float(value)}; weights from it would be meaningless. "
-        "No gradient was accumulated"
-    )

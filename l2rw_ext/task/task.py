@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -120,6 +121,15 @@ def check_losses(losses: Tensor, task: Task) -> None:
     """
     require_grad(losses)
     check_parameters(losses, task.parameters)
+
+
+def check_clean_loss(value: Tensor) -> None:
+    """Raise ValueError if a mean clean loss, shape (), is not finite; this reads its value."""
+    if not math.isfinite(value.item()):
+        raise ValueError(
+            f"clean batch: the mean loss is {float(value)}; weights from it would be meaningless. "
+            "No gradient was accumulated"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from l2rw_ext.reference import weighted_gradient
 from support.models import ENGINES
+from support.oracle import truth_of_ranks
 from support.processes import SIZE, Pool
 from support.ranks import (
     MODELS,
@@ -138,6 +140,9 @@ def test_one_rank_has_all_positive_scores(pool: Pool, wrapper: str, on_degenerat
     assert_steps(found, truths(setup, batches))
 
 
+_NONE = torch.zeros(0, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("bad", [[0], [1, 2]])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_examples_that_are_not_finite_are_left_out(
@@ -146,11 +151,25 @@ def test_examples_that_are_not_finite_are_left_out(
     """Every rank's count is that of all ranks; one rank may lose all of its examples."""
     setup = Setup("linear", options={"engine": "layerwise"}, wrapper=WRAPPERS[wrapper])
     batches = draw("linear", SIZES["uneven"])
-    for rank in bad:
-        batches[0][rank][0][0][: 1 + rank] = float("nan")
+    counts = [1 + rank if rank in bad else 0 for rank in range(SIZE)]
+    kept = [((x[k:], y[k:]), c) for k, ((x, y), c) in zip(counts, batches[0], strict=True)]
+    others = [pair for pair in kept if len(pair[0][1])]
+    own = Rank(None, setup)
+    rest = iter(truth_of_ranks(own.inner, own.loss, [b for b, _ in others], [c for _, c in kept]))
+    expected = []
+    for k, (batch, _) in zip(counts, kept, strict=True):
+        t = next(rest) if len(batch[1]) else replace(expected[0], scores=_NONE, weights=_NONE)
+        nan = torch.full((k,), float("nan"), dtype=torch.float64)
+        expected.append(
+            replace(
+                t, scores=torch.cat([nan, t.scores]), weights=torch.cat([torch.zeros(k), t.weights])
+            )
+        )
+    for k, ((x, _), _) in zip(counts, batches[0], strict=True):
+        x[:k] = float("nan")
     found = pool.run(train, setup, batches)
-    assert_steps(found, truths(setup, batches))
-    assert found[0][0].nonfinite == sum(1 + rank for rank in bad)
+    assert_steps(found, [expected])
+    assert found[0][0].nonfinite == sum(counts)
 
 
 def _asked(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> tuple[Tensor, str, bool]:
@@ -204,7 +223,6 @@ def _drawn(draw_value: st.DrawFn) -> tuple[Setup, list[tuple[int, int]], int]:
     options = {
         "engine": draw_value(st.sampled_from(engines)),
         "low_memory": draw_value(st.sampled_from([False, True, "auto"])),
-        "on_degenerate": draw_value(st.sampled_from(["zero", "skip"])),
     }
     loss = draw_value(st.sampled_from([None, ScaledCrossEntropy]))
     least = 3 if model in COUPLED else 1  # of two, batch norm leaves signs

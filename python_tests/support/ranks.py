@@ -134,6 +134,7 @@ class Setup:
     """Of DistributedDataParallel; None for no wrapper, and a group given to the reweighter."""
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD
     rate: float = 0.1
+    dtype: torch.dtype = torch.float64
 
 
 class Rank:
@@ -141,7 +142,7 @@ class Rank:
 
     def __init__(self, group: dist.ProcessGroup | None, setup: Setup) -> None:
         torch.manual_seed(1)
-        self.inner = MODELS[setup.model][0]()
+        self.inner = MODELS[setup.model][0]().to(setup.dtype)
         self.loss: Any = cross_entropy if setup.loss is None else setup.loss()
         self.model = self.inner
         options = dict(setup.options)
