@@ -448,9 +448,9 @@ class Reweighter:
             group = group_of(task.model)
             if group is not None:
                 check_group(processes, group)
-                if processes is not None:
-                    agreement = RanksAgreement(processes)
-                    task = dataclasses.replace(task, agreement=agreement)
+            shards = task.members.shards
+            if shards is not None and processes is not None:
+                task = dataclasses.replace(task, agreement=RanksAgreement(processes, shards))
             reuses = self.reuse == "scores" and self._direction_options.every > 1
             if place == "backward()" and numbers is None and reuses:
                 raise ValueError("index must be given: reuse='scores' remembers scores by it")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l2rw_ext.task.agreement import Agreement
+from l2rw_ext.tracing.shards import Shards
 
 from .group import Processes
 
@@ -23,8 +24,9 @@ class RanksAgreement(Agreement):
 
     shared = True
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: Processes, shards: Shards) -> None:
         self._processes = processes
+        self._shards = shards
 
     def any(self, *flags: bool) -> list[bool]:
         """See :class:`~l2rw_ext.task.agreement.Agreement`."""
@@ -49,6 +51,12 @@ class RanksAgreement(Agreement):
             raise raised
         if last:
             raise kinds[last - 1](f"rank {numbers.index(last)} raised it at {place}")
+
+    @contextlib.contextmanager
+    def forward(self, place: str, *kinds: type[Exception]) -> Iterator[None]:
+        """See :class:`~l2rw_ext.task.agreement.Agreement`."""
+        with self.at(place, *kinds), self._shards.owing():
+            yield
 
     def mean(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~l2rw_ext.task.agreement.Agreement`."""

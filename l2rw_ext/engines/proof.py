@@ -9,10 +9,11 @@ switches off, a rule that is wrong for one option.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -345,13 +346,12 @@ class Record:
         proof, impossible = None, ""
         anywhere = task.agreement.any
         try:
-            proof = Proof(task, *plain(task)[:2])
-        except (NotExactError, torch.OutOfMemoryError):
-            raise
-        except (AttributeError, RuntimeError) as error:
-            # An error of the user's own comes back from the engine.
-            line = str(error).partition("\n")[0]
-            impossible = f"not compared with plain autograd, which raises: {line}"
+            with task.agreement.forward("the plain forward", _ImpossibleError), _raises():
+                losses, clean, _ = plain(task)
+            with _raises():
+                proof = Proof(task, losses, clean)
+        except _ImpossibleError as error:
+            impossible = f"not compared with plain autograd, which raises: {error}"
 
         def restart() -> None:
             start.restore()
@@ -362,7 +362,8 @@ class Record:
             after, generators, drawn = snapshot.now(), Generators(devices), HostGenerators()
             restart()
             try:
-                return plain(task)
+                with task.agreement.forward("the repeated forward"):
+                    return plain(task)
             finally:
                 drawn.restore()
                 generators.restore()
@@ -396,6 +397,25 @@ class Record:
         if not proof.complete:
             self.note += ", where some parameter's gradient was zero"
         return scored
+
+
+class _ImpossibleError(Exception):
+    """Plain autograd has no numbers to compare with."""
+
+
+@contextlib.contextmanager
+def _raises() -> Iterator[None]:
+    """A body of plain training, whose error may be the user's own: it comes back from the engine.
+
+    Raises:
+        _ImpossibleError: the body has raised.
+    """
+    try:
+        yield
+    except (NotExactError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, RuntimeError) as error:
+        raise _ImpossibleError(str(error).partition("\n")[0]) from error
 
 
 class Proofs:

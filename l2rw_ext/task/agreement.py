@@ -29,6 +29,14 @@ class Agreement:
         """
         yield
 
+    @contextlib.contextmanager
+    def forward(self, place: str, *kinds: type[Exception]) -> Iterator[None]:
+        """As :meth:`at`, for a body that runs the model forward once.
+
+        A process that fails on the way takes part in what the others wait for.
+        """
+        yield
+
     def mean(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """The number of losses in all processes, and their mean, shape () each."""
         return losses.new_full((), losses.numel()), losses.mean()

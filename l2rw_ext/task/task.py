@@ -156,7 +156,7 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
 
     If no parameter reaches the clean loss, the direction is zero.
     """
-    with task.agreement.at("the forward of the clean batch"):
+    with task.agreement.forward("the forward of the clean batch"):
         losses = task.forward_clean()
         check_parameters(losses, task.parameters)
     direction = direction_of(task, losses)

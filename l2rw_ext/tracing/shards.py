@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _OPERATIONS = ("unshard", "wait_for_unshard", "reshard", "post_backward")
 """What FSDP does to a group of parameters, and no part of a model's forward."""
+
+
+_ORDERS: weakref.WeakKeyDictionary[Any, Sequence[int]] = weakref.WeakKeyDictionary()
+"""By the first sharded module of a model: the groups that its last forward has gathered."""
 
 
 class Shards:
@@ -50,6 +55,8 @@ class Shards:
         """By id of a shard, and of a whole parameter: the whole parameter."""
         self._record: dict[int, Any] = {}
         """By id of a whole parameter: FSDP's record of it."""
+        self._gathered: list[int] = []
+        """Numbers of the groups that the present forward has gathered, in order."""
         self._divisor = 1.0
         """What FSDP divides sums of gradients by."""
 
@@ -125,9 +132,10 @@ class Shards:
         kept = [(owner, name, getattr(owner, name)) for owner, name, _ in self._fields()]
         for owner, name, value in self._fields():
             setattr(owner, name, value)
-        for group in self._groups:
+        for number, group in enumerate(self._groups):
             for name in _OPERATIONS:
                 setattr(group, name, _without_modes(getattr(group, name)))
+            group.unshard = functools.partial(self._unshard, number, group.unshard)
         try:
             yield
         except BaseException:
@@ -139,6 +147,31 @@ class Shards:
                     delattr(group, name)
             for owner, name, value in kept:
                 setattr(owner, name, value)
+
+    @contextlib.contextmanager
+    def owing(self) -> Iterator[None]:
+        """A body that runs the model forward once; if it fails, what it had to gather is gathered.
+
+        That is what the last forward has gathered, or every group of parameters once.
+        """
+        self._gathered = []
+        try:
+            yield
+        except Exception:
+            order = _ORDERS.get(self._modules[0], range(len(self._groups)))
+            for number in order[len(self._gathered) :]:
+                self._groups[number].reshard()
+                self._groups[number].unshard()
+                self._groups[number].wait_for_unshard()
+            raise
+        _ORDERS[self._modules[0]] = tuple(self._gathered)  # before the backward gathers
+
+    def _unshard(self, number: int, unshard: Callable[..., None], *args: Any) -> None:
+        """Gather a group, and note that it was to be gathered."""
+        group = self._groups[number]
+        if group._all_gather_result is None and not group.is_unsharded:
+            self._gathered.append(number)
+        unshard(*args)
 
     @contextlib.contextmanager
     def moved(self, point: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:

@@ -300,3 +300,66 @@ def test_micro_batches(pool: Pool, on_degenerate: str) -> None:
         assert relative_error(torch.cat(weights), truth.weights) <= EXACT
         for name, g in gradients.items():
             assert relative_error(g, truth.gradients[name]) <= EXACT, name
+
+
+FAULTS = ("input", "middle", "loss", "nan", "clean", "argument")
+
+
+class _Faulty(nn.Module):
+    """Raises in the middle of the forward of an input that begins with -1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x[:, :1] == -1).any()):
+            raise ValueError("in the middle")
+        return x
+
+
+def _faults(group: dist.ProcessGroup, batches: Batches) -> list[list[str]]:
+    """What each rank raises if one of them meets a fault, and that steps are right before and after."""
+    torch.manual_seed(1)
+    layers = (nn.Linear(5, 8), nn.Linear(8, 8), _Faulty(), nn.Linear(8, 8), nn.Linear(8, CLASSES))
+    model = Sharding().of(group, nn.Sequential(*layers).double())
+    rank, said = group.rank(), []
+    failing: list[str] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if failing == ["loss"]:
+            raise KeyError("in the loss")
+        return cross_entropy(outputs, targets)
+
+    model[2].register_forward_pre_hook(
+        lambda m, args: args[0] * 0 - 1 if failing == ["middle"] else None
+    )
+    reweighter = Reweighter(model, loss)
+    for number, fault in enumerate([f for f in FAULTS for _ in range(2)]):
+        batch, clean = batches[number][rank]
+        before = reweighter.weights(batch, clean)
+        gradients = [p.grad for p in model.parameters()]
+        if rank == number % 2:
+            failing[:] = [fault]
+            if fault == "input":
+                batch = (batch[0][:, :3], batch[1])
+            elif fault == "nan":
+                clean = (clean[0] * float("nan"), clean[1])
+            elif fault == "clean":
+                clean = (clean[0][:, :3], clean[1])
+            elif fault == "argument":
+                batch = batch[0]
+        try:
+            reweighter.backward(batch, clean)
+            said.append("nothing")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        failing.clear()
+        assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+        assert torch.equal(reweighter.weights(*batches[number][rank]), before)
+        reweighter.backward(*batches[number][rank])
+    return said
+
+
+def test_an_error_on_one_rank_is_one_on_all(pool: Pool) -> None:
+    batches = draw("mlp", SIZES["uneven"][:2], 2 * len(FAULTS))
+    by_rank = pool.run(_faults, batches, ranks=2)
+    for number, said in enumerate(zip(*by_rank, strict=True)):
+        fault = FAULTS[number // 2]
+        print(fault, said)

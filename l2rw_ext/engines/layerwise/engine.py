@@ -256,7 +256,7 @@ class Layerwise(Engine):
             return plain_training(task, direction)
 
         def score(new: bool) -> Scoring:
-            with task.agreement.at("the forward", *_AGREED):
+            with task.agreement.forward("the forward", *_AGREED):
                 train = _Pass(task, values, own, task.n, new=new)
                 train.enter(task.inputs)
                 train.enter(task.targets)
