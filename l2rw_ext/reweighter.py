@@ -663,6 +663,8 @@ class Reweighter:
             if shards is None:
                 form = functools.partial(scored.weighted_gradients, computed.for_gradient)
             else:
+                if direction is not None and self._accumulation is None:
+                    direction.drop()
                 weights = computed.step.weights
                 form = functools.partial(sharded_gradients, task, shards, scored, weights)
             gradients = judged(form, engine.name, task, snapshot, given=True)

@@ -142,6 +142,11 @@ class Direction:
     clean_loss: Tensor
     """The mean clean loss, shape (), detached."""
 
+    def drop(self) -> None:
+        """Forget v, which is not needed any more, so that its memory is free for the gradient."""
+        if isinstance(self.values, dict):
+            self.values.clear()
+
     def of(self, task: Task) -> Direction:
         """The direction in a step that may be on stand-ins."""
         found = task.stand_ins

@@ -211,6 +211,7 @@ class Scoring(Scored):
                 self.scores += ops.factored_correlations(*zip(*layers, strict=True))
         if self._postponed:
             self._score_jointly()
+        self._pushed.clear()
         self.scores = self._task.unscaled(self.scores)
         if self._directions is None:
             self.scores = self._task.unscaled(self.scores)
