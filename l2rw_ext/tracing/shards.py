@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _OPERATIONS = ("unshard", "wait_for_unshard", "reshard", "post_backward")
 """What FSDP does to a group of parameters, and no part of a model's forward."""
+_HOOK = "_register_pre_backward_hook"
+"""Puts the hooks on outputs that gather parameters for the backward, and change no gradient."""
 
 
 _ORDERS: weakref.WeakKeyDictionary[Any, Sequence[int]] = weakref.WeakKeyDictionary()
@@ -52,7 +54,7 @@ class Shards:
             id(group): module for module in reversed(modules) for group in _groups_of(module)
         }
         self.whole: dict[int, nn.Parameter] = {}
-        """By id of a shard, and of a whole parameter: the whole parameter."""
+        """By id of whatever the model may hold in a parameter's place: the whole parameter."""
         self._record: dict[int, Any] = {}
         """By id of a whole parameter: FSDP's record of it."""
         self._gathered: list[int] = []
@@ -126,15 +128,17 @@ class Shards:
         """A context for a step: gradients in the body have nothing to do with those before it.
 
         In the body no parameter has a gradient from before or a hook that takes one, and FSDP
-        reduces each gradient at once. No mode sees what FSDP does to gather and to reduce. After an
-        error FSDP is as after a complete step.
+        reduces each gradient at once. No mode sees what FSDP does. After an error FSDP is as after
+        a complete step.
         """
         kept = [(owner, name, getattr(owner, name)) for owner, name, _ in self._fields()]
         for owner, name, value in self._fields():
             setattr(owner, name, value)
+        operations = [(group, name) for group in self._groups for name in _OPERATIONS]
+        operations += [(state, _HOOK) for state in self._states]
+        for owner, name in operations:
+            setattr(owner, name, _without_modes(getattr(owner, name)))
         for number, group in enumerate(self._groups):
-            for name in _OPERATIONS:
-                setattr(group, name, _without_modes(getattr(group, name)))
             group.unshard = functools.partial(self._unshard, number, group.unshard)
         try:
             yield
@@ -142,9 +146,8 @@ class Shards:
             self.reset()
             raise
         finally:
-            for group in self._groups:
-                for name in _OPERATIONS:
-                    delattr(group, name)
+            for owner, name in operations:
+                delattr(owner, name)
             for owner, name, value in kept:
                 setattr(owner, name, value)
 
@@ -166,12 +169,14 @@ class Shards:
             raise
         _ORDERS[self._modules[0]] = tuple(self._gathered)  # before the backward gathers
 
-    def _unshard(self, number: int, unshard: Callable[..., None], *args: Any) -> None:
+    def _unshard(
+        self, number: int, unshard: Callable[..., None], *args: Any, **kwargs: Any
+    ) -> None:
         """Gather a group, and note that it was to be gathered."""
         group = self._groups[number]
         if group._all_gather_result is None and not group.is_unsharded:
             self._gathered.append(number)
-        unshard(*args)
+        unshard(*args, **kwargs)
 
     @contextlib.contextmanager
     def moved(self, point: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
@@ -249,7 +254,8 @@ class Shards:
             for record in group.fsdp_params:
                 shard, whole = record.sharded_param, record.unsharded_param
                 whole.requires_grad_(shard.requires_grad)  # as FSDP does when it gathers next
-                self.whole[id(shard)] = self.whole[id(whole)] = whole
+                others = shard, whole, getattr(record, "_sharded_post_forward_param", None)
+                self.whole.update((id(p), whole) for p in others if p is not None)
                 self._record[id(whole)] = record
         if len(divisors) > 1:
             raise TypeError(
@@ -298,6 +304,12 @@ def _without_modes(operation: Callable[..., Any]) -> Callable[..., Any]:
             return operation(*args, **kwargs)
 
     return run
+
+
+def passes_on(node: Any) -> bool:
+    """Whether a node of autograd's graph is FSDP's, which passes gradients on as they are."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+    return fsdp is not None and isinstance(node, fsdp.RegisterPostBackwardFunction._backward_cls)
 
 
 def whole(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
 from l2rw_ext.tracing.graph import sources
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
+from l2rw_ext.tracing.shards import passes_on
 
 from .derived import Leaves
 from .merging import NotMergeableError, check_mergeable, merged_losses
@@ -359,7 +360,7 @@ class _Pass:
         if self._map is not None:
             if self._map.count != sum(x.numel() for x in outputs):
                 raise StalePlanError
-            self.verdict = judge(self._map, outputs, ours=_reports)
+            self.verdict = judge(self._map, outputs, ours=_known)
 
     def follow(self, clean_loss: Tensor, why_separate: str) -> None:
         """Find or make the plan.
@@ -470,9 +471,9 @@ class _Pass:
         return UsePlan(names, rows, form, joint, costs, use.operation, use.shape)
 
 
-def _reports(node: Any) -> bool:
-    """Whether a node of autograd's graph belongs to a use or to a recurrence."""
-    return hasattr(node, "use")
+def _known(node: Any) -> bool:
+    """Whether a node of autograd's graph belongs to a use, to a recurrence, or to FSDP."""
+    return hasattr(node, "use") or passes_on(node)
 
 
 def _key_of_step(task: Task, direction: Direction | None) -> Key:
