@@ -85,6 +85,7 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 	@$(RECORD) memory --methods plain_union_compiled l2rw_ext_compiled --json benchmarks/results/cpu/memory-compiled.json
 	@$(RECORD) memory --case vit-checkpointed --methods plain_union l2rw_ext l2rw_ext_kept --json benchmarks/results/cpu/memory-checkpointed.json
 	@$(RECORD) scaling --json benchmarks/results/cpu/scaling.json
+	@$(RECORD) distributed --json benchmarks/results/cpu/distributed.json
 	@$(RECORD) report --fill README.md docs/benchmarks.md
 
 # Without a network: torch, cmake, ninja, pybind11 and scikit-build-core must be installed, and for

@@ -12,6 +12,7 @@ COMMANDS = {
     "memory": "peak memory of a training step, in a subprocess for each method",
     "scaling": "time and memory of a step as batches, model or sequences grow",
     "profile": "where the time of a step goes, and what each intercepted call costs",
+    "distributed": "a step on two ranks over a plain one, and the bytes that collectives send",
     "report": "draw charts and print tables from recorded results",
     "demo": "train on imbalanced digits: plain, clean images only, reweighted",
     "paper": "the paper's experiments, each ending in a table beside the paper's numbers",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import provenance
+from .communication import COLLECTIVES, communication_table
 from .errors import UsageError
 
 PARTS = (
@@ -24,6 +25,8 @@ PARTS = (
     "memory-compiled",
     "memory-checkpointed",
     "scaling",
+    "distributed",
+    "communication",
 )
 PART = re.compile(
     r"(?P<begin><!-- recorded (?P<name>[a-z-]+): begin -->\n).*?"
@@ -134,6 +137,25 @@ def kernel_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def distributed_table(report: dict[str, Any]) -> str:
+    """The ratios on several ranks and on one, and kilobytes sent by each kind of collective."""
+    lines = [
+        "| case | step | over plain | kB sent: " + " | ".join(COLLECTIVES) + " |",
+        "|---|---|---|" + "---|" * len(COLLECTIVES),
+    ]
+    for entry in report["cases"]:
+        for row in entry["methods"]:
+            sent = row.get("bytes")
+            cells = [entry["title"], row["label"], f"{row['ratio']:.2f}" if "ratio" in row else "-"]
+            for kind in COLLECTIVES:
+                if sent is None:
+                    cells.append("-")
+                else:
+                    cells.append(f"{sent[kind]['sent'] / 1e3:,.1f}" if kind in sent else "0")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def phase_table(report: dict[str, Any]) -> str:
     """How the phases of ``make gpu`` ended."""
     lines = ["| phase | | seconds |", "|---|---|---|"]
@@ -148,6 +170,7 @@ def markdown(report: dict[str, Any]) -> str:
         "memory": table,
         "scaling": scaling_table,
         "kernels": kernel_table,
+        "distributed": distributed_table,
         "gpu": phase_table,
     }
     maker = makers.get(report["kind"])
@@ -197,6 +220,10 @@ def parts(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
     for name, report in reports.items():
         if report["kind"] in ("step", "memory"):
             found[name] = f"{table(report)}\n\n{origin(report)}"
+    found["communication"] = communication_table()
+    if "distributed" in reports:
+        report = reports["distributed"]
+        found["distributed"] = f"{distributed_table(report)}\n\n{origin(report)}"
     if "step" in reports:
         found["summary"] = summary(reports["step"])
         if any(ratios(entry, "first_seconds") for entry in reports["step"]["cases"]):

@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from l2rw_ext import CleanBatches, Reweighter
 
-CLASSES, SIDE, EPOCHS = 10, 8, 20
+CLASSES, SIDE, EPOCHS = 10, 8, 12
 BATCH = CLEAN_BATCH = 100  # of all processes together
 
 

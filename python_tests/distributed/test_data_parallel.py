@@ -259,6 +259,8 @@ def _refusals(group: dist.ProcessGroup, batches: Batches) -> list[str]:
         with pytest.raises(NotExactError) as caught:
             reweighter.backward(*own)
         found.append(str(caught.value))
+    reweighter = Reweighter(model.eval(), cross_entropy, process_group=group)
+    assert reweighter.weights(*own).shape == own[0][1].shape
     rank = Rank(group, Setup())
     with Join([rank.model]):
         with pytest.raises(RuntimeError) as failed:

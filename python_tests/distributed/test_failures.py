@@ -6,7 +6,7 @@ Nobody waits for a rank that has failed: a call that hangs fails with the pool's
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -152,75 +152,98 @@ def _fails(own: Rank, kind: Kind | None, call: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-def _one_fault(
-    group: dist.ProcessGroup, setup: Setup, batches: Batches, kind: Kind, bad: int, warm: bool
-) -> tuple[str, Outcome]:
-    """What the step with the fault says, and the step after it."""
-    own, rank = Rank(group, setup), dist.get_rank(group)
-    if warm:
-        for _ in range(2):
-            own.reweighter.backward(*batches[0][rank])
+def _call(own: Rank, kind: Kind | None, pair: Any) -> Callable[[], Any]:
+    """A step on these batches, as a rank with the fault makes it, or any other."""
+    return lambda: own.reweighter.backward(*pair) if kind is None else kind[0](own, *pair)
+
+
+def _faults(
+    group: dist.ProcessGroup,
+    setup: Setup,
+    batches: Batches,
+    kinds: Sequence[Kind],
+    bad: int,
+    before: int,
+) -> list[tuple[str, Outcome]]:
+    """After some good steps: what each of steps with a fault says, and the good step after it."""
+    own, rank, found = Rank(group, setup), dist.get_rank(group), []
+    pair = batches[0][rank]
+    for _ in range(before):
+        own.reweighter.backward(*pair)
+    for kind in kinds:
         own.optimizer.zero_grad()
-    batch, clean = batches[0][rank]
-    mine = kind if rank == bad else None
-    step = own.reweighter.backward if mine is None else lambda *b: mine[0](own, *b)
-    message = _fails(own, mine, lambda: step(batch, clean))
-    return message, own.train(batch, clean)
+        mine = kind if rank == bad else None
+        message = _fails(own, mine, _call(own, mine, pair))
+        found.append((message, own.outcome(own.reweighter.backward(*pair))))
+    return found
 
 
-def _assert_one_fault(
-    pool: Pool, setup: Setup, kind: Kind, bad: int, warm: bool, ranks: int = 3
+def _assert_faults(
+    pool: Pool,
+    setup: Setup,
+    kinds: Sequence[Kind],
+    *,
+    bad: int = 1,
+    before: int = 0,
+    ranks: int = 3,
 ) -> None:
     batches = draw(setup.model, SIZES["uneven"][:ranks])
+    if "replicated_clean" in setup.options:
+        batches = [[(batch, batches[0][0][1]) for batch, _ in batches[0]]]
     (expected,) = truths(setup, batches)
-    found = pool.run(_one_fault, setup, batches, kind, bad, warm, ranks=ranks)
-    for rank, (message, _) in enumerate(found):
-        assert rank == bad or f"rank {bad}" in message, message
-    assert_step([outcome for _, outcome in found], expected)
+    found = pool.run(_faults, setup, batches, kinds, bad, before, ranks=ranks)
+    for by_rank in zip(*found, strict=True):
+        for rank, (message, _) in enumerate(by_rank):
+            assert rank == bad or f"rank {bad}" in message, message
+        assert_step([outcome for _, outcome in by_rank], expected)
+
+
+@pytest.mark.parametrize("wrapper", ["wrapped", "group given"])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_rank_fails_in_the_first_step(
+    pool: Pool, engine: str, fault: str, wrapper: str
+) -> None:
+    setup = Setup(loss=_Loss, options={"engine": engine}, wrapper=WRAPPERS[wrapper])
+    _assert_faults(pool, setup, [FAULTS[fault]])
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("engine", ["auto", *ENGINES])
-def test_one_rank_fails(pool: Pool, engine: str, fault: str, warm: bool, wrapper: str) -> None:
+def test_one_rank_fails_in_later_steps(pool: Pool, engine: str, wrapper: str) -> None:
     setup = Setup(loss=_Loss, options={"engine": engine}, wrapper=WRAPPERS[wrapper])
-    _assert_one_fault(pool, setup, FAULTS[fault], bad=1, warm=warm)
+    _assert_faults(pool, setup, list(FAULTS.values()), before=2)
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_of_two_ranks_either_may_fail(pool: Pool, fault: str, bad: int) -> None:
-    _assert_one_fault(pool, Setup(loss=_Loss), FAULTS[fault], bad, warm=False, ranks=2)
+def test_of_two_ranks_either_may_fail(pool: Pool, bad: int) -> None:
+    _assert_faults(pool, Setup(loss=_Loss), list(FAULTS.values()), bad=bad, ranks=2)
 
 
-OPTIONS: list[dict[str, Any]] = [
-    {"every": 2},
-    {"compile": "eager"},
-    {"replicated_clean": True},
-    {"on_degenerate": "skip"},
-    {"low_memory": True},
-]
-
-
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_one_rank_fails_with_options(
-    pool: Pool, options: dict[str, Any], fault: str, warm: bool
-) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compile": "eager"},
+        {"replicated_clean": True},
+        {"on_degenerate": "skip"},
+        {"low_memory": True},
+        {"low_memory": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("before", [0, 3])
+def test_one_rank_fails_with_options(pool: Pool, options: dict[str, Any], before: int) -> None:
     setup = Setup(loss=_Loss, options=options)
-    batches = draw("mlp", SIZES["uneven"])
-    if "replicated_clean" in options:
-        batches = [[(batch, batches[0][0][1]) for batch, _ in batches[0]]]
-    (expected,) = truths(setup, batches)
-    kind = FAULTS[fault]
-    if "every" in options and fault.startswith("clean") and warm:
-        pytest.skip("the step of the fault does not use the clean batch")
-    found = pool.run(_one_fault, setup, batches, kind, 1, warm)
-    for rank, (message, _) in enumerate(found):
-        assert rank == 1 or "rank 1" in message, message
-    assert_step([outcome for _, outcome in found], expected)
+    _assert_faults(pool, setup, list(FAULTS.values()), before=before)
+
+
+@pytest.mark.parametrize("compile", [False, "eager"])
+def test_one_rank_fails_along_a_held_direction(pool: Pool, compile: Any) -> None:
+    """The clean batch is used by one step in a hundred, which is the first."""
+    setup = Setup(loss=_Loss, options={"every": 100, "compile": compile})
+    kinds = [kind for name, kind in FAULTS.items() if not name.startswith("clean")]
+    _assert_faults(pool, setup, kinds)
+    _assert_faults(pool, setup, kinds, before=3)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -228,21 +251,21 @@ def test_one_rank_fails_with_options(
 def test_a_forced_engine_is_not_exact_on_one_rank(pool: Pool, warm: bool, wrapper: str) -> None:
     setup = Setup(loss=_Loss, options={"engine": "layerwise"}, wrapper=WRAPPERS[wrapper])
     kind = (_not_exact, NotExactError, "mixes examples")
-    _assert_one_fault(pool, setup, kind, bad=2, warm=warm)
+    _assert_faults(pool, setup, [kind], bad=2, before=2 if warm else 0)
 
 
 @pytest.mark.parametrize("engine", ["forward", "double_backward"])
 def test_an_example_that_an_engine_cannot_leave_out(pool: Pool, engine: str) -> None:
     setup = Setup(loss=_Loss, options={"engine": engine})
     kind = (_training_loss_is_nan, ValueError, "training batch")
-    _assert_one_fault(pool, setup, kind, bad=0, warm=False)
+    _assert_faults(pool, setup, [kind], bad=0)
 
 
 def _all_differ(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> tuple[str, Outcome]:
     """Each rank fails, in another way."""
     own, rank = Rank(group, setup), dist.get_rank(group)
-    kind = FAULTS[["argument", "loss", "clean loss"][rank]]
-    message = _fails(own, kind, lambda: kind[0](own, *batches[0][rank]))
+    kind = FAULTS[["argument", "batch", "no grad"][rank]]
+    message = _fails(own, kind, _call(own, kind, batches[0][rank]))
     return message, own.train(*batches[0][rank])
 
 
@@ -341,7 +364,7 @@ def _asked(
         message = _fails(own, None, lambda: asked(*batches[0][rank]))
     else:
         own.reweighter.backward = asked  # what the fault calls
-        message = _fails(own, mine, lambda: mine[0](own, *batches[0][rank]))
+        message = _fails(own, mine, _call(own, mine, batches[0][rank]))
         del own.reweighter.backward
     return message, own.train(*batches[0][rank])
 
@@ -374,19 +397,26 @@ def _many_steps(group: dist.ProcessGroup, setup: Setup, steps: int) -> tuple[int
             own.optimizer.step()
             continue
         mine = faults.get(rank)
-        error, message = (RankError, "rank") if mine is None else mine[1:]
-        step = own.reweighter.backward if mine is None else lambda *b: mine[0](own, *b)  # noqa: B023
-        with pytest.raises(error, match=message):
-            step(batch, clean)
+        # If two ranks fail, the one that would have done so later learns of the other.
+        with pytest.raises(RankError if mine is None else (mine[1], RankError)):
+            _call(own, mine, (batch, clean))()
         assert all(p.grad is None for p in own.parameters())
         failed += 1
     return failed, torch.cat([p.detach().flatten() for p in own.parameters()])
 
 
+SOAK = [pytest.mark.soak, pytest.mark.timeout(1800)]
+
+
 @pytest.mark.parametrize(
-    "steps", [300, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+    ("wrapper", "steps"),
+    [
+        ("wrapped", 800),
+        ("group given", 100),
+        ("static graph", 100),
+        *(pytest.param(wrapper, 10_000, marks=SOAK) for wrapper in WRAPPERS),
+    ],
 )
-@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_many_steps_with_errors(pool: Pool, wrapper: str, steps: int) -> None:
     """Nobody hangs, and no rank drifts from the others: parameters are the same to the bit."""
     setup = Setup(loss=_Loss, wrapper=WRAPPERS[wrapper], rate=0.01)

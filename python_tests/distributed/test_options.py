@@ -93,6 +93,39 @@ def test_scores_are_reused(pool: Pool, wrapper: str) -> None:
     assert {"remembered", "layerwise"} == {outcome.engine for outcome in found[0]}
 
 
+def _recorded(
+    group: dist.ProcessGroup | None, setup: Setup, batches: Batches, accumulated: bool
+) -> list[Tensor]:
+    """The tables of the record after steps with an index, which may be in micro-batches."""
+    own = Rank(group, setup)
+    for k, b in enumerate(batches):
+        batch, clean = union(b) if group is None else b[dist.get_rank(group)]
+        numbers = _indices(batches, k)
+        index = torch.cat(numbers) if group is None else numbers[dist.get_rank(group)]
+        if not accumulated:
+            own.train(batch, clean, index=index)
+            continue
+        with own.reweighter.accumulate():
+            own.reweighter.backward(batch, clean, index=index)
+            own.reweighter.backward(batch, index=index + 20)
+    record = own.reweighter.record
+    return [record.visits, record.scores, record.mean_scores, record.kept_share]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_the_record_has_the_examples_of_all_ranks(
+    pool: Pool, accumulated: bool, wrapper: str
+) -> None:
+    setup = Setup(wrapper=WRAPPERS[wrapper])
+    batches = draw("mlp", SIZES["uneven"], steps=3)
+    expected = _recorded(None, setup, batches, accumulated)
+    for tables in pool.run(_recorded, setup, batches, accumulated):
+        for ours, theirs in zip(tables, expected, strict=True):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert relative_error(ours.nan_to_num(), theirs.nan_to_num()) <= EXACT
+
+
 def _in_micro_batches(
     group: dist.ProcessGroup | None, setup: Setup, parts: Batches, steps: int
 ) -> list[tuple[list[Tensor], dict[str, Tensor | None]]]:
@@ -207,7 +240,7 @@ def _overflow(
     own, rank, found = Rank(group, setup), dist.get_rank(group), []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     for k, b in enumerate(batches):
-        own.loss.factor = 1e4 if rank == 1 and k < 2 else 1.0
+        own.loss.factor = 1e8 if rank == 1 and k < 2 else 1.0
         own.optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
             own.reweighter.backward(*map(_in_float32, b[rank]), grad_scaler=scaler)
@@ -229,7 +262,7 @@ def test_one_decision_of_the_scaler(pool: Pool, engine: str, wrapper: str) -> No
         wrapper=WRAPPERS[wrapper],
         dtype=torch.float32,
     )
-    found = pool.run(_overflow, setup, draw("mlp", SIZES["uneven"], steps=3))
+    found = pool.run(_overflow, setup, draw("mlp", [(2, 3), (8, 2), (3, 1)], steps=3))
     for steps in found:
         overflowed, scales, parameters = zip(*steps, strict=True)
         assert overflowed == (True, True, False)

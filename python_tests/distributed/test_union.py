@@ -32,7 +32,7 @@ from support.ranks import (
 )
 
 WRAPPERS = {"wrapped": {}, "group given": None}
-COUPLED = {"batch norm"}
+COUPLED = {"batch norm", "meets if odd"}
 """Models whose examples meet, which the layer-wise engine refuses."""
 
 
@@ -55,14 +55,27 @@ def test_every_engine(pool: Pool, engine: str, ranks: int, sizes: str, wrapper: 
     assert {outcome.engine for outcomes in found for outcome in outcomes} == {engine}
 
 
-@pytest.mark.parametrize("engine", ["auto", *ENGINES])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "engine"),
+    [
+        (model, engine)
+        for model in MODELS
+        for engine in ("auto", *ENGINES)
+        if engine != "layerwise" or model not in COUPLED
+    ],
+)
 def test_models(pool: Pool, model: str, engine: str) -> None:
-    if engine == "layerwise" and model in COUPLED:
-        pytest.skip("the engine refuses this model")
     wrapper = {"find_unused_parameters": True} if model == "branches" else {}
     _assert_exact(pool, Setup(model, options={"engine": engine}, wrapper=wrapper), SIZES["uneven"])
     _assert_exact(pool, Setup(model, options={"engine": engine}, wrapper=None), SIZES["uneven"])
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_each_rank_chooses_its_engine(pool: Pool, wrapper: str) -> None:
+    setup = Setup("meets if odd", wrapper=WRAPPERS[wrapper])
+    found = _assert_exact(pool, setup, [(4, 2), (5, 3), (6, 1)], steps=3)
+    engines = [outcome.engine for outcomes in found for outcome in outcomes]
+    assert engines == ["layerwise"] * 3 + ["forward"] * 3 + ["layerwise"] * 3
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -192,6 +205,7 @@ def test_weights_and_explain(pool: Pool, engine: str, wrapper: str) -> None:
     ):
         assert float((weights - t.weights).norm()) <= 1e-12
         assert engine in text
+        assert "3 ranks" in text
         assert untouched
 
 

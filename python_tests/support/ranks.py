@@ -71,6 +71,18 @@ class Branches(nn.Module):
         return self.body(x) + self.odd(x) if len(x) % 2 else self.body(x)
 
 
+class MeetsIfOdd(nn.Module):
+    """Examples meet in batches of an odd size, which the layer-wise engine refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x)
+        return z - z.mean(0).square() if len(x) % 2 else z
+
+
 class ScaledCrossEntropy(nn.Module):
     """A loss with a parameter."""
 
@@ -103,6 +115,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, T
     "batch norm": (normed, vectors),
     "checkpointed": (Checkpointed, vectors),
     "branches": (Branches, vectors),
+    "meets if odd": (MeetsIfOdd, vectors),
 }
 """Float64 models and their batches of n examples, by name."""
 

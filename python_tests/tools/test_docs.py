@@ -99,7 +99,7 @@ def test_names_and_paths_exist(page: Path) -> None:
     text = page.read_text()
     for name in re.findall(r"`(l2rw_ext(?:\.\w+)+)`", text):
         resolve(name)
-    folders = r"csrc|cmake|l2rw_ext|python_tests|benchmarks|docs"
+    folders = r"csrc|cmake|l2rw_ext|python_tests|benchmarks|examples|docs"
     found = re.findall(rf"`((?:{folders})/[\w/.]+)`", text)
     for language, body, _ in blocks(page):
         if language == "sh":

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.reference import relative_error
 from support.models import ENGINES, cross_entropy, mlp, vectors
-from support.oracle import (
-    assert_matches,
-    flat,
-    gradients_of,
-    truth,
-    unchanged,
-)
+from support.oracle import assert_matches, truth, unchanged
 
 
 @pytest.fixture(scope="module")
@@ -63,38 +55,6 @@ def test_distributed_data_parallel(
             assert relative_error(reweighter.weights(batch, clean), expected.weights) < 1e-12
         model.zero_grad()
         assert_matches(reweighter.backward(batch, clean), inner, expected)
-
-
-def _work(rank: int, store: str) -> None:
-    """A process that steps on a batch of its own and expects the mean of both gradients."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for engine in ENGINES:
-        torch.manual_seed(0)
-        inner = mlp()
-        batches = [(vectors(6), vectors(4)) for _ in range(2)]
-        expected = [truth(inner, cross_entropy, *b) for b in batches]
-        mean = sum(flat(e.gradients.values()) for e in expected) / 2
-        model = nn.parallel.DistributedDataParallel(inner)
-        for compile in (False, "eager"):
-            reweighter = Reweighter(
-                model, cross_entropy, engine=engine, compile=compile, process_group=None
-            )
-            for k in range(4 if compile else 1):
-                model.zero_grad()
-                step = reweighter.backward(*batches[rank])
-                assert relative_error(step.weights, expected[rank].weights) < 1e-12, (engine, k)
-                found = flat(gradients_of(inner).values())
-                assert relative_error(found, mean) < 1e-12, (engine, compile, k)
-        dist.barrier()
-    pathlib.Path(f"{store}-{rank}").touch()
-    os._exit(0)  # gloo's threads abort one in ten processes that end the ordinary way
-
-
-def test_two_processes(tmp_path: pathlib.Path) -> None:
-    """One pair of processes for all engines, for a process takes seconds to load torch."""
-    store = tmp_path / "store"
-    torch.multiprocessing.spawn(_work, (str(store),), nprocs=2)
-    assert all(pathlib.Path(f"{store}-{rank}").exists() for rank in range(2))
 
 
 @pytest.mark.usefixtures("group")
