@@ -807,8 +807,6 @@ class Reweighter:
             snapshot.mark_generators()
 
         def attempt(engine: Engine) -> T:
-            if task.members.shards is not None and not isinstance(engine, Layerwise):
-                raise NotExactError("parameters are sharded, which this engine does not support")
             score = functools.partial(engine.score, task, snapshot, direction)
             return work(engine, judged(score, engine.name, task, snapshot, given=given))
 

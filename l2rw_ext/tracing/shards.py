@@ -46,13 +46,11 @@ class Shards:
     """
 
     def __init__(self, modules: Sequence[Any]) -> None:
-        self._modules = modules
-        self._states = [module._get_fsdp_state() for module in modules]
-        found = {id(group): group for module in modules for group in _groups_of(module)}
-        self._groups = list(found.values())
-        self._owner = {
-            id(group): module for module in reversed(modules) for group in _groups_of(module)
-        }
+        # Modules may share a state, as those of ``fully_shard([a, b])`` do.
+        self._modules = list({id(m._get_fsdp_state()): m for m in modules}.values())
+        self._states = [module._get_fsdp_state() for module in self._modules]
+        self._groups = [group for module in self._modules for group in _groups_of(module)]
+        self._owner = {id(group): m for m in self._modules for group in _groups_of(m)}
         self.whole: dict[int, nn.Parameter] = {}
         """By id of whatever the model may hold in a parameter's place: the whole parameter."""
         self._record: dict[int, Any] = {}
