@@ -111,13 +111,14 @@ class Reweighter:
             (``len(x)`` and ``int(x.shape[1])`` fix a size, ``x.shape[1]`` does not), and with
             ``fullgraph=True`` a step that cannot be one graph is an error.
         process_group: the processes whose batches together are the batch of one step. ``"auto"``
-            takes the group of a ``DistributedDataParallel`` around the model, and no other process
-            for another model. With a group, scores, weights and gradient are those of one process
-            on the union of all ranks' batches, which may differ in length; each rank gets the
-            weights of its own examples, and a rank may have no clean batch (``clean=None``) if
-            another has one. All ranks call the same methods, and an error of one is an error of
-            all: see :class:`~l2rw_ext.RankError`. Gradients that no wrapper averages are summed
-            over the ranks here. With None each process weighs its own batch.
+            takes the group of a ``DistributedDataParallel`` around the model, or the ranks among
+            which ``fully_shard`` shards it, and no other process for another model. With a group,
+            scores, weights and gradient are those of one process on the union of all ranks'
+            batches, which may differ in length; each rank gets the weights of its own examples, and
+            a rank may have no clean batch (``clean=None``) if another has one. All ranks call the
+            same methods, and an error of one is an error of all: see
+            :class:`~l2rw_ext.RankError`. Gradients that no wrapper averages are summed over the
+            ranks here. With None each process weighs its own batch, unless parameters are sharded.
         replicated_clean: all ranks are given the same clean batch, as
             :class:`~l2rw_ext.CleanBatches` of one seed gives it, so that nothing is sent for the
             direction.
@@ -126,7 +127,8 @@ class Reweighter:
     ``on_degenerate="uniform"``, the weights are the paper's.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind above, or parameters are sharded.
+        TypeError, ValueError: an argument is not of the kind above, or parameters are sharded
+            otherwise than by ``fully_shard``.
 
     Source: Ren, Zeng, Yang, Urtasun, *Learning to Reweight Examples for Robust Deep Learning*,
     ICML 2018, Algorithm 1.
