@@ -47,8 +47,9 @@ LowMemory = Literal[False, True, "auto"]
 
 T = TypeVar("T")
 
-Only = Remembered | str | None
-"""The one engine that a step may use, or its name; None for what the reweighter was made with."""
+Only = Remembered | Scored | str | None
+"""The one engine that a step may use, its name, or what the layer-wise engine has scored already;
+None for what the reweighter was made with."""
 
 
 class Reweighter:
@@ -207,7 +208,8 @@ class Reweighter:
             l2=l2,
             preconditioner=preconditioner,
         )
-        self._engines: list[Engine] = [Layerwise(), Forward(), DoubleBackward()]
+        self._layerwise = Layerwise()
+        self._engines: list[Engine] = [self._layerwise, Forward(), DoubleBackward()]
         backend = None if compile is False else Backend(compile, compile_options)
         self._compiled = None if backend is None else Steps(backend)
         self._accumulation: Accumulation | None = None
@@ -390,9 +392,10 @@ class Reweighter:
             self._dry(),
             preserved(task.members, always=True) as snapshot,
         ):
-            direction = None if remembered else self._direction(processes, task, snapshot)
+            only = remembered or self._merged(processes, task, snapshot)
+            direction = None if only else self._direction(processes, task, snapshot)
             explanation, refusals = self._first_exact(
-                task, snapshot, lambda _, scored: scored.explain(), direction, remembered
+                task, snapshot, lambda _, scored: scored.explain(), direction, only
             )
         reasons += [f"{name} is not exact: {reason}" for name, reason in refusals.items()]
         reason = "; ".join(reasons) or explanation.reason
@@ -601,10 +604,9 @@ class Reweighter:
             found = self._compiled.find(task)
             return self._by_graph(processes, found, task, remembered, dry=dry, partial=partial)
         with preserved(task.members, always=dry) as snapshot:
-            direction = None if remembered else self._direction(processes, task, snapshot)
-            return self._compute(
-                task, snapshot, direction, remembered, unite, dry=dry, partial=partial
-            )
+            only = remembered or self._merged(processes, task, snapshot)
+            direction = None if only else self._direction(processes, task, snapshot)
+            return self._compute(task, snapshot, direction, only, unite, dry=dry, partial=partial)
 
     def _over_ranks(
         self, processes: Processes, gradients: Gradients, factor: Tensor | None = None
@@ -784,6 +786,14 @@ class Reweighter:
             accumulation.direction = direction
         return direction
 
+    def _merged(self, processes: Processes | None, task: Task, snapshot: Snapshot) -> Scored | None:
+        """Scores of a pass in which the ranks exchange their directions, if all can make one."""
+        if processes is None or self.replicated_clean or self._changes_direction(None):
+            return None
+        if self.engine not in ("auto", self._layerwise.name):
+            return None
+        return self._layerwise.score_with_others(task, snapshot, processes)
+
     def _remembered(self, task: Task, index: Tensor | None) -> Remembered | None:
         """The engine that reuses scores, if it is allowed and knows the whole batch."""
         if index is None or self.reuse == "direction" or self._direction_options.due(task.members):
@@ -804,6 +814,8 @@ class Reweighter:
         """What ``work`` makes of the first exact scores, and why engines before are not exact."""
         if isinstance(only, Remembered):
             return work(only, only.score(task, snapshot)), {}
+        if isinstance(only, Scored):
+            return work(self._layerwise, only), {}
         given = direction is not None
         if given:
             snapshot.mark_generators()

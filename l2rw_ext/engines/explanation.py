@@ -24,6 +24,11 @@ class LayerExplanation:
     kept_bytes: float
     alternatives: dict[str, float]
     """Estimated seconds of each form, on the machine of docs/kernels.md."""
+    direction: str = ""
+    """How the direction comes from the other ranks of a merged step: "reduced"; "gathered", for z'
+    and g'; "reduced at the end", if parameters are shared or derived."""
+    sent_bytes: float = 0.0
+    """What a rank sends for it; a shared parameter counts once, at its first use."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Explanation:
                     cost.score + cost.weighted,
                     0.0 if low_memory else cost.kept_bytes,
                     {form: c.seconds for form, c in use.costs.items()},
+                    use.sent if plan.messages else "",
+                    sum(message.bytes for message in use.messages),
                 )
             )
         passes = (
@@ -72,6 +79,8 @@ class Explanation:
             if plan.merged
             else f"two passes ({plan.why_separate})"
         )
+        if plan.messages:
+            passes += f", in which {plan.messages[0].ranks} ranks exchange the direction"
         reason = "every parameter use has a rule and no example reaches another's loss"
         if not plan.certain:
             reason += f"; each step is probed, since {plan.reason}"
@@ -102,9 +111,14 @@ class Explanation:
         """Bytes kept between scores and weighted gradient."""
         return sum(layer.kept_bytes for layer in self.layers)
 
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that a rank sends of the direction in a merged step, by ring algorithms."""
+        return sum(layer.sent_bytes for layer in self.layers)
+
     def as_dict(self) -> dict[str, Any]:
         """The explanation as plain data."""
-        return asdict(self) | {"kept_bytes": self.kept_bytes}
+        return asdict(self) | {"kept_bytes": self.kept_bytes, "sent_bytes": self.sent_bytes}
 
     def _lines(self) -> Iterator[str]:
         yield f"engine: {self.engine}"
@@ -112,6 +126,8 @@ class Explanation:
         yield f"batch:  {self.n} training and {self.m} clean examples; {self.passes}"
         yield f"cost:   {self.cost:.2f} times the multiply-adds of a plain step on both batches"
         yield f"memory: kept between scores and weighted gradient: {self.memory}"
+        if self.sent_bytes:
+            yield f"sent:   {self.sent_bytes / 2**20:.2f} MiB of the direction by each rank"
         if self.proof:
             yield f"proof:  {self.proof}"
         for option in self.options:
@@ -119,9 +135,9 @@ class Explanation:
         if not self.layers:
             return
         yield ""
-        header = ("parameters", "operation", "input", "T", "form", "Mmul-add", "kept MiB")
+        header = ["parameters", "operation", "input", "T", "form", "Mmul-add", "kept MiB"]
         rows = [
-            (
+            [
                 layer.name,
                 layer.operation,
                 "x".join(map(str, layer.shape)),
@@ -129,13 +145,17 @@ class Explanation:
                 layer.form,
                 f"{layer.multiply_adds / 1e6:.1f}",
                 f"{layer.kept_bytes / 2**20:.2f}",
-            )
+            ]
             for layer in self.layers
         ]
+        if self.sent_bytes:
+            header += ["direction", "sent MiB"]
+            for row, layer in zip(rows, self.layers, strict=True):
+                row += [layer.direction, f"{layer.sent_bytes / 2**20:.2f}"]
         widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
         for row in [header, *rows]:
             yield "  ".join(
-                cell.ljust(w) if i in (0, 1, 2, 4) else cell.rjust(w)
+                cell.ljust(w) if i in (0, 1, 2, 4, 7) else cell.rjust(w)
                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
 

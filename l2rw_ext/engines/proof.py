@@ -308,8 +308,18 @@ class Record:
         new = size is not None and len(self._sizes) < _FEW and hash(size) not in self._sizes
         if new:
             self._sizes.add(hash(size))
+        return new or self._repeated(step)
+
+    @property
+    def settled(self) -> bool:
+        """Whether a step of a known size would run without a proof now."""
+        if self.refused is not None:
+            return False
+        return self._impossible or not self._repeated(self._steps)
+
+    def _repeated(self, step: int) -> bool:
         missing = not self._complete and (step < _FEW or step & (step - 1) == 0)
-        return new or missing or due(step)
+        return missing or due(step)
 
     def scored(
         self,

@@ -20,15 +20,17 @@ from l2rw_ext.data.batch import (
     share_memory,
     tensors,
 )
+from l2rw_ext.distributed.exchange import Exchange
+from l2rw_ext.distributed.group import Processes
 from l2rw_ext.engines.base import Engine, Scored
-from l2rw_ext.engines.plan import Plan, UsePlan, choose_form
+from l2rw_ext.engines.plan import Plan, UsePlan, between_ranks, choose_form
 from l2rw_ext.engines.proof import Plain, Proofs, Record, plain_training
 from l2rw_ext.errors import NotCompilableError, NotExactError, NotYetCompilableError
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Direction, Task, clean_direction, require_grad
+from l2rw_ext.task.task import Direction, Task, check_clean_loss, clean_direction, require_grad
 from l2rw_ext.tracing.coverage import check_graph
 from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
 from l2rw_ext.tracing.graph import sources
@@ -52,6 +54,10 @@ _LARGEST_NUMBER_OF_KINDS = 256
 """Kinds of steps that are remembered; graphs and sentences come with ever new shapes."""
 _LARGEST_NUMBER_OF_WRITES = 4
 """Merged forwards of a kind that write to the model, before batches are not merged any more."""
+_LARGEST_NUMBER_OF_REHEARSALS = 4
+"""Attempts of a rank to make a plan for merged steps of a kind."""
+_LARGEST_NUMBER_OF_FAILURES = 4
+"""Merged steps of several ranks in a row that were broken off, before there are no more."""
 
 
 @dataclass
@@ -79,6 +85,10 @@ class _Kind:
     """How such steps were compared with plain autograd; kinds of other sizes share it."""
     written: int = 0
     """How many merged forwards of this kind have written to the model."""
+    stale: bool = False
+    """Whether a merged step with other ranks failed on this one, for want of a plan perhaps."""
+    rehearsals: int = 0
+    """How often a plan for merged steps with other ranks was looked for and not found."""
 
     def add(self, form: Key, plan: Plan) -> None:
         """Remember a plan, and forget the oldest if there are many."""
@@ -91,6 +101,14 @@ class _Kind:
         today = _numbers(calls)
         found = [plan for form, plan in self.plans.items() if form[0] == today]
         return found[0] if len(found) == 1 else None
+
+    @property
+    def merges(self) -> bool:
+        """Whether a merged step of this kind can be expected to follow a plan, without a proof."""
+        apart = self.separate is not None or self.refused is not None
+        certain = any(plan.certain for plan in self.plans.values())
+        settled = self.proof is not None and self.proof.settled
+        return certain and settled and not (apart or self.stale)
 
 
 class Layerwise(Engine):
@@ -108,6 +126,8 @@ class Layerwise(Engine):
     def __init__(self) -> None:
         self._kinds: dict[Key, _Kind] = {}
         self._proofs = Proofs()
+        self._failures = 0
+        """How many merged steps in a row some rank has broken off, as all ranks know."""
 
     def score(self, task: Task, snapshot: Snapshot, direction: Direction | None = None) -> Scored:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
@@ -126,6 +146,62 @@ class Layerwise(Engine):
         finally:
             if kind != _Kind(key[0]):  # else its key, which is long, need not be kept
                 self._remember(key, kind)
+
+    def score_with_others(
+        self, task: Task, snapshot: Snapshot, processes: Processes
+    ) -> Scored | None:
+        """Score in a merged pass in which the ranks exchange the direction of their clean batches.
+
+        All ranks call this in the same step, and get None alike if one of them cannot make such a
+        step; the state is then as it was. A rank that has no plan makes one from its own batches.
+
+        Raises:
+            RankError: another rank has failed.
+        """
+        if self._failures >= _LARGEST_NUMBER_OF_FAILURES:
+            return None
+        key = _key_of_step(task, None)
+        kind = self._kinds.get(key) or _Kind(key[0])
+        if task.clean_size is not None and not kind.merges:
+            self._rehearse(task, snapshot, key, kind)
+        ready = task.clean_size is not None and kind.merges
+        if not all(flag for (flag,) in processes.meet("a merged step", ready)):
+            return None
+        exchange = Exchange(processes)
+
+        def score() -> Scored:
+            inputs = merge(task.inputs, task.clean_inputs, task.n, task.m, known_batched=True)
+            if inputs is None:
+                raise NotMergeableError("the inputs of the two batches do not agree in shape")
+            return self._merged(task, snapshot, inputs, kind, exchange, new=False)
+
+        scored = exchange.run(score)
+        self._failures = self._failures + 1 if scored is None else 0
+        if scored is None:
+            kind.stale = exchange.failed
+            snapshot.restore()
+        return scored
+
+    def _rehearse(self, task: Task, snapshot: Snapshot, key: Key, kind: _Kind) -> None:
+        """Score the two batches of this rank, which makes or proves a plan, and forget the scores.
+
+        That is not worth its price for a kind of step that is met only once.
+        """
+        self._remember(key, kind)
+        certain = [plan.certain for plan in kind.plans.values()]
+        if kind.separate is not None or kind.refused is not None or (certain and not any(certain)):
+            return
+        kind.rehearsals = 0 if certain else kind.rehearsals + 1
+        if kind.rehearsals == 1 or kind.rehearsals > 1 + _LARGEST_NUMBER_OF_REHEARSALS:
+            return
+        kind.stale = False
+        try:
+            self.score(task, snapshot)
+        except NotExactError as error:
+            kind.refused = str(error)
+        except Exception:  # which the step has again if it is the user's
+            pass
+        snapshot.restore()
 
     def refuse(self, task: Task, direction: Direction | None, reason: str) -> None:
         """See :class:`~l2rw_ext.engines.base.Engine`."""
@@ -202,7 +278,14 @@ class Layerwise(Engine):
         return self._two_passes(task, snapshot, direction, kind, why, new=new)
 
     def _merged(
-        self, task: Task, snapshot: Snapshot, inputs: Any, kind: _Kind, *, new: bool
+        self,
+        task: Task,
+        snapshot: Snapshot,
+        inputs: Any,
+        kind: _Kind,
+        exchange: Exchange | None = None,
+        *,
+        new: bool,
     ) -> Scored:
         """One forward and one data-only backward over [train; clean]."""
         if share_memory(task.targets, task.clean_targets):
@@ -213,7 +296,7 @@ class Layerwise(Engine):
             return merged_losses(task, inputs)
 
         def score(new: bool) -> Scoring:
-            both = _Pass(task, None, kind, task.n + task.m, new=new)
+            both = _Pass(task, None, kind, task.n + task.m, exchange, new=new)
             both.enter(inputs)
             both.enter(task.targets, task.n)
             both.enter(task.clean_targets, task.m, task.n)
@@ -302,6 +385,7 @@ class _Pass:
         directions: v by id of the parameter; None if the forward is that of both batches.
         kind: what is known of such forwards.
         count: the number of examples in the forward.
+        exchange: adds the clean batches of other ranks; None if there are none.
         new: whether to make a plan; a step without one is made to follow a plan of the kind.
     """
 
@@ -311,13 +395,15 @@ class _Pass:
         directions: Mapping[int, Tensor] | None,
         kind: _Kind,
         count: int,
+        exchange: Exchange | None = None,
         *,
         new: bool,
     ) -> None:
         self._task = task
         self._kind = kind
+        self._exchange = exchange
         self._leaves = Leaves(task.parameters, task.members.shards)
-        self.scoring = Scoring(task, self._leaves, directions)
+        self.scoring = Scoring(task, self._leaves, directions, exchange)
         self.verdict: Verdict | None = None
         self.places: tuple[str, str] | None = None
         """An operation of the model that picks examples by their place, and its line."""
@@ -376,8 +462,6 @@ class _Pass:
         )
         require_grad(losses)
         scoring.start(losses, clean_loss, reached, trained)
-        self._seeded = [(losses, task.scaled(_finite_seed(losses)))]
-        self._seeded += [(x, task.scaled(torch.full_like(x, 1 / task.m))) for x in clean_losses]
         signatures = (_signature(use, interception) for use in reached)
         sizes = (x.numel() for x in self._outputs)
         form = (*sizes, *interception.calls, *signatures), tuple(self._nodes)
@@ -399,7 +483,12 @@ class _Pass:
             NotExactError: the forward mixes examples.
         """
         task, scoring, interception = self._task, self.scoring, self.interception
-        seeded, plan = self._seeded, self._plan
+        losses, *clean_losses = self._outputs
+        plan, m = self._plan, task.m
+        if self._exchange is not None:
+            plan, m = self._agreed(plan, self._exchange), self._exchange.m
+        seeded = [(losses, task.scaled(_finite_seed(losses)))]
+        seeded += [(x, task.scaled(torch.full_like(x, 1 / m))) for x in clean_losses]
         if any(task.agreement.any(not plan.certain)):
             plan = replace(plan, uses=self._probed(seeded, plan.reason))
         automatic = task.low_memory == "auto"
@@ -409,8 +498,35 @@ class _Pass:
         scoring.finish()
         if scoring.low_memory:
             scoring.again = lambda seed, keep: _run_backward(
-                interception, [(seeded[0][0], seed)], retain=keep
+                interception, [(losses, seed)], retain=keep
             )
+
+    def _agreed(self, plan: Plan, exchange: Exchange) -> Plan:
+        """The plan that the ranks follow together.
+
+        Raises:
+            StalePlanError: this rank's plan is not certain.
+            ValueError: the clean loss is not finite.
+        """
+        if not plan.certain:
+            raise StalePlanError
+        task, reached = self._task, self.scoring.reached
+        if devices.readable(self.scoring.clean_loss):
+            check_clean_loss(self.scoring.clean_loss)
+        scale = task.loss_scale
+        structure = [
+            float(scale) if scale is not None and devices.readable(scale) else scale is None,
+            *((self.interception.names[id(p)], p.numel(), p.dtype) for p in task.parameters),
+            *(
+                (_operands(use, self.interception), own.joint, own.rows is None)
+                for use, own in zip(reached, plan.uses, strict=True)
+            ),
+        ]
+        positions = [None if own.rows is None else own.rows.positions for own in plan.uses]
+        agreed = exchange.agree(task.n, task.m, structure, positions)
+        if plan.shared is None or plan.shared[0] != (agreed, structure):
+            plan.shared = (agreed, structure), between_ranks(plan, reached, task, agreed)
+        return plan.shared[1]
 
     def _planned(self, verdict: Verdict, *, merged: bool) -> Plan:
         """A plan from what the map says; its uses are left open if it is not certain."""
@@ -499,16 +615,20 @@ def _check_wrappers(members: Members) -> None:
 
 
 def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
+    return use.shape, *_operands(use, interception)
+
+
+def _operands(use: Use, interception: Interception) -> tuple[Any, ...]:
+    """What a use has in common with those of other sizes."""
     names = interception.names
 
     def name(root: Tensor) -> Any:
         own = names.get(id(root))
-        return own or (root.shape, frozenset(names.get(p, p) for p in sources(root)))
+        return own or (root.shape, tuple(sorted(str(names.get(p, p)) for p in sources(root))))
 
     return (
         use.operation,
         use.part,
-        use.shape,
         *(None if root is None else name(root) for root in use.roots),
     )
 

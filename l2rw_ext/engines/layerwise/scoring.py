@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l2rw_ext import ops
+from l2rw_ext.distributed.exchange import CLEAN_LOSS, Exchange
 from l2rw_ext.engines.base import Give, Scored
 from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.plan import Plan, UsePlan
@@ -26,6 +28,9 @@ from l2rw_ext.tracing.shards import whole
 
 from .derived import Leaves
 from .probe import Probe
+
+_LARGEST_NUMBER_WAITING = 2
+"""Uses that wait for the other ranks with tensors that would be freed if they did not."""
 
 Totals = dict[int, tuple[Tensor, Tensor]]
 """Sums over uses: the root and the sum, by id of the root."""
@@ -105,10 +110,15 @@ class Scoring(Scored):
         leaves: the trainable parameters.
         directions: v by id of the parameter, if a pass over the clean batch went before; None if
             the rows of a use hold n training and then m clean examples.
+        exchange: adds the clean batches of other ranks to the direction; None if there are none.
     """
 
     def __init__(
-        self, task: Task, leaves: Leaves, directions: Mapping[int, Tensor] | None = None
+        self,
+        task: Task,
+        leaves: Leaves,
+        directions: Mapping[int, Tensor] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         self.probe: Probe | None = None
         self._expected: set[int] = set()
@@ -120,6 +130,9 @@ class Scoring(Scored):
         """Whether to keep no z and g, because a second backward will follow."""
         self._leaves = leaves
         self._directions = directions
+        self._exchange = exchange
+        self._waiting: deque[tuple[Use, UsePlan, Tensor, Tensor]] = deque()
+        """Training rows of uses whose direction is on its way between ranks."""
         self._pushed: dict[int, Tensor | None] = {}
         self._kept: list[_Kept] = []
         self._groups: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
@@ -159,6 +172,11 @@ class Scoring(Scored):
         self._planned = {
             use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
         }
+        if self._exchange is not None:
+            first = plan.messages[0]
+            share = self.clean_loss.to(first.device, first.dtype) * self._task.m
+            self._exchange.begin(plan.messages)
+            self._exchange.send(CLEAN_LOSS, [share / self._exchange.m])
 
     def backward_of(self, use: Use) -> AbstractContextManager[None]:
         """See :class:`~l2rw_ext.layers.base.Sink`."""
@@ -191,7 +209,7 @@ class Scoring(Scored):
         direction = None if self._directions is None else self._direction_of(use)
         rows = self._rows(use, planned, z, g)
         if rows is not None:
-            self._score(use, planned.form, *rows, direction)
+            self._score(use, planned, *rows, direction)
 
     def finish(self) -> None:
         """Score what waited for the end of the backward.
@@ -206,12 +224,17 @@ class Scoring(Scored):
                     "losses reach"
                 )
         with BelowAutograd():
+            while self._waiting:
+                self._score_first()
             while self._groups:
                 _, layers = self._groups.popitem()
                 self.scores += ops.factored_correlations(*zip(*layers, strict=True))
         if self._postponed:
             self._score_jointly()
         self._pushed.clear()
+        if self._exchange is not None:
+            (clean_loss,) = self._exchange.take(CLEAN_LOSS)
+            self.clean_loss = clean_loss.to(self.clean_loss)
         self.scores = self._task.unscaled(self.scores)
         if self._directions is None:
             self.scores = self._task.unscaled(self.scores)
@@ -249,14 +272,55 @@ class Scoring(Scored):
             rows = rows.resized(math.prod(g.shape[: use.layer.leading(use, g)]), size)
         return None if rows is None else use.layer.prepare(use, z, g, rows)
 
-    def _score(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots | None) -> None:
+    def _score(
+        self, use: Use, planned: UsePlan, z: Tensor, g: Tensor, direction: Roots | None
+    ) -> None:
         """Score a use whose direction is known beforehand, or depends on no other use."""
         if direction is not None:
-            self._correlate(use, form, z, g, direction)
+            self._correlate(use, planned.form, z, g, direction)
             return
         parts = (self._n, z.shape[0] - self._n)
         z, z_clean = torch.unsafe_split_with_sizes(z, parts)
         g, g_clean = torch.unsafe_split_with_sizes(g, parts)
+        if self._exchange is None:
+            self._score_by(use, planned.form, z, g, z_clean, g_clean)
+            return
+        (message,) = planned.messages
+        sent: Roots = (z_clean, g_clean)
+        if not message.gathered:
+            sent = use.layer.direction(use, z_clean, g_clean)
+        self._exchange.send(message.key, [x for x in sent if x is not None])
+        self._waiting.append((use, planned, z, g))
+        while self._waiting and self._exchange.arrived(
+            self._waiting[0][1].messages[0].key, due=self._too_many_wait()
+        ):
+            self._score_first()
+
+    def _too_many_wait(self) -> bool:
+        """Whether more memory waits for the other ranks than a step may take."""
+        freed = (
+            self.low_memory or (planned.form == "per example" and not use.layer.reduces)
+            for use, planned, *_ in self._waiting
+        )
+        return sum(freed) > _LARGEST_NUMBER_WAITING
+
+    def _score_first(self) -> None:
+        """Score the use that has waited longest, with what the ranks have exchanged."""
+        use, planned, z, g = self._waiting.popleft()
+        (message,) = planned.messages
+        assert self._exchange is not None
+        found = self._exchange.take(message.key)
+        if message.gathered:
+            self._score_by(use, planned.form, z, g, *found)
+            return
+        parts = iter(found)
+        weight, bias = (None if root is None else next(parts) for root in use.roots)
+        self._correlate(use, planned.form, z, g, (weight, bias))
+
+    def _score_by(
+        self, use: Use, form: str, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor
+    ) -> None:
+        """Score a use by the rows of all clean examples."""
         if form == "factored":
             factors = use.layer.factors(use, z, g, z_clean, g_clean)
             if in_groups(g) and not self.low_memory:  # which keeps no tensors
@@ -265,8 +329,7 @@ class Scoring(Scored):
                 self.scores += ops.factored_correlation(*factors)
             self._keep(_Kept(use, z, g))
         else:
-            direction = use.layer.direction(use, z_clean, g_clean)
-            self._correlate(use, form, z, g, direction)
+            self._correlate(use, form, z, g, use.layer.direction(use, z_clean, g_clean))
 
     def _correlate(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots) -> None:
         reaches = any(part is not None for part in direction)
@@ -304,10 +367,23 @@ class Scoring(Scored):
                 if use.part == "merged":
                     _add_roots(totals, use, use.layer.direction(use, z[n:], g[n:]))
         directions = self._leaves.pull_back(totals.values())
+        if self._exchange is not None:
+            directions = self._added_up(directions)
         self._push([use for use, *_ in training], directions)
         with BelowAutograd():
             for use, form, z, g in training:
                 self._correlate(use, form, z, g, self._direction_of(use))
+
+    def _added_up(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The directions of parameters, by id, summed over the ranks."""
+        assert self._exchange is not None
+        assert self.plan is not None
+        sent = [message.key for message in self.plan.messages if message.key[0] == "parameter"]
+        parameters = [self._leaves.parameters[place] for _, place in sent]
+        for key, p in zip(sent, parameters, strict=True):
+            own = directions.get(id(p))
+            self._exchange.send(key, [torch.zeros_like(p) if own is None else own])
+        return {id(p): self._exchange.take(key)[0] for key, p in zip(sent, parameters, strict=True)}
 
     def _side_by_side(
         self, reports: list[tuple[Use, str, Tensor, Tensor]]

@@ -1,0 +1,226 @@
+"""The direction of a merged backward, exchanged between ranks layer by layer while it runs.
+
+What the ranks have agreed on says which collectives a backward has, and in what order. So a rank
+that fails in the middle takes part in the rest with zeros, and no rank waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .group import Processes
+
+T = TypeVar("T")
+
+Key = tuple[str, int]
+"""Whose part of the direction it is: ("use", its index) or ("parameter", its place)."""
+
+CLEAN_LOSS: Key = ("clean loss", 0)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective of a merged backward, which adds up over ranks or gathers from them."""
+
+    key: Key
+    numel: int
+    """How many elements a rank hands over."""
+    dtype: torch.dtype
+    device: torch.device
+    ranks: int
+    gathered: bool = False
+
+    @property
+    def bytes(self) -> float:
+        """What a rank sends by a ring algorithm, as NCCL and gloo use for large messages."""
+        factor = self.ranks - 1 if self.gathered else 2 * (self.ranks - 1) / self.ranks
+        return factor * self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know of a merged step."""
+
+    n: int
+    """The largest number of training examples of a rank."""
+    m: tuple[int, ...]
+    """The number of clean examples of each rank."""
+    alike: bool
+    """Whether an example has as many positions in each layer on all ranks."""
+
+
+@dataclass
+class _Begun:
+    """A collective that is under way."""
+
+    message: Message
+    shapes: list[torch.Size]
+    """The shapes of what this rank has sent."""
+    result: Tensor
+    work: Any
+
+
+class _NotMergedError(Exception):
+    """Some rank cannot merge its batches, or merges them by another plan."""
+
+
+class Exchange:
+    """The collectives of one merged step.
+
+    The step calls :meth:`agree` once, then :meth:`begin`, and then :meth:`send` and :meth:`take`
+    once for each message.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.ranks = processes.size
+        self.failed = False
+        """Whether this rank is one of those that could not make the step."""
+        self._processes = processes
+        self._meeting = False
+        self._counts: tuple[int, ...] = ()
+        """The number of clean examples of each rank, once that is agreed."""
+        self._ahead: deque[Message] = deque()
+        self._held: dict[Key, Sequence[Tensor]] = {}
+        """What was sent before its turn."""
+        self._begun: dict[Key, _Begun] = {}
+
+    @property
+    def m(self) -> int:
+        """The number of clean examples of all ranks, once that is agreed."""
+        return sum(self._counts)
+
+    def run(self, score: Callable[[], T]) -> T | None:
+        """The result of a step in which this exchange is used; None on all ranks if one fails.
+
+        An ``Exception`` is not raised: if it is the user's, the step has it again when it goes the
+        other way. Others are raised when this rank has met its obligations.
+
+        Raises:
+            RankError: another rank has failed otherwise.
+        """
+        try:
+            result = score()
+        except _NotMergedError:
+            return None
+        except BaseException as error:
+            if self._meeting:
+                raise
+            self._pay()
+            if not isinstance(error, Exception):
+                raise
+            self.failed = True
+        if self.failed and not self._counts:
+            self._meet(_PLAN, 0, 0, 0, 0)
+            return None
+        told = self._meet("the scores of a merged step", not self.failed)
+        return result if all(succeeds for (succeeds,) in told) else None
+
+    def agree(self, n: int, m: int, structure: object, positions: object) -> Agreed:
+        """Meet the others with a plan.
+
+        Args:
+            n: the number of training examples.
+            m: the number of clean examples.
+            structure: what has to be the same on all ranks; its text is compared.
+            positions: what has to be the same where clean rows are gathered.
+        """
+        told = self._meet(_PLAN, n, m, _digest(structure), _digest(positions))
+        counts, clean_counts, structures, places = zip(*told, strict=True)
+        if not all(clean_counts) or len(set(structures)) > 1:
+            raise _NotMergedError
+        self._counts = tuple(map(int, clean_counts))
+        return Agreed(int(max(counts)), self._counts, len(set(places)) == 1)
+
+    def begin(self, messages: Sequence[Message]) -> None:
+        """Take the list of all messages, in the order that all ranks keep."""
+        self._ahead.extend(messages)
+
+    def send(self, key: Key, parts: Sequence[Tensor]) -> None:
+        """Begin a collective as soon as all those before it have begun.
+
+        Parts of a message that adds up have any shapes; those of one that gathers have the clean
+        examples first.
+        """
+        self._held[key] = parts
+        while self._ahead and self._ahead[0].key in self._held:
+            parts = self._held.pop(self._ahead[0].key)
+            own, largest = self._counts[self._processes.rank], max(self._counts)
+            flat = _flat(self._ahead[0], parts, own, largest)
+            self._start(flat, [x.shape for x in parts])
+
+    def arrived(self, key: Key, *, due: bool = False) -> bool:
+        """Whether a result can be taken without waiting; if it is ``due``, with waiting."""
+        begun = self._begun.get(key)
+        return begun is not None and (due or begun.work.is_completed())
+
+    def take(self, key: Key) -> list[Tensor]:
+        """Wait for the sums in the shapes of what was sent, or for the clean examples of all."""
+        begun = self._begun.pop(key)
+        begun.work.wait()
+        sizes = [shape.numel() for shape in begun.shapes]
+        if not begun.message.gathered:
+            parts = begun.result.split(sizes)
+            return [x.view(shape) for x, shape in zip(parts, begun.shapes, strict=True)]
+        sizes = [math.prod(shape[1:]) for shape in begun.shapes]
+        rows = begun.result.view(self.ranks, max(self._counts), sum(sizes))
+        rows = torch.cat([x[:m] for x, m in zip(rows, self._counts, strict=True)])
+        parts = rows.split(sizes, 1)
+        return [x.reshape(-1, *shape[1:]) for x, shape in zip(parts, begun.shapes, strict=True)]
+
+    def _start(self, flat: Tensor, shapes: list[torch.Size]) -> None:
+        """Begin the next collective."""
+        message, group = self._ahead.popleft(), self._processes.group
+        if message.gathered:
+            result = flat.new_empty(self.ranks * flat.numel())
+            work = dist.all_gather_into_tensor(result, flat, group=group, async_op=True)
+        else:
+            result, work = flat, dist.all_reduce(flat, group=group, async_op=True)
+        self._begun[message.key] = _Begun(message, shapes, result, work)
+
+    def _pay(self) -> None:
+        """Take part with zeros in what is ahead."""
+        while self._ahead:
+            message = self._ahead[0]
+            zeros = torch.zeros(message.numel, dtype=message.dtype, device=message.device)
+            self._start(zeros, [])
+        for begun in self._begun.values():
+            begun.work.wait()
+
+    def _meet(self, place: str, *numbers: float) -> list[list[float]]:
+        """See :meth:`Processes.meet`, whose errors all ranks have."""
+        self._meeting = True
+        told = self._processes.meet(place, *numbers)
+        self._meeting = False
+        return told
+
+
+_PLAN = "a plan for a merged step"
+
+
+def _flat(message: Message, parts: Sequence[Tensor], m: int, largest: int) -> Tensor:
+    """What a rank hands over, as one vector; gathered rows are padded to the largest number."""
+    if message.gathered:
+        rows = torch.cat([x.reshape(m, -1) for x in parts], 1)
+        flat = torch.nn.functional.pad(rows, (0, 0, 0, largest - m)).view(-1)
+    else:
+        flat = torch.cat([x.reshape(-1) for x in parts])
+    if (
+        flat.numel() != message.numel
+        or torch.promote_types(flat.dtype, message.dtype) != message.dtype
+    ):
+        raise AssertionError(f"{flat.dtype}[{flat.numel()}] is not what {message} says")
+    return flat.to(message.dtype)
+
+
+def _digest(agreed: object) -> int:
+    """A number that fits a float64 and is the same in all processes for equal texts."""
+    return int.from_bytes(hashlib.blake2b(repr(agreed).encode(), digest_size=6).digest(), "big")
