@@ -21,7 +21,7 @@ from .direction.options import DirectionOptions
 from .distributed.ddp import as_forward, check_wrappers, inside, wrapper_of
 from .distributed.direction import said_of, union_direction
 from .distributed.group import Membership, Processes
-from .distributed.sharded import RanksAgreement, check_group
+from .distributed.sharded import RanksAgreement, check_group, said_of_shards
 from .engines.base import Engine, Scored
 from .engines.double_backward import DoubleBackward
 from .engines.explanation import Explanation
@@ -381,7 +381,9 @@ class Reweighter:
         processes = self._processes()
         task, _, remembered = self._begun("explain()", processes, batch, clean, batch_size, index)
         lines = self._direction_options.lines()
-        if processes is not None:
+        if processes is not None and task.members.shards is not None:
+            lines.append(said_of_shards(processes))
+        elif processes is not None:
             lines.append(said_of(processes, replicated_clean=self.replicated_clean))
         if self._compiled is not None:
             lines.append(self._compiled.find(task).line)

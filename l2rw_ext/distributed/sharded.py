@@ -65,6 +65,14 @@ class RanksAgreement(Agreement):
         return sums[0], (sums[1] / sums[0]).to(losses.dtype)
 
 
+def said_of_shards(processes: Processes) -> str:
+    """How many ranks there are and how they get the direction, for ``explain()``."""
+    return (
+        f"process_group: {processes.size} ranks, among which parameters are sharded, are weighed "
+        "together; the direction is reduced as gradients are, and each layer gathers its part"
+    )
+
+
 def check_group(processes: Processes | None, group: dist.ProcessGroup) -> None:
     """Check that a step spans the ranks among which parameters are sharded.
 

@@ -550,6 +550,21 @@ def test_a_distributed_checkpoint(pool: Pool, tmp_path: Path) -> None:
     pool.run(_saved, str(tmp_path), draw("mlp", SIZES["uneven"][:2], 5), ranks=2)
 
 
+def _grouped(group: dist.ProcessGroup, batches: Batches) -> str:
+    """What ``explain()`` says, and the error for a group that is not that of the mesh."""
+    own, rank = Rank(group, Setup(), Sharding()), group.rank()
+    with pytest.raises(ValueError, match="no rank can be weighed alone"):
+        Reweighter(own.model, cross_entropy, process_group=None).backward(*batches[0][rank])
+    with pytest.raises(ValueError, match="so that each rank needs one"):
+        own.reweighter.backward(batches[0][rank][0], batches[0][rank][1] if rank == 0 else None)
+    return str(own.reweighter.explain(*batches[0][rank]))
+
+
+def test_groups(pool: Pool) -> None:
+    for said in pool.run(_grouped, draw("mlp", [(4, 2)] * 2), ranks=2):
+        assert "2 ranks, among which parameters are sharded" in said
+
+
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
