@@ -18,7 +18,7 @@ from .data.batch import LossFn, check_same_kind, in_order_of, unpack
 from .data.batch_size import BatchSize, given_sizes
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
-from .distributed.ddp import as_forward, check_wrappers, inside, wrapper_of
+from .distributed.ddp import as_forward, check_wrappers, forget_forwards, inside, wrapper_of
 from .distributed.direction import said_of, union_direction
 from .distributed.group import Membership, Processes
 from .distributed.sharded import RanksAgreement, check_group, said_of_shards
@@ -329,6 +329,10 @@ class Reweighter:
             gradients = accumulation.finish(processes, told)
             for numbers, scores in accumulation.recorded(processes, told):
                 self.record.add(numbers, scores)
+        except BaseException:
+            if (wrapper := wrapper_of(self.model)) is not None:
+                forget_forwards(wrapper)
+            raise
         finally:
             self._accumulation = accumulation.error = None
         if not gradients:
@@ -450,7 +454,7 @@ class Reweighter:
         def checked() -> tuple[Task, Tensor | None, Remembered | None]:
             numbers = check_index(index)
             optional = not self.needs_clean or (processes is not None and not self.replicated_clean)
-            task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional)
+            task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional=optional)
             check_wrappers(task.members, wrapper_of(self.model), processes)
             group = group_of(task.model)
             if group is not None:
@@ -491,9 +495,10 @@ class Reweighter:
         batch: Any,
         clean: Any,
         batch_size: Any,
-        index: Tensor | None,
-        grad_scaler: torch.amp.GradScaler | None,
-        optional: bool,
+        index: Tensor | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        *,
+        optional: bool = False,
     ) -> Task:
         """The checked step; the clean batch is ``optional`` where it may be None."""
         if torch.is_inference_mode_enabled():

@@ -107,6 +107,15 @@ def _shared(module: nn.SyncBatchNorm) -> bool:
     return dist.is_initialized() and dist.get_world_size(module.process_group) > 1
 
 
+def forget_forwards(wrapper: DistributedDataParallel) -> None:
+    """Let the next forward send buffers, as after a step that has ended.
+
+    If a micro-batch failed, it has begun on some ranks and ended on others, so that they would
+    disagree on whether buffers have been sent.
+    """
+    wrapper.require_forward_param_sync = True
+
+
 def as_forward(
     wrapper: DistributedDataParallel, step: Callable[[], Tensor | None]
 ) -> Tensor | None:

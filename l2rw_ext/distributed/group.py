@@ -102,7 +102,7 @@ class Processes:
         try:
             yield meeting
         except BaseException as error:
-            if self._announced not in map(id, _chain(error)):
+            if all(id(raised) != self._announced for raised in _chain(error)):
                 self.meet(place, error=error)
             raise
         meeting.told = self.meet(place, *meeting.tell)

@@ -295,30 +295,38 @@ def test_no_rank_has_clean_examples(pool: Pool) -> None:
 def _in_accumulate(
     group: dist.ProcessGroup, setup: Setup, parts: Batches, kind: Kind, bad: int, at: int
 ) -> tuple[str, Any]:
-    """A fault in one micro-batch, at the place where the context ends at the latest."""
+    """A fault in one micro-batch, at the place where the context ends at the latest.
+
+    What finished micro-batches did to buffers remains, as in one process.
+    """
     own, rank = Rank(group, setup), dist.get_rank(group)
     mine = kind if rank == bad else None
+    error, message = (RankError, "rank") if mine is None else mine[1:]
 
     def accumulate() -> None:
         with own.reweighter.accumulate():
             for k, batches in enumerate(parts):
                 batch, clean = batches[rank]
-                if mine is not None and k == at:
-                    mine[0](own, batch, clean)
-                else:
-                    own.reweighter.backward(batch, clean if k == 0 else None)
+                fault = mine if k == at else None
+                _call(own, fault, (batch, clean if k == 0 or fault else None))()
 
-    return _fails(own, mine, accumulate), own.train(*parts[0][rank])
+    with pytest.raises(error, match=message) as caught:
+        accumulate()
+    assert all(p.grad is None for p in own.parameters())
+    return str(caught.value), own.train(*parts[0][rank])
 
 
+@pytest.mark.parametrize("model", ["mlp", "batch norm"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("fault", ["argument", "shape", "loss", "hook of the backward"])
-def test_one_rank_fails_in_accumulate(pool: Pool, fault: str, at: int, wrapper: str) -> None:
-    setup = Setup(loss=_Loss, wrapper=WRAPPERS[wrapper])
-    parts = draw("mlp", SIZES["uneven"], steps=3)
+def test_one_rank_fails_in_accumulate(
+    pool: Pool, fault: str, at: int, wrapper: str, model: str
+) -> None:
+    setup = Setup(model, loss=_Loss, wrapper=WRAPPERS[wrapper])
+    parts = draw(model, SIZES["uneven"], steps=3)
     (expected,) = truths(setup, parts[:1])
-    found = pool.run(_in_accumulate, setup, parts, FAULTS[fault], 1, at)
+    found = pool.run(_in_accumulate, setup, parts, FAULTS[fault], 1, at, seconds=20)
     for rank, (message, _) in enumerate(found):
         assert rank == 1 or "rank 1" in message, message
     assert_step([outcome for _, outcome in found], expected)
