@@ -21,6 +21,7 @@ from .direction.options import DirectionOptions
 from .distributed.ddp import as_forward, check_wrappers, forget_forwards, inside, wrapper_of
 from .distributed.direction import said_of, union_direction
 from .distributed.group import Membership, Processes
+from .distributed.sharded import RanksAgreement, check_group, said_of_shards
 from .engines.base import Engine, Scored
 from .engines.double_backward import DoubleBackward
 from .engines.explanation import Explanation
@@ -31,12 +32,13 @@ from .engines.remembered import Remembered
 from .errors import NotExactError, RankError, warn
 from .step.accumulation import Accumulation
 from .step.gradients import Gradients, filled_if, node_of, over_ranks
+from .step.sharded import sharded_gradients
 from .step.union import about, united
 from .step.weighing import Computed, Degenerate, Step, waits, weigh
 from .task.isolation import Generators, Snapshot, preserved
-from .task.sharding import check_not_sharded
 from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
+from .tracing.shards import group_of
 from .tracing.writes import Written
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
@@ -110,13 +112,14 @@ class Reweighter:
             (``len(x)`` and ``int(x.shape[1])`` fix a size, ``x.shape[1]`` does not), and with
             ``fullgraph=True`` a step that cannot be one graph is an error.
         process_group: the processes whose batches together are the batch of one step. ``"auto"``
-            takes the group of a ``DistributedDataParallel`` around the model, and no other process
-            for another model. With a group, scores, weights and gradient are those of one process
-            on the union of all ranks' batches, which may differ in length; each rank gets the
-            weights of its own examples, and a rank may have no clean batch (``clean=None``) if
-            another has one. All ranks call the same methods, and an error of one is an error of
-            all: see :class:`~l2rw_ext.RankError`. Gradients that no wrapper averages are summed
-            over the ranks here. With None each process weighs its own batch.
+            takes the group of a ``DistributedDataParallel`` around the model, or the ranks among
+            which ``fully_shard`` shards it, and no other process for another model. With a group,
+            scores, weights and gradient are those of one process on the union of all ranks'
+            batches, which may differ in length; each rank gets the weights of its own examples, and
+            a rank may have no clean batch (``clean=None``) if another has one. All ranks call the
+            same methods, and an error of one is an error of all: see
+            :class:`~l2rw_ext.RankError`. Gradients that no wrapper averages are summed over the
+            ranks here. With None each process weighs its own batch, unless parameters are sharded.
         replicated_clean: all ranks are given the same clean batch, as
             :class:`~l2rw_ext.CleanBatches` of one seed gives it, so that nothing is sent for the
             direction.
@@ -125,7 +128,8 @@ class Reweighter:
     ``on_degenerate="uniform"``, the weights are the paper's.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind above, or parameters are sharded.
+        TypeError, ValueError: an argument is not of the kind above, or parameters are sharded
+            otherwise than by ``fully_shard``.
 
     Source: Ren, Zeng, Yang, Urtasun, *Learning to Reweight Examples for Robust Deep Learning*,
     ICML 2018, Algorithm 1.
@@ -192,7 +196,8 @@ class Reweighter:
         self._membership = Membership(process_group)
         self._written = Written()
         members = self._members()
-        check_not_sharded(members)
+        if members.shards is not None and compile is not False:
+            raise TypeError("compile: a step on parameters that fully_shard shards is no graph")
         self.record = ExampleRecord()
         """Scores from the steps with an ``index``: see :class:`~l2rw_ext.ExampleRecord`."""
         self._direction_options = DirectionOptions(
@@ -338,7 +343,7 @@ class Reweighter:
 
         def deliver() -> Tensor | None:
             nonlocal gradients
-            if processes is not None:
+            if processes is not None and group_of(self.model) is None:
                 gradients = self._over_ranks(processes, gradients)
             return node_of(accumulation.filled(gradients))
 
@@ -380,7 +385,9 @@ class Reweighter:
         processes = self._processes()
         task, _, remembered = self._begun("explain()", processes, batch, clean, batch_size, index)
         lines = self._direction_options.lines()
-        if processes is not None:
+        if processes is not None and task.members.shards is not None:
+            lines.append(said_of_shards(processes))
+        elif processes is not None:
             lines.append(said_of(processes, replicated_clean=self.replicated_clean))
         if self._compiled is not None:
             lines.append(self._compiled.find(task).line)
@@ -424,7 +431,9 @@ class Reweighter:
 
     def _processes(self) -> Processes | None:
         """The ranks whose batches make one step; None for this one alone."""
-        return self._membership.processes(wrapper_of(self.model))
+        wrapper = wrapper_of(self.model)
+        own = group_of(self.model) if wrapper is None else wrapper.process_group
+        return self._membership.processes(own)
 
     def _begun(
         self,
@@ -439,7 +448,7 @@ class Reweighter:
         """The checked arguments of a call, which all ranks make if one does, and remembered scores.
 
         Of the micro-batches in :meth:`accumulate`, ranks may have other numbers, so that they meet
-        at the first one only.
+        at the first one only, unless parameters are sharded.
         """
 
         def checked() -> tuple[Task, Tensor | None, Remembered | None]:
@@ -447,13 +456,20 @@ class Reweighter:
             optional = not self.needs_clean or (processes is not None and not self.replicated_clean)
             task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional=optional)
             check_wrappers(task.members, wrapper_of(self.model), processes)
+            group = group_of(task.model)
+            if group is not None:
+                check_group(processes, group)
+            shards = task.members.shards
+            if shards is not None and processes is not None:
+                task = dataclasses.replace(task, agreement=RanksAgreement(processes, shards))
             reuses = self.reuse == "scores" and self._direction_options.every > 1
             if place == "backward()" and numbers is None and reuses:
                 raise ValueError("index must be given: reuse='scores' remembers scores by it")
             return task, numbers, self._remembered(task, numbers)
 
         accumulation = self._accumulation if place == "backward()" else None
-        if processes is None or (accumulation is not None and accumulation.begun):
+        follows = accumulation is not None and accumulation.begun
+        if processes is None or (follows and group_of(self.model) is None):
             return checked()
         if accumulation is not None:
             accumulation.begun = True
@@ -468,6 +484,10 @@ class Reweighter:
             processes.fail(ValueError("index must be given on all ranks or on none"))
         if self.needs_clean and not any(clean_batches):
             processes.fail(ValueError("clean batch: this step needs one, and no rank has any"))
+        if self.needs_clean and task.agreement.shared and not all(clean_batches):
+            processes.fail(
+                ValueError("clean batch: parameters are sharded, so that each rank needs one")
+            )
         return task, numbers, remembered if all(known) else None
 
     def _task(
@@ -495,7 +515,6 @@ class Reweighter:
             check_same_kind(inputs, clean_inputs)
             clean_size = BatchSize("clean batch", clean_inputs, clean_targets, m)
         members = self._members()
-        check_not_sharded(members)
         parameters = members.trainable
         if not parameters:
             raise ValueError("model has no parameter that requires grad: there is nothing to score")
@@ -530,25 +549,43 @@ class Reweighter:
         dry: bool = False,
     ) -> Computed:
         """A step, with what is to be delivered unless it is ``dry`` or in :meth:`accumulate`."""
+        shards = task.members.shards
+        accumulates = self._accumulation is not None and not dry
         index = index if remembered is None else None  # whose scores are no new ones
-        if processes is None or (self._accumulation is not None and not dry):
+        if processes is None or (accumulates and shards is None):
             computed = self._computed(processes, task, remembered, dry=dry, partial=False)
             computed.index = index
+            return computed
+
+        def unite(computed: Computed, told: list[list[float]]) -> Computed:
+            return united(
+                processes,
+                computed,
+                told,
+                None if accumulates else index,
+                self.on_degenerate,
+                self.check_finite,
+                scaled=task.loss_scale is not None,
+            )
+
+        if shards is not None:
+
+            def unite_at_once(computed: Computed) -> Computed:
+                return unite(computed, processes.meet("the scores", *about(computed)))
+
+            with processes.together("the step"):
+                computed = self._computed(
+                    processes, task, remembered, unite_at_once, dry=dry, partial=True
+                )
+            if accumulates:
+                computed.index = index
             return computed
         before = Snapshot(task.members)
         try:
             with processes.together("the scores") as meeting:
                 computed = self._computed(processes, task, remembered, dry=dry, partial=True)
                 meeting.tell = about(computed)
-            computed = united(
-                processes,
-                computed,
-                meeting.told,
-                index,
-                self.on_degenerate,
-                self.check_finite,
-                scaled=task.loss_scale is not None,
-            )
+            computed = unite(computed, meeting.told)
         except BaseException:
             before.undo()
             raise
@@ -564,6 +601,7 @@ class Reweighter:
         processes: Processes | None,
         task: Task,
         remembered: Remembered | None,
+        unite: Callable[[Computed], Computed] | None = None,
         *,
         dry: bool,
         partial: bool,
@@ -575,7 +613,7 @@ class Reweighter:
         with preserved(task.members, always=dry) as snapshot:
             only = remembered or self._merged(processes, task, snapshot)
             direction = None if only else self._direction(processes, task, snapshot)
-            return self._compute(task, snapshot, direction, only, dry=dry, partial=partial)
+            return self._compute(task, snapshot, direction, only, unite, dry=dry, partial=partial)
 
     def _over_ranks(
         self, processes: Processes, gradients: Gradients, factor: Tensor | None = None
@@ -603,11 +641,17 @@ class Reweighter:
         snapshot: Snapshot,
         direction: Direction | None,
         only: Only = None,
+        unite: Callable[[Computed], Computed] | None = None,
         *,
         dry: bool,
         partial: bool,
     ) -> Computed:
-        """Scores, weights and, unless ``dry``, the weighted gradient."""
+        """Scores, weights and, unless ``dry``, the weighted gradient.
+
+        If the weights of all ranks are to be known before the gradient is formed, as where
+        parameters are sharded, ``unite`` finds them.
+        """
+        shards = task.members.shards
 
         def work(engine: Engine, scored: Scored) -> Computed:
             computed = weigh(
@@ -622,14 +666,24 @@ class Reweighter:
                 partial=partial,
             )
             computed.plan = scored.plan
+            if unite is not None:
+                computed = unite(computed)
             if dry or (computed.skip and self._accumulation is None):
                 return computed
-            form = functools.partial(scored.weighted_gradients, computed.for_gradient)
+            form: Callable[[], Gradients]
+            if shards is None:
+                form = functools.partial(scored.weighted_gradients, computed.for_gradient)
+            else:
+                if direction is not None and self._accumulation is None:
+                    direction.drop()
+                weights = computed.step.weights
+                form = functools.partial(sharded_gradients, task, shards, scored, weights)
             gradients = judged(form, engine.name, task, snapshot, given=True)
             contaminated = computed.step._contaminated
             if not waits(scored.clean_loss, self.on_degenerate, self.check_finite):
                 gradients = filled_if(contaminated, gradients, 0)
-            if self._accumulation is None and not partial:  # so that a scaler skips its step
+            decided = unite is not None or not partial
+            if self._accumulation is None and decided:  # so that a scaler skips its step
                 gradients = filled_if(computed.overflow, gradients, float("inf"))
             computed.gradients = gradients
             return computed
@@ -711,6 +765,7 @@ class Reweighter:
     def _changes_direction(self, processes: Processes | None) -> bool:
         """Whether steps are scored along another direction than that of their own clean batch."""
         over_ranks = processes is not None and not self.replicated_clean
+        over_ranks = over_ranks or group_of(self.model) is not None
         return over_ranks or self._accumulation is not None or self._direction_options.active
 
     def _direction(
@@ -727,7 +782,8 @@ class Reweighter:
         if not self._changes_direction(processes):
             return None
         find = functools.partial(of_clean_batch, task, snapshot)
-        if processes is not None and not self.replicated_clean:
+        over_ranks = processes is not None and not self.replicated_clean
+        if processes is not None and over_ranks and not task.agreement.shared:
             find = functools.partial(union_direction, processes, task, find)
         if self._direction_options.active:
             direction = self._direction_options.direction(task, find)
@@ -775,7 +831,7 @@ class Reweighter:
             score = functools.partial(engine.score, task, snapshot, direction)
             return work(engine, judged(score, engine.name, task, snapshot, given=given))
 
-        *candidates, last = (e for e in self._engines if (only or self.engine) in ("auto", e.name))
+        *candidates, last = self._candidates(task, only or self.engine)
         refusals: dict[str, str] = {}  # not the errors, whose frames hold the graph
         for engine in candidates:
             try:
@@ -793,6 +849,22 @@ class Reweighter:
             raise NotExactError(
                 f"no engine is exact for this model: {reasons}; {last.name}: {error}"
             ) from error
+
+    def _candidates(self, task: Task, wanted: str) -> list[Engine]:
+        """The engines to try, in order.
+
+        Raises:
+            NotExactError: the one that is wanted needs whole parameters.
+        """
+        found = [e for e in self._engines if wanted in ("auto", e.name)]
+        if task.members.shards is None:
+            return found
+        found = [e for e in found if isinstance(e, Layerwise)]
+        if not found:
+            raise NotExactError(
+                f"the {wanted} engine does not support sharded parameters; layerwise does"
+            )
+        return found
 
     def _warn(self, refusals: dict[str, str]) -> None:
         """Say once for each reason that the last engine has done the step."""

@@ -189,15 +189,17 @@ class DirectionOptions:
         self._steps, self._held = int(state["steps"]), held
 
     def _changed(self, task: Task, of_clean_batch: Callable[[], Direction]) -> Direction:
-        point = {} if self._preconditioner is None else self._preconditioner.point(task.parameters)
-        with _moved(point):
+        held = list(map(task.members.held, task.parameters))
+        point = {} if self._preconditioner is None else self._preconditioner.point(held)
+        shards = task.members.shards
+        with _moved(point) if shards is None else shards.moved(point):
             direction = of_clean_batch()
         if not self._l2:
             return direction
         values = dict(direction.values)
-        for p in task.parameters:
+        for p, own in zip(task.parameters, held, strict=True):
             if p.dim() > 1:
-                penalty = self._l2 * point.get(p, p.detach())
+                penalty = self._l2 * point.get(own, own.detach())
                 v = values.get(id(p))
                 values[id(p)] = penalty if v is None else v + penalty
         return Direction(values, direction.clean_loss)
@@ -211,7 +213,10 @@ class DirectionOptions:
                 old = before.get(p)
                 if p not in before or (old is None and v is None):
                     continue
-                zero = torch.zeros(p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
+                like = v if old is None else old
+                assert like is not None
+                dtype = accumulation_dtype(p.dtype)
+                zero = torch.zeros_like(like, dtype=dtype, device=p.device)
                 kept, fresh = (zero if x is None else x.to(zero) for x in (old, v))
                 values[p] = kept.lerp(fresh, 1 - self._decay)
         return _Held(values, new.clean_loss)
@@ -227,8 +232,9 @@ class DirectionOptions:
                 p.device, v.dtype if v.dtype == p.dtype else accumulation_dtype(p.dtype)
             )
         if self._preconditioner is not None:
-            factors = self._preconditioner.diagonal(task.parameters)
-            values = {key: v * factors[key] for key, v in values.items()}
+            held_by = {id(p): task.members.held(p) for p in task.parameters}
+            factors = self._preconditioner.diagonal(list(held_by.values()))
+            values = {key: v * factors[id(held_by[key])] for key, v in values.items()}
         return Direction(values, held.clean_loss)
 
     def _chosen(self, members: Members) -> set[int]:

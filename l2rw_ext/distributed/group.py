@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from l2rw_ext.errors import RankError
 
@@ -159,8 +158,7 @@ class Membership:
     """The processes that take part in the steps of a reweighter.
 
     Args:
-        given: a process group; "auto" for that of a wrapper around the model; None for no other
-            process.
+        given: a process group; "auto" for that of the model; None for no other process.
 
     Raises:
         TypeError: it is none of these.
@@ -179,15 +177,15 @@ class Membership:
     def __deepcopy__(self, memo: Any) -> Membership:
         return Membership(self.given)
 
-    def processes(self, wrapper: DistributedDataParallel | None) -> Processes | None:
-        """The ranks of the group, if there are others.
+    def processes(self, own: dist.ProcessGroup | None) -> Processes | None:
+        """The ranks of the group, if there are others; ``own`` is the group of the model.
 
         Raises:
             ValueError: this process is none of them.
         """
         group = self.given
         if isinstance(group, str):
-            group = None if wrapper is None else wrapper.process_group
+            group = own
         if group is None:
             return None
         if dist.get_rank(group) < 0:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from l2rw_ext.task.task import Direction, Task
 
 from .explanation import Explanation
 from .plan import Plan
+
+Give: TypeAlias = Callable[[list[tuple[nn.Parameter, Tensor]]], object]
+"""Takes gradients of parameters, to be added to those that it took before."""
 
 
 class Scored(abc.ABC):
@@ -41,6 +45,23 @@ class Scored(abc.ABC):
         ``weights`` has shape (n,); None stands for weights that are all zero. What the gradients
         are formed from is freed, unless ``keep`` asks for another call.
         """
+
+    def gradients_of(
+        self,
+        groups: Sequence[Sequence[nn.Parameter]],
+        weights: Tensor | None,
+        *,
+        keep: bool = False,
+        give: Give | None = None,
+    ) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+        """As :meth:`weighted_gradients`, for one group of parameters after the other.
+
+        What an engine finds in another order than that of the groups it may hand to ``give`` at
+        once; then it does not yield that.
+        """
+        gradients = {id(p): g for p, g in self.weighted_gradients(weights, keep=keep)}
+        for group in groups:
+            yield [(p, gradients.pop(id(p))) for p in group if id(p) in gradients]
 
     @abc.abstractmethod
     def explain(self) -> Explanation:

@@ -26,7 +26,7 @@ def judged(part: Callable[[], T], engine: str, task: Task, snapshot: Snapshot, *
 
     After an error the same forwards and backwards run as in plain training, from the same state. A
     step that is traced is not repeated: its error is raised as it is. So is an error for want
-    of memory.
+    of memory, and one of a process that shares its forwards with others.
 
     Args:
         part: what the engine does.
@@ -43,7 +43,7 @@ def judged(part: Callable[[], T], engine: str, task: Task, snapshot: Snapshot, *
     except (NotExactError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        if devices.tracing():
+        if devices.tracing() or task.agreement.shared:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the graph, and another is coming
         raised = error
@@ -63,4 +63,8 @@ def _train(task: Task, snapshot: Snapshot, *, given: bool) -> None:
     losses = task.forward_train()
     require_grad(losses)
     seed = task.scaled(torch.ones_like(losses))
-    torch.autograd.grad(losses, task.parameters, seed, allow_unused=True)
+    shards = task.members.shards
+    if shards is None:
+        torch.autograd.grad(losses, task.parameters, seed, allow_unused=True)
+    else:
+        shards.gradients(losses, task.parameters, seed, retain=False)

@@ -9,9 +9,11 @@ switches off, a rule that is wrong for one option.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,6 +28,7 @@ from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import Generators, HostGenerators, Snapshot
 from l2rw_ext.task.task import Direction, Task, clean_direction, direction_of
 from l2rw_ext.tracing.graph import nodes_from
+from l2rw_ext.tracing.shards import whole
 
 from .base import Scored
 
@@ -84,15 +87,17 @@ class Proof:
         parameters = task.parameters
         if not isinstance(clean, Direction):
             clean = direction_of(task, clean, retain=True)  # the graph is that of the losses, too
-        gradients = _gradients(losses, task.scaled(self._r.to(losses.dtype)), parameters)
-        for k, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
-            v = clean.values.get(id(p))
-            g = None if g is None else _real(task.unscaled(g))
-            v = None if v is None else _real(v)
-            self._rows.append(_row(k, g, v))
-        self.complete = not any(
-            g is not None and row[0] == 0 for g, row in zip(gradients, self._rows, strict=True)
-        )
+        found: dict[int, Tensor] = {}
+
+        def take(k: int, g: Tensor) -> None:
+            v = clean.values.get(id(parameters[k]))
+            found[k] = _row(k, _real(task.unscaled(g)), None if v is None else _real(whole(v)))
+
+        _each_gradient(losses, task.scaled(self._r.to(losses.dtype)), parameters, take)
+        for k, p in enumerate(parameters):
+            v = clean.values.get(id(p)) if k not in found else None
+            self._rows.append(found.get(k, _row(k, None, None if v is None else _real(whole(v)))))
+        self.complete = all(row[0] != 0 for row in found.values())
         """Whether the gradient of each parameter that the losses reach is other than zero."""
         self._noise = torch.zeros(len(self._rows), dtype=torch.float64, device="cpu")
         values = torch.stack(self._rows).sum() + self._losses.sum().double().cpu()
@@ -130,9 +135,12 @@ class Proof:
             (torch.randint(0, 2, x.shape, generator=generator, device="cpu") * 2 - 1).to(x)
             for x in found
         ]
-        parameters = self._task.parameters
-        gradients = torch.autograd.grad(found, parameters, seeds, allow_unused=True)
-        own = [0.0 if g is None else float(_real(g).norm()) for g in gradients]
+        own = [0.0] * len(self._rows)
+
+        def take(k: int, g: Tensor) -> None:
+            own[k] = float(_real(g).norm())
+
+        _each_gradient(found, seeds, self._task.parameters, take)
         self._noise = _ROUNDING * self._eps * torch.tensor(own, dtype=torch.float64, device="cpu")
 
     def disagreement(self, scored: Scored) -> str | None:
@@ -141,18 +149,28 @@ class Proof:
         own, shared = self._tolerance
         found = float(self._r.double() @ scored.scores.double())
         allowed = float(((own * norms + self._noise) * along).sum())
-        if not abs(found - float(products.sum())) <= allowed:
+        off = not abs(found - float(products.sum())) <= allowed
+        if any(self._task.agreement.any(off)):
             return (
                 f"the sum of its scores under random weights is {found}, by plain autograd it is "
                 f"{float(products.sum())}"
             )
-        gradients = {id(p): g for p, g in scored.weighted_gradients(self._r, keep=True)}
-        whole = shared * float(norms.norm())
-        for k, p in enumerate(self._task.parameters):
-            g = gradients.get(id(p))
-            row = _row(k, None if g is None else _real(self._task.unscaled(g)), None)
-            error = max(float((row[3 + j] - s[k]).abs()) for j, s in enumerate(sums))
-            if not error <= own * float(norms[k]) + whole + float(self._noise[k]):
+        parameters, shards = self._task.parameters, self._task.members.shards
+        numbers = {id(p): k for k, p in enumerate(parameters)}
+        rows = torch.zeros_like(torch.stack(self._rows))
+
+        def give(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+            for p, g in gradients:
+                k = numbers[id(p)]
+                rows[k] += _row(k, _real(self._task.unscaled(g)), None)
+
+        groups = [parameters] if shards is None else shards.groups
+        for gradients in scored.gradients_of(groups, self._r, keep=True, give=give):
+            give(gradients)
+        rest = shared * float(norms.norm())
+        for k, p in enumerate(parameters):
+            error = max(float((rows[k, 3 + j] - s[k]).abs()) for j, s in enumerate(sums))
+            if not error <= own * float(norms[k]) + rest + float(self._noise[k]):
                 name = next(name for name, q in self._task.members.parameters if q is p)
                 return f"its gradient of parameter {name!r} is not that of plain autograd"
         return None
@@ -187,13 +205,30 @@ def _weights(losses: Tensor) -> Tensor:
     return drawn.to(losses.device, accumulation_dtype(losses.dtype))
 
 
-def _gradients(
-    losses: Tensor, seed: Tensor, parameters: Sequence[nn.Parameter]
-) -> Sequence[Tensor | None]:
-    """Of plain autograd, which keeps the graph."""
-    if not losses.requires_grad:
-        return [None] * len(parameters)
-    return torch.autograd.grad(losses, parameters, seed, retain_graph=True, allow_unused=True)
+def _each_gradient(
+    outputs: Tensor | list[Tensor],
+    seeds: Tensor | list[Tensor],
+    parameters: Sequence[nn.Parameter],
+    take: Callable[[int, Tensor], None],
+) -> None:
+    """Hand over each parameter's gradient by plain autograd when it is complete; keeps the graph.
+
+    No two of them need be in memory at once.
+    """
+    if isinstance(outputs, Tensor) and not outputs.requires_grad:
+        return
+
+    def taken(k: int, g: Tensor) -> Tensor:
+        take(k, g)
+        return torch.zeros((), dtype=g.dtype, device=g.device).expand(g.shape)
+
+    handles = [p.register_hook(functools.partial(taken, k)) for k, p in enumerate(parameters)]
+    try:
+        torch.autograd.grad(outputs, parameters, seeds, retain_graph=True, allow_unused=True)
+    finally:
+        for p, handle in zip(parameters, handles, strict=True):
+            handle.remove()
+            p._backward_hooks = None  # as they are in a step
 
 
 def _coarsest(losses: Tensor) -> torch.dtype:
@@ -301,7 +336,9 @@ class Record:
         Raises:
             NotExactError: the engine disagrees with plain autograd.
         """
-        due = not devices.tracing() and self.due(size)
+        with task.agreement.at("the proof", NotExactError):
+            due = not devices.tracing() and self.due(size)
+        (due,) = task.agreement.any(due)
         scored = self._proved(task, snapshot, plain, score) if due else score()
         scored.proof = self.note
         return scored
@@ -317,14 +354,14 @@ class Record:
         devices = task.members.devices()
         start, host = Generators(devices), HostGenerators()
         proof, impossible = None, ""
+        anywhere = task.agreement.any
         try:
-            proof = Proof(task, *plain(task)[:2])
-        except (NotExactError, torch.OutOfMemoryError):
-            raise
-        except (AttributeError, RuntimeError) as error:
-            # An error of the user's own comes back from the engine.
-            line = str(error).partition("\n")[0]
-            impossible = f"not compared with plain autograd, which raises: {line}"
+            with task.agreement.forward("the plain forward", _ImpossibleError), _raises():
+                losses, clean, _ = plain(task)
+            with _raises():
+                proof = Proof(task, losses, clean)
+        except _ImpossibleError as error:
+            impossible = f"not compared with plain autograd, which raises: {error}"
 
         def restart() -> None:
             start.restore()
@@ -335,7 +372,8 @@ class Record:
             after, generators, drawn = snapshot.now(), Generators(devices), HostGenerators()
             restart()
             try:
-                return plain(task)
+                with task.agreement.forward("the repeated forward"):
+                    return plain(task)
             finally:
                 drawn.restore()
                 generators.restore()
@@ -343,24 +381,25 @@ class Record:
 
         restart()
         scored = score()
-        if proof is None:
-            self._impossible, self.note = True, impossible
+        if any(anywhere(proof is None)) or proof is None:
+            self._impossible, self.note = True, impossible or "not compared in another process"
             return scored
-        if not proof.finite:
+        if any(anywhere(not proof.finite)):
             return scored  # there are no numbers to compare, and the next step is due
-        if proof.losses_differ(scored.losses):
+        if any(anywhere(proof.losses_differ(scored.losses))):
             repeated, *_ = repeat(task)
-            if proof.losses_differ(repeated):
+            if any(anywhere(proof.losses_differ(repeated))):
                 self._impossible = True
                 self.note = "not comparable with plain autograd: two forwards give other losses"
                 return scored
             found: str | None = "its losses are not those of the model's plain forward"
         else:
             found = proof.disagreement(scored)
-            if found is not None:
+            if any(anywhere(found is not None)):
                 proof.allow_rounding(repeat(task)[2])
                 found = proof.disagreement(scored)
-        if found is not None:
+        if any(anywhere(found is not None)):
+            found = found or "its numbers in another process are not those"
             self.refused = f"the engine disagrees with plain autograd: {found}"
             raise NotExactError(self.refused)
         self._complete = proof.complete
@@ -368,6 +407,25 @@ class Record:
         if not proof.complete:
             self.note += ", where some parameter's gradient was zero"
         return scored
+
+
+class _ImpossibleError(Exception):
+    """Plain autograd has no numbers to compare with."""
+
+
+@contextlib.contextmanager
+def _raises() -> Iterator[None]:
+    """A body of plain training, whose error may be the user's own: it comes back from the engine.
+
+    Raises:
+        _ImpossibleError: the body has raised.
+    """
+    try:
+        yield
+    except (NotExactError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, RuntimeError) as error:
+        raise _ImpossibleError(str(error).partition("\n")[0]) from error
 
 
 class Proofs:

@@ -95,7 +95,9 @@ class Accumulation:
         if uniform and self._totals and not self._uniform:
             return
         self._uniform = uniform
-        factor = (kept if uniform else rectified).sum()
+        factor = computed.total
+        if factor is None:
+            factor = (kept if uniform else rectified).sum()
         for p, g in computed.gradients:
             g = g.to(accumulation_dtype(g.dtype)) * factor.to(accumulation_dtype(g.dtype))
             held = self._totals.get(p)

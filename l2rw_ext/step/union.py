@@ -66,6 +66,7 @@ def united(
         scaled=scaled,
     )
     weights = union.step.weights.split(n)[processes.rank]
+    union.total = (union.kept if union.uniform else union.rectified).sum()
     union.gradients = computed.gradients
     union.factor = weights.sum()
     union.step = replace(step, weights=weights, _union=union.step)

@@ -111,6 +111,9 @@ class Computed:
     """d(Σ w_i f_i)/dp of each parameter p that the training losses reach."""
     factor: Tensor | None = None
     """By what the gradients are still to be multiplied, shape (); None for one."""
+    total: Tensor | None = None
+    """Of what the gradients are the mean: the sum of the rectified scores, or of equal weights, of
+    all ranks, shape (); None if it is that of this rank."""
     index: Tensor | None = None
     """The numbers in the training set of all examples that were scored, of all ranks."""
     plan: Plan | None = None

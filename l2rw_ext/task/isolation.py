@@ -109,6 +109,8 @@ class Snapshot:
         Raises:
             RuntimeError: the forward wrote to a tensor that no earlier step wrote to.
         """
+        if self._members.shards is not None:
+            self._members.shards.reset()
         _check_lost(self.state.restore())
 
     def restore(self) -> None:
@@ -174,8 +176,10 @@ def preserved(members: Members, *, always: bool) -> Iterator[Snapshot]:
         RuntimeError: see :meth:`Snapshot.restore_state`.
     """
     snapshot = Snapshot(members)
+    aside = contextlib.nullcontext() if members.shards is None else members.shards.aside()
     try:
         with (
+            aside,
             without_hooks(members.parameters),
             without_autocast(),
             for_steps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,13 @@ class Layout:
 
     Args:
         modules: names and modules.
+        exchanged: ids of sharded parameters; FSDP exchanges them for others and back, so that the
+            tables that hold them are not followed.
     """
 
-    def __init__(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+    def __init__(
+        self, modules: Sequence[tuple[str, nn.Module]], exchanged: Collection[int] = ()
+    ) -> None:
         self._modules = [module for _, module in modules]
         self.tables: list[tuple[Any, dict[str, Any]]] = []
         self.attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -38,7 +42,9 @@ class Layout:
         """By id of the tensor: where it is in the lists."""
         self.buffers: list[int] = []
         for prefix, module in modules:
-            tables: list[Any] = [module._modules, module._parameters, module._buffers]
+            comes_and_goes = any(id(p) in exchanged for p in module._parameters.values())
+            held = [] if comes_and_goes else [module._parameters]
+            tables: list[Any] = [module._modules, *held, module._buffers]
             self.tables += [(table, dict(table.items())) for table in tables]
             if not type(module).__module__.startswith(_WRAPPERS):
                 self.attributes.append((module.__dict__, module.__dict__.copy()))
@@ -125,7 +131,8 @@ class State:
         self._written = written = members.written
         layout = written.layout
         if not isinstance(layout, Layout) or not layout.fits(members.modules):
-            layout = written.layout = Layout(members.modules)
+            exchanged = () if members.shards is None else members.shards.whole
+            layout = written.layout = Layout(members.modules, exchanged)
         self._layout = layout
         self._before = start
         self._versions = layout.versions()

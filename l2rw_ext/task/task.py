@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from l2rw_ext.data.batch import LossFn, forward
 from l2rw_ext.data.batch_size import BatchSize
 from l2rw_ext.devices import Autocast
+from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.tracing.graph import check_parameters
 from l2rw_ext.tracing.members import Members
 
+from .agreement import Agreement
 from .cached_weights import forget_cached_weights
 from .isolation import Snapshot
 
@@ -43,6 +45,8 @@ class Task:
     model checkpoints."""
     autocast: Autocast = field(default_factory=Autocast)
     """The caller's autocast, under which the model and the loss functions run."""
+    agreement: Agreement = field(default_factory=Agreement)
+    """With the processes among which parameters are sharded."""
     concrete: Task | None = None
     """If the sizes of the batches are symbols: an equal step whose sizes are numbers, which ran."""
     stand_ins: Mapping[int, Tensor] = field(default_factory=dict)
@@ -133,9 +137,15 @@ class Direction:
     """v, the gradient of the mean clean loss, possibly changed by an option."""
 
     values: Mapping[int, Tensor]
-    """v by id of the parameter, in its shape, without the loss scale; absent if it is zero."""
+    """v by id of the parameter, in its shape, without the loss scale; absent if it is zero. That of
+    a sharded parameter is sharded as it is."""
     clean_loss: Tensor
     """The mean clean loss, shape (), detached."""
+
+    def drop(self) -> None:
+        """Forget v, which is not needed any more, so that its memory is free for the gradient."""
+        if isinstance(self.values, dict):
+            self.values.clear()
 
     def of(self, task: Task) -> Direction:
         """The direction in a step that may be on stand-ins."""
@@ -151,16 +161,32 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
 
     If no parameter reaches the clean loss, the direction is zero.
     """
-    losses = task.forward_clean()
-    check_parameters(losses, task.parameters)
+    with task.agreement.forward("the forward of the clean batch"):
+        losses = task.forward_clean()
+        check_parameters(losses, task.parameters)
     direction = direction_of(task, losses)
     snapshot.restore_state()
     return direction
 
 
 def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Direction:
-    """The gradient of the mean of clean losses, by plain autograd; ``retain`` keeps the graph."""
+    """The gradient of the mean of clean losses, by plain autograd; ``retain`` keeps the graph.
+
+    If parameters are sharded, the mean is that over all processes.
+    """
     values = {}
+    shards = task.members.shards
+    if shards is not None:
+        number, mean = task.agreement.mean(losses.detach())
+        if losses.requires_grad:
+            seed = task.scaled(torch.ones_like(losses) / number)
+            reduced = shards.gradients(losses, task.parameters, seed, retain=retain)
+            values = {
+                id(p): task.unscaled(reduced[id(p)]).to(accumulation_dtype(p.dtype))
+                for p in task.parameters
+                if id(p) in reduced
+            }
+        return Direction(values, mean)
     if losses.requires_grad:
         seed = task.scaled(torch.full_like(losses, 1 / task.m))
         gradients = torch.autograd.grad(losses, task.parameters, seed, retain, allow_unused=True)

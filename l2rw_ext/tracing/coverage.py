@@ -13,6 +13,7 @@ from l2rw_ext.layers.base import Use
 
 from .graph import foreign, leaf_of, nodes_from, sources
 from .interception import Interception
+from .shards import passes_on
 
 
 def check_graph(
@@ -49,7 +50,7 @@ def check_graph(
                 if isinstance(use, Use):
                     reached.add(use.index)
                     _check_roots(interception, use)
-                elif interception.without_grad is not None:
+                elif interception.without_grad is not None and not passes_on(node):
                     hides = type(node).__name__
         after_each.append(set(reached))
     if hides:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .shards import Shards
 from .writes import Written
 
 
@@ -27,13 +28,15 @@ class Members:
     modules: list[tuple[str, nn.Module]]
     """Name and module; one that has several names is listed under its first."""
     parameters: list[tuple[str, nn.Parameter]]
-    """Name and parameter; a shared parameter is listed under its first name."""
+    """Name and parameter, as the forward sees it; a shared one is listed under its first name."""
     buffers: list[tuple[nn.Module, str, Tensor | None]]
     """Module, name in it, and buffer."""
     training: tuple[bool, ...]
     """The mode of every module."""
     written: Written
     """What is known of the forward's writes."""
+    shards: Shards | None = None
+    """The parameters that are sharded (FSDP2), if there are any."""
 
     @classmethod
     def of(
@@ -47,6 +50,7 @@ class Members:
 
         Raises:
             ValueError: two parameters have one name.
+            TypeError: parameters are sharded in a way that no engine supports.
         """
         losses = {"loss_fn": loss_fn, "clean_loss_fn": clean_loss_fn}
         parts = {"": model} | {k: v for k, v in losses.items() if isinstance(v, nn.Module)}
@@ -54,12 +58,15 @@ class Members:
         modules = [
             named for prefix, part in parts.items() for named in part.named_modules(seen, prefix)
         ]
+        shards = Shards.of(modules)
+        whole = {} if shards is None else shards.whole
         parameters: dict[int, tuple[str, nn.Parameter]] = {}
         buffers: list[tuple[nn.Module, str, Tensor | None]] = []
         training = []
         for prefix, module in modules:
             training.append(module.training)
-            for name, p in module._parameters.items():
+            for name, held in module._parameters.items():
+                p = whole.get(id(held), held)
                 if p is not None and id(p) not in parameters:
                     parameters[id(p)] = (f"{prefix}.{name}" if prefix else name, p)
             for name, buffer in module._buffers.items():
@@ -70,12 +77,16 @@ class Members:
                 "a parameter of the model and one of a loss function have the same name: the model "
                 "has a child that is called like an argument of Reweighter; give it another name"
             )
-        return cls(parts, modules, listed, buffers, tuple(training), written or Written())
+        return cls(parts, modules, listed, buffers, tuple(training), written or Written(), shards)
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that require grad."""
         return [p for _, p in self.parameters if p.requires_grad]
+
+    def held(self, p: nn.Parameter) -> nn.Parameter:
+        """The parameter that the model holds outside of its forward, and that optimisers know."""
+        return p if self.shards is None else self.shards.shard_of(p)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -84,8 +95,10 @@ class Members:
 
     def every_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter, for all names of each parameter."""
+        whole = {} if self.shards is None else self.shards.whole
         for prefix, part in self.parts.items():
-            yield from part.named_parameters(prefix, remove_duplicate=False)
+            for name, p in part.named_parameters(prefix, remove_duplicate=False):
+                yield name, whole.get(id(p), p)
 
     @property
     def permanent(self) -> list[tuple[str, Tensor]]:

@@ -58,12 +58,14 @@ def _off(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _gradient_off(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: [(p, 1.001 * g) for p, g in function(*args, **kwargs)]
+    return lambda *args, **kwargs: [
+        [(p, 1.001 * g) for p, g in group] for group in function(*args, **kwargs)
+    ]
 
 
 WRONG: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "scores of layerwise": ("layerwise", Scoring, "_correlate", None),  # type: ignore[dict-item]
-    "gradient of layerwise": ("layerwise", Scoring, "weighted_gradients", _gradient_off),
+    "gradient of layerwise": ("layerwise", Scoring, "gradients_of", _gradient_off),
     "scores of forward": ("forward", Tangents, "scores", _off),
     "scores of double_backward": ("double_backward", double_backward, "_second", _off),
 }

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from support.paths import ROOT
 
 
@@ -25,8 +27,9 @@ def _torchrun(script: str, processes: int) -> str:
     return done.stdout
 
 
-def test_ddp() -> None:
-    printed = _torchrun("ddp.py", processes=2)
+@pytest.mark.parametrize("script", ["ddp.py", "fsdp2.py"])
+def test_training(script: str) -> None:
+    printed = _torchrun(script, processes=2)
     plain, reweighted, flipped = (float(x) for x in re.findall(r"\d\.\d{3}", printed))
     assert plain + 0.05 < reweighted, printed
     assert flipped > 0.7, printed

@@ -36,6 +36,7 @@ from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
 from l2rw_ext.tracing.graph import sources
 from l2rw_ext.tracing.interception import Interception
 from l2rw_ext.tracing.members import Members
+from l2rw_ext.tracing.shards import passes_on
 
 from .derived import Leaves
 from .merging import NotMergeableError, check_mergeable, merged_losses
@@ -45,6 +46,8 @@ from .scoring import OverflowedError, Scoring, StalePlanError
 
 Key = tuple[Any, ...]
 
+_AGREED = (StalePlanError, NotExactError, OverflowedError)
+"""What each process raises if one does."""
 _LARGEST_NUMBER_OF_PLANS = 32
 """Of one kind of step, whose model may call other functions in each forward."""
 _LARGEST_NUMBER_OF_KINDS = 256
@@ -130,8 +133,8 @@ class Layerwise(Engine):
         """See :class:`~l2rw_ext.engines.base.Engine`."""
         key = _key_of_step(task.concrete or task, direction)
         kind = self._kinds.get(key, _Kind(key[0]))
-        if kind.refused is not None:
-            raise NotExactError(kind.refused)
+        if any(task.agreement.any(kind.refused is not None)):
+            raise NotExactError(kind.refused or "it was not exact in another process")
         if devices.tracing():  # what a trace meets says nothing of steps that run eagerly
             own = replace(kind, plans=OrderedDict(kind.plans))
             return self._attempts(task, snapshot, direction, own)
@@ -229,7 +232,7 @@ class Layerwise(Engine):
                 snapshot.restore()
                 return self._attempt(task, snapshot, direction, kind, new=True)
         except NotExactError:
-            if not kind.by_row:
+            if any(task.agreement.any(not kind.by_row)):
                 # Perhaps a tensor made without data has a row for each example.
                 kind.by_row, kind.proof = True, None
                 kind.plans.clear()
@@ -311,7 +314,8 @@ class Layerwise(Engine):
                 if both.places is not None:
                     raise NotMergeableError("{} ({}) picks examples by place".format(*both.places))
                 check_mergeable(task, snapshot, inputs)
-            both.backward(clean_losses.detach().mean(), "")
+            both.follow(clean_losses.detach().mean(), "")
+            both.backward()
             return both.scoring
 
         return self._proved(task, snapshot, kind, "merged", plain, score, new=new)
@@ -336,15 +340,18 @@ class Layerwise(Engine):
             return plain_training(task, direction)
 
         def score(new: bool) -> Scoring:
-            train = _Pass(task, values, own, task.n, new=new)
-            train.enter(task.inputs)
-            train.enter(task.targets)
-            with train.part("train"):
-                losses = task.forward_train()
-            if train.interception.saved_tensor_hooks:
-                snapshot.keep_trained()
-            train.check([losses])
-            train.backward(clean_loss, why)
+            with task.agreement.forward("the forward", *_AGREED):
+                train = _Pass(task, values, own, task.n, new=new)
+                train.enter(task.inputs)
+                train.enter(task.targets)
+                with train.part("train"):
+                    losses = task.forward_train()
+                if train.interception.saved_tensor_hooks:
+                    snapshot.keep_trained()
+                train.check([losses])
+                train.follow(clean_loss, why)
+            with task.agreement.at("the backward", *_AGREED):
+                train.backward()
             return train.scoring
 
         return self._proved(task, snapshot, own, "train", plain, score, new=new)
@@ -361,7 +368,7 @@ class Layerwise(Engine):
         new: bool,
     ) -> Scored:
         """Score by a known plan, or make a new one; both against plain autograd if that is due."""
-        new = new or not kind.plans
+        (new,) = task.agreement.any(new or not kind.plans)
         if new and devices.tracing():
             raise StalePlanError
         if kind.proof is None:
@@ -395,7 +402,7 @@ class _Pass:
         self._task = task
         self._kind = kind
         self._exchange = exchange
-        self._leaves = Leaves(task.parameters)
+        self._leaves = Leaves(task.parameters, task.members.shards)
         self.scoring = Scoring(task, self._leaves, directions, exchange)
         self.verdict: Verdict | None = None
         self.places: tuple[str, str] | None = None
@@ -439,10 +446,10 @@ class _Pass:
         if self._map is not None:
             if self._map.count != sum(x.numel() for x in outputs):
                 raise StalePlanError
-            self.verdict = judge(self._map, outputs, ours=_reports)
+            self.verdict = judge(self._map, outputs, ours=_known)
 
-    def backward(self, clean_loss: Tensor, why_separate: str) -> None:
-        """Score by a plan.
+    def follow(self, clean_loss: Tensor, why_separate: str) -> None:
+        """Find or make the plan.
 
         Raises:
             StalePlanError: no plan of the kind fits the forward.
@@ -467,12 +474,22 @@ class _Pass:
             plan = self._planned(self.verdict, merged=bool(clean_losses))
             plan.why_separate = why_separate
             self._kind.add(form, plan)
-        m = task.m
+        self._plan = plan
+
+    def backward(self) -> None:
+        """Score by the plan.
+
+        Raises:
+            NotExactError: the forward mixes examples.
+        """
+        task, scoring, interception = self._task, self.scoring, self.interception
+        losses, *clean_losses = self._outputs
+        plan, m = self._plan, task.m
         if self._exchange is not None:
             plan, m = self._agreed(plan, self._exchange), self._exchange.m
         seeded = [(losses, task.scaled(_finite_seed(losses)))]
         seeded += [(x, task.scaled(torch.full_like(x, 1 / m))) for x in clean_losses]
-        if not plan.certain:
+        if any(task.agreement.any(not plan.certain)):
             plan = replace(plan, uses=self._probed(seeded, plan.reason))
         automatic = task.low_memory == "auto"
         scoring.low_memory = interception.checkpointed if automatic else bool(task.low_memory)
@@ -540,9 +557,12 @@ class _Pass:
         probe = scoring.probe = Probe(narrow=interception.narrow)
         _run_backward(interception, seeded, retain=True)
         finite = probe.finite or not bool(scoring.losses.isfinite().all())
-        if self._task.loss_scale is not None and not finite:
+        overflowed = self._task.loss_scale is not None and not finite
+        if any(self._task.agreement.any(overflowed)):
             raise OverflowedError(scoring)
         _run_backward(interception, _with_seeds(seeded, probe), retain=True)
+        if probe.mixed is not None:
+            raise probe.mixed
         scoring.probe = None
         return self._uses(probe.maps)
 
@@ -569,9 +589,9 @@ class _Pass:
         return UsePlan(names, rows, form, joint, costs, use.operation, use.shape)
 
 
-def _reports(node: Any) -> bool:
-    """Whether a node of autograd's graph belongs to a use or to a recurrence."""
-    return hasattr(node, "use")
+def _known(node: Any) -> bool:
+    """Whether a node of autograd's graph belongs to a use, to a recurrence, or to FSDP."""
+    return hasattr(node, "use") or passes_on(node)
 
 
 def _key_of_step(task: Task, direction: Direction | None) -> Key:

@@ -68,6 +68,9 @@ class Probe:
         """Whether all gradients of the plain backward are finite."""
         self.maps: dict[int, RowMap | None] = {}
         """The row map by index of the use; None if the gradient is zero and shows nothing."""
+        self.mixed: NotExactError | None = None
+        """That no map explains how the rows of a use were scaled. It is not raised at once, because
+        the backward is of other processes, too, where parameters are sharded."""
         self._plain: dict[int, _Rows] = {}
 
     def exponents(self) -> range:
@@ -77,11 +80,7 @@ class Probe:
         return range(8) if self._largest < 1 else range(-7, 1)
 
     def report(self, use: Use, g: Tensor) -> None:
-        """Take the first report of a use from the plain backward, the second as seeded.
-
-        Raises:
-            NotExactError: no map explains how the rows were scaled.
-        """
+        """Take the first report of a use from the plain backward, the second as seeded."""
         if g.numel() == 0:
             self.maps[use.index] = None
             return
@@ -108,7 +107,7 @@ class Probe:
         )
         rows = next(fitting, None)
         if rows is None:
-            raise NotExactError(
+            self.mixed = self.mixed or NotExactError(
                 f"the gradient at {use.operation} on {tuple(use.shape)} mixes examples, or their "
                 "order within the batch is not that of its rows"
             )

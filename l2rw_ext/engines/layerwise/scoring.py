@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l2rw_ext import ops
 from l2rw_ext.distributed.exchange import CLEAN_LOSS, Exchange
-from l2rw_ext.engines.base import Scored
+from l2rw_ext.engines.base import Give, Scored
 from l2rw_ext.engines.explanation import Explanation
 from l2rw_ext.engines.plan import Plan, UsePlan
 from l2rw_ext.errors import NotCompilableError, NotExactError
@@ -23,6 +23,8 @@ from l2rw_ext.layers.costs import FEW_POSITIONS
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import BelowAutograd
 from l2rw_ext.task.task import Task
+from l2rw_ext.tracing.graph import sources
+from l2rw_ext.tracing.shards import whole
 
 from .derived import Leaves
 from .probe import Probe
@@ -85,6 +87,17 @@ class _Kept:
     examples: Roots | None = None
 
 
+@dataclass
+class _Second:
+    """What a second backward forms, whose gradients contain the weights already."""
+
+    ones: Tensor
+    """One for each example of positive weight, else zero, shape (n,)."""
+    totals: Totals
+    give: Give | None
+    """Takes gradients of parameters, a use's part of them at a time."""
+
+
 class Scoring(Scored):
     """Scores of the training examples, summed use by use while the backward runs.
 
@@ -128,9 +141,8 @@ class Scoring(Scored):
         self._planned: dict[int, UsePlan] = {}
         self._postponed: list[tuple[Use, UsePlan, Tensor, Tensor]] = []
         """Reports of uses whose direction is the sum over several uses."""
-        self._second: tuple[Tensor, Totals] | None = None
-        """While a second backward forms the weighted gradient: one for each example of positive
-        weight, else zero, shape (n,); and what it has formed."""
+        self._second: _Second | None = None
+        """While a second backward forms the weighted gradient."""
         self.again: Callable[[Tensor, bool], None] | None = None
         """Runs the backward of the training losses again, with other seeds, and keeps the graph if
         told to; for ``low_memory``."""
@@ -190,16 +202,14 @@ class Scoring(Scored):
         if planned.joint and self._directions is None and self._second is None:
             self._postponed.append((use, planned, z, g))
             return
+        if self._second is not None:
+            self._add_second(self._second, use, self._rows(use, planned, z, g))
+            return
+        # First, because all processes gather it, and not all need have rows.
+        direction = None if self._directions is None else self._direction_of(use)
         rows = self._rows(use, planned, z, g)
-        if rows is None:
-            return
-        if self._second is None:
-            self._score(use, planned, *rows)
-            return
-        # The gradients of the second backward contain the weights already.
-        ones, totals = self._second
-        kept = _Kept(use, rows[0][: self._n], rows[1][: self._n])
-        _add_roots(totals, use, _weighted(kept, ones))
+        if rows is not None:
+            self._score(use, planned, *rows, direction)
 
     def finish(self) -> None:
         """Score what waited for the end of the backward.
@@ -221,6 +231,7 @@ class Scoring(Scored):
                 self.scores += ops.factored_correlations(*zip(*layers, strict=True))
         if self._postponed:
             self._score_jointly()
+        self._pushed.clear()
         if self._exchange is not None:
             (clean_loss,) = self._exchange.take(CLEAN_LOSS)
             self.clean_loss = clean_loss.to(self.clean_loss)
@@ -246,10 +257,8 @@ class Scoring(Scored):
 
     def _direction_of(self, use: Use) -> Roots:
         weight, bias = use.roots
-        return (
-            None if weight is None else self._pushed[id(weight)],
-            None if bias is None else self._pushed[id(bias)],
-        )
+        v, v_b = (None if root is None else self._pushed[id(root)] for root in (weight, bias))
+        return None if v is None else whole(v), None if v_b is None else whole(v_b)
 
     def _rows(
         self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
@@ -263,10 +272,12 @@ class Scoring(Scored):
             rows = rows.resized(math.prod(g.shape[: use.layer.leading(use, g)]), size)
         return None if rows is None else use.layer.prepare(use, z, g, rows)
 
-    def _score(self, use: Use, planned: UsePlan, z: Tensor, g: Tensor) -> None:
-        """Score a use whose direction depends on no other use, or is known beforehand."""
-        if self._directions is not None:
-            self._correlate(use, planned.form, z, g, self._direction_of(use))
+    def _score(
+        self, use: Use, planned: UsePlan, z: Tensor, g: Tensor, direction: Roots | None
+    ) -> None:
+        """Score a use whose direction is known beforehand, or depends on no other use."""
+        if direction is not None:
+            self._correlate(use, planned.form, z, g, direction)
             return
         parts = (self._n, z.shape[0] - self._n)
         z, z_clean = torch.unsafe_split_with_sizes(z, parts)
@@ -398,40 +409,80 @@ class Scoring(Scored):
         self, weights: Tensor | None, *, keep: bool = False
     ) -> list[tuple[nn.Parameter, Tensor]]:
         """See :class:`~l2rw_ext.engines.base.Scored`; frees what was kept as it goes."""
+        (gradients,) = self.gradients_of([self._leaves.parameters], weights, keep=keep)
+        return gradients
+
+    def gradients_of(
+        self,
+        groups: Sequence[Sequence[nn.Parameter]],
+        weights: Tensor | None,
+        *,
+        keep: bool = False,
+        give: Give | None = None,
+    ) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+        """See :class:`~l2rw_ext.engines.base.Scored`."""
+        place = {id(p): k for k, group in enumerate(groups) for p in group}
+        roots = {id(root): root for use in self._trained for root in use.roots if root is not None}
         totals: Totals = {}
-        kept = list(self._kept) if keep else self._kept
+        kept: list[list[_Kept]] = [[] for _ in groups]
         if weights is not None and self.again is not None:
-            totals = self._second_backward(self.again, weights, keep=keep)
-        elif weights is not None:
+            totals = self._second_backward(self.again, weights, give, keep=keep)
+            if give is not None:
+                roots = {key: root for key, root in roots.items() if root not in self._leaves}
+        places = {key: sorted({place[s] for s in sources(root)}) for key, root in roots.items()}
+        if weights is not None:
             trained = {use.index for use in self._trained}
-            with BelowAutograd():
-                while kept:
-                    item = kept.pop()
-                    if item.use.index in trained:
-                        _add_roots(totals, item.use, _weighted(item, weights))
+            for item in self._kept:
+                if item.use.index in trained:
+                    first = min(places[id(root)][0] for root in item.use.roots if root is not None)
+                    kept[first].append(item)
         if not keep:
             self._kept.clear()
             self.again = None
-        roots = {id(root): root for use in self._trained for root in use.roots if root is not None}
-        for key, root in roots.items():
-            if key not in totals:
-                totals[key] = (root, torch.zeros_like(root))
-        gradients = self._leaves.pull_back(totals.values())
-        return [
-            (p, gradients[id(p)].to(p.dtype)) for p in self._leaves.parameters if id(p) in gradients
-        ]
+        for k, group in enumerate(groups):
+            with BelowAutograd():
+                while kept[k]:
+                    item = kept[k].pop()
+                    assert weights is not None
+                    _add_roots(totals, item.use, _weighted(item, weights))
+            present = [key for key, found in places.items() if k in found]
+            for key in present:
+                if key not in totals:
+                    totals[key] = (roots[key], torch.zeros_like(roots[key]))
+            gradients = self._leaves.pull_back([totals[key] for key in present], group)
+            for key in present:
+                if places[key][-1] == k:
+                    del totals[key]
+            yield [(p, gradients[id(p)].to(p.dtype)) for p in group if id(p) in gradients]
 
     def _second_backward(
-        self, again: Callable[[Tensor, bool], None], weights: Tensor, *, keep: bool
+        self,
+        again: Callable[[Tensor, bool], None],
+        weights: Tensor,
+        give: Give | None,
+        *,
+        keep: bool,
     ) -> Totals:
         """Σ w_i ∇f_i if nothing was kept, from a second backward of Σ w_i f_i."""
         totals: Totals = {}
-        self._second = (weights != 0).to(weights.dtype), totals
+        self._second = _Second((weights != 0).to(weights.dtype), totals, give)
         self._expected = {use.index for use in self._trained}
         self._reported.clear()
         again(self._task.scaled(weights.to(self.losses.dtype)), keep)
         self._second = None
         return totals
+
+    def _add_second(self, second: _Second, use: Use, rows: tuple[Tensor, Tensor] | None) -> None:
+        """Take the part of the weighted gradient that a use of the second backward has."""
+        if rows is not None:
+            kept = _Kept(use, rows[0][: self._n], rows[1][: self._n])
+            _add_roots(second.totals, use, _weighted(kept, second.ones))
+        if second.give is None:
+            return
+        for root in use.roots:
+            if isinstance(root, nn.Parameter) and root in self._leaves:
+                _, g = second.totals.pop(id(root), (root, None))
+                second.give([(root, torch.zeros_like(root) if g is None else g.to(root.dtype))])
 
 
 def _weighted(kept: _Kept, weights: Tensor) -> Roots:
