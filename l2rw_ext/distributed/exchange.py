@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .group import Processes
+from .group import Processes, all_gather
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ class Exchange:
         message, group = self._ahead.popleft(), self._processes.group
         if message.gathered:
             result = flat.new_empty(self.ranks * flat.numel())
-            work = dist.all_gather_into_tensor(result, flat, group=group, async_op=True)
+            work = all_gather(result, flat, group=group, async_op=True)
         else:
             result, work = flat, dist.all_reduce(flat, group=group, async_op=True)
         self._begun[message.key] = _Begun(message, shapes, result, work)

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from l2rw_ext.errors import RankError
 
+# Its name until torch 2.12 is deprecated.
+all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 _NUMBERS = 4
 """How many numbers a rank may tell the others at a meeting."""
 
@@ -76,7 +79,7 @@ class Processes:
         told += [0] * (2 + _NUMBERS - len(told))
         own = torch.tensor(told, dtype=torch.float64, device="cpu")
         found = own.new_empty(self.size * own.numel())
-        dist.all_gather_into_tensor(found, own, group=self._host)
+        all_gather(found, own, group=self._host)
         ranks: list[list[float]] = found.view(self.size, -1).tolist()
         if any(failed for _, failed, *_ in ranks):
             self._raise(error)
@@ -121,7 +124,7 @@ class Processes:
         longest = max(lengths)
         padded = torch.nn.functional.pad(x, (0, longest - x.numel()))
         found = padded.new_empty(self.size * longest)
-        dist.all_gather_into_tensor(found, padded, group=self.group)
+        all_gather(found, padded, group=self.group)
         rows = found.view(self.size, longest)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 

@@ -26,7 +26,7 @@ from l2rw_ext.reference import relative_error
 from support.models import CLASSES, Mean, cross_entropy, model_of, vectors
 from support.oracle import EXACT, flat, gradients_of, truth_of_ranks, zero_grad
 from support.processes import Pool
-from support.ranks import COUPLED, MODELS, SIZES, ScaledCrossEntropy, union
+from support.ranks import MODELS, SIZES, ScaledCrossEntropy, union
 
 
 def _derived() -> nn.Module:
