@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from l2rw_ext import Explanation, Reweighter, Step
+from l2rw_ext.distributed import exchange
 from l2rw_ext.distributed.exchange import Exchange, Message
 from l2rw_ext.distributed.group import Processes
 from l2rw_ext.engines.base import Scored
@@ -104,7 +106,7 @@ class _Rank:
 
     def _watched(self, *args: Any) -> Scored | None:
         self.messages.clear()
-        with mock.patch.multiple(dist, **_counted(self.messages)):
+        with _counted(self.messages):
             self.merged.append(self._score(*args))
         return self.merged[-1]
 
@@ -121,20 +123,25 @@ class _Rank:
         )
 
 
-def _counted(messages: list[tuple[bool, int]]) -> dict[str, Any]:
-    """The collectives of a backward, which say what they are given."""
-    reduce, gather = dist.all_reduce, dist.all_gather_into_tensor
+@contextlib.contextmanager
+def _counted(messages: list[tuple[bool, int]]) -> Iterator[None]:
+    """A context in which the collectives of a backward say what they are given."""
+    reduce, gather = dist.all_reduce, exchange.all_gather
 
     def all_reduce(x: Tensor, **kwargs: Any) -> Any:
         messages.append((False, x.nbytes))
         return reduce(x, **kwargs)
 
-    def all_gather_into_tensor(out: Tensor, x: Tensor, **kwargs: Any) -> Any:
+    def all_gather(out: Tensor, x: Tensor, **kwargs: Any) -> Any:
         if kwargs.get("async_op"):
             messages.append((True, x.nbytes))
         return gather(out, x, **kwargs)
 
-    return {"all_reduce": all_reduce, "all_gather_into_tensor": all_gather_into_tensor}
+    with (
+        mock.patch.object(dist, "all_reduce", all_reduce),
+        mock.patch.object(exchange, "all_gather", all_gather),
+    ):
+        yield
 
 
 def _steps(
