@@ -70,7 +70,8 @@ def test_a_step_sends_what_is_computed(replicated: bool, wrapper: dict[str, obje
             ring = 2 * 2 / 3 * 8 * parameters
             expected = ring * (1 if replicated else 2)
             assert expected <= counts["all-reduce"]["sent"] <= expected + 100
-            assert 2 * 4 * 8 <= counts["all-gather"]["sent"] <= 500
+            # The scores, and at each meeting a few numbers.
+            assert 2 * 4 * 8 <= counts["all-gather"]["sent"] <= 1000
 
 
 def test_a_collective_of_another_kind_is_an_error() -> None:
