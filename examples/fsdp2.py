@@ -21,7 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from l2rw_ext import CleanBatches, Reweighter
 
-CLASSES, SIDE, WIDTH, EPOCHS = 10, 8, 128, 5
+CLASSES, SIDE, WIDTH, EPOCHS = 10, 8, 128, 8
 BATCH = CLEAN_BATCH = 100  # of all processes together
 
 
