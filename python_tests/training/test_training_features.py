@@ -81,11 +81,13 @@ def _replayed(model: nn.Module, batch: Any, clean: Any, passes: str) -> Truth:
     def gradient(loss: Tensor) -> Tensor:
         return flat(torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))
 
-    v = gradient(cross_entropy(clean_out, y_clean).mean())
+    clean_loss = cross_entropy(clean_out, y_clean).mean()
+    v = gradient(clean_loss)
     scores = torch.stack([gradient(loss) @ v for loss in losses])
     weights = reference.weights_from_scores(scores)
     gradients = torch.autograd.grad((weights * losses).sum(), list(parameters.values()))
-    return Truth(scores, weights, dict(zip(parameters, gradients, strict=True)))
+    named = dict(zip(parameters, gradients, strict=True))
+    return Truth(scores, weights, named, clean_loss.detach())
 
 
 @pytest.mark.parametrize("engine", ENGINES)
