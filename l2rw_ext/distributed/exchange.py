@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,12 +24,16 @@ T = TypeVar("T")
 Key = tuple[str, int]
 """Whose part of the direction it is: ("use", its index) or ("parameter", its place)."""
 
+_PACKET_BYTES = 2**20
+_PACKET_MESSAGES = 4
+"""Small layers share a collective up to these sizes; the rows of a layer wait for its sum."""
+
 CLEAN_LOSS: Key = ("clean loss", 0)
 
 
 @dataclass(frozen=True)
 class Message:
-    """One collective of a merged backward, which adds up over ranks or gathers from them."""
+    """What ranks tell each other in a merged backward, which is added up or gathered."""
 
     key: Key
     numel: int
@@ -59,14 +63,22 @@ class Agreed:
 
 
 @dataclass
-class _Begun:
-    """A collective that is under way."""
+class _Packet:
+    """A collective, by which one message goes, or a few small ones that are added up."""
 
-    message: Message
-    shapes: list[torch.Size]
-    """The shapes of what this rank has sent."""
-    result: Tensor
-    work: Any
+    messages: list[Message]
+    shapes: list[list[torch.Size]] = field(default_factory=list)
+    """Of each message the shapes of what this rank has sent."""
+    result: Tensor | None = None
+    work: Any = None
+
+    def takes(self, message: Message) -> bool:
+        """Whether one message more is small enough, and of the same kind."""
+        first = self.messages[0]
+        alike = (first.dtype, first.device) == (message.dtype, message.device)
+        size = sum(m.numel * m.dtype.itemsize for m in (*self.messages, message))
+        small = size <= _PACKET_BYTES and len(self.messages) < _PACKET_MESSAGES
+        return alike and small and not (first.gathered or message.gathered)
 
 
 class _NotMergedError(Exception):
@@ -88,10 +100,10 @@ class Exchange:
         self._meeting = False
         self._counts: tuple[int, ...] = ()
         """The number of clean examples of each rank, once that is agreed."""
-        self._ahead: deque[Message] = deque()
+        self._ahead: deque[_Packet] = deque()
         self._held: dict[Key, Sequence[Tensor]] = {}
         """What was sent before its turn."""
-        self._begun: dict[Key, _Begun] = {}
+        self._begun: dict[Key, _Packet] = {}
 
     @property
     def m(self) -> int:
@@ -142,58 +154,71 @@ class Exchange:
 
     def begin(self, messages: Sequence[Message]) -> None:
         """Take the list of all messages, in the order that all ranks keep."""
-        self._ahead.extend(messages)
+        for message in messages:
+            if self._ahead and self._ahead[-1].takes(message):
+                self._ahead[-1].messages.append(message)
+            else:
+                self._ahead.append(_Packet([message]))
 
     def send(self, key: Key, parts: Sequence[Tensor]) -> None:
-        """Begin a collective as soon as all those before it have begun.
+        """Begin a collective as soon as it is complete and all those before it have begun.
 
         Parts of a message that adds up have any shapes; those of one that gathers have the clean
         examples first.
         """
         self._held[key] = parts
-        while self._ahead and self._ahead[0].key in self._held:
-            parts = self._held.pop(self._ahead[0].key)
-            own, largest = self._counts[self._processes.rank], max(self._counts)
-            flat = _flat(self._ahead[0], parts, own, largest)
-            self._start(flat, [x.shape for x in parts])
+        own, largest = self._counts[self._processes.rank], max(self._counts)
+        while self._ahead and all(m.key in self._held for m in self._ahead[0].messages):
+            packet = self._ahead[0]
+            sent = [self._held.pop(message.key) for message in packet.messages]
+            packet.shapes = [[x.shape for x in parts] for parts in sent]
+            flat = [
+                _flat(message, parts, own, largest)
+                for message, parts in zip(packet.messages, sent, strict=True)
+            ]
+            self._start(torch.cat(flat) if len(flat) > 1 else flat[0])
 
     def arrived(self, key: Key, *, due: bool = False) -> bool:
         """Whether a result can be taken without waiting; if it is ``due``, with waiting."""
-        begun = self._begun.get(key)
-        return begun is not None and (due or begun.work.is_completed())
+        packet = self._begun.get(key)
+        return packet is not None and (due or packet.work.is_completed())
 
     def take(self, key: Key) -> list[Tensor]:
         """Wait for the sums in the shapes of what was sent, or for the clean examples of all."""
-        begun = self._begun.pop(key)
-        begun.work.wait()
-        sizes = [shape.numel() for shape in begun.shapes]
-        if not begun.message.gathered:
-            parts = begun.result.split(sizes)
-            return [x.view(shape) for x, shape in zip(parts, begun.shapes, strict=True)]
-        sizes = [math.prod(shape[1:]) for shape in begun.shapes]
-        rows = begun.result.view(self.ranks, max(self._counts), sum(sizes))
+        packet = self._begun.pop(key)
+        packet.work.wait()
+        assert packet.result is not None
+        place = [message.key for message in packet.messages].index(key)
+        shapes = packet.shapes[place]
+        if not packet.messages[place].gathered:
+            whole = packet.result.split([message.numel for message in packet.messages])[place]
+            parts = whole.split([shape.numel() for shape in shapes])
+            return [x.view(shape) for x, shape in zip(parts, shapes, strict=True)]
+        sizes = [math.prod(shape[1:]) for shape in shapes]
+        rows = packet.result.view(self.ranks, max(self._counts), sum(sizes))
         rows = torch.cat([x[:m] for x, m in zip(rows, self._counts, strict=True)])
         parts = rows.split(sizes, 1)
-        return [x.reshape(-1, *shape[1:]) for x, shape in zip(parts, begun.shapes, strict=True)]
+        return [x.reshape(-1, *shape[1:]) for x, shape in zip(parts, shapes, strict=True)]
 
-    def _start(self, flat: Tensor, shapes: list[torch.Size]) -> None:
+    def _start(self, flat: Tensor) -> None:
         """Begin the next collective."""
-        message, group = self._ahead.popleft(), self._processes.group
-        if message.gathered:
-            result = flat.new_empty(self.ranks * flat.numel())
-            work = all_gather(result, flat, group=group, async_op=True)
+        packet, group = self._ahead.popleft(), self._processes.group
+        if packet.messages[0].gathered:
+            packet.result = flat.new_empty(self.ranks * flat.numel())
+            packet.work = all_gather(packet.result, flat, group=group, async_op=True)
         else:
-            result, work = flat, dist.all_reduce(flat, group=group, async_op=True)
-        self._begun[message.key] = _Begun(message, shapes, result, work)
+            packet.result = flat
+            packet.work = dist.all_reduce(flat, group=group, async_op=True)
+        self._begun.update({message.key: packet for message in packet.messages})
 
     def _pay(self) -> None:
         """Take part with zeros in what is ahead."""
         while self._ahead:
-            message = self._ahead[0]
-            zeros = torch.zeros(message.numel, dtype=message.dtype, device=message.device)
-            self._start(zeros, [])
-        for begun in self._begun.values():
-            begun.work.wait()
+            first, *_ = messages = self._ahead[0].messages
+            numel = sum(message.numel for message in messages)
+            self._start(torch.zeros(numel, dtype=first.dtype, device=first.device))
+        for packet in self._begun.values():
+            packet.work.wait()
 
     def _meet(self, place: str, *numbers: float) -> list[list[float]]:
         """See :meth:`Processes.meet`, whose errors all ranks have."""

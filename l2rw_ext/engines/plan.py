@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from l2rw_ext.distributed.exchange import CLEAN_LOSS, Agreed, Message
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Cost, Size
@@ -89,7 +87,8 @@ def between_ranks(plan: Plan, uses: Sequence[Use], task: Task, agreed: Agreed) -
         agreed: what the ranks have agreed on.
     """
     parameters, ranks = task.parameters, len(agreed.m)
-    first = Message(CLEAN_LOSS, 1, torch.float64, parameters[0].device, ranks)
+    first = parameters[0]
+    loss = Message(CLEAN_LOSS, 1, accumulation_dtype(first.dtype), first.device, ranks)
     places = {id(p): place for place, p in enumerate(parameters)}
     shared: dict[int, Message] = {}
     planned = []
@@ -107,7 +106,7 @@ def between_ranks(plan: Plan, uses: Sequence[Use], task: Task, agreed: Agreed) -
                 own if own.rows is None else _exchanged(own, own.rows, use, task, agreed)
             )
     alone = (x for own in reversed(planned) if not own.joint for x in own.messages)
-    messages = [first, *alone, *(shared[place] for place in sorted(shared))]
+    messages = [loss, *alone, *(shared[place] for place in sorted(shared))]
     return replace(plan, uses=planned, messages=messages)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l2rw_ext import devices
 from l2rw_ext.distributed.group import Processes
 from l2rw_ext.distributed.sums import Sums
 
@@ -103,5 +104,6 @@ def _times(g: Tensor, number: int, factor: Tensor | None) -> Tensor:
     """A gradient times both; zero where the factor is, whatever the gradient is."""
     if factor is None:
         return g * number
-    product = g * (factor * number).to(g.dtype)
-    return _filled_if(factor == 0, product, 0)
+    if devices.synchronous(factor):
+        return g * (float(factor) * number) if factor else torch.zeros_like(g)
+    return _filled_if(factor == 0, g * (factor * number).to(g.dtype), 0)
