@@ -74,8 +74,10 @@ class _Packet:
 
     def takes(self, message: Message) -> bool:
         """Whether one message more is small enough, and of the same kind."""
-        first = self.messages[0]
+        first, last = self.messages[0], self.messages[-1]
         alike = (first.dtype, first.device) == (message.dtype, message.device)
+        if last.key[0] == "use" != message.key[0]:  # which is sent when all uses have been scored
+            return False
         size = sum(m.numel * m.dtype.itemsize for m in (*self.messages, message))
         small = size <= _PACKET_BYTES and len(self.messages) < _PACKET_MESSAGES
         return alike and small and not (first.gathered or message.gathered)

@@ -216,14 +216,12 @@ def test_a_loss_with_parameters(pool: Pool) -> None:
 def test_what_is_sent_is_what_the_plan_says(pool: Pool, model: str) -> None:
     """Bytes follow from what ranks hand over by the ring algorithms."""
     for told in _assert_merged(pool, model, _batches(model, SIZES["uneven"], 2)):
-        first, *messages = told[1].messages
-        assert first == (False, 8)  # the clean loss
-        assert [gathered for gathered, _ in messages] == [
-            model == "wide" and k == 1 for k in range(len(messages))
-        ]
+        messages = told[1].messages
+        assert any(gathered for gathered, _ in messages) is (model == "wide")
         explanation = told[1].explanation
         assert explanation is not None
         sent = sum(size * (2 if gathered else 4 / 3) for gathered, size in messages)
+        sent -= 8 * 4 / 3  # the clean loss, which goes with the first of them
         assert explanation.as_dict()["sent_bytes"] == pytest.approx(sent)
         ways = {layer.direction for layer in explanation.layers}
         assert ("gathered" in ways) is (model == "wide")
