@@ -90,6 +90,7 @@ def main() -> None:
             print(f"{name}: test accuracy {float(accuracy):.3f}")
             if name == "reweighted":
                 print(f"flipped labels among weights of zero: {float(counts[1] / counts[0]):.3f}")
+    dist.barrier()  # gloo may abort a process that ends while others are busy
     dist.destroy_process_group()
 
 
