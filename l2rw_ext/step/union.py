@@ -25,6 +25,7 @@ def united(
     check_finite: bool,
     *,
     scaled: bool,
+    replicated_clean: bool,
 ) -> Computed:
     """The step on the examples of all ranks, with this rank's examples, weights and gradient.
 
@@ -40,6 +41,7 @@ def united(
         on_degenerate: see :class:`~l2rw_ext.Reweighter`.
         check_finite: see :class:`~l2rw_ext.Reweighter`.
         scaled: whether there is a loss scale.
+        replicated_clean: see :class:`~l2rw_ext.Reweighter`.
 
     Raises:
         ValueError: the clean batches were said to be the same on all ranks and are not; or see
@@ -55,10 +57,12 @@ def united(
     scores = torch.cat([part[:count] for part, count in zip(parts, n, strict=True)])
     losses = torch.cat([part[count:-1] for part, count in zip(parts, n, strict=True)])
     clean_losses = torch.stack([part[-1] for part in parts])
+    # That of a sum over ranks is the same on all, but for its dtype where there is no clean batch.
+    clean_loss = _agreed(clean_losses) if replicated_clean else clean_losses.max()
     union = weigh(
         scores.to(step.scores.dtype),
         losses.to(step.losses.dtype),
-        _agreed(clean_losses).to(step._clean_loss.dtype),
+        clean_loss.to(step._clean_loss.dtype),
         step.engine,
         on_degenerate,
         check_finite,

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from l2rw_ext import Reweighter
 from l2rw_ext.reference import weighted_gradient
-from support.models import ENGINES
+from support.models import ENGINES, cross_entropy
 from support.oracle import truth_of_ranks
 from support.processes import SIZE, Pool
 from support.ranks import (
@@ -150,6 +151,30 @@ def test_one_rank_has_all_positive_scores(pool: Pool, wrapper: str, on_degenerat
     found = pool.run(train, setup, batches)
     assert [bool(outcomes[0].weights.any()) for outcomes in found] == [False, True, False]
     assert_steps(found, truths(setup, batches))
+
+
+def _in_float32(outputs: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(outputs.float(), targets)
+
+
+def _in_16_bits(group: dist.ProcessGroup, batches: Batches) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    model = MODELS["mlp"][0]().bfloat16()
+    batch, clean = (
+        None if pair is None else (pair[0].bfloat16(), pair[1])
+        for pair in batches[0][dist.get_rank(group)]
+    )
+    step = Reweighter(model, _in_float32, process_group=group).backward(batch, clean)
+    return step.clean_loss, step.weights.sum()
+
+
+def test_losses_of_another_dtype_than_the_parameters(pool: Pool) -> None:
+    """A rank without a clean batch does not know the dtype of the clean losses."""
+    found = pool.run(_in_16_bits, draw("mlp", SIZES["one rank without clean examples"]))
+    assert float(sum(total for _, total in found)) == pytest.approx(1, abs=1e-6)
+    first, *others = (float(clean_loss) for clean_loss, _ in found)
+    assert first > 0
+    assert others == pytest.approx([first] * 2, rel=1e-2)  # in 16 bits
 
 
 _NONE = torch.zeros(0, dtype=torch.float64)
