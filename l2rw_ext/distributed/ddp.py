@@ -71,8 +71,8 @@ def check_wrappers(
         processes: the ranks that the step spans.
 
     Raises:
-        TypeError, RuntimeError, ValueError: the wrapper, or one inside of the model, is used in a way that a
-            step over several processes cannot follow.
+        TypeError, RuntimeError, ValueError: the wrapper, or one inside of the model, is used in a
+            way that a step over several processes cannot follow.
         NotExactError: batch statistics are those of all ranks.
     """
     for name, module in members.modules:

@@ -24,7 +24,7 @@ all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 
 _MARK = "_announced"
 
-_NUMBERS = 4
+_NUMBERS = 5
 """How many numbers a rank may tell the others at a meeting."""
 
 
@@ -33,7 +33,7 @@ class Meeting:
     """What the ranks tell each other at a place."""
 
     tell: tuple[float, ...] = ()
-    """What this rank tells the others: at most four numbers."""
+    """What this rank tells the others: at most five numbers."""
     told: list[list[float]] = field(default_factory=list)
     """What each rank has told, by rank."""
 
@@ -70,7 +70,7 @@ class Processes:
 
         Args:
             place: what the ranks have come to; ranks that are at different places have failed.
-            numbers: what to tell the others, at most four.
+            numbers: what to tell the others, at most five.
             error: why this rank has failed, if it has.
 
         Raises:

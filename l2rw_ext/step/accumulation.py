@@ -14,6 +14,7 @@ from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.task import Direction
 
 from .gradients import Gradients, filled_if
+from .union import check_dtypes, dtypes_of
 from .weighing import Computed
 
 
@@ -113,7 +114,8 @@ class Accumulation:
         """What other ranks have to know at the end.
 
         These are the number of examples, whether no score was positive and equal weights are used
-        instead, the number of examples for the record, and whether gradients may have overflowed.
+        instead, the number of examples for the record, whether gradients may have overflowed, and
+        the dtype of the scores.
 
         Raises:
             ValueError: there was no micro-batch.
@@ -123,8 +125,9 @@ class Accumulation:
                 "accumulate(): there was no backward() inside, and each rank needs one"
             )
         recorded = sum(index.numel() for index, _ in self._recorded)
-        n = sum(part.numel() for part in self._rectified)
-        return n, self._uniform, recorded, self._overflow is not None
+        scores = torch.cat(self._rectified)
+        overflows = self._overflow is not None
+        return scores.numel(), self._uniform, recorded, overflows, dtypes_of(scores)
 
     def finish(self, processes: Processes | None, told: Sequence[Sequence[float]]) -> Gradients:
         """The weighted gradient of all micro-batches; from now on the weights are known.
@@ -142,13 +145,14 @@ class Accumulation:
         rectified, kept = torch.cat(self._rectified), torch.cat(self._kept)
         uniform, overflow, first = self._uniform, self._overflow, 0
         if processes is not None:
+            check_dtypes(processes, [dtype for *_, dtype in told])
             flag = rectified.new_zeros(1) if overflow is None else overflow.to(rectified)[None]
             n = [int(count) for count, *_ in told]
             parts = processes.gather(torch.cat([rectified, kept, flag]), [2 * k + 1 for k in n])
             rectified = torch.cat([part[:k] for part, k in zip(parts, n, strict=True)])
             kept = torch.cat([part[k:-1] for part, k in zip(parts, n, strict=True)])
             overflow = None
-            if any(overflows for *_, overflows in told):
+            if any(overflows for *_, overflows, _ in told):
                 overflow = torch.stack([part[-1] for part in parts]).any()
             uniform = any(alike for _, alike, *_ in told) and not bool(rectified.any())
             first = sum(n[: processes.rank])
@@ -173,7 +177,7 @@ class Accumulation:
         """The numbers and scores of examples for the record, of all ranks as :meth:`finish`."""
         if processes is None:
             return self._recorded
-        n = [int(count) for _, _, count, _ in told]
+        n = [int(count) for _, _, count, *_ in told]
         if not any(n):
             return []
         none = self._rectified[0].new_empty(0)
