@@ -566,6 +566,7 @@ class Reweighter:
                 self.on_degenerate,
                 self.check_finite,
                 scaled=task.loss_scale is not None,
+                replicated_clean=self.replicated_clean,
             )
 
         if shards is not None:

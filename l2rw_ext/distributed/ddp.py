@@ -71,8 +71,8 @@ def check_wrappers(
         processes: the ranks that the step spans.
 
     Raises:
-        TypeError, RuntimeError: the wrapper, or one inside of the model, is used in a way that a
-            step over several processes cannot follow.
+        TypeError, RuntimeError, ValueError: the wrapper, or one inside of the model, is used in a
+            way that a step over several processes cannot follow.
         NotExactError: batch statistics are those of all ranks.
     """
     for name, module in members.modules:
@@ -93,6 +93,12 @@ def check_wrappers(
             "Join does not know the collectives of a reweighted step; let all ranks make the same "
             "number of steps"
         )
+    others = set(dist.get_process_group_ranks(processes.group))
+    if not others.issubset(dist.get_process_group_ranks(wrapper.process_group)):
+        raise ValueError(
+            "process_group: DistributedDataParallel does not average gradients over all of its "
+            "ranks; leave process_group='auto'"
+        )
     ignored = wrapper.parameters_to_ignore
     for name, p in members.parameters:
         if p.requires_grad and name in ignored:
@@ -106,9 +112,10 @@ def check_wrappers(
         if p.requires_grad and name not in ignored
     ]
     known = wrapper._get_ddp_logging_data()
-    if (known["num_parameter_tensors"], known["total_parameter_size_bytes"]) != (
-        len(trained),
-        sum(p.numel() * p.element_size() for p in trained),
+    counts = len(trained), sum(p.numel() * p.element_size() for p in trained)
+    held = set(map(id, wrapper._module_parameters))
+    if (known["num_parameter_tensors"], known["total_parameter_size_bytes"]) != counts or any(
+        id(p) not in held for p in trained
     ):
         raise TypeError(
             "DistributedDataParallel was made when other parameters were trained, or of another "

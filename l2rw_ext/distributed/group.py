@@ -22,7 +22,9 @@ from l2rw_ext.errors import RankError
 # Its name until torch 2.12 is deprecated.
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_NUMBERS = 4
+_MARK = "_announced"
+
+_NUMBERS = 5
 """How many numbers a rank may tell the others at a meeting."""
 
 
@@ -31,7 +33,7 @@ class Meeting:
     """What the ranks tell each other at a place."""
 
     tell: tuple[float, ...] = ()
-    """What this rank tells the others: at most four numbers."""
+    """What this rank tells the others: at most five numbers."""
     told: list[list[float]] = field(default_factory=list)
     """What each rank has told, by rank."""
 
@@ -55,8 +57,8 @@ class Processes:
             if on_host
             else dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         )
-        self._announced: int | None = None
-        """The id of the error that all ranks know of and that is on its way to the caller."""
+        self._announced: object = None
+        """What marks the error that all ranks know of and that is on its way to the caller."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_nothing, ())  # a copy of what holds it finds its group again
@@ -68,7 +70,7 @@ class Processes:
 
         Args:
             place: what the ranks have come to; ranks that are at different places have failed.
-            numbers: what to tell the others, at most four.
+            numbers: what to tell the others, at most five.
             error: why this rank has failed, if it has.
 
         Raises:
@@ -105,7 +107,7 @@ class Processes:
         try:
             yield meeting
         except BaseException as error:
-            if all(id(raised) != self._announced for raised in _chain(error)):
+            if not any(map(self._knows, _chain(error))):
                 self.meet(place, error=error)
             raise
         meeting.told = self.meet(place, *meeting.tell)
@@ -136,8 +138,15 @@ class Processes:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Raise what all ranks raise here, because they decide it from the same facts."""
-        self._announced = id(error)
+        # The mark is on the error, for to hold the error would hold the tensors of its frames, and
+        # another error may get its id.
+        self._announced = object()
+        vars(error)[_MARK] = self._announced
         raise error
+
+    def _knows(self, error: BaseException) -> bool:
+        """Whether all ranks know of an error."""
+        return self._announced is not None and vars(error).get(_MARK) is self._announced
 
     def _raise(self, error: BaseException | None) -> NoReturn:
         """Raise this rank's error, or one that names the first rank that has failed."""

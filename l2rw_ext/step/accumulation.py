@@ -14,6 +14,7 @@ from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.task import Direction
 
 from .gradients import Gradients, filled_if
+from .union import check_dtypes, dtypes_of
 from .weighing import Computed
 
 
@@ -36,6 +37,8 @@ class Accumulation:
         self._reached: dict[nn.Parameter, None] = {}
         self._rectified: list[Tensor] = []
         self._kept: list[Tensor] = []
+        self._factors: list[Tensor] = []
+        """The sum of the rectified scores of each micro-batch that has no equal weights."""
         self._overflow: Tensor | None = None
         self._recorded: list[tuple[Tensor, Tensor]] = []
         self._uniform = False
@@ -80,7 +83,6 @@ class Accumulation:
 
         A gradient of equal weights counts as long as no score of any micro-batch was positive.
         """
-        uniform = computed.uniform
         if computed.index is not None:
             self._recorded.append((computed.index, computed.step.scores))
         rectified, kept = computed.rectified, computed.kept
@@ -90,14 +92,18 @@ class Accumulation:
         if computed.overflow is not None:
             held = self._overflow
             self._overflow = computed.overflow if held is None else held | computed.overflow
-        if self._uniform and not uniform:
-            self._totals.clear()
-        if uniform and self._totals and not self._uniform:
-            return
-        self._uniform = uniform
         factor = computed.total
         if factor is None:
-            factor = (kept if uniform else rectified).sum()
+            factor = (kept if computed.uniform else rectified).sum()
+        if not computed.uniform:
+            self._factors.append(factor)
+        if computed.uniform or self._uniform:  # for which the host has waited
+            positive = any(map(bool, self._factors))
+            if self._uniform and positive:
+                self._totals.clear()
+            self._uniform = not positive
+            if computed.uniform and positive:
+                return
         for p, g in computed.gradients:
             g = g.to(accumulation_dtype(g.dtype)) * factor.to(accumulation_dtype(g.dtype))
             held = self._totals.get(p)
@@ -108,7 +114,8 @@ class Accumulation:
         """What other ranks have to know at the end.
 
         These are the number of examples, whether no score was positive and equal weights are used
-        instead, and the number of examples for the record.
+        instead, the number of examples for the record, whether gradients may have overflowed, and
+        the dtype of the scores.
 
         Raises:
             ValueError: there was no micro-batch.
@@ -118,7 +125,9 @@ class Accumulation:
                 "accumulate(): there was no backward() inside, and each rank needs one"
             )
         recorded = sum(index.numel() for index, _ in self._recorded)
-        return sum(part.numel() for part in self._rectified), self._uniform, recorded
+        scores = torch.cat(self._rectified)
+        overflows = self._overflow is not None
+        return scores.numel(), self._uniform, recorded, overflows, dtypes_of(scores)
 
     def finish(self, processes: Processes | None, told: Sequence[Sequence[float]]) -> Gradients:
         """The weighted gradient of all micro-batches; from now on the weights are known.
@@ -136,13 +145,16 @@ class Accumulation:
         rectified, kept = torch.cat(self._rectified), torch.cat(self._kept)
         uniform, overflow, first = self._uniform, self._overflow, 0
         if processes is not None:
+            check_dtypes(processes, [dtype for *_, dtype in told])
             flag = rectified.new_zeros(1) if overflow is None else overflow.to(rectified)[None]
             n = [int(count) for count, *_ in told]
             parts = processes.gather(torch.cat([rectified, kept, flag]), [2 * k + 1 for k in n])
             rectified = torch.cat([part[:k] for part, k in zip(parts, n, strict=True)])
             kept = torch.cat([part[k:-1] for part, k in zip(parts, n, strict=True)])
-            overflow = None if overflow is None else torch.stack([x[-1] for x in parts]).any()
-            uniform = any(alike for _, alike, _ in told) and not bool(rectified.any())
+            overflow = None
+            if any(overflows for *_, overflows, _ in told):
+                overflow = torch.stack([part[-1] for part in parts]).any()
+            uniform = any(alike for _, alike, *_ in told) and not bool(rectified.any())
             first = sum(n[: processes.rank])
         joined = kept if uniform else rectified
         total = joined.sum()
@@ -165,7 +177,7 @@ class Accumulation:
         """The numbers and scores of examples for the record, of all ranks as :meth:`finish`."""
         if processes is None:
             return self._recorded
-        n = [int(count) for *_, count in told]
+        n = [int(count) for _, _, count, *_ in told]
         if not any(n):
             return []
         none = self._rectified[0].new_empty(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -25,6 +27,7 @@ def united(
     check_finite: bool,
     *,
     scaled: bool,
+    replicated_clean: bool,
 ) -> Computed:
     """The step on the examples of all ranks, with this rank's examples, weights and gradient.
 
@@ -40,29 +43,31 @@ def united(
         on_degenerate: see :class:`~l2rw_ext.Reweighter`.
         check_finite: see :class:`~l2rw_ext.Reweighter`.
         scaled: whether there is a loss scale.
+        replicated_clean: see :class:`~l2rw_ext.Reweighter`.
 
     Raises:
+        TypeError: losses have other dtypes on other ranks.
         ValueError: the clean batches were said to be the same on all ranks and are not; or see
             :func:`~l2rw_ext.step.weighing.weigh`, for all ranks alike.
     """
     step = computed.step
     n = [int(count) for count, *_ in told]
-    dtype = torch.promote_types(step.scores.dtype, step.losses.dtype)
-    own = torch.cat(
-        [step.scores.to(dtype), step.losses.to(dtype), step._clean_loss.to(dtype)[None]]
-    )
+    check_dtypes(processes, [dtype for *_, dtype in told])
+    own = torch.cat([x.double() for x in (step.scores, step.losses, step._clean_loss[None])])
     parts = processes.gather(own, [2 * count + 1 for count in n])
     scores = torch.cat([part[:count] for part, count in zip(parts, n, strict=True)])
     losses = torch.cat([part[count:-1] for part, count in zip(parts, n, strict=True)])
     clean_losses = torch.stack([part[-1] for part in parts])
+    # That of a sum over ranks is the same on all, but for its dtype where there is no clean batch.
+    clean_loss = _agreed(clean_losses) if replicated_clean else clean_losses.max()
     union = weigh(
         scores.to(step.scores.dtype),
         losses.to(step.losses.dtype),
-        _agreed(clean_losses).to(step._clean_loss.dtype),
+        clean_loss.to(step._clean_loss.dtype),
         step.engine,
         on_degenerate,
         check_finite,
-        mixes=any(mixes for _, mixes in told),
+        mixes=any(mixes for _, mixes, _ in told),
         scaled=scaled,
     )
     weights = union.step.weights.split(n)[processes.rank]
@@ -77,8 +82,34 @@ def united(
 
 
 def about(computed: Computed) -> tuple[float, ...]:
-    """What the other ranks have to know: the number of examples, and whether an engine mixes."""
-    return computed.step.scores.numel(), computed.step._contaminated is not None
+    """What the other ranks have to know.
+
+    These are the number of examples, whether an engine mixes, and the dtypes of what is gathered.
+    """
+    step = computed.step
+    mixes = step._contaminated is not None
+    return step.scores.numel(), mixes, dtypes_of(step.scores, step.losses)
+
+
+def dtypes_of(*tensors: Tensor) -> int:
+    """A number for the dtypes of tensors."""
+    return zlib.crc32(" ".join(str(x.dtype) for x in tensors).encode())
+
+
+def check_dtypes(processes: Processes, dtypes: Iterable[float]) -> None:
+    """Check that scores and losses have the same dtypes on all ranks.
+
+    Args:
+        processes: all of which call this at the same time.
+        dtypes: what :func:`dtypes_of` says, by rank.
+
+    Raises:
+        TypeError: they have not, so that ranks would weigh the union by other roundings.
+    """
+    if len(set(dtypes)) > 1:
+        processes.fail(
+            TypeError("training batch: the losses of the ranks have not all the same dtype")
+        )
 
 
 def _agreed(clean_losses: Tensor) -> Tensor:

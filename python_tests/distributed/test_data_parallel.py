@@ -312,6 +312,7 @@ CHANGES: dict[str, tuple[bool, Callable[[nn.Module], object]]] = {
     "unfrozen": (True, lambda model: model.requires_grad_(True)),
     "frozen": (False, lambda model: model[0].requires_grad_(False)),
     "another dtype": (False, lambda model: model.float()),
+    "replaced": (False, lambda model: setattr(model, "0", nn.Linear(5, 8, dtype=torch.float64))),
 }
 """Whether the first layer is frozen when the wrapper is made, and what is done then."""
 
@@ -339,6 +340,28 @@ def test_parameters_that_the_wrapper_does_not_average_are_an_error(pool: Pool, c
     for said, repaired in pool.run(_changed, change, ranks=2):
         assert "wrap the model again" in said
         assert repaired
+
+
+def _another_group(group: dist.ProcessGroup, batches: Batches) -> list[str]:
+    """What steps over all ranks say of wrappers that average over one rank, and over all."""
+    rank = dist.get_rank(group)
+    alone = [dist.new_group([k]) for k in range(dist.get_world_size(group))][rank]
+    found = []
+    for averaged in (alone, group):
+        model = DistributedDataParallel(MODELS["mlp"][0](), process_group=averaged)
+        reweighter = Reweighter(model, cross_entropy, process_group=group)
+        try:
+            reweighter.backward(*batches[0][rank])
+            found.append("")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_wrapper_does_not_average_over_all_ranks_of_a_step(pool: Pool) -> None:
+    for said, nothing in pool.run(_another_group, draw("mlp", SIZES["uneven"])):
+        assert "does not average gradients over all" in said
+        assert not nothing
 
 
 def test_what_cannot_be_is_one_sentence(pool: Pool) -> None:

@@ -451,6 +451,33 @@ def test_a_rank_fails_in_its_backward(
     assert _merged(found) == [False, False, True, True]
 
 
+def _broken_before_its_backward(
+    group: dist.ProcessGroup, model: str, steps: Sequence[Any]
+) -> list[_Told]:
+    """Steps in whose second one the last rank fails when the plan has been agreed on."""
+    rank = _Rank(group, model)
+    last = dist.get_rank(group) == dist.get_world_size(group) - 1
+    told: list[_Told] = []
+    original = Scoring.follow
+
+    def follow(self: Scoring, plan: Any) -> None:
+        if last and len(told) == 1 and self._exchange is not None:
+            raise torch.OutOfMemoryError("for the seeds of the backward")
+        original(self, plan)
+
+    with mock.patch.object(Scoring, "follow", follow):
+        for own in steps:
+            told.append(rank.backward(*own[dist.get_rank(group)]))
+    return told
+
+
+def test_a_rank_fails_before_its_backward(pool: Pool) -> None:
+    steps = _batches("shared", SIZES["uneven"], 3)
+    found = pool.run(_broken_before_its_backward, "shared", steps)
+    _assert_exact(found, "shared", steps)
+    assert _merged(found) == [False, False, True]
+
+
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("model", ["wide", "shared", "tokens"])
 def test_a_rank_is_interrupted_in_its_backward(pool: Pool, model: str, at: int) -> None:

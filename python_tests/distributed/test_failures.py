@@ -5,6 +5,7 @@ Nobody waits for a rank that has failed: a call that hangs fails with the pool's
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -290,6 +291,34 @@ def _nobody_has_clean_examples(group: dist.ProcessGroup, setup: Setup, batches: 
 def test_no_rank_has_clean_examples(pool: Pool) -> None:
     for message in pool.run(_nobody_has_clean_examples, Setup(), draw("mlp", SIZES["even"])):
         assert "clean" in message
+
+
+def _after_a_caught_error(
+    group: dist.ProcessGroup, setup: Setup, parts: Batches, bad: int
+) -> tuple[str, Any]:
+    """The user's own code catches an error of all ranks, and raises another one on one rank."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    mine: Any = (None, TypeError, "of this rank") if rank == bad else None
+
+    def accumulate() -> None:
+        with own.reweighter.accumulate():
+            own.reweighter.backward(*parts[0][rank])
+            with contextlib.suppress(TypeError):
+                own.reweighter.weights(None)
+            if rank == bad:  # in the memory of the error before, perhaps
+                raise TypeError("of this rank")
+
+    return _fails(own, mine, accumulate), own.train(*parts[0][rank])
+
+
+def test_another_error_after_one_that_was_caught(pool: Pool) -> None:
+    setup = Setup(loss=_Loss, wrapper=None)
+    parts = draw("mlp", SIZES["uneven"])
+    (expected,) = truths(setup, parts)
+    found = pool.run(_after_a_caught_error, setup, parts, 1, seconds=20)
+    for rank, (message, _) in enumerate(found):
+        assert rank == 1 or "rank 1" in message, message
+    assert_step([outcome for _, outcome in found], expected)
 
 
 def _in_accumulate(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from l2rw_ext.reference import relative_error
-from support.models import ENGINES, cross_entropy
+from support.models import ENGINES, cross_entropy, vectors
 from support.oracle import EXACT, flat, gradients_of
 from support.processes import Pool
 from support.ranks import (
@@ -270,6 +270,42 @@ def test_one_decision_of_the_scaler(pool: Pool, engine: str, wrapper: str) -> No
         assert torch.equal(parameters[0], parameters[1])
         assert not torch.equal(parameters[1], parameters[2])
         assert all(map(torch.equal, parameters, (p for *_, p in found[0])))
+
+
+def _overflow_in_micro_batches(
+    group: dist.ProcessGroup, setup: Setup, batches: Batches
+) -> list[bool | None]:
+    """Which gradients are finite if those of rank 1 overflow and no score of the others counts."""
+    own, rank = Rank(group, setup), dist.get_rank(group)
+    own.loss.factor = 1e12 if rank == 1 else 1.0
+    batch, clean = map(_in_float32, batches[0][rank])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    with torch.autocast("cpu", torch.float16), own.reweighter.accumulate():
+        step = own.reweighter.backward(batch, clean, grad_scaler=scaler)
+    assert bool(step.scores.isfinite().all()) is (rank != 1)
+    assert not bool((step.scores > 0).any())
+    return [None if p.grad is None else bool(p.grad.isfinite().all()) for p in own.parameters()]
+
+
+def _against(outputs: Tensor, targets: Tensor) -> Tensor:
+    return -cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("on_degenerate", ["zero", "uniform", "skip"])
+def test_one_rank_overflows_in_accumulate(pool: Pool, on_degenerate: str, wrapper: str) -> None:
+    setup = Setup(
+        loss=_Loud,
+        options={"clean_loss_fn": _against, "on_degenerate": on_degenerate},
+        wrapper=WRAPPERS[wrapper],
+        dtype=torch.float32,
+    )
+    x, y = vectors(1)
+    same = (x.expand(4, 5), y.expand(4))
+    batches = [[(same, same)] * 2]
+    for finite in pool.run(_overflow_in_micro_batches, setup, batches, ranks=2):
+        assert not any(finite)
+        assert None not in finite
 
 
 def _autocast(group: dist.ProcessGroup | None, setup: Setup, batches: Batches) -> Outcome:

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from l2rw_ext.reference import weighted_gradient
-from support.models import ENGINES
-from support.oracle import truth_of_ranks
+from l2rw_ext import Reweighter
+from l2rw_ext.reference import relative_error, weighted_gradient
+from support.models import ENGINES, cross_entropy
+from support.oracle import EXACT, truth_of_ranks
 from support.processes import SIZE, Pool
 from support.ranks import (
     COUPLED,
@@ -150,6 +151,61 @@ def test_one_rank_has_all_positive_scores(pool: Pool, wrapper: str, on_degenerat
     found = pool.run(train, setup, batches)
     assert [bool(outcomes[0].weights.any()) for outcomes in found] == [False, True, False]
     assert_steps(found, truths(setup, batches))
+
+
+def _in_float32(outputs: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(outputs.float(), targets)
+
+
+def _in_16_bits(group: dist.ProcessGroup, batches: Batches) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    model = MODELS["mlp"][0]().bfloat16()
+    batch, clean = (
+        None if pair is None else (pair[0].bfloat16(), pair[1])
+        for pair in batches[0][dist.get_rank(group)]
+    )
+    step = Reweighter(model, _in_float32, process_group=group).backward(batch, clean)
+    return step.clean_loss, step.weights.sum()
+
+
+def test_losses_of_another_dtype_than_the_parameters(pool: Pool) -> None:
+    """A rank without a clean batch does not know the dtype of the clean losses."""
+    found = pool.run(_in_16_bits, draw("mlp", SIZES["one rank without clean examples"]))
+    assert float(sum(total for _, total in found)) == pytest.approx(1, abs=1e-6)
+    first, *others = (float(clean_loss) for clean_loss, _ in found)
+    assert first > 0
+    assert others == pytest.approx([first] * 2, rel=1e-2)  # in 16 bits
+
+
+def _of_other_dtypes(group: dist.ProcessGroup, batches: Batches) -> list[Tensor | str]:
+    """Steps whose clean losses alone, and whose losses on rank 1, have another dtype."""
+    batch, clean = batches[0][dist.get_rank(group)]
+    own = _in_float32 if dist.get_rank(group) == 1 else cross_entropy
+    found: list[Tensor | str] = []
+    first = Rank(group, Setup(options={"clean_loss_fn": cross_entropy}, wrapper=None))
+    first.reweighter.loss_fn = _in_float32
+    found.append(first.reweighter.backward(batch, clean).clean_loss)
+    second = Rank(group, Setup(wrapper=None)).reweighter
+    second.loss_fn = own
+    try:
+        second.backward(batch, clean)
+    except TypeError as error:
+        found.append(str(error))
+    try:
+        with second.accumulate():
+            second.backward(batch, clean)
+    except TypeError as error:
+        found.append(str(error))
+    return found
+
+
+def test_losses_of_more_than_one_dtype(pool: Pool) -> None:
+    batches = draw("mlp", SIZES["uneven"])
+    ((expected, *_),) = truths(Setup(), batches)
+    for clean_loss, *errors in pool.run(_of_other_dtypes, batches):
+        assert relative_error(clean_loss, expected.clean_loss) <= EXACT
+        assert len(errors) == 2
+        assert all("same dtype" in error for error in errors)
 
 
 _NONE = torch.zeros(0, dtype=torch.float64)

@@ -105,6 +105,25 @@ def test_micro_batches_without_a_positive_score(
         assert relative_error(flat(found.values()), flat(exact.values())) < EXACT
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_equal_weights_beside_a_micro_batch_without_a_finite_loss(bad: int) -> None:
+    model, clean = mlp(), vectors(1)
+    parts = [(clean[0].expand(n, 5).clone(), clean[1].expand(n)) for n in (2, 3, 1)]
+    parts[bad][0].fill_(float("nan"))
+    one, other = (
+        Reweighter(m, cross_entropy, clean_loss_fn=_negated, on_degenerate="uniform")
+        for m in (model, copy.deepcopy(model))
+    )
+    with one.accumulate() as accumulation:
+        for part in parts:
+            one.backward(part, clean)
+    step = other.backward(tuple(torch.cat(t) for t in zip(*parts, strict=True)), clean)
+    assert step.weights.any()
+    assert relative_error(torch.cat(accumulation.weights), step.weights) < EXACT
+    found, expected = (flat(gradients_of(x.model).values()) for x in (one, other))
+    assert relative_error(found, expected) < EXACT
+
+
 def test_an_error_inside_leaves_nothing() -> None:
     model, batch, clean = mlp(), vectors(6), vectors(3)
     reweighter = Reweighter(model, cross_entropy)

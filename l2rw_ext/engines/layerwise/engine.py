@@ -528,6 +528,7 @@ class _Pass:
         agreed = exchange.agree(task.n, task.m, structure, positions)
         if plan.shared is None or plan.shared[0] != (agreed, structure):
             plan.shared = (agreed, structure), between_ranks(plan, reached, task, agreed)
+        exchange.begin(plan.shared[1].messages)  # from now on this rank owes them, if it fails
         return plan.shared[1]
 
     def _planned(self, verdict: Verdict, *, merged: bool) -> Plan:

@@ -175,7 +175,6 @@ class Scoring(Scored):
         if self._exchange is not None:
             first = plan.messages[0]
             share = self.clean_loss.to(first.device, first.dtype) * self._task.m
-            self._exchange.begin(plan.messages)
             self._exchange.send(CLEAN_LOSS, [share / self._exchange.m])
 
     def backward_of(self, use: Use) -> AbstractContextManager[None]:
