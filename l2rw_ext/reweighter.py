@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
@@ -33,7 +34,7 @@ from .errors import NotExactError, RankError, warn
 from .step.accumulation import Accumulation
 from .step.gradients import Gradients, filled_if, node_of, over_ranks
 from .step.sharded import sharded_gradients
-from .step.union import about, united
+from .step.union import Alike, about, united
 from .step.weighing import Computed, Degenerate, Step, waits, weigh
 from .task.isolation import Generators, Snapshot, preserved
 from .task.task import Direction, Task, clean_direction
@@ -193,6 +194,12 @@ class Reweighter:
         self.low_memory = low_memory
         self.reuse = reuse
         self.replicated_clean = replicated_clean
+        self._options = repr(
+            (
+                (on_degenerate, check_finite, every, reuse, replicated_clean),
+                (direction_decay, layers, l2, preconditioner is None),
+            )
+        )
         self._membership = Membership(process_group)
         self._written = Written()
         members = self._members()
@@ -476,10 +483,19 @@ class Reweighter:
         with processes.together(place) as meeting:
             task, numbers, remembered = checked()
             has_clean = task.clean_size is not None
-            meeting.tell = self.needs_clean, has_clean, numbers is not None, remembered is not None
-        due, clean_batches, indexed, known = zip(*meeting.told, strict=True)
+            said = f"{self._options}, {task.loss_scale is None}"
+            meeting.tell = (
+                self.needs_clean,
+                has_clean,
+                numbers is not None,
+                remembered is not None,
+                zlib.crc32(said.encode()),
+            )
+        due, clean_batches, indexed, known, options = zip(*meeting.told, strict=True)
         if len(set(due)) > 1:
             processes.fail(RankError("some ranks need a clean batch in this step, others do not"))
+        if len(set(options)) > 1:
+            processes.fail(ValueError("the ranks have given a Reweighter or a step other options"))
         if len(set(indexed)) > 1:
             processes.fail(ValueError("index must be given on all ranks or on none"))
         if self.needs_clean and not any(clean_batches):
@@ -557,16 +573,20 @@ class Reweighter:
             computed.index = index
             return computed
 
+        replicated = self.replicated_clean and self.needs_clean
+        clean = (task.clean_inputs, task.clean_targets) if replicated else None
+        alike = Alike(task.loss_scale, clean)
+
         def unite(computed: Computed, told: list[list[float]]) -> Computed:
             return united(
                 processes,
                 computed,
                 told,
                 None if accumulates else index,
+                alike,
                 self.on_degenerate,
                 self.check_finite,
                 scaled=task.loss_scale is not None,
-                replicated_clean=self.replicated_clean,
             )
 
         if shards is not None:

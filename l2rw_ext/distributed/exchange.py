@@ -76,8 +76,8 @@ class _Packet:
         """Whether one message more is small enough, and of the same kind."""
         first, last = self.messages[0], self.messages[-1]
         alike = (first.dtype, first.device) == (message.dtype, message.device)
-        if last.key[0] == "use" != message.key[0]:  # which is sent when all uses have been scored
-            return False
+        if last.key[0] == "use" and message.key[0] != "use":
+            return False  # it is sent when all uses have been scored
         size = sum(m.numel * m.dtype.itemsize for m in (*self.messages, message))
         small = size <= _PACKET_BYTES and len(self.messages) < _PACKET_MESSAGES
         return alike and small and not (first.gathered or message.gathered)

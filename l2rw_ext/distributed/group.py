@@ -123,10 +123,11 @@ class Processes:
 
     def gather(self, x: Tensor, lengths: list[int]) -> list[Tensor]:
         """The vectors of all ranks, whose lengths are known."""
+        group = self._host if x.device.type == "cpu" else self.group
         longest = max(lengths)
         padded = torch.nn.functional.pad(x, (0, longest - x.numel()))
         found = padded.new_empty(self.size * longest)
-        all_gather(found, padded, group=self.group)
+        all_gather(found, padded, group=group)
         rows = found.view(self.size, longest)
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 

@@ -4,18 +4,80 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l2rw_ext import devices
+from l2rw_ext.data.batch import tensors
 from l2rw_ext.distributed.group import Processes
 
 from .weighing import Computed, Degenerate, weigh
 
-_SAME = 1e-4
+_SAME_LOSS = 1e-4
 """How far mean losses of one clean batch may be off each other on ranks that computed it alike."""
+_SAME_BATCH = 1e-9
+"""How far sums over one clean batch may be off on processors that add in other orders."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """What has to be the same on all ranks and is compared with the scores.
+
+    Args:
+        loss_scale: the factor of a gradient scaler, shape (); None if there is none.
+        clean: the clean batch, if it was said to be the same on all ranks.
+    """
+
+    loss_scale: Tensor | None
+    clean: Any = None
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """The scale, and a number that other clean batches do not have; shape () each."""
+        scale = torch.ones(()) if self.loss_scale is None else self.loss_scale
+        if self.clean is None:
+            return [scale]
+        return [scale, torch.stack([_fingerprint(x) for x in tensors(self.clean)]).sum()]
+
+    def checked(
+        self, clean_losses: Tensor, scales: Tensor, fingerprints: Tensor | None = None
+    ) -> Tensor:
+        """The mean clean loss of all ranks, shape (); not a number if something differs.
+
+        Args:
+            clean_losses: the mean clean loss that each rank has, shape (ranks,).
+            scales: the scale of each rank, shape (ranks,).
+            fingerprints: the number of each rank's clean batch, shape (ranks,).
+
+        Raises:
+            ValueError: something differs, and the host need not wait to know.
+        """
+        found = clean_losses.max()
+        differs = scales.max() != scales.min()
+        if devices.synchronous(differs) and differs:
+            raise ValueError(f"grad_scaler: the scales of the ranks are {scales.tolist()}")
+        if fingerprints is not None:
+            off = found - clean_losses.min() > _SAME_LOSS * found.abs()
+            off = off | (fingerprints.max() - fingerprints.min() > _SAME_BATCH)
+            if devices.synchronous(off) and off:
+                raise ValueError(
+                    "replicated_clean=True, but the clean batches of the ranks are not the same, "
+                    "or the model draws random numbers, as in dropout; their mean losses are "
+                    f"{clean_losses.tolist()}. Leave replicated_clean off"
+                )
+            differs = differs | off
+        return found.masked_fill(differs, float("nan"))
+
+
+def _fingerprint(x: Tensor) -> Tensor:
+    """A sum over a tensor, relative to that of its magnitudes, shape ()."""
+    x = x.to_dense() if x.layout != torch.strided else x
+    x = torch.view_as_real(x) if x.is_complex() else x
+    x = x.double()
+    return x.sum() / x.abs().sum().clamp(min=1e-300)
 
 
 def united(
@@ -23,11 +85,11 @@ def united(
     computed: Computed,
     told: list[list[float]],
     index: Tensor | None,
+    alike: Alike,
     on_degenerate: Degenerate,
     check_finite: bool,
     *,
     scaled: bool,
-    replicated_clean: bool,
 ) -> Computed:
     """The step on the examples of all ranks, with this rank's examples, weights and gradient.
 
@@ -40,26 +102,29 @@ def united(
         computed: what this rank has computed.
         told: what :func:`about` says, by rank.
         index: the numbers of this rank's examples, shape (n,); None on all ranks or on none.
+        alike: what has to be the same on all ranks.
         on_degenerate: see :class:`~l2rw_ext.Reweighter`.
         check_finite: see :class:`~l2rw_ext.Reweighter`.
         scaled: whether there is a loss scale.
-        replicated_clean: see :class:`~l2rw_ext.Reweighter`.
 
     Raises:
         TypeError: losses have other dtypes on other ranks.
-        ValueError: the clean batches were said to be the same on all ranks and are not; or see
+        ValueError: something is not the same on all ranks; or see
             :func:`~l2rw_ext.step.weighing.weigh`, for all ranks alike.
     """
     step = computed.step
     n = [int(count) for count, *_ in told]
     check_dtypes(processes, [dtype for *_, dtype in told])
-    own = torch.cat([x.double() for x in (step.scores, step.losses, step._clean_loss[None])])
-    parts = processes.gather(own, [2 * count + 1 for count in n])
+    single = torch.stack(
+        [x.to(step.scores.device, torch.float64) for x in (step._clean_loss, *alike.numbers)]
+    )
+    own = torch.cat([step.scores.double(), step.losses.double(), single])
+    parts = processes.gather(own, [2 * count + single.numel() for count in n])
     scores = torch.cat([part[:count] for part, count in zip(parts, n, strict=True)])
-    losses = torch.cat([part[count:-1] for part, count in zip(parts, n, strict=True)])
-    clean_losses = torch.stack([part[-1] for part in parts])
+    losses = torch.cat([part[count : 2 * count] for part, count in zip(parts, n, strict=True)])
+    clean_losses, *numbers = torch.stack([part[-single.numel() :] for part in parts]).T
     # That of a sum over ranks is the same on all, but for its dtype where there is no clean batch.
-    clean_loss = _agreed(clean_losses) if replicated_clean else clean_losses.max()
+    clean_loss = alike.checked(clean_losses, *numbers)
     union = weigh(
         scores.to(step.scores.dtype),
         losses.to(step.losses.dtype),
@@ -77,7 +142,7 @@ def united(
     union.step = replace(step, weights=weights, _union=union.step)
     union.plan = computed.plan
     if index is not None:
-        union.index = torch.cat(processes.gather(index.to(scores.device), n))
+        union.index = torch.cat(processes.gather(index.cpu(), n))
     return union
 
 
@@ -110,20 +175,3 @@ def check_dtypes(processes: Processes, dtypes: Iterable[float]) -> None:
         processes.fail(
             TypeError("training batch: the losses of the ranks have not all the same dtype")
         )
-
-
-def _agreed(clean_losses: Tensor) -> Tensor:
-    """The mean clean loss, of which every rank has one; not a number if they are not the same.
-
-    Raises:
-        ValueError: they are not, and the host need not wait to know.
-    """
-    largest = clean_losses.max()
-    differ = largest - clean_losses.min() > _SAME * largest.abs()
-    if devices.synchronous(differ) and differ:
-        raise ValueError(
-            "replicated_clean=True, but the mean clean losses of the ranks are "
-            f"{clean_losses.tolist()}: their clean batches are not the same, or the model draws "
-            "random numbers, as in dropout; leave replicated_clean off"
-        )
-    return largest.masked_fill(differ, float("nan"))
