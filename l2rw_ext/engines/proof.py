@@ -218,7 +218,9 @@ def _each_gradient(
     if isinstance(outputs, Tensor) and not outputs.requires_grad:
         return
 
-    def taken(k: int, g: Tensor) -> Tensor:
+    def taken(k: int, g: Tensor | None) -> Tensor | None:
+        if g is None:  # of an operation whose backward says that there is none
+            return None
         take(k, g)
         return torch.zeros((), dtype=g.dtype, device=g.device).expand(g.shape)
 
