@@ -87,6 +87,7 @@ class Shards:
             if not hasattr(fsdp.FSDPModule, "reset_iter_state"):
                 raise TypeError("parameters that fully_shard has sharded need torch 2.13 or newer")
             found._gather_once()
+            found._check_shared({id(module): name for name, module in modules})
         for prefix, module in modules:
             for name, p in module._parameters.items():
                 if p is not None:
@@ -126,8 +127,9 @@ class Shards:
         """A context for a step: gradients in the body have nothing to do with those before it.
 
         In the body no parameter has a gradient from before or a hook that takes one, and FSDP
-        reduces each gradient at once. No mode sees what FSDP does. After an error FSDP is as after
-        a complete step.
+        reduces each gradient at once. No mode sees what FSDP does. Nothing is gathered when it
+        begins and when it ends: what a forward without a backward has gathered, FSDP would use
+        again after an optimiser has changed the shards.
         """
         kept = [(owner, name, getattr(owner, name)) for owner, name, _ in self._fields()]
         for owner, name, value in self._fields():
@@ -139,11 +141,10 @@ class Shards:
         for number, group in enumerate(self._groups):
             group.unshard = functools.partial(self._unshard, number, group.unshard)
         try:
-            yield
-        except BaseException:
             self.reset()
-            raise
+            yield
         finally:
+            self.reset()
             for owner, name in operations:
                 delattr(owner, name)
             for owner, name, value in kept:
@@ -261,6 +262,20 @@ class Shards:
                 "over several processes needs one mesh and one factor for all"
             )
         (self._divisor,) = divisors
+
+    def _check_shared(self, names: Mapping[int, str]) -> None:
+        """Raise if a parameter was shared and is now two shards; ``names`` are those of modules."""
+        seen: dict[int, str] = {}
+        for record in self._record.values():
+            place = record._module_info
+            name = f"{names[id(place.module)]}.{place.param_name}"
+            if record._orig_param_uid in seen:
+                raise TypeError(
+                    f"parameter {name!r} was one with {seen[record._orig_param_uid]!r} before "
+                    "fully_shard sharded them one by one, and is not any more; shard the modules "
+                    "that share it in one call, fully_shard([a, b])"
+                )
+            seen[record._orig_param_uid] = name
 
     def _check(self, name: str, p: nn.Parameter, dtensor: type) -> None:
         whole = self.whole.get(id(p))
