@@ -25,9 +25,11 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrizations import weight_norm
 
 from l2rw_ext import Reweighter, Step
 from l2rw_ext.reference import relative_error
+from support import ranks
 from support.models import CLASSES, cross_entropy, vectors
 from support.oracle import EXACT
 from support.processes import SIZE, Pool
@@ -35,6 +37,7 @@ from support.ranks import (
     MODELS,
     SIZES,
     Batches,
+    Chunked,
     Outcome,
     Setup,
     assert_steps,
@@ -43,7 +46,7 @@ from support.ranks import (
     truths,
 )
 
-SHARDED = ("mlp", "linear", "convolutions", "tokens", "shared", "checkpointed")
+SHARDED = ("mlp", "linear", "convolutions", "tokens", "shared", "checkpointed", "weight norm")
 
 
 def _children(model: nn.Module) -> list[nn.Module]:
@@ -238,6 +241,52 @@ def test_each_step_may_be_probed(pool: Pool) -> None:
     assert_steps(pool.run(_hooked, batches, ranks=2), truths(Setup(), batches))
 
 
+def _in_chunks(group: dist.ProcessGroup, batches: Batches) -> list[Outcome]:
+    """Of a model that calls its layers more often on one rank, as a loop over time may."""
+    own, rank = Rank(group, Setup("chunked"), Sharding()), group.rank()
+    for model in (own.model, own.plain):
+        for module in model.modules():
+            if isinstance(module, Chunked):
+                module.at_once = 1 + rank
+    return [own.train(*step[rank]) for step in batches]
+
+
+def test_ranks_may_call_a_layer_another_number_of_times(pool: Pool) -> None:
+    batches = draw("chunked", SIZES["uneven"][:2], 2)
+    assert_steps(pool.run(_in_chunks, batches, ranks=2), truths(Setup("chunked"), batches))
+
+
+def _without_backward(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> list[Tensor]:
+    """Losses of steps after whose forwards without a backward an optimiser moves the shards."""
+    own, rank = Rank(group, setup, Sharding(options={"reshard_after_forward": False})), group.rank()
+    found = []
+    for step in batches:
+        batch, clean = step[rank]
+        index = torch.arange(4 * rank, 4 * rank + 4)
+        own.optimizer.zero_grad()
+        found.append(own.reweighter.backward(batch, clean, index=index).losses)
+        if setup.options:
+            own.reweighter.explain(batch, clean, index=index)  # of remembered scores
+        else:
+            with torch.no_grad():
+                own.model(batch[0])
+        own.optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 9, "reuse": "scores"}])
+def test_parameters_are_gathered_anew(pool: Pool, options: dict[str, Any]) -> None:
+    batches = draw("mlp", [(4, 2)] * 2, 1) * 4
+    found = pool.run(_without_backward, Setup(options=options), batches, ranks=2)
+    one = ranks.Rank(None, Setup(options=options))
+    for step, parts in zip(batches, zip(*found, strict=True), strict=True):
+        batch, clean = ranks.union(step)
+        one.optimizer.zero_grad()
+        expected = one.reweighter.backward(batch, clean, index=torch.arange(8)).losses
+        one.optimizer.step()
+        assert relative_error(torch.cat(parts), expected) <= EXACT
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "every": {"every": 3},
     "direction_decay": {"direction_decay": 0.6, "every": 2},
@@ -389,7 +438,8 @@ class _Faulty(nn.Module):
 def _faults(group: dist.ProcessGroup, batches: Batches) -> list[list[str]]:
     """What each rank raises if one of them meets a fault; steps before and after are right."""
     torch.manual_seed(1)
-    layers = (nn.Linear(5, 8), nn.Linear(8, 8), _Faulty(), nn.Linear(8, 8), nn.Linear(8, CLASSES))
+    derived = weight_norm(nn.Linear(8, 8))  # is gathered for its direction, too
+    layers = (nn.Linear(5, 8), nn.Linear(8, 8), _Faulty(), derived, nn.Linear(8, CLASSES))
     model = Sharding().of(group, nn.Sequential(*layers).double())
     rank, said = group.rank(), []
     failing: list[str] = []
