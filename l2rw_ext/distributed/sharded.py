@@ -55,8 +55,14 @@ class RanksAgreement(Agreement):
     @contextlib.contextmanager
     def forward(self, place: str, *kinds: type[Exception]) -> Iterator[None]:
         """See :class:`~l2rw_ext.task.agreement.Agreement`."""
-        with self.at(place, *kinds), self._shards.owing():
+
+        def largest(number: int) -> int:
+            told = self._processes.meet("a group of parameters", number)
+            return max(int(theirs) for (theirs,) in told)
+
+        with self.at(place, *kinds), self._shards.owing(largest):
             yield
+        self._shards.remember_order()
 
     def mean(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~l2rw_ext.task.agreement.Agreement`."""

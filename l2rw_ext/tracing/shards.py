@@ -57,6 +57,8 @@ class Shards:
         """By id of a whole parameter: FSDP's record of it."""
         self._gathered: list[int] = []
         """Numbers of the groups that the present forward has gathered, in order."""
+        self._together: Callable[[int], int] | None = None
+        """What is called before a group is gathered in a first forward: see :meth:`owing`."""
         self._divisor = 1.0
         """What FSDP divides sums of gradients by."""
 
@@ -151,22 +153,36 @@ class Shards:
                 setattr(owner, name, value)
 
     @contextlib.contextmanager
-    def owing(self) -> Iterator[None]:
+    def owing(self, together: Callable[[int], int]) -> Iterator[None]:
         """A body that runs the model forward once; if it fails, what it had to gather is gathered.
 
-        That is what the last forward has gathered, or every group of parameters once.
+        That is what the last forward has gathered. If there was none, the processes tell each other
+        before each group which it is, and one that has failed follows the others.
+
+        Args:
+            together: called by all processes at the same time: the number of a group, or -1 for
+                none -> the largest of those that the processes say.
         """
+        order = _ORDERS.get(self._modules[0])
         self._gathered = []
+        self._together = together if order is None else None
         try:
             yield
         except Exception:
-            order = _ORDERS.get(self._modules[0], range(len(self._groups)))
-            for number in order[len(self._gathered) :]:
+            self._together = None
+            owed = iter(lambda: together(-1), -1) if order is None else order[len(self._gathered) :]
+            for number in owed:
                 self._groups[number].reshard()
                 self._groups[number].unshard()
                 self._groups[number].wait_for_unshard()
             raise
-        _ORDERS[self._modules[0]] = tuple(self._gathered)  # before the backward gathers
+        self._together = None
+        if order is None:
+            together(-1)
+
+    def remember_order(self) -> None:
+        """Remember what the forward has gathered, which has succeeded in all processes."""
+        _ORDERS[self._modules[0]] = tuple(self._gathered)
 
     def _unshard(
         self, number: int, unshard: Callable[..., None], *args: Any, **kwargs: Any
@@ -175,6 +191,8 @@ class Shards:
         group = self._groups[number]
         if group._all_gather_result is None and not group.is_unsharded:
             self._gathered.append(number)
+            if self._together is not None:
+                self._together(number)
         unshard(*args, **kwargs)
 
     @contextlib.contextmanager

@@ -491,6 +491,53 @@ def test_an_error_on_one_rank_is_one_on_all(pool: Pool) -> None:
         assert other == own
 
 
+class _Backwards(nn.Module):
+    """Its forward calls the layers in another order than that in which it has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.middle, self.first = nn.Linear(7, CLASSES), nn.Linear(8, 7), nn.Linear(5, 8)
+        self.faulty = _Faulty()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.last(torch.tanh(self.middle(self.faulty(torch.tanh(self.first(x))))))
+        assert isinstance(outputs, Tensor)
+        return outputs
+
+
+def _at_first(group: dist.ProcessGroup, batches: Batches) -> list[str]:
+    """What is raised by steps that fail before any has worked, and by one that works."""
+    torch.manual_seed(1)
+    model = _Backwards().double()
+    Sharding().of(group, model)
+    failing: list[bool] = []
+    model.faulty.register_forward_pre_hook(lambda m, args: args[0] * 0 - 1 if failing else None)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if where == "loss":
+            raise KeyError("in the loss")
+        return cross_entropy(outputs, targets)
+
+    reweighter, said = Reweighter(model, loss), []
+    for number, fault in enumerate(["middle", "loss", "middle", ""]):
+        own = group.rank() == number % 2
+        failing[:] = [True] if own and fault == "middle" else []
+        where = fault if own else ""
+        try:
+            reweighter.backward(*batches[0][group.rank()])
+        except Exception as error:
+            said.append(type(error).__name__)
+    return said
+
+
+def test_an_error_in_the_first_forward_on_one_rank_is_one_on_all(pool: Pool) -> None:
+    found = pool.run(_at_first, draw("mlp", SIZES["uneven"][:2]), ranks=2)
+    assert found == [
+        ["ValueError", "RankError", "ValueError"],
+        ["RankError", "KeyError", "RankError"],
+    ]
+
+
 def _scaled(group: dist.ProcessGroup, batches: Batches) -> None:
     own, rank = Rank(group, Setup("linear"), Sharding()), group.rank()
     own.backward(*batches[0][rank], grad_scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
