@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrizations import weight_norm
 
-from l2rw_ext import Reweighter, Step
+from l2rw_ext import NotExactError, Reweighter, Step
 from l2rw_ext.reference import relative_error
 from support import ranks
 from support.models import CLASSES, cross_entropy, vectors
@@ -254,6 +254,47 @@ def _in_chunks(group: dist.ProcessGroup, batches: Batches) -> list[Outcome]:
 def test_ranks_may_call_a_layer_another_number_of_times(pool: Pool) -> None:
     batches = draw("chunked", SIZES["uneven"][:2], 2)
     assert_steps(pool.run(_in_chunks, batches, ranks=2), truths(Setup("chunked"), batches))
+
+
+class _Ordered(nn.Module):
+    """Two layers of one shape, in an order that each rank may choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        self.head = nn.Linear(5, CLASSES)
+        self.order = [0, 1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in self.order:
+            x = torch.tanh(self.layers[number](x))
+        outputs = self.head(x)
+        assert isinstance(outputs, Tensor)
+        return outputs
+
+
+def _in_other_orders(group: dist.ProcessGroup, proved: bool, batches: Batches) -> str:
+    torch.manual_seed(1)
+    model = _Ordered().double()
+    Sharding(_none).of(group, model)
+    reweighter, mine = Reweighter(model, cross_entropy), batches[0][group.rank()]
+    orders = [[0, 1], [1, 0]] if group.rank() else [[0, 1], [0, 1]]
+    if proved:  # of both orders, so that a plan is known for each
+        for order in ([0, 1], [1, 0]):
+            model.order = order
+            reweighter.backward(*mine)
+    model.order = orders[1]
+    with pytest.raises(NotExactError) as raised:
+        reweighter.backward(*mine)
+    model.order = orders[0]
+    reweighter.backward(*mine)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("proved", [False, True])
+def test_other_orders_of_layers_on_ranks_are_an_error(pool: Pool, proved: bool) -> None:
+    for said in pool.run(_in_other_orders, proved, draw("mlp", SIZES["uneven"][:2]), ranks=2):
+        assert "use them in another order" in said
 
 
 def _without_backward(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> list[Tensor]:
