@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from l2rw_ext.errors import NotExactError
 from l2rw_ext.task.agreement import Agreement
 from l2rw_ext.tracing.shards import Shards
 
@@ -31,6 +32,14 @@ class RanksAgreement(Agreement):
     def any(self, *flags: bool) -> list[bool]:
         """See :class:`~l2rw_ext.task.agreement.Agreement`."""
         return self._processes.any(list(flags))
+
+    def check_order(self, number: int) -> None:
+        """See :class:`~l2rw_ext.task.agreement.Agreement`."""
+        if len({told for (told,) in self._processes.meet("the order", number)}) > 1:
+            raise NotExactError(
+                "the forwards of the ranks use other sharded parameters, or use them in another "
+                "order, so that no layer's part of the direction can be gathered"
+            )
 
     @contextlib.contextmanager
     def at(self, place: str, *kinds: type[Exception]) -> Iterator[None]:
@@ -55,8 +64,14 @@ class RanksAgreement(Agreement):
     @contextlib.contextmanager
     def forward(self, place: str, *kinds: type[Exception]) -> Iterator[None]:
         """See :class:`~l2rw_ext.task.agreement.Agreement`."""
-        with self.at(place, *kinds), self._shards.owing():
+
+        def largest(number: int) -> int:
+            told = self._processes.meet("a group of parameters", number)
+            return max(int(theirs) for (theirs,) in told)
+
+        with self.at(place, *kinds), self._shards.owing(largest):
             yield
+        self._shards.remember_order()
 
     def mean(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~l2rw_ext.task.agreement.Agreement`."""

@@ -89,14 +89,19 @@ class Proof:
             clean = direction_of(task, clean, retain=True)  # the graph is that of the losses, too
         found: dict[int, Tensor] = {}
 
-        def take(k: int, g: Tensor) -> None:
+        def direction(k: int) -> Tensor | None:
             v = clean.values.get(id(parameters[k]))
-            found[k] = _row(k, _real(task.unscaled(g)), None if v is None else _real(whole(v)))
+            if v is None:
+                return None
+            task.agreement.check_order(k)
+            return _real(whole(v))
+
+        def take(k: int, g: Tensor) -> None:
+            found[k] = _row(k, _real(task.unscaled(g)), direction(k))
 
         _each_gradient(losses, task.scaled(self._r.to(losses.dtype)), parameters, take)
-        for k, p in enumerate(parameters):
-            v = clean.values.get(id(p)) if k not in found else None
-            self._rows.append(found.get(k, _row(k, None, None if v is None else _real(whole(v)))))
+        for k in range(len(parameters)):
+            self._rows.append(found[k] if k in found else _row(k, None, direction(k)))
         self.complete = all(row[0] != 0 for row in found.values())
         """Whether the gradient of each parameter that the losses reach is other than zero."""
         self._noise = torch.zeros(len(self._rows), dtype=torch.float64, device="cpu")
@@ -218,7 +223,9 @@ def _each_gradient(
     if isinstance(outputs, Tensor) and not outputs.requires_grad:
         return
 
-    def taken(k: int, g: Tensor) -> Tensor:
+    def taken(k: int, g: Tensor | None) -> Tensor | None:
+        if g is None:  # of an operation whose backward says that there is none
+            return None
         take(k, g)
         return torch.zeros((), dtype=g.dtype, device=g.device).expand(g.shape)
 

@@ -19,6 +19,13 @@ class Agreement:
         """For each flag, whether it is set in any process."""
         return list(flags)
 
+    def check_order(self, number: int) -> None:
+        """Check that all processes are about to gather the same, which a number stands for.
+
+        Raises:
+            NotExactError: they are not.
+        """
+
     @contextlib.contextmanager
     def at(self, place: str, *kinds: type[Exception]) -> Iterator[None]:
         """A body that all processes run, and whose end all reach unless they raise.

@@ -57,6 +57,8 @@ class Shards:
         """By id of a whole parameter: FSDP's record of it."""
         self._gathered: list[int] = []
         """Numbers of the groups that the present forward has gathered, in order."""
+        self._together: Callable[[int], int] | None = None
+        """What is called before a group is gathered in a first forward: see :meth:`owing`."""
         self._divisor = 1.0
         """What FSDP divides sums of gradients by."""
 
@@ -87,6 +89,7 @@ class Shards:
             if not hasattr(fsdp.FSDPModule, "reset_iter_state"):
                 raise TypeError("parameters that fully_shard has sharded need torch 2.13 or newer")
             found._gather_once()
+            found._check_shared({id(module): name for name, module in modules})
         for prefix, module in modules:
             for name, p in module._parameters.items():
                 if p is not None:
@@ -126,8 +129,9 @@ class Shards:
         """A context for a step: gradients in the body have nothing to do with those before it.
 
         In the body no parameter has a gradient from before or a hook that takes one, and FSDP
-        reduces each gradient at once. No mode sees what FSDP does. After an error FSDP is as after
-        a complete step.
+        reduces each gradient at once. No mode sees what FSDP does. Nothing is gathered when it
+        begins and when it ends: what a forward without a backward has gathered, FSDP would use
+        again after an optimiser has changed the shards.
         """
         kept = [(owner, name, getattr(owner, name)) for owner, name, _ in self._fields()]
         for owner, name, value in self._fields():
@@ -139,33 +143,46 @@ class Shards:
         for number, group in enumerate(self._groups):
             group.unshard = functools.partial(self._unshard, number, group.unshard)
         try:
-            yield
-        except BaseException:
             self.reset()
-            raise
+            yield
         finally:
+            self.reset()
             for owner, name in operations:
                 delattr(owner, name)
             for owner, name, value in kept:
                 setattr(owner, name, value)
 
     @contextlib.contextmanager
-    def owing(self) -> Iterator[None]:
+    def owing(self, together: Callable[[int], int]) -> Iterator[None]:
         """A body that runs the model forward once; if it fails, what it had to gather is gathered.
 
-        That is what the last forward has gathered, or every group of parameters once.
+        That is what the last forward has gathered. If there was none, the processes tell each other
+        before each group which it is, and one that has failed follows the others.
+
+        Args:
+            together: called by all processes at the same time: the number of a group, or -1 for
+                none -> the largest of those that the processes say.
         """
+        order = _ORDERS.get(self._modules[0])
         self._gathered = []
+        self._together = together if order is None else None
         try:
             yield
         except Exception:
-            order = _ORDERS.get(self._modules[0], range(len(self._groups)))
-            for number in order[len(self._gathered) :]:
+            self._together = None
+            owed = iter(lambda: together(-1), -1) if order is None else order[len(self._gathered) :]
+            for number in owed:
                 self._groups[number].reshard()
                 self._groups[number].unshard()
                 self._groups[number].wait_for_unshard()
             raise
-        _ORDERS[self._modules[0]] = tuple(self._gathered)  # before the backward gathers
+        self._together = None
+        if order is None:
+            together(-1)
+
+    def remember_order(self) -> None:
+        """Remember what the forward has gathered, which has succeeded in all processes."""
+        _ORDERS[self._modules[0]] = tuple(self._gathered)
 
     def _unshard(
         self, number: int, unshard: Callable[..., None], *args: Any, **kwargs: Any
@@ -174,6 +191,8 @@ class Shards:
         group = self._groups[number]
         if group._all_gather_result is None and not group.is_unsharded:
             self._gathered.append(number)
+            if self._together is not None:
+                self._together(number)
         unshard(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -261,6 +280,20 @@ class Shards:
                 "over several processes needs one mesh and one factor for all"
             )
         (self._divisor,) = divisors
+
+    def _check_shared(self, names: Mapping[int, str]) -> None:
+        """Raise if a parameter was shared and is now two shards; ``names`` are those of modules."""
+        seen: dict[int, str] = {}
+        for record in self._record.values():
+            place = record._module_info
+            name = f"{names[id(place.module)]}.{place.param_name}"
+            if record._orig_param_uid in seen:
+                raise TypeError(
+                    f"parameter {name!r} was one with {seen[record._orig_param_uid]!r} before "
+                    "fully_shard sharded them one by one, and is not any more; shard the modules "
+                    "that share it in one call, fully_shard([a, b])"
+                )
+            seen[record._orig_param_uid] = name
 
     def _check(self, name: str, p: nn.Parameter, dtensor: type) -> None:
         whole = self.whole.get(id(p))

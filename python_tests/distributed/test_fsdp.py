@@ -25,9 +25,11 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrizations import weight_norm
 
-from l2rw_ext import Reweighter, Step
+from l2rw_ext import NotExactError, Reweighter, Step
 from l2rw_ext.reference import relative_error
+from support import ranks
 from support.models import CLASSES, cross_entropy, vectors
 from support.oracle import EXACT
 from support.processes import SIZE, Pool
@@ -35,6 +37,7 @@ from support.ranks import (
     MODELS,
     SIZES,
     Batches,
+    Chunked,
     Outcome,
     Setup,
     assert_steps,
@@ -43,7 +46,7 @@ from support.ranks import (
     truths,
 )
 
-SHARDED = ("mlp", "linear", "convolutions", "tokens", "shared", "checkpointed")
+SHARDED = ("mlp", "linear", "convolutions", "tokens", "shared", "checkpointed", "weight norm")
 
 
 def _children(model: nn.Module) -> list[nn.Module]:
@@ -238,6 +241,93 @@ def test_each_step_may_be_probed(pool: Pool) -> None:
     assert_steps(pool.run(_hooked, batches, ranks=2), truths(Setup(), batches))
 
 
+def _in_chunks(group: dist.ProcessGroup, batches: Batches) -> list[Outcome]:
+    """Of a model that calls its layers more often on one rank, as a loop over time may."""
+    own, rank = Rank(group, Setup("chunked"), Sharding()), group.rank()
+    for model in (own.model, own.plain):
+        for module in model.modules():
+            if isinstance(module, Chunked):
+                module.at_once = 1 + rank
+    return [own.train(*step[rank]) for step in batches]
+
+
+def test_ranks_may_call_a_layer_another_number_of_times(pool: Pool) -> None:
+    batches = draw("chunked", SIZES["uneven"][:2], 2)
+    assert_steps(pool.run(_in_chunks, batches, ranks=2), truths(Setup("chunked"), batches))
+
+
+class _Ordered(nn.Module):
+    """Two layers of one shape, in an order that each rank may choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        self.head = nn.Linear(5, CLASSES)
+        self.order = [0, 1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in self.order:
+            x = torch.tanh(self.layers[number](x))
+        outputs = self.head(x)
+        assert isinstance(outputs, Tensor)
+        return outputs
+
+
+def _in_other_orders(group: dist.ProcessGroup, proved: bool, batches: Batches) -> str:
+    torch.manual_seed(1)
+    model = _Ordered().double()
+    Sharding(_none).of(group, model)
+    reweighter, mine = Reweighter(model, cross_entropy), batches[0][group.rank()]
+    orders = [[0, 1], [1, 0]] if group.rank() else [[0, 1], [0, 1]]
+    if proved:  # of both orders, so that a plan is known for each
+        for order in ([0, 1], [1, 0]):
+            model.order = order
+            reweighter.backward(*mine)
+    model.order = orders[1]
+    with pytest.raises(NotExactError) as raised:
+        reweighter.backward(*mine)
+    model.order = orders[0]
+    reweighter.backward(*mine)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("proved", [False, True])
+def test_other_orders_of_layers_on_ranks_are_an_error(pool: Pool, proved: bool) -> None:
+    for said in pool.run(_in_other_orders, proved, draw("mlp", SIZES["uneven"][:2]), ranks=2):
+        assert "use them in another order" in said
+
+
+def _without_backward(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> list[Tensor]:
+    """Losses of steps after whose forwards without a backward an optimiser moves the shards."""
+    own, rank = Rank(group, setup, Sharding(options={"reshard_after_forward": False})), group.rank()
+    found = []
+    for step in batches:
+        batch, clean = step[rank]
+        index = torch.arange(4 * rank, 4 * rank + 4)
+        own.optimizer.zero_grad()
+        found.append(own.reweighter.backward(batch, clean, index=index).losses)
+        if setup.options:
+            own.reweighter.explain(batch, clean, index=index)  # of remembered scores
+        else:
+            with torch.no_grad():
+                own.model(batch[0])
+        own.optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 9, "reuse": "scores"}])
+def test_parameters_are_gathered_anew(pool: Pool, options: dict[str, Any]) -> None:
+    batches = draw("mlp", [(4, 2)] * 2, 1) * 4
+    found = pool.run(_without_backward, Setup(options=options), batches, ranks=2)
+    one = ranks.Rank(None, Setup(options=options))
+    for step, parts in zip(batches, zip(*found, strict=True), strict=True):
+        batch, clean = ranks.union(step)
+        one.optimizer.zero_grad()
+        expected = one.reweighter.backward(batch, clean, index=torch.arange(8)).losses
+        one.optimizer.step()
+        assert relative_error(torch.cat(parts), expected) <= EXACT
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "every": {"every": 3},
     "direction_decay": {"direction_decay": 0.6, "every": 2},
@@ -389,7 +479,8 @@ class _Faulty(nn.Module):
 def _faults(group: dist.ProcessGroup, batches: Batches) -> list[list[str]]:
     """What each rank raises if one of them meets a fault; steps before and after are right."""
     torch.manual_seed(1)
-    layers = (nn.Linear(5, 8), nn.Linear(8, 8), _Faulty(), nn.Linear(8, 8), nn.Linear(8, CLASSES))
+    derived = weight_norm(nn.Linear(8, 8))  # is gathered for its direction, too
+    layers = (nn.Linear(5, 8), nn.Linear(8, 8), _Faulty(), derived, nn.Linear(8, CLASSES))
     model = Sharding().of(group, nn.Sequential(*layers).double())
     rank, said = group.rank(), []
     failing: list[str] = []
@@ -439,6 +530,53 @@ def test_an_error_on_one_rank_is_one_on_all(pool: Pool) -> None:
         if fault != "nan":  # which both find in the mean clean loss of all
             own = f"RankError: rank {failed} failed: {own}"
         assert other == own
+
+
+class _Backwards(nn.Module):
+    """Its forward calls the layers in another order than that in which it has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.middle, self.first = nn.Linear(7, CLASSES), nn.Linear(8, 7), nn.Linear(5, 8)
+        self.faulty = _Faulty()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.last(torch.tanh(self.middle(self.faulty(torch.tanh(self.first(x))))))
+        assert isinstance(outputs, Tensor)
+        return outputs
+
+
+def _at_first(group: dist.ProcessGroup, batches: Batches) -> list[str]:
+    """What is raised by steps that fail before any has worked, and by one that works."""
+    torch.manual_seed(1)
+    model = _Backwards().double()
+    Sharding().of(group, model)
+    failing: list[bool] = []
+    model.faulty.register_forward_pre_hook(lambda m, args: args[0] * 0 - 1 if failing else None)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if where == "loss":
+            raise KeyError("in the loss")
+        return cross_entropy(outputs, targets)
+
+    reweighter, said = Reweighter(model, loss), []
+    for number, fault in enumerate(["middle", "loss", "middle", ""]):
+        own = group.rank() == number % 2
+        failing[:] = [True] if own and fault == "middle" else []
+        where = fault if own else ""
+        try:
+            reweighter.backward(*batches[0][group.rank()])
+        except Exception as error:
+            said.append(type(error).__name__)
+    return said
+
+
+def test_an_error_in_the_first_forward_on_one_rank_is_one_on_all(pool: Pool) -> None:
+    found = pool.run(_at_first, draw("mlp", SIZES["uneven"][:2]), ranks=2)
+    assert found == [
+        ["ValueError", "RankError", "ValueError"],
+        ["RankError", "KeyError", "RankError"],
+    ]
 
 
 def _scaled(group: dist.ProcessGroup, batches: Batches) -> None:

@@ -53,6 +53,30 @@ def test_where_torch_disagrees_with_itself(name: str, engine: Any) -> None:
     assert torch.allclose(step.scores, expected.scores, rtol=1e-10, atol=1e-12)
 
 
+class _NoGradient(torch.autograd.Function):
+    """x + 0 p, whose backward says that p has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor) -> Tensor:
+        return x + 0 * p
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *gradients, None
+
+
+@pytest.mark.filterwarnings("ignore:l2rw_ext")
+def test_a_parameter_whose_gradient_is_none() -> None:
+    model = model_of(
+        lambda s, x: _NoGradient.apply(x * s.theta, s.p),
+        theta=torch.linspace(0.9, 1.1, CLASSES),
+        p=torch.ones(CLASSES),
+    )
+    batch, clean = vectors(6, CLASSES), vectors(4, CLASSES)
+    explanation = Reweighter(model, cross_entropy).explain(batch, clean)
+    assert explanation.proof.startswith("agrees with plain autograd")
+
+
 def _off(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: function(*args, **kwargs) * 1.001
 

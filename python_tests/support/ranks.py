@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from l2rw_ext import Reweighter, Step, reference
@@ -44,6 +45,25 @@ def _tokens() -> nn.Module:
 
 def _shared() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), Twice(nn.Linear(8, 8)), nn.Linear(8, CLASSES)).double()
+
+
+def _weight_normed() -> nn.Module:
+    layers = (weight_norm(nn.Linear(5, 8)), nn.Tanh(), weight_norm(nn.Linear(8, CLASSES)))
+    return nn.Sequential(*layers).double()
+
+
+class Chunked(nn.Module):
+    """Calls its layers once for so many positions; what comes out does not depend on the number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = 1
+        self.up = nn.Linear(1, 4, dtype=torch.float64)
+        self.down = nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x[..., None].split(self.at_once, 1)
+        return torch.cat([self.down(torch.tanh(self.up(part))) for part in parts], 1).sum(1)
 
 
 class Checkpointed(nn.Module):
@@ -114,6 +134,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, T
     "shared": (_shared, vectors),
     "batch norm": (normed, vectors),
     "checkpointed": (Checkpointed, vectors),
+    "chunked": (lambda: nn.Sequential(Chunked(), nn.Linear(3, CLASSES).double()), vectors),
+    "weight norm": (_weight_normed, vectors),
     "branches": (Branches, vectors),
     "meets if odd": (MeetsIfOdd, vectors),
 }

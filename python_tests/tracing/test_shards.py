@@ -30,6 +30,7 @@ HEAD = """
         "all-reduce hook",
         "is no graph",
         "are divided by [1, 2.0] in different modules",
+        "parameter '1.weight' was one with '0.weight' before fully_shard",
     )
     ENGINES = ("auto", "layerwise", "forward", "double_backward")
 
@@ -54,6 +55,14 @@ FSDP2 = """
     divided = net()
     fully_shard(divided[0], mesh=mesh).set_gradient_divide_factor(2.0)
     refused(lambda: Reweighter(fully_shard(divided, mesh=mesh), loss))
+    for whole, again in ((False, False), (True, False), (True, True)):
+        tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        tied[1].weight = tied[0].weight
+        for module in (*tied, tied) if whole else tied:
+            fully_shard(module, mesh=mesh)
+        if again:
+            tied[1].weight = tied[0].weight
+        refused(lambda: Reweighter(tied, loss))
     coupled = fully_shard(net(), mesh=mesh)
     for engine in ("auto", "layerwise", "forward", "double_backward"):
         try:

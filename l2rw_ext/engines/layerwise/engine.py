@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -351,6 +352,7 @@ class Layerwise(Engine):
                 train.check([losses])
                 train.follow(clean_loss, why)
             with task.agreement.at("the backward", *_AGREED):
+                train.check_order()
                 train.backward()
             return train.scoring
 
@@ -475,6 +477,18 @@ class _Pass:
             plan.why_separate = why_separate
             self._kind.add(form, plan)
         self._plan = plan
+
+    def check_order(self) -> None:
+        """Check that all processes will gather the same parts of the direction in the same order.
+
+        Raises:
+            NotExactError: they will not.
+        """
+        if self._task.agreement.shared:
+            uses = reversed(self.scoring.reached)
+            roots = {id(root): root for use in uses for root in use.roots if root is not None}
+            names = [_name(root, self.interception) for root in roots.values()]
+            self._task.agreement.check_order(zlib.crc32(repr(names).encode()))
 
     def backward(self) -> None:
         """Score by the plan.
@@ -623,17 +637,17 @@ def _signature(use: Use, interception: Interception) -> tuple[Any, ...]:
 
 def _operands(use: Use, interception: Interception) -> tuple[Any, ...]:
     """What a use has in common with those of other sizes."""
-    names = interception.names
-
-    def name(root: Tensor) -> Any:
-        own = names.get(id(root))
-        return own or (root.shape, tuple(sorted(str(names.get(p, p)) for p in sources(root))))
-
     return (
         use.operation,
         use.part,
-        *(None if root is None else name(root) for root in use.roots),
+        *(None if root is None else _name(root, interception) for root in use.roots),
     )
+
+
+def _name(root: Tensor, interception: Interception) -> Any:
+    names = interception.names
+    own = names.get(id(root))
+    return own or (root.shape, tuple(sorted(str(names.get(p, p)) for p in sources(root))))
 
 
 def _numbers(tree: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -134,6 +134,9 @@ class Scoring(Scored):
         self._waiting: deque[tuple[Use, UsePlan, Tensor, Tensor]] = deque()
         """Training rows of uses whose direction is on its way between ranks."""
         self._pushed: dict[int, Tensor | None] = {}
+        """The direction by id of the root."""
+        self._left: Counter[int] = Counter()
+        """How many uses have not asked for it yet, by id of the root."""
         self._kept: list[_Kept] = []
         self._groups: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
         self.reached: list[Use] = []
@@ -162,13 +165,13 @@ class Scoring(Scored):
         )
         self.reached = reached
         self._trained = trained
-        if self._directions is not None:
-            self._push(reached, self._directions)
         self._expected = {use.index for use in reached}
 
     def follow(self, plan: Plan) -> None:
         """Follow a plan: from now on reports are processed as they come."""
         self.plan = plan
+        if self._directions is not None:
+            self._push(self.reached, self._directions)
         self._planned = {
             use.index: planned for use, planned in zip(self.reached, plan.uses, strict=True)
         }
@@ -249,15 +252,27 @@ class Scoring(Scored):
         return replace(explanation, proof=self.proof)
 
     def _push(self, uses: list[Use], directions: Mapping[int, Tensor]) -> None:
-        for use in uses:
-            for root in use.roots:
-                if root is not None and id(root) not in self._pushed:
-                    self._pushed[id(root)] = self._leaves.push_forward(root, directions)
+        for root in (root for use in uses for root in use.roots if root is not None):
+            if id(root) not in self._pushed:
+                self._pushed[id(root)] = self._leaves.push_forward(root, directions)
+            self._left[id(root)] += 1
 
     def _direction_of(self, use: Use) -> Roots:
-        weight, bias = use.roots
-        v, v_b = (None if root is None else self._pushed[id(root)] for root in (weight, bias))
-        return None if v is None else whole(v), None if v_b is None else whole(v_b)
+        weight, bias = (None if root is None else self._taken(id(root)) for root in use.roots)
+        return weight, bias
+
+    def _taken(self, key: int) -> Tensor | None:
+        """The direction of a root, for one of its uses.
+
+        A sharded one is gathered for the first of them and kept until the last: other processes may
+        have more of them or fewer, as in a loop over time.
+        """
+        v = self._pushed.pop(key)
+        v = None if v is None else whole(v)
+        self._left[key] -= 1
+        if self._left[key]:
+            self._pushed[key] = v
+        return v
 
     def _rows(
         self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
