@@ -312,3 +312,47 @@ def test_drawn_setups(pool: Pool) -> None:
         assert_steps(pool.run(train, setup, batches, ranks=len(sizes)), expected)
 
     check()
+
+
+def _unlike(
+    group: dist.ProcessGroup,
+    setup: Setup,
+    batches: Batches,
+    options: list[dict[str, Any]],
+    said: str,
+) -> None:
+    """A step of which something is not the same on all ranks."""
+    rank = dist.get_rank(group)
+    own = Rank(group, replace(setup, options={**setup.options, **options[rank]}))
+    with torch.no_grad():
+        for p in own.inner.get_submodule("2").parameters():
+            p.zero_()  # all losses are log C
+    with pytest.raises(ValueError, match=said):
+        own.reweighter.backward(*batches[0][rank])
+    assert all(p.grad is None for p in own.parameters())
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_clean_batches_that_are_not_the_same_although_their_losses_are(
+    pool: Pool, wrapper: str
+) -> None:
+    setup = Setup(options={"replicated_clean": True}, wrapper=WRAPPERS[wrapper])
+    batches = draw("mlp", SIZES["even"])
+    pool.run(_unlike, setup, batches, [{}] * SIZE, "clean batches of the ranks are not the same")
+
+
+def test_other_options_on_one_rank(pool: Pool) -> None:
+    options = [{}, {"on_degenerate": "skip"}, {}]
+    pool.run(_unlike, Setup(), draw("mlp", SIZES["even"]), options, "other options")
+
+
+def _unlike_scales(group: dist.ProcessGroup, setup: Setup, batches: Batches) -> None:
+    rank = dist.get_rank(group)
+    own = Rank(group, setup)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + rank))
+    with pytest.raises(ValueError, match=r"scales of the ranks are \[8.0, 16.0, 32.0\]"):
+        own.reweighter.backward(*batches[0][rank], grad_scaler=scaler)
+
+
+def test_other_loss_scales_on_each_rank(pool: Pool) -> None:
+    pool.run(_unlike_scales, Setup(), draw("mlp", SIZES["even"]))
