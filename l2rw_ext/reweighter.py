@@ -259,6 +259,8 @@ class Reweighter:
                 comes out as it is.)
             RuntimeError: with ``fullgraph=True``, the step is not one graph; the message says why.
                 Or the forward has begun to write to a tensor that no earlier step wrote to.
+            RankError: over several processes, another rank has failed; the message says which, and
+                why.
 
         After an error the model, the losses, gradients and torch's default generators are as
         before, unless the error comes from a hook while gradients are accumulated. The page
