@@ -527,10 +527,7 @@ class _Pass:
         task, reached = self._task, self.scoring.reached
         if devices.readable(self.scoring.clean_loss):
             check_clean_loss(self.scoring.clean_loss)
-        scale = task.loss_scale
-        structure: list[Any] = [
-            float(scale) if scale is not None and devices.readable(scale) else scale is None
-        ]
+        structure: list[Any] = []
         for p in task.parameters:
             structure.append((self.interception.names[id(p)], p.numel(), p.dtype, p.device.type))
         for use, own in zip(reached, plan.uses, strict=True):
