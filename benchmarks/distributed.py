@@ -313,9 +313,6 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             provenance.write(args.json, report)
         console.print(table(entry))
-    report["complete"] = True
-    if args.json:
-        provenance.write(args.json, report)
-        console.print(f"recorded in {args.json}")
+    provenance.complete(args.json, report, console)
     wrong = any(r["status"] != "ok" for e in report["cases"] for r in e["methods"])
     return 1 if wrong else 0

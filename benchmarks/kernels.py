@@ -409,8 +409,5 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             provenance.write(args.json, report)
     console.print(out)
-    report["complete"] = True
-    if args.json:
-        provenance.write(args.json, report)
-        console.print(f"recorded in {args.json}")
+    provenance.complete(args.json, report, console)
     return 1 if any(wrong(entry) for entry in report["cases"]) else 0

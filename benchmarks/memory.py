@@ -234,10 +234,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             provenance.write(args.json, report)
         console.print(table(entry))
-    report["complete"] = True
-    if args.json:
-        provenance.write(args.json, report)
-        console.print(f"recorded in {args.json}")
+    provenance.complete(args.json, report, console)
     ours = [r for e in report["cases"] for r in e["methods"] if r["name"].startswith("l2rw_ext")]
     return 1 if any("failed" in r for r in ours) else 0
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from .errors import UsageError
 
@@ -130,6 +131,14 @@ def write(path: Path, report: dict[str, Any]) -> None:
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(report, indent=1) + "\n")
     beside.replace(path)
+
+
+def complete(path: Path | None, report: dict[str, Any], console: Console) -> None:
+    """Mark a report as complete; write it, and say so, if there is a path."""
+    report["complete"] = True
+    if path:
+        write(path, report)
+        console.print(f"recorded in {path}")
 
 
 def read(path: Path) -> dict[str, Any]:

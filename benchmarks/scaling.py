@@ -130,10 +130,7 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 provenance.write(args.json, report)
         console.print(table(sweep.axis, entries))
-    report["complete"] = True
-    if args.json:
-        provenance.write(args.json, report)
-        console.print(f"recorded in {args.json}")
+    provenance.complete(args.json, report, console)
     ours = [
         row
         for entry in report["cases"]

@@ -342,9 +342,6 @@ def run(args: argparse.Namespace) -> int:
                 provenance.write(args.json, report)
             progress.console.print(table(entry))
             progress.advance(task)
-    report["complete"] = True
-    if args.json:
-        provenance.write(args.json, report)
-        console.print(f"recorded in {args.json}")
+    provenance.complete(args.json, report, console)
     ours = [r for e in report["cases"] for r in e["methods"] if r["name"].startswith("l2rw_ext")]
     return 1 if any(r["status"] != "ok" for r in ours) else 0
