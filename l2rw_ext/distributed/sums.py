@@ -69,7 +69,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     bucket: list[nn.Parameter] = []
     size = 0
     for p in parameters:
-        more = p.numel() * _dtype_of_sums(p).itemsize
+        more = p.numel() * dtype_of_sums(p).itemsize
         alike = bucket and (p.dtype, p.device) == (bucket[0].dtype, bucket[0].device)
         if bucket and not (alike and size + more <= _BUCKET_BYTES):
             yield bucket
@@ -85,7 +85,7 @@ def _flat(
 ) -> Tensor:
     """The values of neighbours, one after the other, times a factor."""
     first, sizes = parameters[0], [p.numel() for p in parameters]
-    flat = torch.zeros(sum(sizes), dtype=_dtype_of_sums(first), device=first.device)
+    flat = torch.zeros(sum(sizes), dtype=dtype_of_sums(first), device=first.device)
     for p, part in zip(parameters, flat.split(sizes), strict=True):
         value = values.get(id(p))
         if value is not None:
@@ -94,5 +94,6 @@ def _flat(
     return flat
 
 
-def _dtype_of_sums(p: nn.Parameter) -> torch.dtype:
+def dtype_of_sums(p: nn.Parameter) -> torch.dtype:
+    """In which dtype values of a parameter are added up."""
     return p.dtype if p.is_complex() else accumulation_dtype(p.dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from l2rw_ext.distributed.exchange import CLEAN_LOSS, Agreed, Message
+from l2rw_ext.distributed.sums import dtype_of_sums
 from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Cost, Size
 from l2rw_ext.ops.arithmetic import accumulation_dtype
@@ -98,8 +99,8 @@ def between_ranks(plan: Plan, uses: Sequence[Use], task: Task, agreed: Agreed) -
             new = sorted(found - shared.keys())
             for place in new:
                 p = parameters[place]
-                dtype = p.dtype if p.is_complex() else accumulation_dtype(p.dtype)
-                shared[place] = Message(("parameter", place), p.numel(), dtype, p.device, ranks)
+                key = "parameter", place
+                shared[place] = Message(key, p.numel(), dtype_of_sums(p), p.device, ranks)
             planned.append(replace(own, messages=tuple(shared[place] for place in new)))
         else:
             planned.append(
