@@ -143,6 +143,10 @@ def test_hooks_of_parameters_run_once(pool: Pool, engine: str) -> None:
         assert ran == expected
 
 
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
 def _buffers(
     group: dist.ProcessGroup, setup: Setup, batches: Batches
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -158,10 +162,8 @@ def _buffers(
             {**plain.state_dict(), **{f"module.{k}": p for k, p in rank.inner.named_parameters()}}
         )
         plain(batch[0]).sum().backward()
-        found.append(
-            {k: b.clone() for k, b in m.named_buffers()} for m in (rank.inner, plain.module)
-        )
-    return [tuple(pair) for pair in found]  # type: ignore[misc]
+        found.append((_held(rank.inner), _held(plain.module)))
+    return found
 
 
 @pytest.mark.parametrize("broadcast", [True, False])

@@ -102,6 +102,7 @@ class _Rank:
         self.merged: list[Scored | None] = []
         self.messages: list[tuple[bool, int]] = []
         self._score = self.reweighter._layerwise.score_with_others
+        # Watched for as long as this rank lives, which no context of a mock does.
         self.reweighter._layerwise.score_with_others = self._watched  # type: ignore[method-assign]
 
     def _watched(self, *args: Any) -> Scored | None:

@@ -17,6 +17,7 @@ from support.oracle import EXACT, flat, gradients_of
 from support.processes import Pool
 from support.ranks import (
     SIZES,
+    WRAPPERS,
     Batches,
     Outcome,
     Rank,
@@ -29,8 +30,6 @@ from support.ranks import (
     train,
     union,
 )
-
-WRAPPERS = {"wrapped": {}, "group given": None}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "every": {"every": 3},

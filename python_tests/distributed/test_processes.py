@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +51,8 @@ def test_results_of_each_rank(pool: Pool, ranks: int) -> None:
     ],
 )
 def test_failures_name_the_rank_and_the_next_call_works(
-    pool: Pool, function: object, message: str
+    pool: Pool, function: Callable[..., Any], message: str
 ) -> None:
     with pytest.raises(RanksError, match=message):
-        pool.run(function, ranks=2, seconds=2)  # type: ignore[arg-type]
+        pool.run(function, ranks=2, seconds=2)
     assert pool.run(_sum_of_ranks, 1) == [(3, SIZE, 1)] * SIZE

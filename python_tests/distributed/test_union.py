@@ -22,6 +22,7 @@ from support.ranks import (
     COUPLED,
     MODELS,
     SIZES,
+    WRAPPERS,
     Batches,
     Outcome,
     Rank,
@@ -32,8 +33,6 @@ from support.ranks import (
     train,
     truths,
 )
-
-WRAPPERS = {"wrapped": {}, "group given": None}
 
 
 def _assert_exact(

@@ -159,6 +159,10 @@ def draw(model: str, sizes: Sequence[tuple[int, int]], steps: int = 1, seed: int
     return [[(make(n), make(m) if m else None) for n, m in sizes] for _ in range(steps)]
 
 
+WRAPPERS: dict[str, dict[str, Any] | None] = {"wrapped": {}, "group given": None}
+"""How a group gets to the reweighter: see ``Setup.wrapper``."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """How every rank trains."""
