@@ -49,8 +49,7 @@ class Reweighted(Plain):
 
     def __init__(self, clean: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.clean = clean
-        self.resumed: dict[str, Any] = {}
+        self.clean, self.resumed = clean, dict[str, Any]()
 
     def on_fit_start(self) -> None:
         """Begin when `trainer.model` is the module as the strategy has wrapped it."""
@@ -80,8 +79,8 @@ class Reweighted(Plain):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what is known of the examples, and the place in the clean set."""
-        parts = ("clean_batches", "reweighter")
-        checkpoint["l2rw"] = {name: getattr(self, name).state_dict() for name in parts}
+        parts = {"clean_batches": self.clean_batches, "reweighter": self.reweighter}
+        checkpoint["l2rw"] = {name: part.state_dict() for name, part in parts.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep it for `on_fit_start`, which comes later."""
@@ -102,8 +101,9 @@ def main() -> None:
     x, generator = x.float() / 16, torch.Generator().manual_seed(0)
     clean, test, rest = torch.randperm(len(x), generator=generator).split([100, 400, 1297])
     flipped = torch.rand(len(rest), generator=generator) < 0.4
-    shift = flipped * torch.randint(1, 10, flipped.shape, generator=generator)
-    data = TensorDataset(x[rest], (true[rest] + shift) % 10, torch.arange(len(rest)))
+    wrong = torch.randint(1, 10, flipped.shape, generator=generator)
+    labels = (true[rest] + flipped * wrong) % 10
+    data = TensorDataset(x[rest], labels, torch.arange(len(rest)))
     # An order that depends on the epoch alone: a resumed run sees the same batches.
     sampler = DistributedSampler(data, PROCESSES, RANK)
     loader = DataLoader(data, BATCH, sampler=sampler, drop_last=True)
@@ -113,8 +113,8 @@ def main() -> None:
         trainer = fit(module := make(), loader, EPOCHS, resume=half)
         accuracy = (module(x[test]).argmax(1) == true[test]).float().mean()
         trainer.print(f"{type(module).__name__}: test accuracy {accuracy:.3f}")
-    found = module.reweighter.record.kept_share < 0.5
-    trainer.print(f"{found.sum()} labels found, precision {flipped[found].float().mean():.3f}")
+    found = module.reweighter.record.issues(labels).is_label_issue
+    trainer.print(f"{found.sum()} labels found, precision {flipped.numpy()[found].mean():.3f}")
 
 
 if __name__ == "__main__":
