@@ -67,14 +67,13 @@ class Reweighted(Plain):
 
     def backward(self, loss: Tensor) -> None:
         """Score and weigh all micro-batches of an optimiser step together."""
-        trainer = self.trainer
-        if len(self.waiting) < trainer.accumulate_grad_batches and not trainer.is_last_batch:
+        at_once, amp = self.trainer.accumulate_grad_batches, self.trainer.precision_plugin
+        if len(self.waiting) < at_once and not self.trainer.is_last_batch:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        with trainer.precision_plugin.train_step_context(), self.reweighter.accumulate():
+        with amp.train_step_context(), self.reweighter.accumulate():
             for x, y, index in self.waiting:
                 clean = next(self.clean_batches) if self.reweighter.needs_clean else None
-                self.reweighter.backward((x, y), clean, grad_scaler=scaler, index=index)
+                self.reweighter.backward((x, y), clean, getattr(amp, "scaler", None), index)
         self.waiting.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -105,8 +104,8 @@ def main() -> None:
     labels = (true[rest] + flipped * wrong) % 10
     data = TensorDataset(x[rest], labels, torch.arange(len(rest)))
     # An order that depends on the epoch alone: a resumed run sees the same batches.
-    sampler = DistributedSampler(data, PROCESSES, RANK)
-    loader = DataLoader(data, BATCH, sampler=sampler, drop_last=True)
+    ordered = DistributedSampler(data, PROCESSES, RANK)
+    loader = DataLoader(data, BATCH, sampler=ordered, drop_last=True)
     for make in (Plain, lambda: Reweighted((x[clean], true[clean]))):
         torch.manual_seed(0)
         half = fit(make(), loader, EPOCHS // 2).checkpoint_callback.best_model_path
