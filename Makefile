@@ -52,7 +52,7 @@ $(DEMO_VENV)/.installed: $(SOURCES) $(DEMO_VENV)/.spec
 	$(call install,$(DEMO_VENV),demo,--no-compile)
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.spec
-	$(call install,$(VENV),$(strip test,paper))
+	$(call install,$(VENV),$(strip test,paper,examples))
 
 demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in under three minutes
 	@"$(DEMO_VENV)/bin/python" -m benchmarks demo $(ARGS)
