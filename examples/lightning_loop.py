@@ -49,7 +49,8 @@ class Reweighted(Plain):
 
     def __init__(self, clean: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.clean, self.resumed = clean, dict[str, Any]()
+        self.clean = clean
+        self.resumed: dict[str, Any] = {}
 
     def on_fit_start(self) -> None:
         """Begin when `trainer.model` is the module as the strategy has wrapped it."""
@@ -100,8 +101,7 @@ def main() -> None:
     x, generator = x.float() / 16, torch.Generator().manual_seed(0)
     clean, test, rest = torch.randperm(len(x), generator=generator).split([100, 400, 1297])
     flipped = torch.rand(len(rest), generator=generator) < 0.4
-    wrong = torch.randint(1, 10, flipped.shape, generator=generator)
-    labels = (true[rest] + flipped * wrong) % 10
+    labels = (true[rest] + flipped * torch.randint(1, 10, rest.shape, generator=generator)) % 10
     data = TensorDataset(x[rest], labels, torch.arange(len(rest)))
     # An order that depends on the epoch alone: a resumed run sees the same batches.
     ordered = DistributedSampler(data, PROCESSES, RANK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -99,3 +100,14 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(loop: Loop) -> None:
     for name, table in whole.record.state_dict().items():
         assert torch.equal(table, resumed.record.state_dict()[name]), name
     assert whole.record.visits.tolist() == [3] * 30
+
+
+def test_the_script_prints_what_its_page_shows(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop.script, "EPOCHS", 2)
+    loop.script.main()
+    name = Path(loop.script.__file__).stem
+    recorded = (ROOT / "docs" / "assets" / "examples" / f"{name}.txt").read_text()
+    numbers = r"\d+(\.\d+)?"
+    assert re.sub(numbers, "N", capsys.readouterr().out) == re.sub(numbers, "N", recorded)
