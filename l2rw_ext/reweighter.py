@@ -33,6 +33,7 @@ from .engines.remembered import Remembered
 from .errors import NotExactError, RankError, warn
 from .step.accumulation import Accumulation
 from .step.gradients import Gradients, filled_if, node_of, over_ranks
+from .step.left_over import LeftOver
 from .step.sharded import sharded_gradients
 from .step.union import Alike, about, united
 from .step.weighing import Computed, Degenerate, Step, waits, weigh
@@ -220,6 +221,7 @@ class Reweighter:
         backend = None if compile is False else Backend(compile, compile_options)
         self._compiled = None if backend is None else Steps(backend)
         self._accumulation: Accumulation | None = None
+        self._left_over = LeftOver()
         self._warned: set[str] = set()
 
     def backward(
@@ -284,7 +286,7 @@ class Reweighter:
                 self._direction_options.advance()
                 return node_of(results[0].gradients)
 
-            self._delivered(step)
+            self._delivered(step, task.parameters)
         found = results[0].step
         if accumulation is None and results[0].index is not None:
             self.record.add(results[0].index, (found._union or found).scores)
@@ -336,8 +338,8 @@ class Reweighter:
                     meeting.tell = accumulation.about()
                 told = meeting.told
             gradients = accumulation.finish(processes, told)
-            for numbers, scores in accumulation.recorded(processes, told):
-                self.record.add(numbers, scores)
+            if (recorded := accumulation.recorded(processes, told)) is not None:
+                self.record.add(*recorded)
         except BaseException:
             if (wrapper := wrapper_of(self.model)) is not None:
                 forget_forwards(wrapper)
@@ -356,7 +358,7 @@ class Reweighter:
                 gradients = self._over_ranks(processes, gradients)
             return node_of(accumulation.filled(gradients))
 
-        self._delivered(deliver)
+        self._delivered(deliver, self._members().trainable)
 
     @property
     def needs_clean(self) -> bool:
@@ -645,8 +647,12 @@ class Reweighter:
         averaged = None if wrapper_of(self.model) is None else inside(self.model)
         return over_ranks(processes, averaged, self._members().trainable, gradients, factor)
 
-    def _delivered(self, step: Callable[[], Tensor | None]) -> None:
+    def _delivered(
+        self, step: Callable[[], Tensor | None], parameters: Sequence[nn.Parameter]
+    ) -> None:
         """Run a step, as the forward of a wrapper if there is one, and deliver its gradients."""
+        if self._accumulation is None:
+            self._warn_once(self._left_over.mistake(parameters))
         wrapper = wrapper_of(self.model)
         if wrapper is None:
             node = step()
@@ -657,6 +663,7 @@ class Reweighter:
                 node = as_forward(wrapper, step)
         if node is not None:
             torch.autograd.backward(node, torch.ones_like(node))
+            self._left_over.note(parameters)
 
     def _compute(
         self,
@@ -892,13 +899,16 @@ class Reweighter:
     def _warn(self, refusals: dict[str, str]) -> None:
         """Say once for each reason that the last engine has done the step."""
         reasons = [reason.rstrip(".") for reason in refusals.values()]
-        if len(reasons) < len(self._engines) - 1 or reasons[-1] in self._warned:
-            return
-        self._warned.add(reasons[-1])
-        warn(
-            f"{'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is exact and "
-            "about three times slower"
-        )
+        if len(reasons) == len(self._engines) - 1:
+            self._warn_once(
+                f"{'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is exact "
+                "and about three times slower"
+            )
+
+    def _warn_once(self, text: str | None) -> None:
+        if text is not None and text not in self._warned:
+            self._warned.add(text)
+            warn(text)
 
 
 def _loss_scale(grad_scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:

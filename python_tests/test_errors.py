@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2rw_ext import NotExactError, Reweighter
+from l2rw_ext import CleanBatches, NotExactError, Reweighter
 from support.models import CLASSES, cross_entropy, mlp, model_of, vectors
 from support.oracle import unchanged
 
@@ -69,6 +69,7 @@ def _fails(
     ("loss_fn", "error", "match"),
     [
         (F.cross_entropy, ValueError, r'loss_fn .*each of the \d examples.*reduction="none"'),
+        (nn.CrossEntropyLoss(), ValueError, r'for example CrossEntropyLoss\(reduction="none"\)'),
         (
             lambda out, y: cross_entropy(out, y)[:-1],
             ValueError,
@@ -100,6 +101,20 @@ def test_losses_of_the_wrong_kind(loss_fn: Any, error: type[Exception], match: s
         clean_loss_fn=loss_fn,
         methods=["backward"],
     )
+
+
+def test_losses_of_tokens() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    tokens, clean = torch.randint(9, (6, 5)), torch.randint(9, (6, 5))
+
+    def fails(match: str, reduction: str) -> None:
+        def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+        _fails(ValueError, match, (tokens, tokens), (clean, clean), model=model, loss_fn=loss_fn)
+
+    fails(r'reduction="none"\), and average the positions of each example', "mean")
+    fails(r"losses.view\(6, 5\).mean\(1\)", "none")
 
 
 def test_loss_function_that_raises() -> None:
@@ -135,6 +150,7 @@ def test_sizes_that_disagree(part: str) -> None:
 def test_batch_that_is_no_pair() -> None:
     x, y = vectors(6)
     _fails(TypeError, r"training batch: expected a pair .*, got Tensor", x, vectors(4))
+    _fails(TypeError, "got CleanBatches; give one batch of it", (x, y), CleanBatches((x, y)))
     _fails(TypeError, "training batch: .*got tuple of length 3", (x, y, y), vectors(4))
     _fails(TypeError, "clean batch: expected a pair", (x, y), {"x": x, "y": y})
     _fails(TypeError, "training batch: inputs must be a tensor.*got list", ([1, 2], y), vectors(4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -135,7 +135,10 @@ def unpack(batch: Any, name: str) -> Batch:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         kind = type(batch).__name__
         length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
-        raise TypeError(f"{name}: expected a pair (inputs, targets), got {kind}{length}")
+        hint = ""
+        if isinstance(batch, Iterable) and not isinstance(batch, (Tensor, Mapping, tuple, list)):
+            hint = "; give one batch of it, by next() or in a loop"
+        raise TypeError(f"{name}: expected a pair (inputs, targets), got {kind}{length}{hint}")
     inputs, targets = batch
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)

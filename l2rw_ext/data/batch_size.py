@@ -70,7 +70,7 @@ class BatchSize:
         """
         losses = loss_fn(outputs, targets)
         with torch._C.DisableTorchFunction():  # a function mode is to see the model's calls only
-            self._check(losses)
+            self._check(losses, loss_fn, targets)
             self.number = losses.numel()
             # Of inputs or targets of a subclass; what a step hands out and differentiates is plain.
             return plain(losses)
@@ -99,14 +99,14 @@ class BatchSize:
         agreed = (n for sizes in (rows, anywhere) for n in lengths if n in sizes)
         return next(agreed, lengths[0])
 
-    def _check(self, losses: Any) -> None:
+    def _check(self, losses: Any, loss_fn: LossFn, targets: Any) -> None:
         name, n = self._name, self.number
         if not isinstance(losses, Tensor):
             raise TypeError(
                 f"{name}: loss_fn must return a tensor of shape ({n},), got {type(losses).__name__}"
             )
         if losses.dim() != 1 or not self._explains(losses.numel()):
-            raise ValueError(f"{name}: {self._refusal(losses)}")
+            raise ValueError(f"{name}: {self._refusal(losses, loss_fn, targets)}")
         if losses.numel() == 0:
             raise self._empty()
         self._check_index(losses.numel())
@@ -126,23 +126,28 @@ class BatchSize:
         )
         return allowed and count in self._lengths
 
-    def _refusal(self, losses: Tensor) -> str:
+    def _refusal(self, losses: Tensor, loss_fn: LossFn, targets: Any) -> str:
         n, shape = self.number, tuple(losses.shape)
         if losses.dim() == 1 and self._given is not None:
             return f"batch_size says that there are {n} examples, but the losses have shape {shape}"
         each = f"of the {n} examples, shape ({n},)"
         if shape == (n,):
             each = f"example, and no input has {n} rows"
-        hint = (
-            'give unreduced losses, for example F.cross_entropy(outputs, targets, reduction="none")'
-        )
-        if losses.dim() == 1:
-            hint = (
-                "sum or average what belongs to one example, or say by batch_size= that there are "
-                f"{losses.numel()} examples"
-            )
-        elif shape[:1] == (n,):
-            hint = "sum or average what belongs to one example: losses.flatten(1).sum(1)"
+        count = losses.numel()
+        hint = "sum or average what belongs to one example"
+        if losses.dim() == 0:
+            call = "F.cross_entropy(outputs, targets, "
+            if isinstance(getattr(loss_fn, "reduction", None), str):
+                call = f"{type(loss_fn).__name__}("
+            hint = f'give unreduced losses, for example {call}reduction="none")'
+            if isinstance(targets, Tensor) and targets.dim() > 1:
+                hint += ", and average the positions of each example: .flatten(1).mean(1)"
+        elif losses.dim() == 1:
+            if count > n and count % n == 0:
+                hint += f": losses.view({n}, {count // n}).mean(1) if its rows follow one another"
+            hint += f", or say by batch_size= that there are {count} examples"
+        elif shape[0] == n:
+            hint += ": losses.flatten(1).sum(1)"
         return f"loss_fn must return one loss for each {each}, got shape {shape}; {hint}"
 
     def _check_index(self, count: int) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from l2rw_ext.ops.arithmetic import accumulation_dtype
+
+if TYPE_CHECKING:
+    from .label_issues import LabelIssues
 
 
 class ExampleRecord:
     """Scores of examples over the steps that named the examples by ``index``.
 
     The tables grow with the largest index seen; index runs from 0 to ``len(record) - 1``. Examples
-    with wrong labels collect low scores: ``record.mean_scores.argsort()`` lists the most suspicious
-    first (NaN, for examples never seen, sorts last).
+    with wrong labels collect low scores: :meth:`issues` lists them.
 
     Example:
         >>> import torch
@@ -29,27 +33,81 @@ class ExampleRecord:
     """
 
     def __init__(self) -> None:
-        self.visits = torch.zeros(0, dtype=torch.int64)
-        """How often each example was scored, int64, on the CPU."""
         self.scores = torch.zeros(0)
         """The last score u of each example; NaN where it was never scored."""
+        self._visits = torch.zeros(0, dtype=torch.int64)
         self._positive = torch.zeros(0)
         self._total = torch.zeros(0)
+        self._relative = torch.zeros(0)
+        self._counted: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.visits.numel()
+        return self.scores.numel()
+
+    @property
+    def visits(self) -> Tensor:
+        """How often each example was scored, int64, on the CPU."""
+        if self._counted is None:
+            self._counted = self._visits.cpu()
+        return self._counted
 
     @property
     def mean_scores(self) -> Tensor:
         """The mean score of each example; NaN where it was never scored."""
-        mean: Tensor = self._total / self.visits.to(self._total)
-        return mean
+        return self._mean(self._total)
 
     @property
     def kept_share(self) -> Tensor:
         """The share of its visits in which an example had a positive score; NaN without visits."""
-        share: Tensor = self._positive / self.visits.to(self._positive)
-        return share
+        return self._mean(self._positive)
+
+    def issues(self, labels: Any, outputs: Any = None) -> LabelIssues:
+        """Which examples are probably mislabelled, one row an example.
+
+        A step divides its scores by their root mean square, so that early steps, whose gradients
+        are large, count as much as late ones. An example is an issue if the mean of its scores s so
+        divided is negative: on average a step on it would have raised the clean loss.
+
+        Args:
+            labels: the labels that were trained on, integers or strings, a tensor, an array or a
+                list of shape (N,); row i belongs to the example of index i.
+            outputs: predicted labels of shape (N,), or logits or probabilities of shape
+                (N, classes), for the column ``predicted_label``.
+
+        Returns:
+            A NumPy record array of N rows, of which ``pandas.DataFrame(issues)`` makes a table and
+            ``issues.to_csv(path)`` a file. Its columns are ``index``; ``is_label_issue``, bool;
+            ``label_score``, float64 in [0, 1], ``(1 + s / (1 + |s|)) / 2``, below a half for issues
+            and NaN for examples that were never scored, which are no issues; ``given_label``; and
+            ``predicted_label`` if there are outputs.
+
+        Raises:
+            ImportError: NumPy is not installed.
+            TypeError: labels are neither integers nor strings.
+            ValueError: there are fewer labels than examples in the record, or shapes do not agree.
+
+        Example:
+            >>> import torch
+            >>> from torch.nn import functional as F
+            >>> import l2rw_ext as l2rw
+            >>> x = torch.tensor([[-3.0], [-2.0], [-1.0], [1.0], [2.0], [3.0]])
+            >>> y = torch.tensor([0, 0, 1, 1, 1, 1])
+            >>> clean = torch.tensor([[-4.0], [4.0]]), torch.tensor([0, 1])
+            >>> reweighter = l2rw.Reweighter(
+            ...     torch.nn.Linear(1, 2), lambda out, y: F.cross_entropy(out, y, reduction="none")
+            ... )
+            >>> _ = reweighter.backward((x, y), clean, index=range(6))
+            >>> issues = reweighter.record.issues(y)
+            >>> issues.index[issues.is_label_issue].tolist()
+            [2]
+        """
+        try:
+            from .label_issues import find_issues
+        except ModuleNotFoundError as error:
+            if error.name != "numpy":
+                raise
+            raise ImportError("ExampleRecord.issues() needs NumPy: pip install numpy") from error
+        return find_issues(self._mean(self._relative), labels, outputs)
 
     def knows(self, index: Tensor) -> bool:
         """Whether all of these examples have been scored."""
@@ -57,14 +115,23 @@ class ExampleRecord:
         return int(index.max()) < len(self) and bool((self.visits[index] > 0).all())
 
     def add(self, index: Tensor, scores: Tensor) -> None:
-        """Add those scores of a step that are finite."""
+        """Add those scores of a step that are finite.
+
+        Nothing waits for the device of the scores, if ``index`` is on the CPU.
+        """
+        scores = scores.to(accumulation_dtype(scores.dtype))
         self._grow(int(index.max()) + 1, scores)
-        on_cpu, index = index.cpu(), index.to(scores.device)
+        index = index.to(scores.device, non_blocking=True)
         finite = scores.isfinite()
-        self.visits.index_add_(0, on_cpu, finite.to(on_cpu))
-        self._positive.index_add_(0, index, (finite & (scores > 0)).to(scores.dtype))
-        self._total.index_add_(0, index, scores.where(finite, 0))
+        known = scores.where(finite, 0)
+        size = (known.square().sum() / finite.sum()).sqrt()
+        relative = known / size.where(size > 0, 1)
+        self._visits.index_add_(0, index, finite.to(self._visits))
+        self._positive.index_add_(0, index, (known > 0).to(known))
+        self._total.index_add_(0, index, known)
+        self._relative.index_add_(0, index, relative)
         self.scores[index] = scores.where(finite, self.scores[index])
+        self._counted = None
 
     def state_dict(self) -> dict[str, Any]:
         """The tables, for a checkpoint."""
@@ -73,27 +140,35 @@ class ExampleRecord:
             "positive": self._positive.clone(),
             "last": self.scores.clone(),
             "total": self._total.clone(),
+            "relative": self._relative.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.visits = state["visits"].clone()
+        self._visits = state["visits"].to(state["last"].device, copy=True)
         self._positive = state["positive"].clone()
         self.scores = state["last"].clone()
         self._total = state["total"].clone()
+        # A state of before there was this table says no more than the mean score.
+        self._relative = state.get("relative", state["total"]).clone()
+        self._counted = None
+
+    def _mean(self, total: Tensor) -> Tensor:
+        mean: Tensor = total / self._visits.to(total)
+        return mean
 
     def _grow(self, size: int, like: Tensor) -> None:
-        more = size - len(self)
-        if more > 0:
-            self.visits = torch.cat([self.visits, self.visits.new_zeros(more)])
-            zeros = like.new_zeros(more)
-            self._positive = torch.cat([self._positive.to(like), zeros])
-            self._total = torch.cat([self._total.to(like), zeros])
-            self.scores = torch.cat([self.scores.to(like), zeros + float("nan")])
-        elif self.scores.device != like.device or self.scores.dtype != like.dtype:
-            self._positive, self._total, self.scores = (
-                x.to(like) for x in (self._positive, self._total, self.scores)
-            )
+        """Make room for ``size`` examples, on the device and in the dtype of the scores."""
+        more = max(size - len(self), 0)
+        if more == 0 and self.scores.device == like.device and self.scores.dtype == like.dtype:
+            return
+        zeros = like.new_zeros(more)
+        visits = self._visits.to(like.device)
+        self._visits = torch.cat([visits, visits.new_zeros(more)])
+        self._positive, self._total, self._relative = (
+            torch.cat([x.to(like), zeros]) for x in (self._positive, self._total, self._relative)
+        )
+        self.scores = torch.cat([self.scores.to(like), zeros + float("nan")])
 
 
 def check_index(index: Any) -> Tensor | None:

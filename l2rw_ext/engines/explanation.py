@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import html
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from l2rw_ext.task.task import Task
 
 from .plan import Plan
+
+_TEXT = (0, 1, 2, 4, 7)
+"""The columns of the table of layers that are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which engine runs and why; printable, and a dict by :meth:`as_dict`."""
+    """Which engine runs and why; printable, tables in a notebook, a dict by :meth:`as_dict`."""
 
     engine: str
     reason: str
@@ -120,21 +124,22 @@ class Explanation:
         """The explanation as plain data."""
         return asdict(self) | {"kept_bytes": self.kept_bytes, "sent_bytes": self.sent_bytes}
 
-    def _lines(self) -> Iterator[str]:
-        yield f"engine: {self.engine}"
-        yield f"why:    {self.reason}"
-        yield f"batch:  {self.n} training and {self.m} clean examples; {self.passes}"
-        yield f"cost:   {self.cost:.2f} times the multiply-adds of a plain step on both batches"
-        yield f"memory: kept between scores and weighted gradient: {self.memory}"
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """What is said of the step as a whole: a word, and a sentence."""
+        yield "engine", self.engine
+        yield "why", self.reason
+        yield "batch", f"{self.n} training and {self.m} clean examples; {self.passes}"
+        yield "cost", f"{self.cost:.2f} times the multiply-adds of a plain step on both batches"
+        yield "memory", f"kept between scores and weighted gradient: {self.memory}"
         if self.sent_bytes:
-            yield f"sent:   {self.sent_bytes / 2**20:.2f} MiB of the direction by each rank"
+            yield "sent", f"{self.sent_bytes / 2**20:.2f} MiB of the direction by each rank"
         if self.proof:
-            yield f"proof:  {self.proof}"
+            yield "proof", self.proof
         for option in self.options:
-            yield f"option: {option}"
-        if not self.layers:
-            return
-        yield ""
+            yield "option", option
+
+    def _table(self) -> list[list[str]]:
+        """A header and a row for each layer."""
         header = ["parameters", "operation", "input", "T", "form", "Mmul-add", "kept MiB"]
         rows = [
             [
@@ -152,12 +157,40 @@ class Explanation:
             header += ["direction", "sent MiB"]
             for row, layer in zip(rows, self.layers, strict=True):
                 row += [layer.direction, f"{layer.sent_bytes / 2**20:.2f}"]
-        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-        for row in [header, *rows]:
+        return [header, *rows]
+
+    def _lines(self) -> Iterator[str]:
+        for word, sentence in self._facts():
+            yield f"{word + ':':8}{sentence}"
+        if not self.layers:
+            return
+        yield ""
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
             yield "  ".join(
-                cell.ljust(w) if i in (0, 1, 2, 4, 7) else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(width) if i in _TEXT else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        """The same as tables, for a notebook."""
+        facts = "".join(_row(["th", "td"], fact) for fact in self._facts())
+        parts = [f"<table>{facts}</table>"]
+        if self.layers:
+            header, *rows = self._table()
+            cells = "".join(_row(["td"] * len(header), row) for row in rows)
+            parts.append(f"<table>{_row(['th'] * len(header), header)}{cells}</table>")
+        return "".join(parts)
+
+
+def _row(tags: list[str], cells: Iterable[str]) -> str:
+    """A row of an HTML table, with numbers to the right, as in the printed one."""
+    made = []
+    for i, (tag, cell) in enumerate(zip(tags, cells, strict=True)):
+        side = "left" if i in _TEXT else "right"
+        made.append(f"<{tag} style='text-align: {side}'>{html.escape(cell)}</{tag}>")
+    return f"<tr>{''.join(made)}</tr>"

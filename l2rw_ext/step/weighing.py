@@ -19,9 +19,11 @@ from .gradients import Gradients
 Degenerate = Literal["zero", "uniform", "skip"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Step:
     """Weights and statistics of one step; all tensors are detached and on the model's device.
+
+    Printed, it is one line of its statistics.
 
     Attributes:
         weights: w of Eq. 9, shape (n,), float32 (float64 for float64 losses); sums to one or is all
@@ -39,11 +41,28 @@ class Step:
     scores: Tensor
     losses: Tensor
     engine: str
-    _clean_loss: Tensor = field(repr=False)
-    _excluded: Tensor | None = field(repr=False)
-    _contaminated: Tensor | None = field(default=None, repr=False)
-    _union: Step | None = field(default=None, repr=False)
+    _clean_loss: Tensor
+    _excluded: Tensor | None
+    _contaminated: Tensor | None = None
+    _union: Step | None = None
     """The step on the examples of all ranks, if there are others."""
+
+    def __repr__(self) -> str:
+        whole = self._union or self
+        n = whole.weights.numel()
+        parts = [f"n={n}", f"engine={self.engine!r}"]
+        try:
+            parts += [
+                f"loss={float(self.loss):.4g}",
+                f"clean_loss={float(self.clean_loss):.4g}",
+                f"weighted={int((whole.weights != 0).sum())}",
+                f"effective_sample_size={self.effective_sample_size:.4g}",
+            ]
+            if self.nonfinite:
+                parts.append(f"nonfinite={self.nonfinite}")
+        except ValueError as error:
+            parts.append(f"error={str(error)!r}")
+        return f"Step({', '.join(parts)})"
 
     def _checked(self) -> Step:
         """The step on all examples, if its numbers mean something."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from l2rw_ext import Reweighter
+from l2rw_ext import ExampleRecord, Reweighter
 from support.models import cross_entropy, mlp, vectors
 from support.oracle import unchanged
 
@@ -50,3 +50,35 @@ def test_scores_that_are_not_finite_are_not_recorded() -> None:
     reweighter.backward((x, y), clean, index=range(4))
     assert reweighter.record.visits.tolist() == [1, 1, 0, 1]
     assert reweighter.record.scores.isnan().tolist() == [False, False, True, False]
+
+
+def test_tables_add_up_in_float32_at_least() -> None:
+    record = ExampleRecord()
+    for _ in range(3000):
+        record.add(torch.tensor([0]), torch.tensor([1.0], dtype=torch.float16))
+    assert record.visits.tolist() == [3000]
+    assert record.kept_share.tolist() == [1.0]
+    assert record.mean_scores.dtype == torch.float32
+
+
+def test_adding_scores_does_not_read_them() -> None:
+    """Tensors on "meta" have no values to read."""
+    record, index = ExampleRecord(), torch.tensor([4, 1])
+    record.add(index, torch.empty(2, device="meta"))
+    record.add(index, torch.empty(2, device="meta"))
+    assert len(record) == 5
+
+
+@pytest.mark.cuda
+def test_adding_scores_on_cuda_does_not_wait_for_them() -> None:
+    record, index = ExampleRecord(), torch.tensor([4, 1])
+    scores = torch.tensor([1.0, -1.0], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        record.add(index, scores)
+        record.add(index, scores)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert record.visits.tolist() == [0, 2, 0, 0, 2]
+    issues = record.issues(torch.zeros(5, dtype=torch.int64, device="cuda"))
+    assert issues.is_label_issue.tolist() == [False, True, False, False, False]

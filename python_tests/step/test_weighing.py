@@ -126,3 +126,24 @@ def test_weights_are_a_distribution_or_zero(n: int, m: int, seed: int) -> None:
     assert (weights >= 0).all()
     total = float(weights.sum())
     assert math.isclose(total, 1, rel_tol=1e-12) or total == 0
+
+
+def test_a_step_prints_as_one_line() -> None:
+    x, y = vectors(6)
+    step = Reweighter(mlp(), cross_entropy).backward((x, y), vectors(4))
+    weighted, size = int((step.weights > 0).sum()), step.effective_sample_size
+    assert str(step) == (
+        f"Step(n=6, engine='layerwise', loss={float(step.loss):.4g}, "
+        f"clean_loss={float(step.clean_loss):.4g}, weighted={weighted}, "
+        f"effective_sample_size={size:.4g})"
+    )
+    spoiled = x.clone()
+    spoiled[2] = float("nan")
+    step = Reweighter(mlp(), cross_entropy).backward((spoiled, y), vectors(4))
+    assert str(step).endswith(", nonfinite=1)")
+
+
+def test_a_step_whose_numbers_mean_nothing_prints() -> None:
+    w = torch.zeros(3)
+    text = str(Step(w, w, w, "layerwise", torch.tensor(float("nan")), None))
+    assert text.startswith("Step(n=3, engine='layerwise', error='clean batch: the mean loss is nan")
