@@ -43,17 +43,14 @@ def flip(labels: Tensor, noise: str) -> Tensor:
     return labels.where(torch.rand(len(labels)) > 0.4, (labels + away) % CLASSES)
 
 
-def train(
-    method: str, data: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor], epochs: int
-) -> tuple[nn.Module, Reweighter]:
+def train(method: str, data: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor]) -> Reweighter:
     """Train a network; every method makes as many steps, with the same learning rate."""
     x, y = data
-    hidden, head = nn.Linear(x[0].numel(), 256), nn.Linear(256, CLASSES)
-    model = nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), head)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, CLASSES))
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     reweighter = Reweighter(model, losses)
     clean_batches = CleanBatches(clean, len(clean[1]))
-    for _ in range(epochs):
+    for _ in range(EPOCHS):
         for index in torch.randperm(len(x)).split(BATCH):
             optimizer.zero_grad()
             if method == "plain":
@@ -63,17 +60,17 @@ def train(
             else:  # the index says which images these are, for the report of wrong labels
                 reweighter.backward((x[index], y[index]), next(clean_batches), index=index)
             optimizer.step()
-    return model, reweighter
+    return reweighter
 
 
-def compare(x: Tensor, y: Tensor, noise: str, epochs: int, picture: str = "") -> dict[str, float]:
+def compare(x: Tensor, y: Tensor, noise: str, picture: str = "") -> dict[str, float]:
     """Accuracy of each method in %, and how well the report finds the wrong labels, in %."""
     of_clean, of_test, of_train = split(y)
     given, clean = flip(y[of_train], noise), (x[of_clean], y[of_clean])
     found = {}
     for method in METHODS:
-        model, reweighter = train(method, (x[of_train], given), clean, epochs)
-        right = (model(x[of_test]).argmax(1) == y[of_test]).float()
+        reweighter = train(method, (x[of_train], given), clean)
+        right = (reweighter.model(x[of_test]).argmax(1) == y[of_test]).float()
         found[f"test accuracy of {method}, %"] = 100 * float(right.mean())
     issues = reweighter.record.issues(given)  # of "ours", the last
     wrong = (given != y[of_train]).numpy()
@@ -87,7 +84,7 @@ def compare(x: Tensor, y: Tensor, noise: str, epochs: int, picture: str = "") ->
 def draw(scores: np.ndarray, images: Tensor, given: Tensor, true: Tensor, picture: str) -> None:
     """Scores of right and wrong labels, and the images that are trusted most and least."""
     figure, axes = plt.subplot_mosaic("ssssssss;abcdefgh;ABCDEFGH", height_ratios=[3, 1, 1])
-    figure.set(size_inches=(8, 5), layout="constrained")
+    figure.set(size_inches=(8, 5), layout_engine="constrained")
     wrong, colors = (given != true).numpy(), ["#1f6feb", "#d9622b"]
     names = ["label is right", "label is wrong"]
     axes["s"].hist([scores[~wrong], scores[wrong]], 60, label=names, color=colors)
@@ -101,7 +98,6 @@ def draw(scores: np.ndarray, images: Tensor, given: Tensor, true: Tensor, pictur
         axes[name].set_title(f"{rank}given {given[i]}, is {true[i]}", fontsize=8, loc="left")
         axes[name].set(xticks=[], yticks=[])
     figure.savefig(picture, metadata={"Date": None})
-    plt.close(figure)
 
 
 def main() -> None:
@@ -113,12 +109,11 @@ def main() -> None:
         runs = []
         for seed in SEEDS:
             torch.manual_seed(seed)
-            runs.append(compare(x, y, noise, EPOCHS, "" if seed else "noisy_labels.svg"))
+            runs.append(compare(x, y, noise, "" if seed else "noisy_labels.svg"))
         print(f"40% of the labels name {noise}: mean, lowest and highest of {len(runs)} seeds")
         for name in runs[0]:
-            values = [run[name] for run in runs]
-            shown = f"{sum(values) / len(values):6.1f} {min(values):8.1f} {max(values):6.1f}"
-            print(f"  {name:<36}{shown}")
+            values = np.array([run[name] for run in runs])
+            print(f"  {name:<36}{values.mean():6.1f}{values.min():8.1f}{values.max():7.1f}")
 
 
 if __name__ == "__main__":

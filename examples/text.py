@@ -107,9 +107,8 @@ def main() -> None:
         runs.append(found)
     print(f"mean, lowest and highest of {len(runs)} seeds")
     for name in runs[0]:
-        values = [run[name] for run in runs]
-        shown = f"{sum(values) / len(values):6.1f} {min(values):8.1f} {max(values):6.1f}"
-        print(f"{name:<45}{shown}")
+        values = np.array([run[name] for run in runs])
+        print(f"{name:<45}{values.mean():6.1f}{values.min():8.1f}{values.max():7.1f}")
     print(f"\n{'given':<9}{'predicted':<10}{'true':<9}the ten most suspicious articles")
     print("\n".join(articles))
 
