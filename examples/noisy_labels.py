@@ -89,7 +89,7 @@ def draw(scores: np.ndarray, images: Tensor, given: Tensor, true: Tensor, pictur
     names = ["label is right", "label is wrong"]
     axes["s"].hist([scores[~wrong], scores[wrong]], 60, label=names, color=colors)
     axes["s"].axvline(0.5, color="black", label="left of it: is_label_issue")
-    axes["s"].set(xlabel="label_score, from the weights of all steps", ylabel="images")
+    axes["s"].set(xlabel="label_score, from the scores of all steps", ylabel="images")
     axes["s"].legend()
     order = scores.argsort()
     for name, i in zip("abcdefghABCDEFGH", [*order[:8], *order[:-9:-1]], strict=True):
