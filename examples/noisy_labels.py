@@ -94,7 +94,7 @@ def draw(scores: np.ndarray, images: Tensor, given: Tensor, true: Tensor, pictur
     order = scores.argsort()
     for name, i in zip("abcdefghABCDEFGH", [*order[:8], *order[:-9:-1]], strict=True):
         rank = {"a": "least trusted\n", "A": "most trusted\n"}.get(name, "")
-        axes[name].imshow(images[i, 0], cmap="gray_r")
+        axes[name].imshow(images[i, 0].numpy(), cmap="gray_r")
         axes[name].set_title(f"{rank}given {given[i]}, is {true[i]}", fontsize=8, loc="left")
         axes[name].set(xticks=[], yticks=[])
     figure.savefig(picture, metadata={"Date": None})

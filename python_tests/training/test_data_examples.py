@@ -35,13 +35,13 @@ def load(name: str) -> ModuleType:
 
 def test_noisy_labels(tmp_path: Path) -> None:
     script = load("noisy_labels")
-    script.TEST, script.EPOCHS = 30, 30
+    script.TEST, script.EPOCHS = 30, 20
     y = torch.arange(1000) % 10
-    x = torch.randn(10, 1, 28, 28)[y] + 4 * torch.randn(1000, 1, 28, 28)
+    x = torch.randn(10, 1, 28, 28)[y] / 4 + torch.randn(1000, 1, 28, 28)
     picture = tmp_path / "picture.svg"
     found = script.compare(x, y, "the next digit", str(picture))
     plain, _, ours, right, all_wrong = found.values()
-    assert plain + 5 < ours, found
+    assert plain + 10 < ours, found
     assert min(right, all_wrong) > 70, found
     assert picture.stat().st_size > 10_000
 
