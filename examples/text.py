@@ -91,7 +91,7 @@ def compare(
     ten = np.sort(issues, order="label_score")[:10]
     return found, [
         f"{row.given_label:<9}{row.predicted_label:<10}{topics[rest[row.index]]:<9}"
-        f"{texts[rest[row.index]][:60]}"
+        f"{texts[rest[row.index]][:40]}"
         for row in ten
     ]
 
