@@ -2,8 +2,8 @@
 
 Three ways to find them share the data, the network, the number of epochs and the optimiser.
 
-- *l2rw_ext* trains with weights from ten clean examples a class; ``ExampleRecord.issues`` says what
-  that run has found.
+- *l2rw_ext* trains with weights from ten clean examples a class, all of them at each step;
+  ``ExampleRecord.issues`` says what that run has found.
 - *confident learning* is cleanlab's, on predictions of five networks, each for the fifth of the
   examples that it was not trained on. All five have the clean examples as extra training data.
 - *loss* trains one network on all examples, the clean ones included. A label counts as wrong if
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from l2rw_ext import CleanBatches, Reweighter
+from l2rw_ext import Reweighter
 
 from . import provenance
 from .label_data import SETS, Labelled, package
@@ -70,14 +70,13 @@ def _started(data: Labelled, seed: int) -> tuple[nn.Module, torch.optim.Optimize
 def reweighted(data: Labelled, epochs: int, seed: int) -> Found:
     """Train with weights; the record of the run says which labels are wrong."""
     model, optimizer = _started(data, seed)
-    clean = CleanBatches(data.clean, batch_size=min(BATCH, len(data.clean[1])), seed=seed)
     reweighter = Reweighter(model, losses)
     weights = torch.zeros(len(data.given))
     sizes = []
     for _ in range(epochs):
         for batch in torch.randperm(len(data.given)).split(BATCH):
             step = reweighter.backward(
-                (data.inputs[batch], data.given[batch]), next(clean), index=batch
+                (data.inputs[batch], data.given[batch]), data.clean, index=batch
             )
             optimizer.step()
             optimizer.zero_grad()

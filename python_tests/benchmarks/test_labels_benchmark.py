@@ -32,7 +32,7 @@ def _bands(size: int, seed: int, root: Path | None) -> Labelled:
         return nn.Sequential(nn.Flatten(), nn.Linear(784, 3))
 
     clean = inputs[size:], true[size:]
-    return Labelled(inputs[:size], given, wrong, clean, model, 0.01)
+    return Labelled(inputs[:size], given, wrong, clean, model, 0.003)
 
 
 @pytest.mark.parametrize("method", labels.METHODS)
@@ -40,7 +40,7 @@ def test_a_method_finds_wrong_labels(method: str) -> None:
     if method == "confident learning":
         pytest.importorskip("cleanlab")
     data = _bands(600, 0, None)
-    found = labels.METHODS[method](data, 15, 0)
+    found = labels.METHODS[method](data, 8, 0)
     quality = labels.quality(found, data.wrong)
     assert quality["auroc"] > 0.9
     assert quality["precision"] > 0.8
