@@ -52,7 +52,7 @@ $(DEMO_VENV)/.installed: $(SOURCES) $(DEMO_VENV)/.spec
 	$(call install,$(DEMO_VENV),demo,--no-compile)
 
 $(VENV)/.installed: $(SOURCES) $(VENV)/.spec
-	$(call install,$(VENV),$(strip test,paper))
+	$(call install,$(VENV),$(strip test,paper,examples))
 
 demo: $(DEMO_VENV)/.installed ## learn a rare digit from ten clean images, in under three minutes
 	@"$(DEMO_VENV)/bin/python" -m benchmarks demo $(ARGS)
@@ -86,7 +86,7 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 	@$(RECORD) memory --case vit-checkpointed --methods plain_union l2rw_ext l2rw_ext_kept --json benchmarks/results/cpu/memory-checkpointed.json
 	@$(RECORD) scaling --json benchmarks/results/cpu/scaling.json
 	@$(RECORD) distributed --json benchmarks/results/cpu/distributed.json
-	@$(RECORD) report --fill README.md docs/benchmarks.md
+	@$(RECORD) report --fill README.md docs/benchmarks.md docs/labels.md
 
 # Without a network: torch, cmake, ninja, pybind11 and scikit-build-core must be installed, and for
 # the tests and benchmarks pytest, pytest-timeout, hypothesis, numpy and rich; pytest-xdist is used if

@@ -13,10 +13,19 @@ from .errors import UsageError
 from .pages import growth, machine_of, ratios, sweeps
 
 BARS = {
-    "double_backward": ("double backward (Algorithm 1)", "#c9ccd1"),
-    "jvp": ("torch.func.jvp", "#8fa3bf"),
+    "double_backward": ("double backward (Algorithm 1)", "#b5bac1"),
+    "jvp": ("torch.func.jvp", "#7f93af"),
     "l2rw_ext": ("l2rw_ext", "#1f6feb"),
-    "l2rw_ext_compiled": ("l2rw_ext, compiled", "#0b3d91"),
+    "l2rw_ext_compiled": ("l2rw_ext, compiled", "#1a9e96"),
+}
+# Pages are white or nearly black, and the charts have no background: this grey is read on both.
+INK = "#7d848c"
+STYLE = {
+    "svg.hashsalt": "l2rw_ext",
+    "font.size": 9,
+    "savefig.transparent": True,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
 
 
@@ -25,7 +34,7 @@ def _figure(path: Path, *shape: int, size: tuple[float, float]) -> Iterator[tupl
     """A figure and its axes; the file, .svg or .png, is the same whenever it is drawn."""
     importlib.import_module("matplotlib").use("Agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    with pyplot.rc_context({"svg.hashsalt": "l2rw_ext", "font.size": 9}):
+    with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
         yield figure, axes
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +59,7 @@ def step_chart(report: dict[str, Any], path: Path) -> None:
             at = [i + (k - (len(shown) - 1) / 2) * height for i, _ in found]
             bars = axes.barh(at, [r for _, r in found], height * 0.92, color=colour, label=label)
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-        axes.axvline(1, color="black", linewidth=1, zorder=0.5)
+        axes.axvline(1, color=INK, linewidth=1, zorder=0.5)
         axes.set_yticks(range(len(cases)), [f"{e['title']}, ρ {e['rho']:.2f}" for e in cases])
         axes.invert_yaxis()
         axes.set_xlim(0, max(max(ratios(e).get(b, 0) for b in shown) for e in cases) * 1.1)
@@ -77,7 +86,7 @@ def scaling_chart(report: dict[str, Any], path: Path) -> None:
                 if name not in plain:
                     ratio.semilogx(*_points(sizes, "time"), **style)
                     ratio.semilogx(*_points(sizes, "memory"), linestyle="--", **style)
-            ratio.axhline(1, color="black", linewidth=1, zorder=0.5)
+            ratio.axhline(1, color=INK, linewidth=1, zorder=0.5)
             ratio.set_ylim(bottom=0)
             ratio.set_xlabel(axis)
             at = [entry["value"] for entry in entries]
@@ -122,7 +131,7 @@ def labels_chart(report: dict[str, Any], path: Path) -> None:
             total = sum(picture[part])
             counts = [count / total for count in picture[part]]
             weights.stairs(counts, edges, fill=True, alpha=0.5, color=colour, label=f"{part} label")
-        weights.axvline(1, color="black", linewidth=1, linestyle=":")
+        weights.axvline(1, color=INK, linewidth=1, linestyle=":")
         weights.set_xlabel("weight in the last epoch; 1 = plain training")
         weights.set_ylabel("share of the examples")
         for (name, other), colour in zip(shown.items(), ("#1f6feb", "#e69f00"), strict=False):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from math_core import LatexToMathML
+from sphinx.errors import ExtensionError
 
 project = "l2rw_ext"
 author = "the l2rw_ext authors"
@@ -27,10 +29,17 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"l2rw_ext {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 # Equations become MathML when the pages are built. Browsers render it themselves, so that no page
 # loads a script from another host; a command that is not known to the converter ends the build.
 html_math_renderer = "mathml"
 _LATEX = LatexToMathML(fancy_error=False)
+_LOADED = re.compile(
+    r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["'](?:https?:)?//"""
+    r"""|url\(\s*["']?(?:https?:)?//"""
+)
+"""What a page or a style sheet loads from another host; links that a reader follows are none."""
 
 
 def _escape_starred_shapes(
@@ -48,7 +57,16 @@ def _equation(translator: Any, node: nodes.math | nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def _check_offline(app: Any, exception: Exception | None) -> None:
+    """A page that loads a script, a style, a font or a picture from another host is an error."""
+    for path in () if exception else Path(app.outdir).rglob("*"):
+        found = path.suffix in (".html", ".css") and _LOADED.search(path.read_text())
+        if found:
+            raise ExtensionError(f"{path.name} loads from another host: {found[0]}")
+
+
 def setup(app: Any) -> None:
     """Connect what this file adds to the HTML builder and to autodoc."""
     app.add_html_math_renderer("mathml", (_equation, None), (_equation, None))
     app.connect("autodoc-process-docstring", _escape_starred_shapes)
+    app.connect("build-finished", _check_offline)

@@ -40,6 +40,7 @@ if hasattr(providers, "is_local_module_file"):
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
     config.addinivalue_line("markers", "emulated: runs CUDA kernels on the host")
+    config.addinivalue_line("markers", "examples: needs packages of the extra `examples`")
 
 
 THOROUGH = {"databases", "zoo", "soak"}
@@ -81,9 +82,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Where a GPU or the emulator is required, a skipped test of it is a failure."""
+    """Where a GPU, the emulator or frameworks are required, a skipped test of them is a failure."""
     report = yield
-    for marker, variable in (("cuda", "L2RW_REQUIRE_CUDA"), ("emulated", "L2RW_REQUIRE_EMULATOR")):
+    for marker, required_by in (
+        ("cuda", "CUDA"),
+        ("emulated", "EMULATOR"),
+        ("examples", "EXAMPLES"),
+    ):
+        variable = f"L2RW_REQUIRE_{required_by}"
         required = os.environ.get(variable) == "1"
         if required and report.skipped and item.get_closest_marker(marker):
             report.outcome = "failed"

@@ -120,7 +120,10 @@ def _moved(tree: Any, device: torch.device | str) -> Any:
 def _length(data: Any) -> int:
     if isinstance(data, (tuple, list)):
         if len(data) != 2:
-            raise ValueError(f"data: expected a pair (inputs, targets), got {len(data)} parts")
+            raise ValueError(
+                f"data: expected a pair (inputs, targets), got {len(data)} parts; give a "
+                "list of examples as a torch.utils.data.Dataset, or as tensors of all of them"
+            )
         for x in tree_leaves(tuple(data)):
             if not (isinstance(x, Tensor) or is_plain(x)):
                 raise ValueError(
