@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-if TYPE_CHECKING:
-    from .label_issues import LabelIssues
+from .label_issues import LabelIssues, find_issues
 
 
 class ExampleRecord:
@@ -82,7 +81,6 @@ class ExampleRecord:
             no issue; ``given_label``; and ``predicted_label`` if there are outputs.
 
         Raises:
-            ImportError: NumPy is not installed.
             TypeError: labels are neither integers nor strings.
             ValueError: there are fewer labels than examples in the record, or shapes do not agree.
 
@@ -101,12 +99,6 @@ class ExampleRecord:
             >>> issues.index[issues.is_label_issue].tolist()
             [2]
         """
-        try:
-            from .label_issues import find_issues
-        except ModuleNotFoundError as error:
-            if error.name != "numpy":
-                raise
-            raise ImportError("ExampleRecord.issues() needs NumPy: pip install numpy") from error
         return find_issues(0.5 + self._mean(self._positive - self._negative) / 2, labels, outputs)
 
     def knows(self, index: Tensor) -> bool:

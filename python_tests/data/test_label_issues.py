@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +120,6 @@ def test_a_table_of_pandas() -> None:
     ]
     assert table.is_label_issue.tolist() == [False, True, False]
     assert _record([1.0, -1.0]).issues(table.given_label[:2]).given_label.tolist() == ["a", "b"]
-
-
-def test_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "l2rw_ext.data.label_issues")
-    monkeypatch.setitem(sys.modules, "numpy", None)
-    with pytest.raises(ImportError, match="pip install numpy"):
-        ExampleRecord().issues([])
 
 
 def test_states() -> None:
