@@ -88,7 +88,7 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 	@$(RECORD) memory --case vit-checkpointed --methods plain_union l2rw_ext l2rw_ext_kept --json benchmarks/results/cpu/memory-checkpointed.json
 	@$(RECORD) scaling --json benchmarks/results/cpu/scaling.json
 	@$(RECORD) distributed --json benchmarks/results/cpu/distributed.json
-	@$(RECORD) report --fill README.md docs/benchmarks.md
+	@$(RECORD) report --fill README.md docs/benchmarks.md docs/labels.md
 
 # Each script runs by the commands in its first lines. The packages that hold data would also bring
 # applications, of which the scripts need nothing; what is read of them stays in the environment.

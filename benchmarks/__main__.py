@@ -13,6 +13,7 @@ COMMANDS = {
     "scaling": "time and memory of a step as batches, model or sequences grow",
     "profile": "where the time of a step goes, and what each intercepted call costs",
     "distributed": "a step on two ranks over a plain one, and the bytes that collectives send",
+    "labels": "how well wrong labels are found, beside confident learning",
     "report": "draw charts and print tables from recorded results",
     "demo": "train on imbalanced digits: plain, clean images only, reweighted",
     "paper": "the paper's experiments, each ending in a table beside the paper's numbers",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .errors import UsageError
 from .pages import growth, machine_of, ratios, sweeps
 
 BARS = {
@@ -112,8 +114,62 @@ def _points(sizes: dict[float, dict[str, float]], part: str) -> tuple[list[float
     return at, [sizes[size][part] for size in at]
 
 
+def labels_chart(report: dict[str, Any], path: Path) -> None:
+    """Weights and effective sample size of a run on MNIST, its least and most trusted images.
+
+    Raises:
+        UsageError: no run on MNIST is recorded.
+    """
+    shown = {e["name"]: e["picture"] for e in report["cases"] if "picture" in e}
+    if not shown:
+        raise UsageError("the chart of labels.json shows images of MNIST, which is not recorded")
+    first = next(iter(shown))
+    picture = shown[first]
+    edges = picture["edges"]
+    with _figure(path, 2, 2, size=(8, 4.9)) as (figure, ((weights, sizes), images)):
+        for part, colour in (("right", "#1f6feb"), ("wrong", "#d1495b")):
+            total = sum(picture[part])
+            counts = [count / total for count in picture[part]]
+            weights.stairs(counts, edges, fill=True, alpha=0.5, color=colour, label=f"{part} label")
+        weights.axvline(1, color=INK, linewidth=1, linestyle=":")
+        weights.set_xlabel("weight in the last epoch; 1 = plain training")
+        weights.set_ylabel("share of the examples")
+        for (name, other), colour in zip(shown.items(), ("#1f6feb", "#e69f00"), strict=False):
+            values = other["effective_sample_sizes"]
+            steps = len(values) // report["epochs"]
+            means = [sum(values[k : k + steps]) / steps for k in range(0, len(values), steps)]
+            sizes.plot(range(1, len(means) + 1), means, ".-", color=colour, label=name)
+        sizes.set_xlabel("epoch")
+        sizes.xaxis.get_major_locator().set_params(integer=True)
+        sizes.set_ylabel("effective sample size of a step")
+        sizes.set_ylim(bottom=0)
+        for panel in (weights, sizes):
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.legend(frameon=False)
+        for panel, part in zip(images, ("least", "most"), strict=True):
+            _tiles(panel, picture[part])
+            panel.set_title(f"{part} trusted, with the given label (red: it is wrong)", fontsize=9)
+        figure.supxlabel(f"{first}, seed 0, {_origin(report)}", fontsize=8)
+
+
+def _tiles(panel: Any, images: list[dict[str, Any]], columns: int = 6) -> None:
+    """Digits of 28 x 28 pixels in rows, each with its given label in the corner."""
+    for k, image in enumerate(images):
+        left, top = 30 * (k % columns), 30 * (k // columns)
+        pixels = base64.b64decode(image["pixels"])
+        rows = [list(pixels[at : at + 28]) for at in range(0, 784, 28)]
+        panel.imshow(rows, cmap="gray_r", extent=(left, left + 28, top + 28, top), vmin=0, vmax=255)
+        colour = "#d1495b" if image["wrong"] else "#1f6feb"
+        panel.text(left + 1, top + 1, image["given"], color=colour, va="top", weight="bold")
+    panel.set_xlim(-1, 30 * columns)
+    panel.set_ylim(30 * -(-len(images) // columns), -1)
+    panel.set_aspect("equal")
+    panel.axis("off")
+
+
 CHARTS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "step": step_chart,
     "scaling": scaling_chart,
+    "labels": labels_chart,
 }
 """By the name of the recorded file, without its ending."""

@@ -7,6 +7,7 @@ between them is replaced. Without a recorded result a part says so.
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ PARTS = (
     "scaling",
     "distributed",
     "communication",
+    "labels",
 )
 PART = re.compile(
     r"(?P<begin><!-- recorded (?P<name>[a-z-]+): begin -->\n).*?"
@@ -156,6 +158,20 @@ def distributed_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def labels_table(report: dict[str, Any]) -> str:
+    """How well wrong labels were found: mean and standard deviation over seeds."""
+    lines = ["| data | method | AUROC | precision | recall |", "|---|---|---|---|---|"]
+    for entry in report["cases"]:
+        for k, method in enumerate(entry["runs"][0]["methods"]):
+            cells = ["" if k else entry["title"], method]
+            for number in ("auroc", "precision", "recall"):
+                values = [run["methods"][method][number] for run in entry["runs"]]
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}")
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def phase_table(report: dict[str, Any]) -> str:
     """How the phases of ``make gpu`` ended."""
     lines = ["| phase | | seconds |", "|---|---|---|"]
@@ -171,6 +187,7 @@ def markdown(report: dict[str, Any]) -> str:
         "scaling": scaling_table,
         "kernels": kernel_table,
         "distributed": distributed_table,
+        "labels": labels_table,
         "gpu": phase_table,
     }
     maker = makers.get(report["kind"])
@@ -224,6 +241,9 @@ def parts(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
     if "distributed" in reports:
         report = reports["distributed"]
         found["distributed"] = f"{distributed_table(report)}\n\n{origin(report)}"
+    if "labels" in reports:
+        report = reports["labels"]
+        found["labels"] = f"{labels_table(report)}\n\n{origin(report)}"
     if "step" in reports:
         found["summary"] = summary(reports["step"])
         if any(ratios(entry, "first_seconds") for entry in reports["step"]["cases"]):

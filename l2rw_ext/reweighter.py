@@ -338,8 +338,8 @@ class Reweighter:
                     meeting.tell = accumulation.about()
                 told = meeting.told
             gradients = accumulation.finish(processes, told)
-            if (recorded := accumulation.recorded(processes, told)) is not None:
-                self.record.add(*recorded)
+            for numbers, scores in accumulation.recorded(processes, told):
+                self.record.add(numbers, scores)
         except BaseException:
             if (wrapper := wrapper_of(self.model)) is not None:
                 forget_forwards(wrapper)

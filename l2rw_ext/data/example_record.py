@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-if TYPE_CHECKING:
-    from .label_issues import LabelIssues
+from .label_issues import LabelIssues, find_issues
 
 
 class ExampleRecord:
@@ -37,8 +36,8 @@ class ExampleRecord:
         """The last score u of each example; NaN where it was never scored."""
         self._visits = torch.zeros(0, dtype=torch.int64)
         self._positive = torch.zeros(0)
+        self._negative = torch.zeros(0)
         self._total = torch.zeros(0)
-        self._relative = torch.zeros(0)
         self._counted: Tensor | None = None
 
     def __len__(self) -> int:
@@ -64,9 +63,10 @@ class ExampleRecord:
     def issues(self, labels: Any, outputs: Any = None) -> LabelIssues:
         """Which examples are probably mislabelled, one row an example.
 
-        A step divides its scores by their root mean square, so that early steps, whose gradients
-        are large, count as much as late ones. An example is an issue if the mean of its scores s so
-        divided is negative: on average a step on it would have raised the clean loss.
+        The label score of an example is the share of its visits in which its score u was positive;
+        a visit with the score zero counts half. An example is an issue if its label score is below
+        a half: more often than not, a step on it would have raised the clean loss. The more visits,
+        the finer the label score: after one epoch it is 0 or 1, and ``mean_scores`` ranks further.
 
         Args:
             labels: the labels that were trained on, integers or strings, a tensor, an array or a
@@ -77,12 +77,10 @@ class ExampleRecord:
         Returns:
             A NumPy record array of N rows, of which ``pandas.DataFrame(issues)`` makes a table and
             ``issues.to_csv(path)`` a file. Its columns are ``index``; ``is_label_issue``, bool;
-            ``label_score``, float64 in [0, 1], ``(1 + s / (1 + |s|)) / 2``, below a half for issues
-            and NaN for examples that were never scored, which are no issues; ``given_label``; and
-            ``predicted_label`` if there are outputs.
+            ``label_score``, float64 in [0, 1], NaN for an example that was never scored, which is
+            no issue; ``given_label``; and ``predicted_label`` if there are outputs.
 
         Raises:
-            ImportError: NumPy is not installed.
             TypeError: labels are neither integers nor strings.
             ValueError: there are fewer labels than examples in the record, or shapes do not agree.
 
@@ -101,13 +99,7 @@ class ExampleRecord:
             >>> issues.index[issues.is_label_issue].tolist()
             [2]
         """
-        try:
-            from .label_issues import find_issues
-        except ModuleNotFoundError as error:
-            if error.name != "numpy":
-                raise
-            raise ImportError("ExampleRecord.issues() needs NumPy: pip install numpy") from error
-        return find_issues(self._mean(self._relative), labels, outputs)
+        return find_issues(0.5 + self._mean(self._positive - self._negative) / 2, labels, outputs)
 
     def knows(self, index: Tensor) -> bool:
         """Whether all of these examples have been scored."""
@@ -124,12 +116,10 @@ class ExampleRecord:
         index = index.to(scores.device, non_blocking=True)
         finite = scores.isfinite()
         known = scores.where(finite, 0)
-        size = (known.square().sum() / finite.sum()).sqrt()
-        relative = known / size.where(size > 0, 1)
         self._visits.index_add_(0, index, finite.to(self._visits))
         self._positive.index_add_(0, index, (known > 0).to(known))
+        self._negative.index_add_(0, index, (known < 0).to(known))
         self._total.index_add_(0, index, known)
-        self._relative.index_add_(0, index, relative)
         self.scores[index] = scores.where(finite, self.scores[index])
         self._counted = None
 
@@ -138,9 +128,9 @@ class ExampleRecord:
         return {
             "visits": self.visits.clone(),
             "positive": self._positive.clone(),
+            "negative": self._negative.clone(),
             "last": self.scores.clone(),
             "total": self._total.clone(),
-            "relative": self._relative.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -149,8 +139,8 @@ class ExampleRecord:
         self._positive = state["positive"].clone()
         self.scores = state["last"].clone()
         self._total = state["total"].clone()
-        # A state of before there was this table says no more than the mean score.
-        self._relative = state.get("relative", state["total"]).clone()
+        # States of before there was this table say only which scores were not positive.
+        self._negative = state.get("negative", self._visits - self._positive).clone()
         self._counted = None
 
     def _mean(self, total: Tensor) -> Tensor:
@@ -165,8 +155,8 @@ class ExampleRecord:
         zeros = like.new_zeros(more)
         visits = self._visits.to(like.device)
         self._visits = torch.cat([visits, visits.new_zeros(more)])
-        self._positive, self._total, self._relative = (
-            torch.cat([x.to(like), zeros]) for x in (self._positive, self._total, self._relative)
+        self._positive, self._negative, self._total = (
+            torch.cat([x.to(like), zeros]) for x in (self._positive, self._negative, self._total)
         )
         self.scores = torch.cat([self.scores.to(like), zeros + float("nan")])
 

@@ -28,27 +28,27 @@ class LabelIssues(np.recarray):
             writer.writerows(self.tolist())
 
 
-def find_issues(agreement: Tensor, labels: Any, outputs: Any = None) -> LabelIssues:
+def find_issues(label_scores: Tensor, labels: Any, outputs: Any = None) -> LabelIssues:
     """The report of :meth:`ExampleRecord.issues`.
 
     Args:
-        agreement: shape (K,), negative for examples that are probably mislabelled and NaN for those
-            that were never scored.
+        label_scores: shape (K,), in [0, 1], below a half for examples that are probably
+            mislabelled, and NaN for those that were never scored.
         labels: what :meth:`ExampleRecord.issues` takes.
         outputs: likewise.
     """
     given = _labels("labels", labels)
-    if len(given) < len(agreement):
+    if len(given) < len(label_scores):
         raise ValueError(
             f"labels must have one label for each example of the training set: there are "
-            f"{len(given)}, but the record has scores of example {len(agreement) - 1}"
+            f"{len(given)}, but the record has scores of example {len(label_scores) - 1}"
         )
     values = np.full(len(given), np.nan)
-    values[: len(agreement)] = agreement.detach().cpu().double().numpy()
+    values[: len(label_scores)] = label_scores.cpu().double().numpy()
     columns = {
         "index": np.arange(len(given)),
-        "is_label_issue": values < 0,
-        "label_score": 0.5 + 0.5 * values / (1 + abs(values)),
+        "is_label_issue": values < 0.5,
+        "label_score": values,
         "given_label": given,
     }
     if outputs is not None:

@@ -173,20 +173,17 @@ class Accumulation:
 
     def recorded(
         self, processes: Processes | None, told: Sequence[Sequence[float]]
-    ) -> tuple[Tensor, Tensor] | None:
-        """The numbers and scores of examples for the record, of all ranks as :meth:`finish`.
-
-        None if no micro-batch had an index.
-        """
-        n = [int(count) for _, _, count, *_ in told] or [len(self._recorded)]
-        if not any(n):
-            return None
-        none = self._rectified[0].new_empty(0)
-        scores = torch.cat([none, *(u for _, u in self._recorded)])
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The numbers and scores of examples for the record, of all ranks as :meth:`finish`."""
         if processes is None:
-            return torch.cat([index.cpu() for index, _ in self._recorded]), scores
+            return self._recorded
+        n = [int(count) for _, _, count, *_ in told]
+        if not any(n):
+            return []
+        none = self._rectified[0].new_empty(0)
         index = torch.cat([none.to(torch.int64), *(i.to(none.device) for i, _ in self._recorded)])
-        return torch.cat(processes.gather(index, n)), torch.cat(processes.gather(scores, n))
+        scores = torch.cat([none, *(u for _, u in self._recorded)])
+        return list(zip(processes.gather(index, n), processes.gather(scores, n), strict=True))
 
     def filled(self, gradients: Gradients) -> Gradients:
         """The gradients as they are delivered: infinite if some overflowed."""

@@ -129,7 +129,7 @@ def test_recorded_parts_are_those_of_the_recorded_results(page: Path) -> None:
 
     text = page.read_text()
     assert filled(text, read_reports(RESULTS)) == text, (
-        "type python -m benchmarks report --fill README.md docs/benchmarks.md"
+        "type python -m benchmarks report --fill README.md docs/benchmarks.md docs/labels.md"
     )
 
 
