@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
 from types import FrameType
 
 
@@ -30,6 +32,17 @@ class NotCompilableError(RuntimeError):
 
 class NotYetCompilableError(NotCompilableError):
     """A step has no plan to be traced by, or another thread drew; a later trace may succeed."""
+
+
+@contextlib.contextmanager
+def noted(place: str) -> Iterator[None]:
+    """Say beneath an error of the user's code where in a step it was raised (Python 3.11)."""
+    try:
+        yield
+    except Exception as error:
+        if sys.version_info >= (3, 11):
+            error.add_note(f"l2rw_ext: raised in the {place}")
+        raise
 
 
 def warn(text: str) -> None:

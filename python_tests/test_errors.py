@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from typing import Any
 
@@ -133,6 +134,17 @@ def test_loss_function_that_raises() -> None:
         )
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors have no notes")
+@pytest.mark.parametrize("part", ["training", "clean"])
+def test_an_error_of_the_model_says_in_which_batch(part: str) -> None:
+    x, y = vectors(4)
+    batches = {"training": vectors(6), "clean": vectors(4), part: (x[:, :3], y)}
+    for engine in ("layerwise", "forward", "double_backward"):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+            Reweighter(mlp(), cross_entropy, engine=engine).backward(*batches.values())  # type: ignore[arg-type]
+        assert f"raised in the forward of the {part} batch" in str(caught.value.__notes__), engine
+
+
 @pytest.mark.parametrize("part", ["training", "clean"])
 def test_empty_batch(part: str) -> None:
     batches = (vectors(0), vectors(4)) if part == "training" else (vectors(6), vectors(0))
@@ -151,7 +163,10 @@ def test_batch_that_is_no_pair() -> None:
     x, y = vectors(6)
     _fails(TypeError, r"training batch: expected a pair .*, got Tensor", x, vectors(4))
     _fails(TypeError, "got CleanBatches; give one batch of it", (x, y), CleanBatches((x, y)))
-    _fails(TypeError, "training batch: .*got tuple of length 3", (x, y, y), vectors(4))
+    _fails(TypeError, "training batch: .*got tuple of length 3; .*as index=", (x, y, y), vectors(4))
+    _fails(TypeError, "clean batch: this step needs one", (x, y), None)
+    data = torch.utils.data.TensorDataset(x, y)
+    _fails(TypeError, "got TensorDataset of length 6; give one batch of it", (x, y), data)
     _fails(TypeError, "clean batch: expected a pair", (x, y), {"x": x, "y": y})
     _fails(TypeError, "training batch: inputs must be a tensor.*got list", ([1, 2], y), vectors(4))
     _fails(

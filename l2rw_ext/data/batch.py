@@ -132,11 +132,17 @@ def unpack(batch: Any, name: str) -> Batch:
 
     Inputs that are a mapping come back as a dict.
     """
+    if batch is None:
+        raise TypeError(f"{name}: this step needs one, a pair (inputs, targets); got None")
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         kind = type(batch).__name__
         length = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
         hint = ""
-        if isinstance(batch, Iterable) and not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        if isinstance(batch, (tuple, list)) and len(batch) == 3:
+            hint = "; the examples' numbers are given apart, as index="
+        elif not isinstance(batch, (Tensor, Mapping, tuple, list)) and (
+            isinstance(batch, Iterable) or hasattr(batch, "__getitem__")
+        ):
             hint = "; give one batch of it, by next() or in a loop"
         raise TypeError(f"{name}: expected a pair (inputs, targets), got {kind}{length}{hint}")
     inputs, targets = batch

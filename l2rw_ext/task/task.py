@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l2rw_ext.data.batch import LossFn, forward
 from l2rw_ext.data.batch_size import BatchSize
 from l2rw_ext.devices import Autocast
+from l2rw_ext.errors import noted
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.tracing.graph import check_parameters
 from l2rw_ext.tracing.members import Members
@@ -100,11 +101,13 @@ class Task:
 
     def forward_train(self) -> Tensor:
         """The training losses from one forward of the training batch, shape (n,)."""
-        return self.losses(self.forward(self.inputs))
+        with noted("forward of the training batch"):
+            return self.losses(self.forward(self.inputs))
 
     def forward_clean(self) -> Tensor:
         """The clean losses from one forward of the clean batch, shape (m,)."""
-        return self.clean_losses(self.forward(self.clean_inputs))
+        with noted("forward of the clean batch"):
+            return self.clean_losses(self.forward(self.clean_inputs))
 
 
 def require_grad(losses: Tensor) -> None:

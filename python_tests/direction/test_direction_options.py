@@ -150,9 +150,9 @@ def test_dry_runs_leave_the_held_direction() -> None:
 
 def test_a_clean_batch_that_is_needed_is_asked_for() -> None:
     model = mlp()
-    with pytest.raises(TypeError, match="clean batch: expected a pair"):
+    with pytest.raises(TypeError, match="clean batch: this step needs one"):
         Reweighter(model, cross_entropy, every=2).backward(vectors(6))
-    with pytest.raises(TypeError, match="clean batch: expected a pair"):
+    with pytest.raises(TypeError, match="clean batch: this step needs one"):
         Reweighter(model, cross_entropy).backward(vectors(6))
 
 
@@ -183,7 +183,7 @@ def test_parameters_new_to_the_direction_need_a_clean_batch(change: str) -> None
         layer.weight = nn.Parameter(torch.randn_like(layer.weight))
     model.zero_grad()
     assert reweighter.needs_clean
-    with unchanged(model), pytest.raises(TypeError, match="clean batch: expected a pair"):
+    with unchanged(model), pytest.raises(TypeError, match="clean batch: this step needs one"):
         reweighter.backward(batch)
     v = {
         name: g if name == "0.weight" else 0.5 * (g + held[name])
