@@ -100,8 +100,12 @@ examples: $(VENV)/.installed ## run examples/, record what they print and draw i
 	for script in $(EXAMPLES); do \
 		name=docs/assets/examples/$$(basename $$script .py); echo "$$script"; \
 		sed -n "s|^    \(.* $$script\)$$|echo '$$ \1'; \1|p" $$script > "$$folder/commands"; \
-		(cd "$$folder" && sh -e commands) > $$name.txt; \
-		if [ -f "$$folder"/*.svg ]; then mv "$$folder"/*.svg $$name.svg; fi; \
+		[ -s "$$folder/commands" ] || { echo "$$script does not say how it is run" >&2; exit 1; }; \
+		(cd "$$folder" && sh -e commands) > "$$folder/printed"; \
+		set -- "$$folder"/*.svg; \
+		[ $$# = 1 ] || { echo "$$script draws $$# pictures, but one is recorded" >&2; exit 1; }; \
+		mv "$$folder/printed" $$name.txt; \
+		if [ -f "$$1" ]; then mv "$$1" $$name.svg; fi; \
 	done
 
 # Without a network: torch, cmake, ninja, pybind11 and scikit-build-core must be installed, and for
@@ -111,7 +115,7 @@ gpu: ## on a machine with an NVIDIA GPU: build, test and measure there, in under
 	@"$(PYTHON)" -m benchmarks.gpu $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)") $(ARGS)
 
 # nvcc decides about the CUDA library, not torch: the same wheel serves CPU and CUDA builds of torch.
-WHEEL_CUDA = $(or $(L2RW_CUDA),$(if $(or $(CUDACXX),$(shell command -v nvcc)),ON,OFF))
+WHEEL_CUDA = $(or $(L2RW_CUDA),$(if $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null)),ON,OFF))
 ARCHITECTURES ?= release
 
 # The wheel is built from the sdist, so that the sdist is known to be complete. Nothing of torch goes

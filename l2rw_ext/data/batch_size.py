@@ -141,7 +141,8 @@ class BatchSize:
                 call = f"{type(loss_fn).__name__}("
             hint = f'give unreduced losses, for example {call}reduction="none")'
             if isinstance(targets, Tensor) and targets.dim() > 1:
-                hint += ", and average the positions of each example: .flatten(1).mean(1)"
+                hint += ", and average the positions of each example, if it has several: "
+                hint += ".flatten(1).mean(1)"
         elif losses.dim() == 1:
             if count > n and count % n == 0:
                 hint += f": losses.view({n}, {count // n}).mean(1) if its rows follow one another"

@@ -113,7 +113,8 @@ class ExampleRecord:
         """
         scores = scores.to(accumulation_dtype(scores.dtype))
         self._grow(int(index.max()) + 1, scores)
-        index = index.to(scores.device, non_blocking=True)
+        # To the CPU a copy is waited for: what follows there reads it at once.
+        index = index.to(scores.device, non_blocking=scores.device.type != "cpu")
         finite = scores.isfinite()
         known = scores.where(finite, 0)
         self._visits.index_add_(0, index, finite.to(self._visits))

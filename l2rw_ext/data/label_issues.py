@@ -63,10 +63,17 @@ def find_issues(label_scores: Tensor, labels: Any, outputs: Any = None) -> Label
 def _predictions(outputs: Any, given: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The predicted label of each example."""
     found = _array(outputs)
+    if found.ndim != 2:
+        found = _labels("outputs", found)
     if len(found) != len(given):
         raise ValueError(f"outputs must have {len(given)} rows as labels has, got {len(found)}")
-    if found.ndim != 2:
-        return _labels("outputs", found)
+    if found.ndim == 1:
+        return found
+    if found.shape[1] < 2:
+        raise ValueError(
+            f"outputs must have a column for each class, got shape {found.shape}: "
+            "give predicted labels of shape (N,), such as outputs[:, 0] > 0 of one logit"
+        )
     if given.dtype.kind == "U":
         raise ValueError(
             "outputs of shape (N, classes) number the classes, but labels are strings: "
@@ -80,7 +87,10 @@ def _labels(name: str, values: Any) -> np.ndarray[Any, Any]:
     """Labels as an array of integers or of strings, shape (N,)."""
     found = _array(values)
     if found.dtype.kind in "OT":  # what pandas keeps strings in
-        found = np.asarray(found.tolist())
+        items = found.tolist()
+        if len({isinstance(item, str) for item in items}) > 1:  # a missing one is no "nan"
+            raise TypeError(f"{name} must hold integers or strings, got both, or missing ones")
+        found = np.asarray(items)
     if found.ndim != 1:
         raise ValueError(f"{name} must have shape (N,), got {found.shape}")
     if found.dtype.kind not in "biuU" and len(found):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -10,41 +11,60 @@ from torch import Tensor, nn
 class LeftOver:
     """Notices that ``p.grad`` was not cleared, or that something else than a step has filled it.
 
-    It looks at the smallest parameter alone, and reads values of its gradient before the first step
-    only: later steps must not wait for a device.
+    It looks at the smallest parameter alone. Steps must not wait for a device, so that it reads
+    values of its gradient before the first step, and then once at most: when that gradient seems to
+    be left over. A gradient that is spread over ranks is not looked at.
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[nn.Parameter, Tensor, int, int] | None = None
+        self._seen: tuple[nn.Parameter, weakref.ref[Tensor], int] | None = None
+        self._decided = False
+        """Whether a gradient that seemed to be left over has been read."""
+
+    def __reduce__(self) -> tuple[type[LeftOver], tuple[()]]:
+        """A copy begins anew: it knows other parameters."""
+        return LeftOver, ()
 
     def mistake(self, parameters: Sequence[nn.Parameter]) -> str | None:
         """What the loop seems to have forgotten; None if nothing tells of a mistake.
 
-        A gradient that the last step has left, beside a parameter that has changed since, was used
-        by an optimizer and not cleared. Without a change, gradients accumulate on purpose.
+        A gradient that is where the last step has left it, beside a parameter that has changed
+        since, was used by an optimizer, and is to be zero by now. Without a change, gradients
+        accumulate on purpose.
         """
-        if self._seen is not None:
-            p, gradient, version, used = self._seen
-            if p.grad is gradient and gradient._version == version and p._version != used:
-                return (
-                    "p.grad still holds the gradient of the last step, although the optimizer has "
-                    "stepped since; this step adds to it. Call optimizer.zero_grad() after "
-                    "optimizer.step()"
-                )
+        if self._decided:
             return None
-        # A gradient that is spread over ranks is not looked at.
-        found = [p.grad for p in parameters if type(p.grad) is Tensor]
-        if not found or not min(found, key=Tensor.numel).any():
+        if self._seen is None:
+            return _before_the_first_step(parameters)
+        p, gradient, used = self._seen
+        if p.grad is None or p.grad is not gradient() or p._version == used:
+            return None
+        if not any(p is other for other in parameters):  # frozen by now, or not of the model
+            return None
+        self._decided = True
+        if not p.grad.any():
             return None
         return (
-            "p.grad holds a gradient before the first step, which adds to it. backward() of the "
-            "Reweighter takes the place of loss.backward(): leave that call out, or clear p.grad "
-            "by optimizer.zero_grad(). If the sum is what you want, ignore this warning"
+            "p.grad still holds the gradient of the last step, although the optimizer has stepped "
+            "since; this step adds to it. Call optimizer.zero_grad() after optimizer.step()"
         )
 
     def note(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Remember what a step has left."""
-        found = [(p, p.grad) for p in parameters if p.grad is not None]
+        """Remember what a step has left, without keeping the gradient in memory."""
+        if self._decided:
+            return
+        found = [(p, p.grad) for p in parameters if type(p.grad) is Tensor]
         if found:
-            p, gradient = min(found, key=lambda pair: pair[0].numel())
-            self._seen = p, gradient, gradient._version, p._version
+            p, gradient = min(found, key=lambda pair: pair[1].numel())
+            self._seen = p, weakref.ref(gradient), p._version
+
+
+def _before_the_first_step(parameters: Sequence[nn.Parameter]) -> str | None:
+    found = [p.grad for p in parameters if type(p.grad) is Tensor]
+    if not found or not min(found, key=Tensor.numel).any():
+        return None
+    return (
+        "p.grad holds a gradient before the first step, which adds to it. backward() of the "
+        "Reweighter takes the place of loss.backward(): leave that call out, or clear p.grad "
+        "by optimizer.zero_grad(). If the sum is what you want, ignore this warning"
+    )

@@ -82,6 +82,9 @@ def test_outputs_of_classes() -> None:
         ([0, 1], [0.5, 1.0], TypeError, "outputs must hold integers or strings, got float64"),
         ([0, 1], [[[0]], [[1]]], ValueError, r"outputs must have shape \(N,\)"),
         (["a", "b"], [[0.0, 1.0], [1.0, 0.0]], ValueError, "labels are strings: give predicted"),
+        ([0, 1], [[-2.0], [2.0]], ValueError, r"a column for each class, got shape \(2, 1\)"),
+        ([0, 1], 1, ValueError, r"outputs must have shape \(N,\), got \(\)"),
+        (np.array(["a", np.nan], object), None, TypeError, "integers or strings, got both"),
     ],
 )
 def test_errors(labels: Any, outputs: Any, error: type[Exception], message: str) -> None:

@@ -362,3 +362,47 @@ def test_another_torch_is_installed_where_it_is_asked_for(tmp_path: pathlib.Path
     assert installed("torch==2.12.0") == []
     assert installed("torch==2.13.0") == ["torch==2.13.0"]
     assert installed("torch==2.13.0") == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_what_an_example_prints_and_draws_is_recorded_or_its_run_fails(
+    tmp_path: pathlib.Path,
+) -> None:
+    root, programs = tmp_path / "root", tmp_path / "venv" / "bin"
+    for folder in (root / "examples", programs):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", root)
+    for name in ("pyproject.toml", "CMakeLists.txt"):
+        (root / name).touch()
+    for name, commands in {
+        "python": "",
+        "draw": 'echo printed; for name in "$@"; do echo "of $1" > "${name##*/}.svg"; done',
+        "fail": "echo half; false",
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{commands}\n")
+        (programs / name).chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+
+    def recorded(**scripts: str) -> dict[str, str]:
+        for name, command in scripts.items():
+            (root / "examples" / f"{name}.py").write_text(f"{command} examples/{name}.py\n")
+        paths = " ".join(f"examples/{name}.py" for name in scripts)
+        command = ["make", "-C", str(root), "examples", f"VENV={tmp_path / 'venv'}"]
+        done = subprocess.run(
+            [*command, f"EXAMPLES={paths}"], env=environment, capture_output=True, text=True
+        )
+        texts = (root / "docs" / "assets" / "examples").iterdir()
+        return {path.name: path.read_text() for path in texts} | {"error": done.stderr}
+
+    found = recorded(a="    draw", b="    echo")
+    assert found.pop("error") == ""
+    assert found == {
+        "a.txt": "$ draw examples/a.py\nprinted\n",
+        "a.svg": "of examples/a.py\n",
+        "b.txt": "$ echo examples/b.py\nexamples/b.py\n",
+    }
+    assert "b.py draws 2 pictures, but one is recorded" in recorded(b="    draw other")["error"]
+    assert "b.py does not say how it is run" in recorded(b="python")["error"]
+    failed = recorded(b="    fail")
+    assert "Error" in failed.pop("error")
+    assert failed == found
