@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from types import FrameType
+
+_INSIDE = re.compile(r"l2rw_ext\.|contextlib$")
 
 
 class NotExactError(RuntimeError):
@@ -49,7 +52,8 @@ def warn(text: str) -> None:
     """Warn at the line of the user's that called this package."""
     frame: FrameType | None = sys._getframe(1)
     levels = 2
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("l2rw_ext."):
+    # A context of this package is left through a frame of contextlib.
+    while frame is not None and _INSIDE.match(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
         levels += 1
     warnings.warn(f"l2rw_ext: {text}", stacklevel=levels)

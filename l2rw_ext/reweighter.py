@@ -276,12 +276,15 @@ class Reweighter:
             task, numbers, remembered = self._begun(
                 "backward()", processes, batch, clean, batch_size, index, grad_scaler
             )
+            if accumulation is not None:
+                accumulation.check_parameters(task.parameters)
             results: list[Computed] = []
 
             def step() -> Tensor | None:
                 results.append(self._step(processes, task, numbers, remembered))
                 if accumulation is not None:
                     accumulation.add(results[0])
+                    accumulation.note_parameters(task.parameters)
                     return None
                 self._direction_options.advance()
                 return node_of(results[0].gradients)
@@ -444,7 +447,10 @@ class Reweighter:
         """The ranks whose batches make one step; None for this one alone."""
         wrapper = wrapper_of(self.model)
         own = group_of(self.model) if wrapper is None else wrapper.process_group
-        return self._membership.processes(own)
+        found = self._membership.processes(own)
+        if found is None and own is None:
+            self._warn_once(self._membership.alone())
+        return found
 
     def _begun(
         self,
@@ -522,9 +528,9 @@ class Reweighter:
     ) -> Task:
         """The checked step; the clean batch is ``optional`` where it may be None."""
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("scores need gradients: leave torch.inference_mode for this call")
+            raise RuntimeError("scores need gradients: call this outside of torch.inference_mode")
         if not torch.is_grad_enabled():
-            raise RuntimeError("scores need gradients: leave torch.no_grad for this call")
+            raise RuntimeError("scores need gradients: call this outside of torch.no_grad")
         n, m = given_sizes(batch_size)
         inputs, targets = unpack(batch, "training batch")
         size = BatchSize("training batch", inputs, targets, n, index)

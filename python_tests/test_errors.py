@@ -234,7 +234,7 @@ def test_without_gradients(mode: Any, name: str) -> None:
     model = _used(mlp())
     batches = vectors(6), vectors(4)
     for method in METHODS:
-        with mode(), pytest.raises(RuntimeError, match=f"leave torch.{name}"):
+        with mode(), pytest.raises(RuntimeError, match=f"call this outside of torch.{name}"):
             getattr(Reweighter(model, cross_entropy), method)(*batches)
 
 

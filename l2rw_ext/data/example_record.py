@@ -40,6 +40,11 @@ class ExampleRecord:
         self._total = torch.zeros(0)
         self._counted: Tensor | None = None
 
+    def __repr__(self) -> str:
+        scored = int((self.visits > 0).sum())
+        visits = int(self.visits.sum())
+        return f"ExampleRecord({scored} of {len(self)} examples scored, visits={visits})"
+
     def __len__(self) -> int:
         return self.scores.numel()
 
@@ -82,7 +87,8 @@ class ExampleRecord:
 
         Raises:
             TypeError: labels are neither integers nor strings.
-            ValueError: there are fewer labels than examples in the record, or shapes do not agree.
+            ValueError: no step had an ``index``; there are fewer labels than examples in the
+                record; or shapes do not agree.
 
         Example:
             >>> import torch
@@ -99,7 +105,12 @@ class ExampleRecord:
             >>> issues.index[issues.is_label_issue].tolist()
             [2]
         """
-        return find_issues(0.5 + self._mean(self._positive - self._negative) / 2, labels, outputs)
+        if not self.visits.any():
+            raise ValueError(
+                "the record holds no scores: give backward() each example's number as index="
+            )
+        balance = (self._positive - self._negative).double()
+        return find_issues(0.5 + self._mean(balance) / 2, labels, outputs)
 
     def knows(self, index: Tensor) -> bool:
         """Whether all of these examples have been scored."""

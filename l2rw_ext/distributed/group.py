@@ -209,6 +209,19 @@ class Membership:
             self._processes = Processes(group)
         return self._processes
 
+    def alone(self) -> str | None:
+        """Why it may be a mistake that the model has no group; None if nobody expects one."""
+        if self.given != "auto" or not dist.is_available() or not dist.is_initialized():
+            return None
+        ranks = dist.get_world_size()
+        if ranks == 1:
+            return None
+        return (
+            f"torch.distributed has {ranks} ranks, but the model is no DistributedDataParallel, so "
+            "that each rank weighs its own batch alone. Give the Reweighter the wrapper, or a "
+            "process_group; process_group=None says that this is on purpose"
+        )
+
 
 def _nothing() -> None:
     """What a copy of :class:`Processes` is."""

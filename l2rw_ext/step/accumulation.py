@@ -15,7 +15,7 @@ from l2rw_ext.task.task import Direction
 
 from .gradients import Gradients, filled_if
 from .union import check_dtypes, dtypes_of
-from .weighing import Computed
+from .weighing import Computed, effective_sample_size
 
 
 class Accumulation:
@@ -43,6 +43,8 @@ class Accumulation:
         self._recorded: list[tuple[Tensor, Tensor]] = []
         self._uniform = False
         self._weights: list[Tensor] | None = None
+        self._versions: list[tuple[int, int]] = []
+        """The ids of the trained parameters and their versions after the last micro-batch."""
         self._union = torch.empty(0)
         """The weights of all ranks."""
 
@@ -56,6 +58,22 @@ class Accumulation:
         if self._weights is None:
             raise RuntimeError("the weights are known when the accumulate() context has ended")
         return self._weights
+
+    @property
+    def effective_sample_size(self) -> float:
+        """(Σ w_i)² / Σ w_i² over the micro-batches of all ranks; this reads the weights.
+
+        Raises:
+            RuntimeError: the context has not ended, or ended with an error.
+        """
+        _ = self.weights
+        return effective_sample_size(self._union)
+
+    def __repr__(self) -> str:
+        if self._weights is None:
+            return "Accumulation(not ended)"
+        n = [w.numel() for w in self._weights]
+        return f"Accumulation(n={n}, effective_sample_size={self.effective_sample_size:.4g})"
 
     @property
     def empty(self) -> bool:
@@ -72,6 +90,22 @@ class Accumulation:
         except BaseException as error:
             self.error = error
             raise
+
+    def note_parameters(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Remember at which parameters a micro-batch has been scored."""
+        self._versions = [(id(p), p._version) for p in parameters]
+
+    def check_parameters(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Check that nobody has changed or exchanged parameters since the last micro-batch.
+
+        Raises:
+            RuntimeError: somebody has, so that scores would be at different parameters.
+        """
+        if self._versions and self._versions != [(id(p), p._version) for p in parameters]:
+            raise RuntimeError(
+                "parameters have changed between two micro-batches of accumulate(); call "
+                "optimizer.step() when the context has ended"
+            )
 
     def check(self) -> None:
         """Raise what a micro-batch has raised, even if it was caught."""

@@ -108,9 +108,14 @@ class Step:
     @property
     def effective_sample_size(self) -> float:
         """(Σ w_i)² / Σ w_i²; n for equal weights, 1 if one example counts, 0 if none does."""
-        w = self._checked().weights.double()
-        total = float(w.sum())
-        return total * total / float((w * w).sum()) if total > 0 else 0.0
+        return effective_sample_size(self._checked().weights)
+
+
+def effective_sample_size(weights: Tensor) -> float:
+    """(Σ w_i)² / Σ w_i²; reads the weights."""
+    w = weights.double()
+    total = float(w.sum())
+    return total * total / float((w * w).sum()) if total > 0 else 0.0
 
 
 @dataclass

@@ -93,10 +93,18 @@ def test_errors(labels: Any, outputs: Any, error: type[Exception], message: str)
 
 
 def test_without_steps() -> None:
-    issues = ExampleRecord().issues([0, 1])
-    assert np.isnan(issues.label_score).all()
-    assert not issues.is_label_issue.any()
-    assert len(ExampleRecord().issues([])) == 0
+    with pytest.raises(ValueError, match="no scores: give backward.*index="):
+        ExampleRecord().issues([0, 1])
+    record = ExampleRecord()
+    record.add(torch.tensor([0]), torch.tensor([float("nan")]))
+    with pytest.raises(ValueError, match="no scores"):
+        record.issues([0, 1])
+
+
+def test_a_record_prints_as_one_line() -> None:
+    record = ExampleRecord()
+    record.add(torch.tensor([0, 2, 2]), torch.tensor([1.0, -1.0, 2.0]))
+    assert repr(record) == "ExampleRecord(2 of 3 examples scored, visits=3)"
 
 
 def test_csv_of_selected_rows(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +21,7 @@ from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.reference import relative_error
 from support.models import ENGINES, cross_entropy, vectors
 from support.oracle import EXACT, Truth, flat, gradients_of, truth
-from support.processes import Pool
+from support.processes import SIZE, Pool
 from support.ranks import (
     MODELS,
     SIZES,
@@ -371,3 +373,20 @@ def test_what_cannot_be_is_one_sentence(pool: Pool) -> None:
         assert all("SyncBatchNorm" in s for s in sentences[:-1])
         assert "Join" in sentences[-1]
         assert not any(". " in s or "\n" in s for s in sentences)
+
+
+def _said_of_a_model_without_a_wrapper(group: dist.ProcessGroup, **options: Any) -> list[str]:
+    reweighter = Reweighter(MODELS["mlp"][0](), cross_entropy, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            reweighter.backward(vectors(4), vectors(4))
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_model_without_a_wrapper_is_told_of_it_once(pool: Pool) -> None:
+    for said in pool.run(_said_of_a_model_without_a_wrapper):
+        assert len(said) == 1
+        assert "the model is no DistributedDataParallel" in said[0]
+    own = functools.partial(_said_of_a_model_without_a_wrapper, process_group=None)
+    assert pool.run(own) == [[]] * SIZE

@@ -190,3 +190,28 @@ def test_a_state_that_is_averaged_moves_once() -> None:
     with reweighter.accumulate():
         reweighter.backward(vectors(2))
     assert reweighter.needs_clean
+
+
+def test_parameters_that_change_between_micro_batches() -> None:
+    model, batch, clean = mlp(), vectors(6), vectors(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reweighter = Reweighter(model, cross_entropy)
+    reweighter.backward(batch, clean)
+    with pytest.raises(RuntimeError, match=r"call optimizer.step\(\) when the context has ended"):
+        with reweighter.accumulate():
+            for _ in range(2):
+                reweighter.backward(batch, clean)
+                optimizer.step()
+
+
+def test_effective_sample_size_is_that_of_all_micro_batches() -> None:
+    reweighter = Reweighter(mlp(), cross_entropy)
+    x, y = vectors(8)
+    with reweighter.accumulate() as accumulation:
+        assert repr(accumulation) == "Accumulation(not ended)"
+        for part in (slice(0, 5), slice(5, 8)):
+            reweighter.backward((x[part], y[part]), vectors(4))
+    w = torch.cat(accumulation.weights)
+    size = 1 / float((w**2).sum())
+    assert accumulation.effective_sample_size == pytest.approx(size)
+    assert repr(accumulation) == f"Accumulation(n=[5, 3], effective_sample_size={size:.4g})"

@@ -51,9 +51,11 @@ def test_gradients_that_nobody_clears_after_accumulation() -> None:
     _, optimizer, reweighter = _made()
     for k in range(2):
         expected = _silent() if k == 0 else pytest.warns(UserWarning, match="zero_grad")
-        with expected, reweighter.accumulate():
+        with expected as found, reweighter.accumulate():
             reweighter.backward(_BATCH, _CLEAN)
         optimizer.step()
+    assert found is not None
+    assert found[0].filename == __file__
 
 
 def test_plain_backward_as_well() -> None:
