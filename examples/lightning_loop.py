@@ -8,8 +8,6 @@ Two fifths of the training labels are wrong, a hundred other images are clean. W
 autocast, two micro-batches a step, clipped gradients, and a checkpoint from which to resume.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -49,16 +47,16 @@ class Reweighted(Plain):
 
     def __init__(self, clean: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.clean = clean
-        self.resumed: dict[str, Any] = {}
+        self.clean, self.reweighter, self.saved = clean, None, {}
 
     def on_fit_start(self) -> None:
         """Begin when `trainer.model` is the module as the strategy has wrapped it."""
-        own = tuple(x[RANK::PROCESSES] for x in self.clean)  # each process has its own part
-        self.clean_batches = CleanBatches(own, BATCH, device=self.device)
+        state, rank, ranks = self.state(), self.trainer.global_rank, self.trainer.world_size
+        own = tuple(x[rank::ranks] for x in self.clean)  # each process has its own part
+        self.clean_batches = CleanBatches(own, device=self.device)
         self.reweighter = Reweighter(self.trainer.model, losses)
-        for name, state in self.resumed.items():
-            getattr(self, name).load_state_dict(state)
+        for name, saved in state.items():
+            getattr(self, name).load_state_dict(saved)
         self.waiting: list[Any] = []  # micro-batches of the next step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -68,23 +66,26 @@ class Reweighted(Plain):
 
     def backward(self, loss: Tensor) -> None:
         """Score and weigh all micro-batches of an optimiser step together."""
-        at_once, amp = self.trainer.accumulate_grad_batches, self.trainer.precision_plugin
-        if len(self.waiting) < at_once and not self.trainer.is_last_batch:
+        trainer, amp = self.trainer, self.trainer.precision_plugin
+        if len(self.waiting) < trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
-        with amp.train_step_context(), self.reweighter.accumulate():
+        clean = amp.convert_input(next(self.clean_batches))
+        with amp.train_step_context(), self.reweighter.accumulate() as accumulation:
             for x, y, index in self.waiting:
-                clean = next(self.clean_batches) if self.reweighter.needs_clean else None
                 self.reweighter.backward((x, y), clean, getattr(amp, "scaler", None), index)
         self.waiting.clear()
+        self.log("effective_sample_size", accumulation.effective_sample_size)
+
+    def state(self) -> dict[str, Any]:
+        """What is known of the examples, and the place in the clean set, by attribute."""
+        parts = ("clean_batches", "reweighter") if self.reweighter else ()
+        return self.saved | {name: getattr(self, name).state_dict() for name in parts}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what is known of the examples, and the place in the clean set."""
-        parts = {"clean_batches": self.clean_batches, "reweighter": self.reweighter}
-        checkpoint["l2rw"] = {name: part.state_dict() for name, part in parts.items()}
+        checkpoint["l2rw"] = self.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it for `on_fit_start`, which comes later."""
-        self.resumed = checkpoint["l2rw"]
+        self.saved, self.reweighter = checkpoint.get("l2rw", {}), None  # for `on_fit_start`
 
 
 def fit(module: Plain, loader: Any, epochs: int, resume: Any = None, **options: Any) -> L.Trainer:
@@ -104,8 +105,7 @@ def main() -> None:
     labels = (true[rest] + flipped * torch.randint(1, 10, rest.shape, generator=generator)) % 10
     data = TensorDataset(x[rest], labels, torch.arange(len(rest)))
     # An order that depends on the epoch alone: a resumed run sees the same batches.
-    ordered = DistributedSampler(data, PROCESSES, RANK)
-    loader = DataLoader(data, BATCH, sampler=ordered, drop_last=True)
+    loader = DataLoader(data, BATCH, sampler=DistributedSampler(data, PROCESSES, RANK))
     for make in (Plain, lambda: Reweighted((x[clean], true[clean]))):
         torch.manual_seed(0)
         half = fit(make(), loader, EPOCHS // 2).checkpoint_callback.best_model_path

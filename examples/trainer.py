@@ -9,8 +9,6 @@ labels name the next topic, forty other sentences are clean. With bfloat16 autoc
 micro-batches a step, clipped gradients, and a checkpoint from which to resume.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -41,9 +39,11 @@ class ReweightedTrainer(Trainer):
         own = slice(self.args.process_index, None, self.args.world_size)  # of each process
         clean = {name: x[own] for name, x in clean[0].items()}, clean[1][own]
         self.clean_batches = CleanBatches(clean, device=self.args.device)
-        self.reweighter: Reweighter | None = None
-        self.resumed: dict[str, Any] = {}
-        self.waiting: list[Any] = []  # micro-batches of the next step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # What a checkpoint held, and micro-batches of the next step: none of an earlier training's.
+        self.reweighter, self.resumed, self.waiting = None, {}, []
+        return super().train(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -70,8 +70,8 @@ class ReweightedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            parts = ("clean_batches", "reweighter")
-            state = {name: getattr(self, name).state_dict() for name in parts}
+            parts = {"clean_batches": self.clean_batches, "reweighter": self.reweighter}
+            state = {name: part.state_dict() for name, part in parts.items()}
             torch.save(state, f"{output_dir}/reweighting.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:

@@ -34,6 +34,7 @@ class CleanBatches:
     Raises:
         ValueError: the set is empty, its tensors disagree in length, a pair holds objects that have
             no rows, or ``batch_size`` < 1.
+        TypeError: from ``next``, ``collate_fn`` returned no pair.
 
     Example:
         >>> import torch
@@ -93,8 +94,19 @@ class CleanBatches:
         if isinstance(self._data, (tuple, list)):
             batch = tree_map(lambda x: _rows(x, indices), tuple(self._data))
         else:
-            batch = tuple(self._collate([self._data[i] for i in indices]))
+            batch = _pair(self._collate([self._data[i] for i in indices]))
         return batch if self.device is None else _moved(batch, self.device)
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """What a collate_fn returns, if it is a pair (inputs, targets)."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return tuple(batch)
+    length = f" of length {len(batch)}" if isinstance(batch, Sized) else ""
+    got = type(batch).__name__ + length
+    if isinstance(batch, Mapping):
+        got += "; take the targets out of it: `return batch, batch.pop(NAME)`"
+    raise TypeError(f"collate_fn must return a pair (inputs, targets), got {got}")
 
 
 def _rows(x: Any, indices: list[int]) -> Any:
@@ -136,6 +148,11 @@ def _length(data: Any) -> int:
         if len(lengths) > 1:
             raise ValueError(f"data: inputs and targets differ in length: {sorted(lengths)}")
         return lengths.pop()
+    if isinstance(data, Mapping):
+        raise ValueError(
+            f"data: expected a dataset or a pair (inputs, targets), got {type(data).__name__}; give "
+            "(inputs, targets), where inputs may be a dict"
+        )
     indexed = isinstance(data, Dataset) or hasattr(data, "__getitem__")
     if isinstance(data, Sized) and indexed and not isinstance(data, Tensor):
         return len(data)

@@ -176,3 +176,22 @@ def test_default_device(device: str) -> None:
 def test_clean_sets(make: Callable[[], Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_batches_that_are_no_pair() -> None:
+    """As of a dataset whose examples are dicts, or hold their number, too."""
+
+    class Rows(Dataset[Any]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            return {"x": torch.zeros(2), "y": index}
+
+    with pytest.raises(TypeError, match=r"got dict of length 2; .*batch.pop\(NAME\)"):
+        next(CleanBatches(Rows()))
+    numbered = TensorDataset(*[torch.arange(3)] * 3)
+    with pytest.raises(TypeError, match="a pair .*, got list of length 3"):
+        next(CleanBatches(numbered))
+    with pytest.raises(ValueError, match="got dict; give .inputs, targets"):
+        CleanBatches({"x": torch.zeros(3), "y": torch.zeros(3)})

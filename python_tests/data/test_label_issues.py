@@ -93,7 +93,7 @@ def test_errors(labels: Any, outputs: Any, error: type[Exception], message: str)
 
 
 def test_without_steps() -> None:
-    with pytest.raises(ValueError, match="no scores: give backward.*index="):
+    with pytest.raises(ValueError, match=r"no scores: give backward.*index="):
         ExampleRecord().issues([0, 1])
     record = ExampleRecord()
     record.add(torch.tensor([0]), torch.tensor([float("nan")]))
