@@ -150,8 +150,8 @@ def _length(data: Any) -> int:
         return lengths.pop()
     if isinstance(data, Mapping):
         raise ValueError(
-            f"data: expected a dataset or a pair (inputs, targets), got {type(data).__name__}; give "
-            "(inputs, targets), where inputs may be a dict"
+            f"data: expected a dataset or a pair (inputs, targets), got {type(data).__name__}; "
+            "give (inputs, targets), where inputs may be a dict"
         )
     indexed = isinstance(data, Dataset) or hasattr(data, "__getitem__")
     if isinstance(data, Sized) and indexed and not isinstance(data, Tensor):

@@ -191,7 +191,7 @@ def test_batches_that_are_no_pair() -> None:
     with pytest.raises(TypeError, match=r"got dict of length 2; .*batch.pop\(NAME\)"):
         next(CleanBatches(Rows()))
     numbered = TensorDataset(*[torch.arange(3)] * 3)
-    with pytest.raises(TypeError, match="a pair .*, got list of length 3"):
+    with pytest.raises(TypeError, match=r"a pair .*, got list of length 3"):
         next(CleanBatches(numbered))
-    with pytest.raises(ValueError, match="got dict; give .inputs, targets"):
+    with pytest.raises(ValueError, match=r"got dict; give .inputs, targets"):
         CleanBatches({"x": torch.zeros(3), "y": torch.zeros(3)})
