@@ -69,15 +69,15 @@ def _load_cpu() -> Library:
 def _load_cuda() -> Library:
     name = "_ops_cuda.so"
     path = _FOLDER / name
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA; for a GPU, install a CUDA build of torch"
+        return Library(name, path if path.exists() else None, False, reason)
     if not path.exists():
         reason = (
             "this build has no CUDA kernels; rebuild with nvcc: "
             "L2RW_CUDA=ON pip install --no-build-isolation ."
         )
         return Library(name, None, False, reason)
-    if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-        return Library(name, path, False, reason)
     built = BUILD_INFO["cuda_version"]
     if torch.version.cuda.split(".")[0] != built.split(".")[0]:
         reason = (
