@@ -70,7 +70,10 @@ def _load_cuda() -> Library:
     name = "_ops_cuda.so"
     path = _FOLDER / name
     if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} is built without CUDA; for a GPU, install a CUDA build of torch"
+        reason = (
+            f"torch {torch.__version__} is built without CUDA; for a GPU, install a CUDA build of "
+            "torch"
+        )
         return Library(name, path if path.exists() else None, False, reason)
     if not path.exists():
         reason = (

@@ -53,15 +53,20 @@ class LeftOver:
         """Remember what a step has left, without keeping the gradient in memory."""
         if self._decided:
             return
-        found = [(p, p.grad) for p in parameters if type(p.grad) is Tensor]
-        if found:
-            p, gradient = min(found, key=lambda pair: pair[1].numel())
-            self._seen = p, weakref.ref(gradient), p._version
+        p = _smallest(parameters) if self._seen is None else self._seen[0]
+        if p is not None and type(p.grad) is Tensor:
+            self._seen = p, weakref.ref(p.grad), p._version
+
+
+def _smallest(parameters: Sequence[nn.Parameter]) -> nn.Parameter | None:
+    """The smallest parameter that has a gradient of one rank."""
+    found = (p for p in parameters if type(p.grad) is Tensor)
+    return min(found, key=Tensor.numel, default=None)
 
 
 def _before_the_first_step(parameters: Sequence[nn.Parameter]) -> str | None:
-    found = [p.grad for p in parameters if type(p.grad) is Tensor]
-    if not found or not min(found, key=Tensor.numel).any():
+    p = _smallest(parameters)
+    if p is None or p.grad is None or not p.grad.any():
         return None
     return (
         "p.grad holds a gradient before the first step, which adds to it. backward() of the "
