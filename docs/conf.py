@@ -13,6 +13,7 @@ from sphinx.errors import ExtensionError
 
 project = "l2rw_ext"
 author = "the l2rw_ext authors"
+project_copyright = f"2026, {author}"
 release = version = metadata.version("l2rw_ext")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
