@@ -73,7 +73,7 @@ def test_two_processes_make_one_step_together(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     saved = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
