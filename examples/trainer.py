@@ -9,6 +9,7 @@ labels name the next topic, forty other sentences are clean. With bfloat16 autoc
 micro-batches a step, clipped gradients, and a checkpoint from which to resume.
 """
 
+import shutil
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ class ReweightedTrainer(Trainer):
         self.clean_batches = CleanBatches(clean, device=self.args.device)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        # What a checkpoint held, and micro-batches of the next step: none of an earlier training's.
-        self.reweighter, self.resumed, self.waiting = None, {}, []
+        self.reweighter, self.resumed, self.waiting = None, {}, []  # not those of a training before
         return super().train(*args, **kwargs)
 
     def training_step(
@@ -70,8 +70,7 @@ class ReweightedTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            parts = {"clean_batches": self.clean_batches, "reweighter": self.reweighter}
-            state = {name: part.state_dict() for name, part in parts.items()}
+            state = {n: getattr(self, n).state_dict() for n in ("clean_batches", "reweighter")}
             torch.save(state, f"{output_dir}/reweighting.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
@@ -108,6 +107,7 @@ def main() -> None:
     rows = [{"input_ids": words[i], "labels": labels[i], "_idx": i} for i in range(1440)]
     clean = {"input_ids": words[1000:1040]}, true[1000:1040]
     for kind, options in ((Trainer, {}), (ReweightedTrainer, {"clean": clean})):
+        shutil.rmtree(f"topics-{kind.__name__}", ignore_errors=True)  # of an earlier run
         for epochs, resume in ((EPOCHS // 2, False), (EPOCHS, True)):
             trainer = train(kind, f"topics-{kind.__name__}", rows[:1000], epochs, resume, **options)
         right = trainer.predict(rows[1040:]).predictions.argmax(1) == true[1040:].numpy()
