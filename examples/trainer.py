@@ -2,7 +2,6 @@
 
     pip install transformers accelerate peft
     python examples/trainer.py
-    torchrun --nproc-per-node 2 examples/trainer.py
 
 A tiny BERT, random and so without a download, learns by a LoRA adapter. Two fifths of the training
 labels name the next topic, forty other sentences are clean. With bfloat16 autocast, two
@@ -111,9 +110,10 @@ def main() -> None:
         for epochs, resume in ((EPOCHS // 2, False), (EPOCHS, True)):
             trainer = train(kind, f"topics-{kind.__name__}", rows[:1000], epochs, resume, **options)
         right = trainer.predict(rows[1040:]).predictions.argmax(1) == true[1040:].numpy()
-        print(f"{kind.__name__}: test accuracy {right.mean():.3f}")
+        trainer.accelerator.print(f"{kind.__name__}: test accuracy {right.mean():.3f}")
     found = trainer.reweighter.record.issues(labels[:1000]).is_label_issue
-    print(f"{found.sum()} labels found, precision {flipped[:1000].numpy()[found].mean():.3f}")
+    precision = flipped[:1000].numpy()[found].mean()
+    trainer.accelerator.print(f"{found.sum()} labels found, precision {precision:.3f}")
 
 
 if __name__ == "__main__":
