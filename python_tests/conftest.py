@@ -82,7 +82,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Where a GPU, the emulator or frameworks are required, a skipped test of them is a failure."""
+    """Where a GPU, the emulator or examples are required, a skipped test of them is a failure."""
     report = yield
     for marker, required_by in (
         ("cuda", "CUDA"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import os
 import shutil
 import sys
@@ -25,16 +24,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from l2rw_ext import Reweighter
 from support.oracle import flat, gradients_of
-from support.paths import ROOT
+from support.scripts import script
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
-
-NEEDED = {
-    "lightning_loop": ["lightning", "sklearn"],
-    "trainer": ["transformers", "accelerate", "peft"],
-    "accelerate_loop": ["accelerate", "sklearn"],
-}
-"""The packages that a script imports."""
 
 
 @dataclass
@@ -79,16 +71,10 @@ class Watched(Reweighter):
 
 
 def _script(name: str, patch: pytest.MonkeyPatch) -> Any:
-    """A script as a module whose reweighters are watched."""
-    for package in NEEDED[name]:
-        pytest.importorskip(package)
-    found = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert found is not None
-    assert found.loader is not None
-    script = importlib.util.module_from_spec(found)
-    found.loader.exec_module(script)
-    patch.setattr(script, "Reweighter", Watched)
-    return script
+    """A script whose reweighters are watched."""
+    found = script(name)
+    patch.setattr(found, "Reweighter", Watched)
+    return found
 
 
 def _vectors() -> tuple[TensorDataset, tuple[Tensor, Tensor]]:

