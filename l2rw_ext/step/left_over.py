@@ -17,7 +17,8 @@ class LeftOver:
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[nn.Parameter, weakref.ref[Tensor], int] | None = None
+        self._seen: tuple[weakref.ref[nn.Parameter], weakref.ref[Tensor], int] | None = None
+        """The parameter, its gradient and its version; models and gradients may go meanwhile."""
         self._decided = False
         """Whether a gradient that seemed to be left over has been read."""
 
@@ -36,8 +37,9 @@ class LeftOver:
             return None
         if self._seen is None:
             return _before_the_first_step(parameters)
-        p, gradient, used = self._seen
-        if p.grad is None or p.grad is not gradient() or p._version == used:
+        remembered, gradient, used = self._seen
+        p = remembered()
+        if p is None or p.grad is None or p.grad is not gradient() or p._version == used:
             return None
         if not any(p is other for other in parameters):  # frozen by now, or not of the model
             return None
@@ -50,12 +52,13 @@ class LeftOver:
         )
 
     def note(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Remember what a step has left, without keeping the gradient in memory."""
+        """Remember what a step has left, without keeping it in memory."""
         if self._decided:
             return
-        p = _smallest(parameters) if self._seen is None else self._seen[0]
+        p = None if self._seen is None else self._seen[0]()
+        p = _smallest(parameters) if p is None else p
         if p is not None and type(p.grad) is Tensor:
-            self._seen = p, weakref.ref(p.grad), p._version
+            self._seen = weakref.ref(p), weakref.ref(p.grad), p._version
 
 
 def _smallest(parameters: Sequence[nn.Parameter]) -> nn.Parameter | None:
