@@ -19,7 +19,7 @@ from .output import Sheet, finish, pyplot, without
 from .settings import Settings
 from .splits import BACKGROUNDS
 from .statistics import Mean, grouped, mean
-from .tables import VALIDATION, add_level
+from .tables import PRESETS, add_level
 
 NAME = "figure3"
 STEPS = 8000
@@ -81,7 +81,7 @@ def _small(data: str, task: Any, seed: int, args: argparse.Namespace) -> Setting
         clean_batch=100,
         lr=1e-3,
         clean=(FEW_CLEAN if few else CLEAN)[task],
-        validation=FEW_VALIDATION if few else VALIDATION,
+        validation=FEW_VALIDATION if few else PRESETS["paper"].validation,
         background=BACKGROUNDS["cifar10"][seed % 5] if task == "background" else 0,
         diagnosed=True,
         scale=args.scale,
@@ -90,6 +90,7 @@ def _small(data: str, task: Any, seed: int, args: argparse.Namespace) -> Setting
 
 def _cifar(data: str, task: str, seed: int, args: argparse.Namespace) -> Settings:
     plain = {"data": data, "model": None, "clean": None, "authors": False, "labels": ""}
+    plain["preset"] = "paper"
     found = TABLES[task].settings("ours", seed, argparse.Namespace(**{**vars(args), **plain}))
     return replace(found, experiment=NAME, diagnosed=True)
 

@@ -15,7 +15,7 @@ from .output import Sheet, finish, pyplot, without
 from .splits import BACKGROUNDS
 from .table1 import UNIFORM
 from .table2 import BACKGROUND
-from .tables import add_cifar, add_level
+from .tables import add_cifar, add_level, extent, named
 
 NAME = "figure6"
 ROWS = ("baseline", "ours")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         for true, cells in enumerate(matrix.tolist())
         for taken, cell in enumerate(cells)
     ]
-    stem = args.out / NAME / f"{NAME}-{args.data}"
+    stem = args.out / NAME / f"{NAME}-{named(args)}"
     report = {**head(NAME, found, args), "runs": without(found, "origins", "curve")}
     sheet = table(matrices, args)
     return finish(console, stem, sheet, report, rows, picture(matrices, classes))
@@ -82,8 +82,7 @@ def shares(results: Results, row: str) -> Tensor:
 def table(matrices: Matrices, args: argparse.Namespace) -> Sheet:
     """How much lies on the diagonal, and the largest cell beside it."""
     out = Sheet(
-        f"Confusion on {args.data}, {args.level:.0%} flipped, {args.seeds} seeds, "
-        f"scale {args.scale:g}",
+        f"Confusion on {args.data}, {args.level:.0%} flipped, {extent(args)}",
         ("flips", "", "right, %", "largest confusion, %"),
         names=2,
     )

@@ -12,7 +12,7 @@ from .options import head, run_grid
 from .output import Sheet, finish, pyplot, without
 from .statistics import Mean, grouped, mean
 from .table2 import BACKGROUND
-from .tables import add_cifar, add_level, add_rows
+from .tables import add_cifar, add_level, add_rows, extent, named
 
 NAME = "figure7"
 ROWS = ["baseline", "s-model", "ours"]
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         for row, points in curves.items()
         for step, point in points.items()
     ]
-    stem = args.out / NAME / f"{NAME}-{args.data}"
+    stem = args.out / NAME / f"{NAME}-{named(args)}"
     runs = without(results, "origins", "confusion")
     report = {**head(NAME, results, args), "runs": runs}
     return finish(console, stem, table(curves, args), report, rows, picture(curves, results))
@@ -65,7 +65,7 @@ def table(curves: Curves, args: argparse.Namespace) -> Sheet:
     """The best accuracy of each row on held-out images, and the last: the gap is overfitting."""
     out = Sheet(
         f"Accuracy in percent on {args.data} while training, {args.level:.0%} flipped, "
-        f"{args.seeds} seeds, scale {args.scale:g}",
+        f"{extent(args)}",
         ("", "held out: best", "at step", "held out: last", "training labels: last"),
     )
     for row, points in curves.items():

@@ -34,6 +34,7 @@ from .order import Epochs, generator
 from .settings import Settings
 from .splits import sha256
 from .tasks import make_split
+from .trace import Trace
 from .training_methods import Batch, CleanOnly, Context, Method, Statistics, make
 
 EVALUATIONS = 40
@@ -200,6 +201,7 @@ class Training:
         clean_size = min(settings.clean_batch, len(self.clean))
         self.clean_order = Epochs(len(self.clean), clean_size, settings.seed, "clean batches")
         self.optimizer = self._optimizer()
+        self.trace = Trace(self.classes) if settings.traced else None
         self.done = 0
         self.seconds = self.data_seconds = 0.0
         self.curve: list[dict[str, float]] = []
@@ -229,6 +231,7 @@ class Training:
                 min(settings.batch, len(self.targets)),
                 settings.seed,
                 settings.weight_decay if settings.authors else 0.0,
+                settings.direction_decay,
                 confusion,
             )
         )
@@ -296,6 +299,8 @@ class Training:
         self.optimizer.zero_grad()
         statistics = method.step(number, batch, clean)
         self.optimizer.step()
+        if self.trace:
+            self.trace.add(batch.targets, statistics)
         return statistics
 
     def clean_batch(self, number: int) -> Batch:
@@ -329,6 +334,9 @@ class Training:
             "accuracy": accuracy(held_out),
             "training_accuracy": 100 * float((trained == self.targets[some]).double().mean()),
         }
+        if self.trace:
+            clean = Batch(self.clean.floats(signed=self.settings.signed), self.clean.targets)
+            point |= self.trace.take(self.model, clean)
         self.curve.append(point)
         log.evaluation(point, class_errors(held_out))
 
@@ -396,6 +404,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
+            "trace": self.trace.state_dict() if self.trace else {},
             "generators": self._generators(),
         }
 
@@ -435,6 +444,8 @@ class Training:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.method.load_state_dict(content["method"])
+        if self.trace:
+            self.trace.load_state_dict(content["trace"])
         torch.set_rng_state(states[0])
         for state in itertools.islice(states, 1, None):
             torch.cuda.set_rng_state(state, self.place.device)

@@ -19,7 +19,7 @@ class Settings:
         level: how strong it is: majority images for each minority image, or the share of flips.
         labels: which of the labels by people, where the task is ``human``.
         method: name of a method.
-        seed: of the split, the initial parameters, the order of the batches and the dropout.
+        seed: of the initial parameters, the order of the batches, the dropout and the split.
         model: name of a model.
         steps: how many steps, already scaled.
         batch: training examples in a step.
@@ -37,7 +37,10 @@ class Settings:
         signed: inputs in [-1, 1] instead of [0, 1].
         finetune: steps on the clean images alone at the end.
         authors: as the authors' published code does it where that departs from the paper.
+        direction_decay: of the clean gradient, as the Reweighter takes it; 0 for none.
         diagnosed: at the end the hyper-validation images are weighed too.
+        traced: the curve also has the clean loss, its gradient's norm and the weights by class.
+        split_seed: of the split, where it is not ``seed``.
         kept: other runs start from the state at the end, which stays on disk.
         continues: key of the kept run that this one continues, after its last step.
         transition: key of the kept run whose confusion of labels the method starts from.
@@ -69,7 +72,10 @@ class Settings:
     finetune: int = 0
     labels: str = ""
     authors: bool = False
+    direction_decay: float = 0.0
     diagnosed: bool = False
+    traced: bool = False
+    split_seed: int | None = None
     kept: bool = False
     continues: str = ""
     transition: str = ""
@@ -83,13 +89,19 @@ class Settings:
         level = self.labels or f"{self.level:g}"
         task = f"{self.task}{self.background}" if self.task == "background" else self.task
         clean = f"clean{self.clean}"
-        return f"{self.data}-{task}-{level}-{clean}-{self.model}-{name}-seed{self.seed}"
+        split = "" if self.split_seed is None else f"-split{self.split_seed}"
+        return f"{self.data}-{task}-{level}-{clean}-{self.model}-{name}-seed{self.seed}{split}"
 
     @property
     def split(self) -> tuple[Any, ...]:
         """What the split depends on: runs that agree here have the same images and labels."""
         noise = (self.task, self.level, self.labels, self.background, self.authors)
-        return (self.data, *noise, self.images, self.clean, self.validation, self.seed)
+        return (self.data, *noise, self.images, self.clean, self.validation, self.drawn)
+
+    @property
+    def drawn(self) -> int:
+        """The seed of the split."""
+        return self.seed if self.split_seed is None else self.split_seed
 
     @property
     def total_steps(self) -> int:

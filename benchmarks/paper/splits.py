@@ -130,6 +130,7 @@ def uniform_flip(
     test: Images,
     *,
     rate: float,
+    size: int = 0,
     clean: int,
     validation: int,
     seed: int,
@@ -138,9 +139,10 @@ def uniform_flip(
     """UNIFORMFLIP: a label flips to any other class with equal chance.
 
     Args:
-        images: what is split.
+        images: what is drawn from and split.
         test: what is tested on.
         rate: share of the labels that flip, in [0, 1).
+        size: images drawn, clean and hyper-validation images included; 0 means all.
         clean: number of clean images, the same of each class or one more.
         validation: number of hyper-validation images.
         seed: what the split and the flips depend on.
@@ -162,7 +164,7 @@ def uniform_flip(
             drawn = (targets + drawn) % count
         return torch.where(_share_of_each_class(targets, rate, generator), drawn, targets)
 
-    return _split(images, test, corrupt, clean, validation, seed)
+    return _split(images, test, corrupt, size, clean, validation, seed)
 
 
 def background_flip(
@@ -170,6 +172,7 @@ def background_flip(
     test: Images,
     *,
     rate: float,
+    size: int = 0,
     clean: int,
     validation: int,
     background: int,
@@ -190,7 +193,7 @@ def background_flip(
         flips = _share_of_each_class(targets, rate, generator)
         return torch.where(flips, torch.full_like(targets, background), targets)
 
-    return _split(images, test, corrupt, clean, validation, seed)
+    return _split(images, test, corrupt, size, clean, validation, seed)
 
 
 def human_noise(
@@ -198,6 +201,7 @@ def human_noise(
     test: Images,
     *,
     labels: Tensor,
+    size: int = 0,
     clean: int,
     validation: int,
     seed: int,
@@ -205,9 +209,10 @@ def human_noise(
     """Labels that people gave, as :func:`benchmarks.paper.human.human_labels` returns them.
 
     Args:
-        images: what is split, with true labels.
+        images: what is drawn from and split, with true labels.
         test: what is tested on.
         labels: the label of each image by people, int64, shape (len(images),).
+        size: images drawn, clean and hyper-validation images included; 0 means all.
         clean: number of clean images, the same of each class or one more; these keep true labels.
         validation: number of hyper-validation images.
         seed: what the split depends on.
@@ -217,20 +222,28 @@ def human_noise(
     """
     if labels.shape != images.targets.shape:
         raise UsageError(f"there are {len(labels)} human labels for {len(images)} images")
-    return _split(images, test, lambda index, _: labels[index], clean, validation, seed)
+    return _split(images, test, lambda index, _: labels[index], size, clean, validation, seed)
 
 
 def _split(
-    images: Images, test: Images, corrupt: Corruption, clean: int, validation: int, seed: int
+    images: Images,
+    test: Images,
+    corrupt: Corruption,
+    size: int,
+    clean: int,
+    validation: int,
+    seed: int,
 ) -> Split:
-    """Draw the clean images, then the validation images; corrupt what remains."""
+    """Draw the images, of these the clean, then the validation images; corrupt what remains."""
+    if size > len(images):
+        raise UsageError(f"{size} images are needed, {images.source} has {len(images)}")
     generator = torch.Generator().manual_seed(seed)
-    order = _shuffled(torch.arange(len(images)), generator)
+    order = _shuffled(torch.arange(len(images)), generator)[: size or None]
     kept = _balanced(images, order, clean, generator)
     others = order[~torch.isin(order, kept)]
     if validation >= len(others):
         raise UsageError(
-            f"{clean} clean and {validation} hyper-validation images of {len(images)} leave none "
+            f"{clean} clean and {validation} hyper-validation images of {len(order)} leave none "
             "to train on"
         )
     noisy = replace(images.take(others), targets=corrupt(others, generator))
@@ -253,13 +266,13 @@ def _balanced(images: Images, order: Tensor, size: int, generator: torch.Generat
     count = len(images.classes)
     wanted = torch.full((count,), size // count)
     wanted[_shuffled(torch.arange(count), generator)[: size % count]] += 1
-    available = images.counts()
+    targets = images.targets[order]
+    available = targets.bincount(minlength=count)
     for label in (wanted > available).nonzero().flatten().tolist():
         raise UsageError(
-            f"{int(wanted[label])} clean images of class {images.classes[label]} are needed, "
-            f"{images.source} has {int(available[label])}"
+            f"{int(wanted[label])} clean images of class {images.classes[label]} are needed, those "
+            f"drawn from {images.source} have {int(available[label])}"
         )
-    targets = images.targets[order]
     return torch.cat([order[targets == c][: int(wanted[c])] for c in range(count)])
 
 

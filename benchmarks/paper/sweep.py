@@ -15,7 +15,7 @@ from .output import Sheet, error_bars, finish, pyplot, without
 from .settings import Settings
 from .statistics import Mean, grouped, mean
 from .table2 import BACKGROUND
-from .tables import add_cifar, add_rows
+from .tables import add_cifar, add_rows, named
 
 Cells = dict[tuple[str, float], Mean]
 
@@ -90,7 +90,7 @@ class Sweep:
             }
             for (row, value), accuracy in cells.items()
         ]
-        stem = args.out / self.name / f"{self.name}-{args.data}"
+        stem = args.out / self.name / f"{self.name}-{named(args)}"
         runs = without(results, "origins", "curve", "confusion")
         report = {**head(self.name, results, args), "runs": runs}
         return finish(console, stem, self.table(cells, args), report, rows, self.picture(cells))

@@ -22,7 +22,6 @@ from .statistics import Mean, grouped, mean
 from .training_methods import METHODS
 
 FINE_TUNING = 5000
-VALIDATION = 5000
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,39 @@ class Schedule:
 
 FULL = Schedule(80_000, (40_000, 60_000))
 SHORT = Schedule(60_000, (40_000, 50_000))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """At which size the tables and their figures are run.
+
+    Attributes:
+        model: a name that ``make_model`` takes; without one, the table's.
+        images: to train on, beside the clean and the hyper-validation images; 0 means the rest.
+        validation: hyper-validation images.
+        batch: training images in a step; clean images too.
+        scale: what the paper's schedules are shortened by.
+        lr: initial learning rate.
+        augment: random crops and flips.
+    """
+
+    model: str
+    images: int
+    validation: int
+    batch: int
+    scale: float
+    lr: float
+    augment: bool
+
+
+PRESETS = {
+    "paper": Preset(
+        model="", images=0, validation=5000, batch=100, scale=1.0, lr=0.1, augment=True
+    ),
+    "cpu": Preset(
+        model="convnet", images=4000, validation=1000, batch=50, scale=0.05, lr=0.02, augment=False
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +169,8 @@ class Experiment:
         """One run; see :meth:`grid`. A seed has its own split and background class."""
         row = self.row(name)
         assert row.method is not None
+        preset = PRESETS[args.preset]
+        scale = args.scale * preset.scale
         schedule = row.schedule or self.schedule
         values: dict[str, Any] = {
             "experiment": self.name,
@@ -147,26 +181,28 @@ class Experiment:
             "labels": args.labels,
             "method": row.method,
             "seed": seed,
-            "model": args.model or self.model,
-            "steps": scaled(schedule.steps, args.scale),
-            "decays": tuple(scaled(step, args.scale) for step in schedule.decays),
-            "finetune": scaled(row.finetune, args.scale) if row.finetune else 0,
-            "batch": 100,
-            "clean_batch": 100,
-            "lr": 0.1,
+            "model": args.model or preset.model or self.model,
+            "steps": scaled(schedule.steps, scale),
+            "decays": tuple(scaled(step, scale) for step in schedule.decays),
+            "finetune": scaled(row.finetune, scale) if row.finetune else 0,
+            "batch": preset.batch,
+            "clean_batch": preset.batch,
+            "lr": preset.lr,
             "weight_decay": 2e-4,
             "clean": args.clean or self.clean[args.data],
-            "validation": VALIDATION,
+            "validation": preset.validation,
             "background": 0,
-            "augment": True,
+            "augment": preset.augment,
             "signed": True,
             "authors": args.authors,
-            "scale": args.scale,
+            "scale": scale,
             "kept": any(name in (r.continues, r.transition) for r in self.rows),
         }
         if self.task == "background" and "background" not in other:
             values["background"] = _background(args.data, seed)
         found = Settings(**{**values, **other})
+        if preset.images:
+            found = replace(found, images=preset.images + found.clean + found.validation)
         keys = [
             self.settings(start, seed, args, **other).key if start else ""
             for start in (row.continues, row.transition)
@@ -174,9 +210,8 @@ class Experiment:
         return replace(found, continues=keys[0], transition=keys[1])
 
     def how(self, args: argparse.Namespace) -> str:
-        """Model, seeds and scale, for the titles of tables."""
-        authors = ", as the authors' code" if args.authors else ""
-        return f"{args.model or self.model}, {args.seeds} seeds, scale {args.scale:g}{authors}"
+        """Model, images, seeds and scale, for the titles of tables."""
+        return f"{args.model or PRESETS[args.preset].model or self.model}, {extent(args)}"
 
     def run(self, args: argparse.Namespace) -> int:
         """Train, print the table, write the numbers."""
@@ -197,7 +232,7 @@ class Experiment:
             }
             for row in self._shown(found)
         ]
-        stem = args.out / self.name / f"{self.name}-{args.data}-{rows[0]['noise']}"
+        stem = args.out / self.name / f"{self.name}-{named(args)}-{rows[0]['noise']}"
         report = {**head(self.name, results, args), "runs": without(results, "origins")}
         return finish(console, stem, self.table(found, args), report, rows)
 
@@ -224,6 +259,19 @@ class Experiment:
 _UNKNOWN = (math.nan, math.nan)
 
 
+def extent(args: argparse.Namespace) -> str:
+    """Images, seeds and scale, for the titles of tables."""
+    preset = PRESETS[args.preset]
+    images = f"{preset.images} training images, " if preset.images else ""
+    authors = ", as the authors' code" if args.authors else ""
+    return f"{images}{args.seeds} seeds, scale {args.scale * preset.scale:g}{authors}"
+
+
+def named(args: argparse.Namespace) -> str:
+    """The data, and the preset unless it is the paper's, for the names of files."""
+    return str(args.data) if args.preset == "paper" else f"{args.data}-{args.preset}"
+
+
 def _background(data: str, seed: int) -> int:
     if seed >= len(BACKGROUNDS[data]):
         raise UsageError(f"--seeds: the paper has {len(BACKGROUNDS[data])} background classes")
@@ -235,11 +283,17 @@ def add_cifar(
 ) -> None:
     """The options of every experiment with the runs of the tables."""
     add_shared(parser, seeds=seeds)
+    parser.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="paper",
+        help="the paper's experiment (default), or cpu: a small net on 4,000 images, minutes a run",
+    )
     parser.add_argument("--data", choices=data, default=data[0], help=f"default: {data[0]}")
     parser.add_argument(
         "--model",
         choices=[name for name, shape in SHAPES.items() if shape == (3, 32, 32)],
-        help="default: wrn-28-10 for uniform flips, else resnet-32",
+        help="default: wrn-28-10 for uniform flips, else resnet-32; convnet with --preset cpu",
     )
     if clean:
         parser.add_argument(

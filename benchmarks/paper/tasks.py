@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from . import splits
 from .data import load
@@ -18,37 +19,26 @@ def make_split(settings: Settings, data_root: Path | None) -> Split:
         UsageError: the data is not there, or the split is impossible.
     """
     images, test = (load(settings.data, part, data_root) for part in ("train", "test"))
-    clean, validation, seed = settings.clean, settings.validation, settings.seed
     if settings.task == "imbalance":
         return splits.imbalanced(
             images,
             test,
             ratio=settings.level,
             size=settings.images or len(images),
-            clean=clean,
-            seed=seed,
+            clean=settings.clean,
+            seed=settings.drawn,
         )
+    shared: dict[str, Any] = {
+        "size": settings.images,
+        "clean": settings.clean,
+        "validation": settings.validation,
+        "seed": settings.drawn,
+    }
+    rate = settings.level
     if settings.task == "uniform":
-        return splits.uniform_flip(
-            images,
-            test,
-            rate=settings.level,
-            clean=clean,
-            validation=validation,
-            seed=seed,
-            authors=settings.authors,
-        )
+        return splits.uniform_flip(images, test, rate=rate, authors=settings.authors, **shared)
     if settings.task == "background":
-        return splits.background_flip(
-            images,
-            test,
-            rate=settings.level,
-            clean=clean,
-            validation=validation,
-            background=settings.background,
-            seed=seed,
-        )
+        background = settings.background
+        return splits.background_flip(images, test, rate=rate, background=background, **shared)
     labels = human_labels(images.targets, settings.labels, data_root)
-    return splits.human_noise(
-        images, test, labels=labels, clean=clean, validation=validation, seed=seed
-    )
+    return splits.human_noise(images, test, labels=labels, **shared)

@@ -52,6 +52,7 @@ class Context:
         size: examples in a batch.
         seed: of the run.
         clean_l2: times θ, part of the clean gradient, as in the authors' code; else 0.
+        direction_decay: of an average of clean gradients, as the Reweighter takes it.
         confusion: share of each label among the hyper-validation images that a trained model
             takes for a class, shape (C, C), where the run starts from one.
     """
@@ -63,6 +64,7 @@ class Context:
     size: int
     seed: int
     clean_l2: float = 0.0
+    direction_decay: float = 0.0
     confusion: Tensor | None = None
 
     @property
@@ -166,7 +168,9 @@ class Ours(Method):
     def prepare(self, context: Context) -> None:
         """Make the reweighter."""
         super().prepare(context)
-        self._reweighter = Reweighter(context.model, losses, l2=context.clean_l2)
+        self._reweighter = Reweighter(
+            context.model, losses, l2=context.clean_l2, direction_decay=context.direction_decay
+        )
 
     def step(self, number: int, batch: Batch, clean: Batch | None) -> Statistics:
         """One call of :meth:`l2rw_ext.Reweighter.backward`."""

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(data.COUNTS, "cifar10", COUNTS)
-    monkeypatch.setattr(tables, "VALIDATION", 60)
+    small = replace(tables.PRESETS["paper"], validation=60)
+    monkeypatch.setitem(tables.PRESETS, "paper", small)
     monkeypatch.setitem(UNIFORM.clean, "cifar10", 50)
     for name in ("resnet-32", "wrn-28-10"):
         monkeypatch.setitem(networks.MODELS, name, _tiny)

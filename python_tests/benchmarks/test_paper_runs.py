@@ -358,7 +358,8 @@ def test_table2_shows_the_papers_numbers_beside_the_measured(
 ) -> None:
     monkeypatch.setitem(data.COUNTS, "cifar10", {"train": 400, "test": 80})
     monkeypatch.setitem(networks.MODELS, "resnet-32", _tiny_cifar)
-    monkeypatch.setattr(tables, "VALIDATION", 50)
+    small = replace(tables.PRESETS["paper"], validation=50)
+    monkeypatch.setitem(tables.PRESETS, "paper", small)
     write_cifar(tmp_path, 80)
     arguments = ["paper", "table2", "--rows", "baseline", "baseline +es +ft", "ours"]
     arguments += ["--data-root", str(tmp_path), "--out", str(tmp_path / "out")]
