@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
 EXPERIMENTS = {
     "figure2": "MNIST 4 against 9: test error over imbalance, all methods",
+    "figure2-seeds": "Figure 2 looked into: which seeds decide, and the course of the runs",
     "table1": "CIFAR, labels flipped to any class: test accuracy, WRN-28-10",
     "table2": "CIFAR, labels flipped to one class: test accuracy, ResNet-32",
     "cifar10n": "CIFAR-10 with labels by people: test accuracy, ResNet-32",
@@ -23,17 +25,22 @@ WITHOUT_CHECKPOINTS = {"lemma1", "theorem2"}
 INTERRUPTED = 130
 
 
+def experiment(name: str) -> ModuleType:
+    """The module of an experiment."""
+    return importlib.import_module(f".{name.replace('-', '_')}", __package__)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand for each experiment."""
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
     for name, help_text in EXPERIMENTS.items():
-        module = importlib.import_module(f".{name}", __package__)
+        module = experiment(name)
         module.add_arguments(commands.add_parser(name, help=help_text, description=module.__doc__))
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment; after Ctrl-C, say how to go on."""
-    module = importlib.import_module(f".{args.experiment}", __package__)
+    module = experiment(args.experiment)
     try:
         return int(module.run(args))
     except KeyboardInterrupt:

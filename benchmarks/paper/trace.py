@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ class Trace:
     def __init__(self, classes: int) -> None:
         self._weights = torch.zeros(classes, dtype=torch.float64)
         self._steps = self._without = 0
+        self._weighed = 0.0
 
     def add(self, targets: Tensor, statistics: Statistics) -> None:
         """Take the weights of a step, whose examples have these targets, shape (n,)."""
@@ -25,19 +28,22 @@ class Trace:
         self._weights.index_add_(0, targets.cpu(), weights.cpu())
         self._steps += 1
         self._without += not weights.any()
+        self._weighed += float((weights > 0).double().mean())
 
     def take(self, model: nn.Module, clean: Batch) -> dict[str, float]:
         """A point of the curve, after which the sums begin anew.
 
         Returns:
             ``clean_loss`` f and ``clean_gradient`` ‖∇f‖ at the model as it is in evaluation mode,
-            for which the clean images are ``clean``; ``weight_of_class_C``, the weight that a step
-            gives to the examples of a class together, mean over the steps; ``without_weight``,
-            the share of steps that weigh nothing.
+            for which the clean images are ``clean``; ``hardest``, the share of the hardest of
+            them in the clean loss; ``weight_of_class_C``, the weight that a step gives to the
+            examples of a class together, mean over the steps; ``weighed``, the percentage of
+            examples with weight; ``without_weight``, the percentage of steps that weigh nothing.
         """
         training = model.training
         model.eval()
-        loss = losses(model(clean.inputs), clean.targets).mean()
+        each = losses(model(clean.inputs), clean.targets)
+        loss = each.mean()
         gradient = torch.autograd.grad(loss, list(model.parameters()))
         model.train(training)
         steps = max(1, self._steps)
@@ -45,18 +51,21 @@ class Trace:
         point = {
             "clean_loss": float(loss.detach()),
             "clean_gradient": float(nn.utils.get_total_norm(gradient)),
+            "hardest": float((each.max() / each.sum()).detach()),
             **{f"weight_of_class_{c}": share for c, share in enumerate(shares)},
-            "without_weight": self._without / steps,
+            "weighed": 100 * self._weighed / steps,
+            "without_weight": 100 * self._without / steps,
         }
         self._weights.zero_()
-        self._steps = self._without = 0
+        self._steps, self._without, self._weighed = 0, 0, 0.0
         return point
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> dict[str, Any]:
         """The sums, for a checkpoint."""
-        return {"weights": self._weights, "steps": self._steps, "without": self._without}
+        counts = (self._steps, self._without, self._weighed)
+        return {"weights": self._weights.clone(), "counts": counts}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._weights.copy_(torch.as_tensor(state["weights"]))
-        self._steps, self._without = int(state["steps"]), int(state["without"])
+        self._weights.copy_(state["weights"])
+        self._steps, self._without, self._weighed = state["counts"]

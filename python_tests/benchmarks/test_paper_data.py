@@ -505,6 +505,20 @@ def test_background_flips(background: int) -> None:
     assert len(true[split.flipped].unique()) == 9
 
 
+def test_fewer_images_may_be_drawn() -> None:
+    whole, some = (
+        uniform_flip(IMAGES, TEST, rate=0.4, size=size, clean=20, validation=30, seed=1)
+        for size in (0, 150)
+    )
+    assert len(whole.train) == len(IMAGES) - 50
+    assert (len(some.train), len(some.clean), len(some.validation)) == (100, 20, 30)
+    assert int(some.flipped.sum()) == pytest.approx(40, abs=8)
+    with pytest.raises(UsageError, match="9999 images are needed"):
+        uniform_flip(IMAGES, TEST, rate=0.4, size=9999, clean=20, validation=30, seed=1)
+    with pytest.raises(UsageError, match="those drawn from numbers have"):
+        uniform_flip(IMAGES, TEST, rate=0.4, size=60, clean=60, validation=0, seed=1)
+
+
 def test_human_noise_keeps_its_labels() -> None:
     labels = torch.randint(10, (2000,), generator=torch.Generator().manual_seed(0))
     split = human_noise(IMAGES, TEST, labels=labels, clean=20, validation=100, seed=0)
@@ -636,6 +650,21 @@ def test_residual_nets_start_as_he_et_al_do() -> None:
     convolutions = [m for m in make_model("resnet-32", 10).modules() if isinstance(m, nn.Conv2d)]
     last = convolutions[-1].weight.detach()
     assert float(last.std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+
+
+def test_the_authors_net_starts_as_theirs_and_has_one_sigmoid() -> None:
+    model = make_model("lenet-authors", 2)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            assert not parameter.any()
+        else:
+            assert float(parameter.abs().max()) <= 0.2
+            assert float(parameter.std()) == pytest.approx(0.088, rel=0.2)  # cut off at 2 sigma
+    x = torch.rand(6, *SHAPES["lenet-authors"], requires_grad=True)
+    outputs, targets = model(x), torch.tensor([0, 1, 0, 1, 1, 0])
+    assert not outputs[:, 0].any()
+    sigmoid = nn.functional.binary_cross_entropy_with_logits(outputs[:, 1], targets.float())
+    torch.testing.assert_close(nn.functional.cross_entropy(outputs, targets), sigmoid)
 
 
 def test_an_unknown_model_is_refused() -> None:

@@ -101,6 +101,24 @@ def test_fine_tuning_goes_on_from_the_run_before(data_root: Path, tmp_path: Path
     assert whole["parameters"] != found["baseline"]["parameters"]
 
 
+def test_the_preset_for_cpus(data_root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    small = replace(tables.PRESETS["cpu"], images=100, validation=60)
+    monkeypatch.setitem(tables.PRESETS, "cpu", small)
+    rows = ("--rows", "baseline +ft", "ours")
+    assert paper(data_root, tmp_path, "table2", *rows, "--preset", "cpu", scale="0.01") == 0
+    found = runs(tmp_path, "table2")
+    for result in found.values():
+        settings = result["settings"]
+        assert sum(result["counts"]) == 100
+        assert settings["images"] == 100 + 60 + settings["clean"]
+        assert (settings["model"], settings["lr"], settings["augment"]) == ("convnet", 0.02, False)
+        assert (settings["batch"], settings["clean_batch"]) == (50, 50)
+        assert (settings["steps"], settings["decays"]) == (40, [20, 30])
+        assert settings["scale"] == pytest.approx(0.0005)
+    assert found["baseline +ft"]["settings"]["finetune"] == 2
+    assert (tmp_path / "table2" / "table2-cifar10-cpu-0.4.md").is_file()
+
+
 def test_a_lost_state_of_the_run_before_is_one_sentence(
     data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

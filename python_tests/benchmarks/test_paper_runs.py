@@ -31,7 +31,8 @@ from benchmarks.paper.order import Epochs
 from benchmarks.paper.runs import Place, StoppedError, run
 from benchmarks.paper.settings import Settings
 from benchmarks.paper.statistics import mean
-from benchmarks.paper.training_methods import METHODS, Batch, Context, make
+from benchmarks.paper.trace import Trace
+from benchmarks.paper.training_methods import METHODS, Batch, Context, Statistics, make
 from support.paths import ROOT
 
 COUNTS = {"train": 400, "test": 60}
@@ -129,6 +130,58 @@ def test_a_stopped_run_continues_bit_equal(method: str, tmp_path: Path, data_roo
     assert whole["curve"][-1]["step"] == 16
     other = run(replace(settings, seed=4), where, lambda _: None)
     assert other["parameters"] != whole["parameters"]
+
+
+def test_a_traced_run_continues_bit_equal(tmp_path: Path, data_root: Path) -> None:
+    settings = replace(SETTINGS, traced=True)
+    whole = run(settings, place(tmp_path / "whole", data_root), lambda _: None)
+    where = place(tmp_path / "parts", data_root)
+    with pytest.raises(StoppedError):
+        run(settings, where, lambda _: None, stop_after(7))
+    assert numbers(run(settings, where, lambda _: None)) == numbers(whole)
+    untraced = run(SETTINGS, place(tmp_path / "untraced", data_root), lambda _: None)
+    assert untraced["parameters"] == whole["parameters"]
+    assert whole["curve"][-1].keys() > untraced["curve"][-1].keys()
+
+
+def test_images_may_be_drawn_by_a_seed_of_their_own(tmp_path: Path, data_root: Path) -> None:
+    where = place(tmp_path, data_root)
+    by_seed = {
+        (seed, split): run(replace(SETTINGS, seed=seed, split_seed=split), where, lambda _: None)
+        for seed, split in ((3, None), (3, 3), (3, 4), (4, 3))
+    }
+    assert numbers(by_seed[3, 3])["parameters"] == numbers(by_seed[3, None])["parameters"]
+    data_of = {key: result["data"] for key, result in by_seed.items()}
+    assert data_of[3, 3] == data_of[4, 3] != data_of[3, 4]
+    assert len({result["parameters"] for result in by_seed.values()}) == 3
+
+
+def test_a_trace_is_that_of_a_loop() -> None:
+    model = nn.Linear(3, 2).double()
+    clean = Batch(torch.randn(4, 3).double(), torch.tensor([0, 1, 1, 0]))
+    trace = Trace(2)
+    for weights in ([0.2, 0.0, 0.3, 0.5], [0.0, 0.0, 0.0, 0.0]):
+        found = Statistics(torch.ones(4), torch.tensor(weights))
+        trace.add(torch.tensor([1, 0, 0, 1]), found)
+    other = Trace(2)
+    other.load_state_dict(trace.state_dict())
+    points = [x.take(model, clean) for x in (trace, other)]
+    each = nn.functional.cross_entropy(model(clean.inputs), clean.targets, reduction="none")
+    gradient = torch.autograd.grad(each.mean(), [*model.parameters()])
+    expected = {
+        "clean_loss": each.mean().item(),
+        "clean_gradient": torch.cat([g.flatten() for g in gradient]).norm().item(),
+        "hardest": (each.max() / each.sum()).item(),
+        "weight_of_class_0": 0.15,
+        "weight_of_class_1": 0.35,
+        "weighed": 37.5,
+        "without_weight": 50.0,
+    }
+    for point in points:
+        assert point == pytest.approx(expected, rel=1e-6)
+    assert trace.take(model, clean)["weight_of_class_1"] == 0
+    assert model.training
+    assert model.weight.grad is None
 
 
 def test_a_run_leaves_torch_as_it_was(tmp_path: Path, data_root: Path) -> None:
@@ -402,14 +455,14 @@ def test_a_killed_command_ends_in_the_same_numbers(tmp_path: Path, data_root: Pa
     folder = tmp_path / "killed" / "figure2" / "runs"
     for method in ("resample", "ours"):
         process = child(arguments)
-        checkpoint = folder / f"mnist-imbalance-1-clean10-lenet-{method}-seed0.pt"
+        checkpoint = folder / f"mnist-imbalance-1-clean10-lenet-authors-{method}-seed0.pt"
         deadline = time.monotonic() + 120
         while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.001)
         process.kill()
         process.wait()
         assert checkpoint.exists()
-    assert not (folder / "mnist-imbalance-1-clean10-lenet-ours-seed0.json").exists()
+    assert not (folder / "mnist-imbalance-1-clean10-lenet-authors-ours-seed0.json").exists()
     assert main(arguments) == 0
     assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     for path in (tmp_path / "whole" / "figure2" / "runs").iterdir():
@@ -481,6 +534,41 @@ def test_an_impossible_ratio_is_one_sentence_and_status_2(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "100:1" in err
+
+
+def test_figure2_of_one_ratio_tells_of_no_rise(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = figure2(data_root, tmp_path, "--methods", "ours")
+    assert main([*arguments, "--ratios", "5"]) == 0
+    assert "rise" not in capsys.readouterr().out
+    assert main([*arguments, "--seeds-below", "1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rise to 5:1" in shown
+    assert "2 seeds (1 below 5:1)" in shown
+    report = json.loads((tmp_path / "figure2" / "figure2.json").read_text())
+    assert [(r["level"], r["seed"]) for r in report["runs"]] == [(1, 0), (5, 0), (5, 1)]
+    with open(tmp_path / "figure2" / "figure2.csv") as file:
+        assert [(row["ratio"], row["seeds"]) for row in csv.DictReader(file)] == [
+            ("1", "1"),
+            ("5", "2"),
+        ]
+
+
+def test_figure2_seeds_crosses_images_and_runs(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["paper", "figure2-seeds", *FIGURE2[2:], "--ratio", "5", "--model", "lenet"]
+    assert main([*arguments, "--data-root", str(data_root), "--out", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Standard deviation of the means" in shown
+    folder = tmp_path / "figure2-seeds"
+    report = json.loads((folder / "figure2-seeds.json").read_text())
+    seeds = [(r["settings"]["split_seed"], r["settings"]["seed"]) for r in report["runs"]]
+    assert seeds == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len({r["parameters"] for r in report["runs"]}) == 4
+    assert {"clean_loss", "weighed"} <= report["runs"][0]["curve"][-1].keys()
+    assert "<svg" in (folder / "figure2-seeds.svg").read_text()
 
 
 @pytest.mark.parametrize("option", [["--scale", "2"], ["--jobs", "0"], ["--ratios", "x"]])

@@ -1,0 +1,129 @@
+"""Figure 2 looked into: which seeds decide about the error of ours, and the course of its runs."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from .. import provenance
+from .figure2 import RATIOS, add_model, common, one
+from .grid import Results
+from .options import add_shared, head, run_grid
+from .output import Sheet, finish, pyplot, without
+from .settings import Settings
+
+NAME = "figure2-seeds"
+PANELS = {
+    "error": "test error, %",
+    "clean_loss": "loss of the clean images",
+    "clean_gradient": "norm of its gradient",
+    "weighed": "share of the examples with weight, %",
+}
+LOGARITHMIC = ("clean_loss", "clean_gradient")
+Errors = dict[tuple[int, int], float]
+"""Test error in percent by the seed of the images and the seed of the run."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``figure2-seeds``."""
+    add_shared(parser, seeds=5)
+    parser.add_argument(
+        "--ratio",
+        type=provenance.positive,
+        default=RATIOS[-1],
+        metavar="R",
+        help=f"9s for each 4 (default: {RATIOS[-1]})",
+    )
+    parser.add_argument(
+        "--images",
+        type=provenance.positive,
+        metavar="N",
+        help="training images, clean ones included (default: 5000; without --data-root 400)",
+    )
+    add_model(parser)
+
+
+def settings(args: argparse.Namespace) -> list[Settings]:
+    """Ours, for each pair of a seed of the images and a seed of parameters and batches."""
+    return [
+        replace(
+            one(args, args.ratio, "ours", seed), experiment=NAME, traced=True, split_seed=images
+        )
+        for images in range(args.seeds)
+        for seed in range(args.seeds)
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, print the errors by both seeds, write the courses and the figure."""
+    console = Console()
+    results = run_grid(NAME, settings(args), args, console)
+    errors = {
+        (r["settings"]["split_seed"], r["settings"]["seed"]): r["test_error"] for r in results
+    }
+    rows = [
+        {"images": images, "seed": seed, "error": error} for (images, seed), error in errors.items()
+    ]
+    stem = args.out / NAME / NAME
+    runs = without(results, "origins", "confusion")
+    report = {**head(NAME, results, args), "settings": common(results), "runs": runs}
+    return finish(
+        console, stem, table(errors, report["settings"], args), report, rows, picture(results)
+    )
+
+
+def table(errors: Errors, shared: dict[str, Any], args: argparse.Namespace) -> Sheet:
+    """A row for each draw of the images, a column for each run; how far the means scatter."""
+    everything = range(args.seeds)
+    by_images = [statistics.fmean(errors[i, s] for s in everything) for i in everything]
+    by_seed = [statistics.fmean(errors[i, s] for i in everything) for s in everything]
+    scatter = ""
+    if args.seeds > 1:
+        scatter = (
+            f"Standard deviation of the means: {statistics.stdev(by_images):.2f} between draws of "
+            f"the images, {statistics.stdev(by_seed):.2f} between parameters and batches."
+        )
+    out = Sheet(
+        f"Ours, 4 against 9 on {shared['data']} at {args.ratio:g}:1, {shared['model']}, "
+        f"{shared['steps']} steps, scale {args.scale:g}: test error in percent",
+        ["images drawn by seed", *(f"run {s}" for s in everything), "mean"],
+        caption=scatter,
+    )
+    for i in everything:
+        texts = [f"{errors[i, s]:.2f}" for s in everything]
+        out.add(str(i), *texts, f"{by_images[i]:.2f}")
+    out.add("mean", *(f"{value:.2f}" for value in by_seed), f"{statistics.fmean(by_seed):.2f}")
+    return out
+
+
+def picture(results: Results) -> Any:
+    """The course of each run; runs of the same images have a colour."""
+    figure, panels = pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    for (name, label), axes in zip(PANELS.items(), panels.flat, strict=True):
+        for result in results:
+            images = result["settings"]["split_seed"]
+            first = result["settings"]["seed"] == 0
+            axes.plot(
+                [point["step"] for point in result["curve"]],
+                [value(point, name) for point in result["curve"]],
+                color=f"C{images}",
+                linewidth=0.8,
+                label=f"images {images}" if first else None,
+            )
+        axes.set_ylabel(label)
+        if name in LOGARITHMIC:
+            axes.set_yscale("log")
+    panels[0, 0].set_ylim(bottom=0, top=15)
+    panels[0, 0].legend(fontsize=7)
+    for axes in panels[1]:
+        axes.set_xlabel("step")
+    return figure
+
+
+def value(point: dict[str, float], name: str) -> float:
+    """A number of a point of the curve."""
+    return 100 - point["accuracy"] if name == "error" else point[name]
