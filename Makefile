@@ -20,7 +20,7 @@ BUILD_REQUIREMENTS := "scikit-build-core>=0.12" "pybind11>=2.13" "cmake>=3.24" n
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test thorough sanitize bench examples gpu wheel docs lint clean FORCE
+.PHONY: help demo test thorough sanitize bench examples gpu gpu-paper wheel docs lint clean FORCE
 
 # $(call install,VENV,EXTRAS,OPTIONS): an environment with torch and this package; every stage says
 # what it does and when it began. OPTIONS are pip's: with --no-compile, Python translates a module
@@ -43,7 +43,7 @@ endef
 
 help: ## this text
 	@echo "make TARGET [PYTHON=python3] [TORCH_SPEC=torch==2.13.0] [TORCH_INDEX=URL] [VENV=.venv] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' Makefile
 
 # What is installed beside the sources: written anew only if it has changed.
 $(VENV)/.spec $(DEMO_VENV)/.spec: FORCE
@@ -113,6 +113,15 @@ examples: $(VENV)/.installed ## run examples/, record what they print and draw i
 # it is. GPU_RESULTS: the folder of the results; L2RW_PREBUILT_CUDA: an _ops_cuda.so to take along.
 gpu: ## on a machine with an NVIDIA GPU: build, test and measure there, in under nine minutes
 	@"$(PYTHON)" -m benchmarks.gpu $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)") $(ARGS)
+
+# BACKGROUNDFLIP on CIFAR-10 at the paper's size, ours and then the baseline. Keep paper_output: the
+# next call goes on from the checkpoints in it.
+MINUTES ?= 6
+DATA ?= data
+gpu-paper: ## on a GPU: MINUTES=6 of the paper's Table 2 on CIFAR-10 in DATA=data, then the next
+	@"$(PYTHON)" -m benchmarks.gpu --build
+	@"$(PYTHON)" -m benchmarks paper table2 --rows ours baseline --seeds 1 --device cuda \
+		--data-root "$(DATA)" --minutes $(MINUTES) $(ARGS)
 
 # nvcc decides about the CUDA library, not torch: the same wheel serves CPU and CUDA builds of torch.
 WHEEL_CUDA = $(or $(L2RW_CUDA),$(if $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null)),ON,OFF))

@@ -304,6 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="an _ops_cuda.so to install instead of building it (default: $L2RW_PREBUILT_CUDA)",
     )
+    parser.add_argument("--build", action="store_true", help="build, and nothing else")
     parser.add_argument(
         "--sanitize",
         action="store_true",
@@ -318,6 +319,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 2
+    if args.build:
+        phase = _build(prebuilt)
+        return subprocess.call(phase.command, env={**os.environ, **phase.environment})
     folder = (args.results or RESULTS / device_folder(name)).resolve()
     cores = os.cpu_count() or 1
     what = f"takes {prebuilt}" if prebuilt else f"builds for sm_{ARCHITECTURE} alone"

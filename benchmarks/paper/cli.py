@@ -7,6 +7,8 @@ import importlib
 import sys
 from types import ModuleType
 
+from .grid import TimeIsUpError
+
 EXPERIMENTS = {
     "figure2": "MNIST 4 against 9: test error over imbalance, all methods",
     "figure2-seeds": "Figure 2 looked into: which seeds decide, and the course of the runs",
@@ -39,10 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the experiment; after Ctrl-C, say how to go on."""
+    """Run the experiment; after Ctrl-C or the given minutes, say how to go on."""
     module = experiment(args.experiment)
     try:
         return int(module.run(args))
+    except TimeIsUpError as summary:
+        print(summary)
+        return 0
     except KeyboardInterrupt:
         again = "starts anew"
         if args.experiment not in WITHOUT_CHECKPOINTS:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +29,7 @@ from rich.progress import (
 from rich.progress import Progress as Display
 
 from ..errors import UsageError
+from .files import read_checkpoint
 from .runs import Place, Progress, StoppedError, check, run
 from .settings import Settings
 from .tasks import make_split
@@ -34,7 +38,13 @@ Results = list[dict[str, Any]]
 POLL_SECONDS = 0.2
 
 
-def run_all(grid: list[Settings], place: Place, jobs: int, console: Console) -> Results:
+class TimeIsUpError(Exception):
+    """Runs are unfinished, and have written checkpoints; says how much remains."""
+
+
+def run_all(
+    grid: list[Settings], place: Place, jobs: int, console: Console, minutes: float = math.inf
+) -> Results:
     """Results in the order of ``grid``; finished runs are read, not run again.
 
     Args:
@@ -42,10 +52,12 @@ def run_all(grid: list[Settings], place: Place, jobs: int, console: Console) -> 
         place: where they run.
         jobs: how many at a time; each in a process of its own if more than one.
         console: for the progress.
+        minutes: after which runs write checkpoints and stop.
 
     Raises:
         UsageError: files of any of the runs are of other settings or other data, or a split is
             impossible; nothing was run then.
+        TimeIsUpError: before all runs had finished.
         KeyboardInterrupt: by the user; runs in processes of their own have written checkpoints.
     """
     results = {settings: check(settings, place) for settings in grid}
@@ -54,12 +66,52 @@ def run_all(grid: list[Settings], place: Place, jobs: int, console: Console) -> 
         place.checkpoint(settings).unlink(missing_ok=True)  # of a run killed at its very end
     if missing:
         _check_data(results, place)
+        clock = _Clock(minutes, grid, place)
         with _Bars(grid, missing, console) as bars:
             for wave in _waves(missing):
                 runner = _in_turn if min(jobs, len(wave)) == 1 else _side_by_side
-                results.update(runner(wave, place, jobs, bars))
+                results.update(runner(wave, place, jobs, bars, clock.is_up))
+                if clock.is_up() and None in results.values():
+                    raise TimeIsUpError(clock.summary())
     found = [results[settings] for settings in grid]
     return [result for result in found if result is not None]
+
+
+class _Clock:
+    """How long the grid may run, and how far it comes meanwhile."""
+
+    def __init__(self, minutes: float, grid: list[Settings], place: Place) -> None:
+        self._minutes, self._grid, self._place = minutes, grid, place
+        self._first = self._done()
+        self._began = time.monotonic()
+
+    def is_up(self) -> bool:
+        """Whether to stop."""
+        return time.monotonic() - self._began > 60 * self._minutes
+
+    def _done(self) -> int:
+        """Steps of all runs together, by the files."""
+        return sum(self._done_of(settings) for settings in self._grid)
+
+    def _done_of(self, settings: Settings) -> int:
+        if self._place.result(settings).exists():
+            return settings.total_steps
+        content = read_checkpoint(self._place.checkpoint(settings), settings)
+        return int(content["done"]) if content else 0
+
+    def summary(self) -> str:
+        """How many steps are done, how fast, and how many more calls it takes."""
+        done, steps = self._done(), sum(settings.total_steps for settings in self._grid)
+        new = done - self._first
+        rate = new / (time.monotonic() - self._began)
+        text = (
+            f"Time is up: {done:,} of {steps:,} steps are done, {new:,} of them now, {rate:.1f}/s."
+        )
+        if not new:
+            return text
+        calls = math.ceil((steps - done) / new)
+        more = "1 more call ends" if calls == 1 else f"{calls} more calls end"
+        return f"{text} The same command goes on; at this speed {more} it."
 
 
 def _check_data(results: dict[Settings, dict[str, Any] | None], place: Place) -> None:
@@ -130,14 +182,18 @@ class _Bars:
 
 
 def _in_turn(
-    missing: list[Settings], place: Place, jobs: int, bars: _Bars
+    missing: list[Settings], place: Place, jobs: int, bars: _Bars, stopping: Callable[[], bool]
 ) -> dict[Settings, dict[str, Any]]:
     del jobs
-    return {settings: run(settings, place, bars.tick) for settings in missing}
+    results: dict[Settings, dict[str, Any]] = {}
+    with contextlib.suppress(StoppedError):
+        for settings in missing:
+            results[settings] = run(settings, place, bars.tick, stopping)
+    return results
 
 
 def _side_by_side(
-    missing: list[Settings], place: Place, jobs: int, bars: _Bars
+    missing: list[Settings], place: Place, jobs: int, bars: _Bars, stopping: Callable[[], bool]
 ) -> dict[Settings, dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
@@ -152,7 +208,10 @@ def _side_by_side(
             while waiting:
                 done, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
                 _drain(ticks, bars.tick)
-                results.update({futures[future]: future.result() for future in done})
+                found = {futures[future]: future.result() for future in done}
+                results.update({settings: result for settings, result in found.items() if result})
+                if stopping():
+                    stop.set()
         except BrokenProcessPool as error:
             raise UsageError(
                 "a run's process was killed (out of memory?); start again to continue, "

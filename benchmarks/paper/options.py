@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -73,6 +74,13 @@ def add_shared(parser: argparse.ArgumentParser, *, seeds: int) -> None:
         help="runs at a time, one thread each (default: 1)",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:K")
+    parser.add_argument(
+        "--minutes",
+        type=provenance.positive_number,
+        default=math.inf,
+        metavar="M",
+        help="stop after M minutes with checkpoints, from which the same command goes on",
+    )
     _add_out(parser)
     parser.add_argument(
         "--checkpoint-every",
@@ -138,6 +146,7 @@ def run_grid(
 
     Raises:
         UsageError: an option cannot be met, or files are of other settings or data.
+        TimeIsUpError: ``--minutes`` are over before all runs had finished.
     """
     provenance.check_device(args.device)
     for package in PACKAGES:
@@ -163,7 +172,7 @@ def run_grid(
     if repeated := sorted(key for key, count in keys.items() if count > 1):
         raise UsageError(f"asked for twice: {', '.join(repeated)}")
     with locked(folder):
-        return run_all(grid, place, args.jobs, console)
+        return run_all(grid, place, args.jobs, console, args.minutes)
 
 
 def head(kind: str, results: Results, args: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -553,6 +554,34 @@ def test_figure2_of_one_ratio_tells_of_no_rise(
             ("1", "1"),
             ("5", "2"),
         ]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_command_may_be_given_minutes(
+    jobs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def arguments(out: str) -> list[str]:
+        options = ["--ratios", "1", "5", "--methods", "ours", "--jobs", jobs]
+        return [*FIGURE2, *options, "--out", str(tmp_path / out)]
+
+    assert main([*arguments("parts"), "--minutes", "1e-6"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Time is up: \d+ of 32 steps are done", shown)
+    folder = tmp_path / "parts" / "figure2"
+    assert not (folder / "figure2.json").exists()
+    if jobs == "1":  # after a step the time is up
+        assert "1 of 32 steps are done, 1 of them now" in shown
+        assert "at this speed 31 more calls end it" in shown
+        assert [path.suffix for path in (folder / "runs").iterdir()] == [".pt"]
+    for out in ("parts", "whole"):
+        assert main([*arguments(out), "--minutes", "10"]) == 0
+        assert "Time is up" not in capsys.readouterr().out
+    found = [
+        {path.name: numbers(json.loads(path.read_text())) for path in runs.iterdir()}
+        for runs in (folder / "runs", tmp_path / "whole" / "figure2" / "runs")
+    ]
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
 
 
 def test_figure2_seeds_crosses_images_and_runs(
