@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from benchmarks.__main__ import main as benchmarks
 from benchmarks.gpu import Phase, phases, run_phases
 from benchmarks.kernel_cases import KERNEL_CASES
 from benchmarks.methods import METHODS
+from support.paths import ROOT
 
 FACTS = {"kind": "gpu"}
 
@@ -160,6 +163,33 @@ def test_the_commands_of_the_plan_are_valid(
         assert "--device cuda:99" in capsys.readouterr().err
         ran += 1
     assert ran == 5
+
+
+def test_make_gpu_paper_builds_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = ["make", "-n", "gpu-paper", "PYTHON=python", "MINUTES=3", f"DATA={tmp_path}"]
+    shown = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    build, paper = (
+        shlex.split(line) for line in shown.replace("\\\n", " ").splitlines() if "python" in line
+    )
+    assert build[1:] == ["-m", "benchmarks.gpu", "--build"]
+    assert paper[1:3] == ["-m", "benchmarks"]
+    assert paper[paper.index("--minutes") + 1] == "3"
+    assert benchmarks([*paper[3:], "--device", "cuda:99"]) == 2
+    assert "--device cuda:99" in capsys.readouterr().err
+    called: list[tuple[str, ...]] = []
+
+    def call(command: tuple[str, ...], env: dict[str, str]) -> int:
+        assert env["L2RW_CUDA"] == "ON"
+        called.append(command)
+        return 7
+
+    monkeypatch.delenv("L2RW_PREBUILT_CUDA", raising=False)
+    monkeypatch.setattr(gpu, "check_gpu", lambda: "NVIDIA H200")
+    monkeypatch.setattr(gpu.subprocess, "call", call)
+    assert gpu.main(["--build"]) == 7
+    assert called == [phases(tmp_path, None, workers=1, cores=1)[0].command]
 
 
 @pytest.mark.parametrize(
