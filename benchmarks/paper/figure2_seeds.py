@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``figure2-seeds``."""
     add_shared(parser, seeds=5)
     parser.add_argument(
+        "--runs",
+        type=provenance.positive,
+        metavar="N",
+        help="runs of each draw of the images, seeds 0 to N-1 (default: as --seeds)",
+    )
+    parser.add_argument(
         "--ratio",
         type=provenance.positive,
         default=RATIOS[-1],
@@ -54,7 +60,7 @@ def settings(args: argparse.Namespace) -> list[Settings]:
             one(args, args.ratio, "ours", seed), experiment=NAME, traced=True, split_seed=images
         )
         for images in range(args.seeds)
-        for seed in range(args.seeds)
+        for seed in range(args.runs or args.seeds)
     ]
 
 
@@ -78,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
 
 def table(errors: Errors, shared: dict[str, Any], args: argparse.Namespace) -> Sheet:
     """A row for each draw of the images, a column for each run; how far the means scatter."""
-    everything = range(args.seeds)
-    by_images = [statistics.fmean(errors[i, s] for s in everything) for i in everything]
-    by_seed = [statistics.fmean(errors[i, s] for i in everything) for s in everything]
+    draws, runs = range(args.seeds), range(args.runs or args.seeds)
+    by_images = [statistics.fmean(errors[i, s] for s in runs) for i in draws]
+    by_seed = [statistics.fmean(errors[i, s] for i in draws) for s in runs]
     scatter = ""
-    if args.seeds > 1:
+    if min(len(draws), len(runs)) > 1:
         scatter = (
             f"Standard deviation of the means: {statistics.stdev(by_images):.2f} between draws of "
             f"the images, {statistics.stdev(by_seed):.2f} between parameters and batches."
@@ -90,11 +96,11 @@ def table(errors: Errors, shared: dict[str, Any], args: argparse.Namespace) -> S
     out = Sheet(
         f"Ours, 4 against 9 on {shared['data']} at {args.ratio:g}:1, {shared['model']}, "
         f"{shared['steps']} steps, scale {args.scale:g}: test error in percent",
-        ["images drawn by seed", *(f"run {s}" for s in everything), "mean"],
+        ["images drawn by seed", *(f"run {s}" for s in runs), "mean"],
         caption=scatter,
     )
-    for i in everything:
-        texts = [f"{errors[i, s]:.2f}" for s in everything]
+    for i in draws:
+        texts = [f"{errors[i, s]:.2f}" for s in runs]
         out.add(str(i), *texts, f"{by_images[i]:.2f}")
     out.add("mean", *(f"{value:.2f}" for value in by_seed), f"{statistics.fmean(by_seed):.2f}")
     return out

@@ -598,6 +598,9 @@ def test_figure2_seeds_crosses_images_and_runs(
     assert len({r["parameters"] for r in report["runs"]}) == 4
     assert {"clean_loss", "weighed"} <= report["runs"][0]["curve"][-1].keys()
     assert "<svg" in (folder / "figure2-seeds.svg").read_text()
+    once = [*arguments, "--data-root", str(data_root), "--out", str(tmp_path), "--runs", "1"]
+    assert main(once) == 0
+    assert "Standard deviation" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [["--scale", "2"], ["--jobs", "0"], ["--ratios", "x"]])
