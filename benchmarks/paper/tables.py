@@ -268,8 +268,10 @@ def extent(args: argparse.Namespace) -> str:
 
 
 def named(args: argparse.Namespace) -> str:
-    """The data, and the preset unless it is the paper's, for the names of files."""
-    return str(args.data) if args.preset == "paper" else f"{args.data}-{args.preset}"
+    """The data, and the preset and the clean images where they are not the paper's, for files."""
+    preset = "" if args.preset == "paper" else f"-{args.preset}"
+    clean = f"-clean{args.clean}" if args.clean else ""
+    return f"{args.data}{preset}{clean}"
 
 
 def _background(data: str, seed: int) -> int:

@@ -117,6 +117,9 @@ def test_the_preset_for_cpus(data_root: Path, tmp_path: Path, monkeypatch: Any) 
         assert settings["scale"] == pytest.approx(0.0005)
     assert found["baseline +ft"]["settings"]["finetune"] == 2
     assert (tmp_path / "table2" / "table2-cifar10-cpu-0.4.md").is_file()
+    more = (*rows, "--preset", "cpu", "--clean", "30")
+    assert paper(data_root, tmp_path, "table2", *more, scale="0.01") == 0
+    assert (tmp_path / "table2" / "table2-cifar10-cpu-clean30-0.4.md").is_file()
 
 
 def test_a_lost_state_of_the_run_before_is_one_sentence(
