@@ -56,9 +56,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Which net."""
     parser.add_argument(
         "--model",
-        choices=("lenet-authors", "lenet"),
+        choices=("lenet-authors", "lenet-wide", "lenet"),
         default="lenet-authors",
-        help="the net of the authors' code (default), or a smaller one that PyTorch initializes",
+        help="the net of the authors' code (default), the same as PyTorch initializes it, or a "
+        "smaller one",
     )
 
 

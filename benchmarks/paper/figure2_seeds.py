@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         {"images": images, "seed": seed, "error": error} for (images, seed), error in errors.items()
     ]
-    stem = args.out / NAME / NAME
+    stem = args.out / NAME / f"{NAME}-{args.model}"
     runs = without(results, "origins", "confusion")
     report = {**head(NAME, results, args), "settings": common(results), "runs": runs}
     return finish(

@@ -628,6 +628,7 @@ def test_crops_and_mirrors_are_those_of_a_loop(dtype: torch.dtype) -> None:
 PARAMETERS = {
     "lenet": 61_706 - 8 * 85,
     "lenet-authors": 416 + 12_832 + 51_264 + 102_500 + 101,
+    "lenet-wide": 416 + 12_832 + 51_264 + 102_500 + 101,
     "convnet": 432 + 4_608 + 18_432 + 224 + 2_050,
     "resnet-32": 464_154 - 8 * 65,
     "wrn-28-10": 36_479_194 - 8 * 641,

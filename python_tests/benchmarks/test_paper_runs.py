@@ -592,12 +592,12 @@ def test_figure2_seeds_crosses_images_and_runs(
     shown = " ".join(capsys.readouterr().out.split())
     assert "Standard deviation of the means" in shown
     folder = tmp_path / "figure2-seeds"
-    report = json.loads((folder / "figure2-seeds.json").read_text())
+    report = json.loads((folder / "figure2-seeds-lenet.json").read_text())
     seeds = [(r["settings"]["split_seed"], r["settings"]["seed"]) for r in report["runs"]]
     assert seeds == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert len({r["parameters"] for r in report["runs"]}) == 4
     assert {"clean_loss", "weighed"} <= report["runs"][0]["curve"][-1].keys()
-    assert "<svg" in (folder / "figure2-seeds.svg").read_text()
+    assert "<svg" in (folder / "figure2-seeds-lenet.svg").read_text()
     once = [*arguments, "--data-root", str(data_root), "--out", str(tmp_path), "--runs", "1"]
     assert main(once) == 0
     assert "Standard deviation" not in capsys.readouterr().out
