@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .. import provenance
 from .grid import Results
-from .options import add_methods, add_shared, head, run_grid, scaled
+from .options import add_methods, add_shared, head, run_grid, scaled, seeds_text
 from .output import Sheet, error_bars, finish, pyplot
 from .settings import Settings
 from .statistics import Mean, grouped, mean
@@ -166,7 +166,7 @@ def table(cells: Cells, shared: dict[str, Any], args: argparse.Namespace) -> She
     few = "" if seeds(args, False) == args.seeds else f" ({args.seeds_below} below {heads[-1]})"
     out = Sheet(
         f"4 against 9 on {shared['data']}, {shared['model']}, {shared['images']} images, "
-        f"{shared['steps']} steps, scale {args.scale:g}: test error in percent, {args.seeds} seeds"
+        f"{shared['steps']} steps, scale {args.scale:g}: test error in percent, {seeds_text(args)}"
         f"{few if rises else ''} ± 95% confidence",
         ["", *heads, *([f"rise to {heads[-1]}", "in the paper"] if rises else [])],
     )

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from .diagnosis import Columns, auroc
 from .figure6 import TABLES, add_tasks
 from .grid import Results
-from .options import add_shared, head, run_grid, scaled
+from .options import add_shared, head, run_grid, scaled, seeds_text
 from .output import Sheet, finish, pyplot, without
 from .settings import Settings
 from .splits import BACKGROUNDS
@@ -171,7 +171,7 @@ def table(cells: Cells, data: str, args: argparse.Namespace) -> Sheet:
     """How well flipped labels are found; the paper shows histograms and no numbers."""
     out = Sheet(
         f"Finding flipped labels of unseen images, {data}, {args.level:.0%} flipped, "
-        f"{'all' if args.whole else 'half'} of the steps, {args.seeds} seeds, scale {args.scale:g}",
+        f"{'all' if args.whole else 'half'} of the steps, {seeds_text(args)}, scale {args.scale:g}",
         ("flips", "batches", "AUROC of u", "AUROC of w", "flipped: w = 0", "clean: w = 0"),
         caption="Batches are mixed, or hold one true class and what of it flipped.",
         names=2,

@@ -130,6 +130,11 @@ def scaled(steps: int, scale: float) -> int:
     return max(1, round(steps * scale))
 
 
+def seeds_text(args: argparse.Namespace) -> str:
+    """How many seeds, for the titles of tables."""
+    return "1 seed" if args.seeds == 1 else f"{args.seeds} seeds"
+
+
 def run_grid(
     kind: str, grid: list[Settings], args: argparse.Namespace, console: Console
 ) -> Results:

@@ -14,7 +14,7 @@ from .. import provenance
 from ..errors import UsageError
 from .grid import Results
 from .networks import SHAPES
-from .options import add_shared, head, run_grid, scaled, share
+from .options import add_shared, head, run_grid, scaled, seeds_text, share
 from .output import Sheet, finish, without
 from .settings import Settings, TaskName
 from .splits import BACKGROUNDS
@@ -264,7 +264,7 @@ def extent(args: argparse.Namespace) -> str:
     preset = PRESETS[args.preset]
     images = f"{preset.images} training images, " if preset.images else ""
     authors = ", as the authors' code" if args.authors else ""
-    return f"{images}{args.seeds} seeds, scale {args.scale * preset.scale:g}{authors}"
+    return f"{images}{seeds_text(args)}, scale {args.scale * preset.scale:g}{authors}"
 
 
 def named(args: argparse.Namespace) -> str:
