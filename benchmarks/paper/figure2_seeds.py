@@ -20,10 +20,8 @@ NAME = "figure2-seeds"
 PANELS = {
     "error": "test error, %",
     "clean_loss": "loss of the clean images",
-    "clean_gradient": "norm of its gradient",
-    "weighed": "share of the examples with weight, %",
+    "weighed": "examples with weight, %",
 }
-LOGARITHMIC = ("clean_loss", "clean_gradient")
 Errors = dict[tuple[int, int], float]
 """Test error in percent by the seed of the images and the seed of the run."""
 
@@ -107,26 +105,24 @@ def table(errors: Errors, shared: dict[str, Any], args: argparse.Namespace) -> S
 
 
 def picture(results: Results) -> Any:
-    """The course of each run; runs of the same images have a colour."""
-    figure, panels = pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
-    for (name, label), axes in zip(PANELS.items(), panels.flat, strict=True):
-        for result in results:
-            images = result["settings"]["split_seed"]
-            first = result["settings"]["seed"] == 0
-            axes.plot(
-                [point["step"] for point in result["curve"]],
-                [value(point, name) for point in result["curve"]],
-                color=f"C{images}",
-                linewidth=0.8,
-                label=f"images {images}" if first else None,
-            )
-        axes.set_ylabel(label)
-        if name in LOGARITHMIC:
-            axes.set_yscale("log")
-    panels[0, 0].set_ylim(bottom=0, top=15)
-    panels[0, 0].legend(fontsize=7)
-    for axes in panels[1]:
-        axes.set_xlabel("step")
+    """The course of each run, and its last errors by class; a draw of the images has a colour."""
+    figure, panels = pyplot().subplots(2, 2, figsize=(9, 6), layout="constrained")
+    courses = dict(zip(PANELS, panels.flat, strict=False))
+    for result in results:
+        images, points = result["settings"]["split_seed"], result["curve"]
+        color, label = f"C{images}", None
+        if result["settings"]["seed"] == 0:
+            label = f"images {images}"
+        for name, axes in courses.items():
+            values = [value(point, name) for point in points]
+            axes.plot([point["step"] for point in points], values, color=color, linewidth=0.8)
+        panels[1, 1].scatter(*result["class_errors"], color=color, s=20, label=label)
+    for name, axes in courses.items():
+        axes.set(xlabel="step", ylabel=PANELS[name])
+    courses["error"].set_ylim(0, 15)
+    courses["clean_loss"].set_yscale("log")
+    panels[1, 1].set(xlabel="last error of the 4s, %", ylabel="last error of the 9s, %")
+    panels[1, 1].legend(fontsize=7)
     return figure
 
 
