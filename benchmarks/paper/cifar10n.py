@@ -32,7 +32,7 @@ run = HUMAN.run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``cifar10n``."""
     add_cifar(parser, list(HUMAN.clean))
-    add_rows(parser, HUMAN, HUMAN.runnable)
+    add_rows(parser, HUMAN, HUMAN.own)
     parser.add_argument(
         "--labels",
         choices=KINDS,

@@ -130,16 +130,20 @@ class Experiment:
         return by_name.get(name) or Row(name, name)
 
     @property
+    def own(self) -> list[str]:
+        """Names of the rows that can be run."""
+        return [row.name for row in self.rows if row.method is not None]
+
+    @property
     def runnable(self) -> list[str]:
         """Names of the rows that can be run, and of the methods that have none."""
-        names = [row.name for row in self.rows if row.method is not None]
-        return names + [name for name in METHODS if name not in names]
+        return self.own + [name for name in METHODS if name not in self.own]
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """The options of the table."""
         add_cifar(parser, list(self.clean))
         add_level(parser)
-        add_rows(parser, self, self.runnable)
+        add_rows(parser, self, self.own)
 
     def grid(self, rows: Iterable[str], args: argparse.Namespace, **other: Any) -> list[Settings]:
         """One run for each seed and row, and those that they start from.
