@@ -407,7 +407,7 @@ def test_labels_by_people(
     assert "none" in shown
     found = runs(tmp_path / "out", "cifar10n")["ours"]
     assert found["flipped"] == pytest.approx(48, abs=20)
-    assert (tmp_path / "out" / "cifar10n" / "cifar10n-cifar10-worse_label.csv").exists()
+    assert (tmp_path / "out" / "cifar10n" / "cifar10n-cifar10-clean100-worse_label.csv").exists()
 
 
 def test_the_authors_departures_are_options(
