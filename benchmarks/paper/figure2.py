@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from .. import provenance
 from .grid import Results
 from .options import add_methods, add_shared, head, run_grid, scaled, seeds_text
 from .output import Sheet, error_bars, finish, pyplot
-from .settings import Settings
+from .settings import Settings, setting
 from .statistics import Mean, grouped, mean
 from .training_methods import METHODS
 
@@ -61,6 +62,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="the net of the authors' code (default), the same as PyTorch initializes it, or a "
         "smaller one",
     )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        type=setting,
+        default=[],
+        metavar="NAME=VALUE",
+        help="other settings of all runs, such as lr=0.01, signed=true or clean=20; give each its "
+        "own --out",
+    )
 
 
 def settings(args: argparse.Namespace) -> list[Settings]:
@@ -83,7 +93,7 @@ def one(args: argparse.Namespace, ratio: float, method: str, seed: int) -> Setti
     others train on them too, as the paper says that its method has no more data.
     """
     small = args.data_root is None
-    return Settings(
+    found = Settings(
         experiment=NAME,
         data="digits" if small else "mnist",
         task="imbalance",
@@ -100,6 +110,7 @@ def one(args: argparse.Namespace, ratio: float, method: str, seed: int) -> Setti
         clean_in_training=True,
         scale=args.scale,
     )
+    return replace(found, **dict(args.set))
 
 
 def run(args: argparse.Namespace) -> int:

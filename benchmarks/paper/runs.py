@@ -183,7 +183,7 @@ class Training:
         self.classes = len(self.split.train.classes)
         self.method: Method = make(settings.method)
         train_set, self.flipped = self.split.train, self.split.flipped
-        if settings.clean_in_training and not self.method.uses_clean:
+        if settings.clean_in_training and self.method.trains_on_clean:
             train_set = _union(self.split.train, self.split.clean)
             right = torch.zeros(len(self.split.clean), dtype=torch.bool)
             self.flipped = torch.cat([self.flipped, right])

@@ -85,12 +85,19 @@ class Method(ABC):
         name: as the command line and the tables have it.
         uses_clean: whether steps get a clean batch.
         uses_training: whether they look at the training batch; else they get the clean one for it.
+        trains_on_clean: whether clean images may be part of the training set; by default those of
+            methods that have no other use for them.
     """
 
     name: ClassVar[str]
     uses_clean: ClassVar[bool] = False
     uses_training: ClassVar[bool] = True
     context: Context
+
+    @property
+    def trains_on_clean(self) -> bool:
+        """See the class."""
+        return not self.uses_clean
 
     def prepare(self, context: Context) -> None:
         """Called once, before the first step or before a checkpoint is loaded."""
@@ -232,6 +239,21 @@ class Resample(Weighted):
     def draw(self, step: int) -> Tensor:
         """The same number of each class."""
         return torch.cat([members[order[step]] for members, order in self._classes])
+
+
+@register
+class OursWithClean(Ours):
+    """Ours, with the clean images in the training set too."""
+
+    name = "ours +clean"
+    trains_on_clean = True
+
+
+@register
+class OursResampled(Ours, Resample):
+    """Ours on batches that RESAMPLE draws."""
+
+    name = "ours +resample"
 
 
 @register

@@ -198,9 +198,9 @@ def test_clean_images_are_trained_on_only_where_nothing_asks_for_them(
     where = place(tmp_path, data_root)
     counts = {
         method: run(replace(SETTINGS, method=method), where, lambda _: None)["counts"]
-        for method in ("ours", "baseline")
+        for method in ("ours", "baseline", "ours +clean")
     }
-    assert counts == {"ours": [15, 95], "baseline": [20, 100]}
+    assert counts == {"ours": [15, 95], "baseline": [20, 100], "ours +clean": [20, 100]}
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -289,6 +289,7 @@ def test_weighted_goes_by_the_share_of_true_labels() -> None:
 
 def test_resample_draws_as_many_of_each_class() -> None:
     drawn = [prepared("resample").draw(step) for step in range(3)]
+    assert torch.equal(prepared("ours +resample").draw(2), drawn[2])
     assert all((TARGETS[index] == 0).sum() == 5 for index in drawn)
     assert len(set(torch.cat(drawn).tolist())) == 18
 
@@ -601,6 +602,22 @@ def test_figure2_seeds_crosses_images_and_runs(
     once = [*arguments, "--data-root", str(data_root), "--out", str(tmp_path), "--runs", "1"]
     assert main(once) == 0
     assert "Standard deviation" not in capsys.readouterr().out
+
+
+def test_settings_may_be_set(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = figure2(data_root, tmp_path, "--methods", "ours", "--ratios", "5", "--seeds", "1")
+    assert main([*arguments, "--set", "lr=0.01", "signed=true", "clean=6"]) == 0
+    report = json.loads((tmp_path / "figure2" / "figure2.json").read_text())
+    assert [report["settings"][k] for k in ("lr", "signed", "clean")] == [0.01, True, 6]
+    assert report["runs"][0]["counts"] == [17, 97]
+    capsys.readouterr()
+    for wrong in ("lr", "lr=x", "lr=true", "signed=1", "model=0", "none=1", "clean=1.5"):
+        with pytest.raises(SystemExit) as error:
+            main([*arguments, "--set", wrong])
+        assert error.value.code == 2
+        assert "expected NAME=VALUE with a name of level, seed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [["--scale", "2"], ["--jobs", "0"], ["--ratios", "x"]])
