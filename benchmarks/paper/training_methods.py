@@ -371,24 +371,22 @@ class SModel(Weighted):
     """A softmax layer after the outputs models the noise (Goldberger & Ben-Reuven, 2017).
 
     p(label = k) = Σ_c p(true = c) softmax(T_c)_k; T is trained along. It starts at the logarithm of
-    a smoothed identity or, where the run has one, of a trained model's confusion of labels. Tests
-    use the outputs before that layer.
+    the identity or, where the run has one, of a trained model's confusion of labels, each plus a
+    thousandth, as in the code of Ren et al. From a smoother start the layer can learn before the
+    model does, which then takes all images for the commonest label. Tests use the outputs before
+    that layer.
     """
 
     name = "s-model"
-    smoothing = 0.1
-    smallest = 1e-4
+    smoothing = 1e-3
 
     def prepare(self, context: Context) -> None:
         """Transition logits T, shape (C, C), from the true class to the label."""
         super().prepare(context)
-        if context.confusion is None:
-            off = self.smoothing / max(1, context.classes - 1)
-            start = torch.full((context.classes, context.classes), off)
-            start.fill_diagonal_(1 - self.smoothing)
-        else:
-            start = context.confusion.float().clamp(min=self.smallest)
-        self._transition = nn.Parameter(start.log().to(context.device))
+        start = torch.eye(context.classes)
+        if context.confusion is not None:
+            start = context.confusion.float()
+        self._transition = nn.Parameter((start + self.smoothing).log().to(context.device))
 
     def parameters(self) -> list[nn.Parameter]:
         """The transition logits."""
