@@ -29,7 +29,7 @@ Cells = dict[tuple[str, float], tuple[Mean, Mean]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``figure2``."""
-    add_shared(parser, seeds=10)
+    add_shared(parser, seeds=5)
     parser.add_argument(
         "--seeds-below",
         type=provenance.positive,
@@ -58,9 +58,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         choices=("lenet-authors", "lenet-wide", "lenet"),
-        default="lenet-authors",
         help="the net of the authors' code (default), the same as PyTorch initializes it, or a "
-        "smaller one",
+        "smaller one (default without --data-root)",
     )
     parser.add_argument(
         "--set",
@@ -100,7 +99,7 @@ def one(args: argparse.Namespace, ratio: float, method: str, seed: int) -> Setti
         level=ratio,
         method=method,
         seed=seed,
-        model=args.model,
+        model=args.model or ("lenet" if small else "lenet-authors"),
         steps=scaled(STEPS, args.scale),
         batch=100,
         clean_batch=10,

@@ -72,12 +72,12 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         {"images": images, "seed": seed, "error": error} for (images, seed), error in errors.items()
     ]
-    stem = args.out / NAME / f"{NAME}-{args.model}"
+    shared = common(results)
+    stem = args.out / NAME / f"{NAME}-{shared['model']}"
     runs = without(results, "origins", "confusion")
-    report = {**head(NAME, results, args), "settings": common(results), "runs": runs}
-    return finish(
-        console, stem, table(errors, report["settings"], args), report, rows, picture(results)
-    )
+    report = {**head(NAME, results, args), "settings": shared, "runs": runs}
+    sheet = table(errors, shared, args)
+    return finish(console, stem, sheet, report, rows, picture(results))
 
 
 def table(errors: Errors, shared: dict[str, Any], args: argparse.Namespace) -> Sheet:
