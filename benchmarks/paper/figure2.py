@@ -44,17 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="9s for each 4 (default: 1 50 100 200; without --data-root 1 10 20)",
     )
+    add_task(parser)
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """How many images, which net, and any other setting."""
     parser.add_argument(
         "--images",
         type=provenance.positive,
         metavar="N",
         help="training images, clean ones included (default: 5000; without --data-root 400)",
     )
-    add_model(parser)
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which net."""
     parser.add_argument(
         "--model",
         choices=("lenet-authors", "lenet-wide", "lenet"),

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from .. import provenance
-from .figure2 import RATIOS, add_model, common, one
+from .figure2 import RATIOS, add_task, common, one
 from .grid import Results
 from .options import add_shared, head, run_grid
 from .output import Sheet, finish, pyplot, without
@@ -42,13 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help=f"9s for each 4 (default: {RATIOS[-1]})",
     )
-    parser.add_argument(
-        "--images",
-        type=provenance.positive,
-        metavar="N",
-        help="training images, clean ones included (default: 5000; without --data-root 400)",
-    )
-    add_model(parser)
+    add_task(parser)
 
 
 def settings(args: argparse.Namespace) -> list[Settings]:
