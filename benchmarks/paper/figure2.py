@@ -10,9 +10,9 @@ from rich.console import Console
 
 from .. import provenance
 from .grid import Results
-from .options import add_methods, add_shared, head, run_grid, scaled, seeds_text
+from .options import add_methods, add_shared, head, run_grid, scaled, seeds_text, setting
 from .output import Sheet, error_bars, finish, pyplot
-from .settings import Settings, setting
+from .settings import Settings
 from .statistics import Mean, grouped, mean
 from .training_methods import METHODS
 
@@ -75,12 +75,11 @@ def add_task(parser: argparse.ArgumentParser) -> None:
 def settings(args: argparse.Namespace) -> list[Settings]:
     """One run for each ratio, seed and method."""
     ratios = args.ratios or (FEW_RATIOS if args.data_root is None else RATIOS)
-    below = args.seeds_below or args.seeds
     return [
         one(args, ratio, method, seed)
-        for seed in range(max(args.seeds, below))
+        for seed in range(max(seeds(args, True), seeds(args, False)))
         for ratio in ratios
-        if seed < (args.seeds if ratio == max(ratios) else below)
+        if seed < seeds(args, ratio == max(ratios))
         for method in args.methods
     ]
 

@@ -82,7 +82,7 @@ class _Clock:
 
     def __init__(self, minutes: float, grid: list[Settings], place: Place) -> None:
         self._minutes, self._grid, self._place = minutes, grid, place
-        self._first = self._done()
+        self._first = self._done() if math.isfinite(minutes) else 0
         self._began = time.monotonic()
 
     def is_up(self) -> bool:

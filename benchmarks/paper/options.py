@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,27 @@ def share(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
     return value
+
+
+def setting(text: str) -> tuple[str, object]:
+    """An argparse type: ``NAME=VALUE`` for a number or a truth value among the settings.
+
+    Values are those of JSON: ``lr=0.01``, ``signed=true``.
+    """
+    name, _, value = text.partition("=")
+    kinds = {field.name: field.type for field in fields(Settings)}
+    try:
+        found: object = json.loads(value)
+    except ValueError:
+        found = None
+    expected = {"float": (int, float), "int": (int,), "bool": (bool,)}.get(str(kinds.get(name)), ())
+    if not isinstance(found, expected) or isinstance(found, bool) != (kinds[name] == "bool"):
+        known = [key for key, kind in kinds.items() if kind in ("float", "int", "bool")]
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=VALUE with a name of {', '.join(known)} and a value of its type, "
+            f"got {text!r}"
+        )
+    return name, found
 
 
 def scaled(steps: int, scale: float) -> int:

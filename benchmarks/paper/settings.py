@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 TaskName = Literal["imbalance", "uniform", "background", "human"]
@@ -118,27 +116,6 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it: lists for tuples."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-
-def setting(text: str) -> tuple[str, object]:
-    """An argparse type: ``NAME=VALUE`` for a number or a truth value among the settings.
-
-    Values are those of JSON: ``lr=0.01``, ``signed=true``.
-    """
-    name, _, value = text.partition("=")
-    kinds = {field.name: field.type for field in fields(Settings)}
-    try:
-        found: object = json.loads(value)
-    except ValueError:
-        found = None
-    expected = {"float": (int, float), "int": (int,), "bool": (bool,)}.get(str(kinds.get(name)), ())
-    if not isinstance(found, expected) or isinstance(found, bool) != (kinds[name] == "bool"):
-        known = [key for key, kind in kinds.items() if kind in ("float", "int", "bool")]
-        raise argparse.ArgumentTypeError(
-            f"expected NAME=VALUE with a name of {', '.join(known)} and a value of its type, "
-            f"got {text!r}"
-        )
-    return name, found
 
 
 def difference(asked: dict[str, Any], found: object) -> str:

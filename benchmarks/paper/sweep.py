@@ -15,7 +15,7 @@ from .output import Sheet, error_bars, finish, pyplot, without
 from .settings import Settings
 from .statistics import Mean, grouped, mean
 from .table2 import BACKGROUND
-from .tables import add_cifar, add_rows, named
+from .tables import add_cifar, add_rows, named, whole_scale
 
 Cells = dict[tuple[str, float], Mean]
 
@@ -84,7 +84,7 @@ class Sweep:
                 self.setting: value,
                 "data": args.data,
                 "seeds": args.seeds,
-                "scale": args.scale,
+                "scale": whole_scale(args),
                 "accuracy": accuracy.value,
                 "half_width_95": accuracy.half_width,
             }

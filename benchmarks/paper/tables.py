@@ -174,7 +174,7 @@ class Experiment:
         row = self.row(name)
         assert row.method is not None
         preset = PRESETS[args.preset]
-        scale = args.scale * preset.scale
+        scale = whole_scale(args)
         schedule = row.schedule or self.schedule
         values: dict[str, Any] = {
             "experiment": self.name,
@@ -185,7 +185,7 @@ class Experiment:
             "labels": args.labels,
             "method": row.method,
             "seed": seed,
-            "model": args.model or preset.model or self.model,
+            "model": self._model(args),
             "steps": scaled(schedule.steps, scale),
             "decays": tuple(scaled(step, scale) for step in schedule.decays),
             "finetune": scaled(row.finetune, scale) if row.finetune else 0,
@@ -215,7 +215,10 @@ class Experiment:
 
     def how(self, args: argparse.Namespace) -> str:
         """Model, images, seeds and scale, for the titles of tables."""
-        return f"{args.model or PRESETS[args.preset].model or self.model}, {extent(args)}"
+        return f"{self._model(args)}, {extent(args)}"
+
+    def _model(self, args: argparse.Namespace) -> str:
+        return str(args.model or PRESETS[args.preset].model or self.model)
 
     def run(self, args: argparse.Namespace) -> int:
         """Train, print the table, write the numbers."""
@@ -228,7 +231,7 @@ class Experiment:
                 "data": args.data,
                 "noise": args.labels or args.level,
                 "seeds": args.seeds,
-                "scale": args.scale,
+                "scale": whole_scale(args),
                 "accuracy": found[row.name].value if row.name in found else math.nan,
                 "half_width_95": found[row.name].half_width if row.name in found else math.nan,
                 "paper": row.paper.get(args.data, _UNKNOWN)[0],
@@ -263,12 +266,17 @@ class Experiment:
 _UNKNOWN = (math.nan, math.nan)
 
 
+def whole_scale(args: argparse.Namespace) -> float:
+    """What the paper's schedules are shortened by, by the preset and by ``--scale``."""
+    return float(args.scale * PRESETS[args.preset].scale)
+
+
 def extent(args: argparse.Namespace) -> str:
     """Images, seeds and scale, for the titles of tables."""
     preset = PRESETS[args.preset]
     images = f"{preset.images} training images, " if preset.images else ""
     authors = ", as the authors' code" if args.authors else ""
-    return f"{images}{seeds_text(args)}, scale {args.scale * preset.scale:g}{authors}"
+    return f"{images}{seeds_text(args)}, scale {whole_scale(args):g}{authors}"
 
 
 def named(args: argparse.Namespace) -> str:

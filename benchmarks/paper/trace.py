@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .evaluation import evaluating
 from .training_methods import Batch, Statistics, losses
 
 
@@ -40,12 +41,10 @@ class Trace:
             examples of a class together, mean over the steps; ``weighed``, the percentage of
             examples with weight; ``without_weight``, the percentage of steps that weigh nothing.
         """
-        training = model.training
-        model.eval()
-        each = losses(model(clean.inputs), clean.targets)
-        loss = each.mean()
-        gradient = torch.autograd.grad(loss, list(model.parameters()))
-        model.train(training)
+        with evaluating(model), torch.enable_grad():
+            each = losses(model(clean.inputs), clean.targets)
+            loss = each.mean()
+            gradient = torch.autograd.grad(loss, list(model.parameters()))
         steps = max(1, self._steps)
         shares = (self._weights / steps).tolist()
         point = {
