@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from benchmarks.__main__ import main as benchmarks
 from benchmarks.gpu import Phase, phases, run_phases
 from benchmarks.kernel_cases import KERNEL_CASES
 from benchmarks.methods import METHODS
+from support.makefile import make
 from support.paths import ROOT
 
 FACTS = {"kind": "gpu"}
@@ -168,8 +168,8 @@ def test_the_commands_of_the_plan_are_valid(
 def test_make_gpu_paper_builds_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make = ["make", "-n", "gpu-paper", "PYTHON=python", "MINUTES=3", f"DATA={tmp_path}"]
-    shown = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    variables = ("PYTHON=python", "MINUTES=3", f"DATA={tmp_path}")
+    shown = make("-n", "-C", str(ROOT), "gpu-paper", *variables).stdout
     build, paper = (
         shlex.split(line) for line in shown.replace("\\\n", " ").splitlines() if "python" in line
     )

@@ -18,6 +18,7 @@ import torch
 from l2rw_ext import _C
 from l2rw_ext.ops import _native
 from l2rw_ext.ops._operator import OPERATORS
+from support.makefile import make
 from support.paths import ROOT
 
 # The CMake and Ninja that the build took come before those of the system.
@@ -347,15 +348,12 @@ def test_another_torch_is_installed_where_it_is_asked_for(tmp_path: pathlib.Path
     python = folder / "bin" / "python"  # writes down what it is asked to do
     python.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\n')
     python.chmod(0o755)
-    # These tests may themselves run under make, whose variables would reach this one.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
 
     def installed(spec: str) -> list[str]:
         """The installations of torch by ``make``."""
         log.write_text("")
         variables = (f"VENV={folder}", f"PYTHON={sys.executable}", f"TORCH_SPEC={spec}")
-        command = ["make", "-C", str(ROOT), *variables, f"{folder}/.installed"]
-        subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        make("-C", str(ROOT), *variables, f"{folder}/.installed")
         return re.findall(r"pip install .*(torch==\S+)", log.read_text())
 
     assert installed("torch==2.12.0") == ["torch==2.12.0"]
@@ -381,16 +379,13 @@ def test_what_an_example_prints_and_draws_is_recorded_or_its_run_fails(
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{commands}\n")
         (programs / name).chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
 
     def recorded(**scripts: str) -> dict[str, str]:
         for name, command in scripts.items():
             (root / "examples" / f"{name}.py").write_text(f"{command} examples/{name}.py\n")
         paths = " ".join(f"examples/{name}.py" for name in scripts)
-        command = ["make", "-C", str(root), "examples", f"VENV={tmp_path / 'venv'}"]
-        done = subprocess.run(
-            [*command, f"EXAMPLES={paths}"], env=environment, capture_output=True, text=True
-        )
+        variables = (f"VENV={tmp_path / 'venv'}", f"EXAMPLES={paths}")
+        done = make("-C", str(root), "examples", *variables, check=False)
         texts = (root / "docs" / "assets" / "examples").iterdir()
         return {path.name: path.read_text() for path in texts} | {"error": done.stderr}
 
