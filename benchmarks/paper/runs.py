@@ -364,6 +364,9 @@ class Training:
             "data_seconds": self.data_seconds,
             "origins": self.origins,
         }
+        if self.trace:
+            trained = confusion(self.predict(self.train_set), self.targets, self.classes)
+            out["training_class_errors"] = class_errors(trained)
         if self.settings.diagnosed:
             out["diagnosis"] = self.diagnosis()
         return out

@@ -39,7 +39,8 @@ class Settings:
         authors: as the authors' published code does it where that departs from the paper.
         direction_decay: of the clean gradient, as the Reweighter takes it; 0 for none.
         diagnosed: at the end the hyper-validation images are weighed too.
-        traced: the curve also has the clean loss, its gradient's norm and the weights by class.
+        traced: the curve also has the clean loss, its gradient's norm and the weights by class, and
+            the result the errors of the classes on all training images.
         split_seed: of the split, where it is not ``seed``.
         kept: other runs start from the state at the end, which stays on disk.
         continues: key of the kept run that this one continues, after its last step.

@@ -599,6 +599,19 @@ def test_figure2_seeds_crosses_images_and_runs(
     assert len({r["parameters"] for r in report["runs"]}) == 4
     assert {"clean_loss", "weighed"} <= report["runs"][0]["curve"][-1].keys()
     assert "<svg" in (folder / "figure2-seeds-lenet.svg").read_text()
+    for run_of in report["runs"]:
+        right = [1 - error / 100 for error in run_of["training_class_errors"]]
+        correct = sum(n * share for n, share in zip(run_of["counts"], right, strict=True))
+        trained = run_of["curve"][-1]["training_accuracy"]  # few images: it looks at all of them
+        assert 100 * correct / sum(run_of["counts"]) == pytest.approx(trained)
+    with (folder / "figure2-seeds-lenet.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = [
+        min((r for r in rows if r["images"] == images), key=lambda r: float(r["training_error"]))
+        for images in "01"
+    ]
+    mean = sum(float(row["error"]) for row in kept) / 2
+    assert (folder / "figure2-seeds-lenet.md").read_text().count(f"{mean:.2f} |\n")
     once = [*arguments, "--data-root", str(data_root), "--out", str(tmp_path), "--runs", "1"]
     assert main(once) == 0
     assert "Standard deviation" not in capsys.readouterr().out
