@@ -211,7 +211,7 @@ def head(kind: str, results: Results, args: argparse.Namespace) -> dict[str, Any
     return {
         **header,
         "jobs": args.jobs,
-        "scale": args.scale,
+        "scale": results[0]["settings"]["scale"],
         "seeds": args.seeds,
         "commits_of_runs": sorted({origin["commit"] for origin in origins}),
         "machines_of_runs": sorted({provenance.machine_name(o["machine"]) for o in origins}),
