@@ -1,4 +1,4 @@
-"""Loads the compiled operators, and remembers what was loaded and why a library was not."""
+"""Finds and loads the compiled operators, and remembers why a library is not loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ImportError as error:
         name="l2rw_ext",
     ) from error
 
-__all__ = ["BUILD_INFO", "LIBRARIES", "Library", "instruction_set"]
+__all__ = ["BUILD_INFO", "Library", "find_cuda", "instruction_set", "libraries", "load_cuda"]
 
 BUILD_INFO = _C.build_info()
 
@@ -66,7 +66,8 @@ def _load_cpu() -> Library:
     return Library("_ops.so", path, True, "")
 
 
-def _load_cuda() -> Library:
+def find_cuda() -> Library:
+    """The library of CUDA kernels, not loaded; the reason is empty if this torch can load it."""
     name = "_ops_cuda.so"
     path = _FOLDER / name
     if torch.version.cuda is None:
@@ -89,14 +90,31 @@ def _load_cuda() -> Library:
             "L2RW_CUDA=ON pip install --no-build-isolation ."
         )
         return Library(name, path, False, reason)
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return Library(name, path, False, f"the dynamic linker refused it: {_cause(error)}")
-    return Library(name, path, True, "")
+    return Library(name, path, False, "")
 
 
-LIBRARIES = (_load_cpu(), _load_cuda())
+def load_cuda() -> Library:
+    """Load the library of CUDA kernels, which registers them, if this torch can load it."""
+    global _cuda
+    found = find_cuda()
+    if found.path is not None and not found.reason:
+        try:
+            torch.ops.load_library(str(found.path))
+            found = dataclasses.replace(found, loaded=True)
+        except OSError as error:
+            reason = f"the dynamic linker refused it: {_cause(error)}"
+            found = dataclasses.replace(found, reason=reason)
+    _cuda = found
+    return found
+
+
+_cpu = _load_cpu()
+_cuda = find_cuda()
+
+
+def libraries() -> tuple[Library, Library]:
+    """The libraries of CPU and CUDA kernels as they are now."""
+    return _cpu, _cuda
 
 
 def instruction_set() -> str:
@@ -104,7 +122,7 @@ def instruction_set() -> str:
 
     The environment variable ``L2RW_CPU_ISA`` limits it, if set before the first operator runs.
     """
-    function = ctypes.CDLL(str(LIBRARIES[0].path)).l2rw_cpu_isa
+    function = ctypes.CDLL(str(_cpu.path)).l2rw_cpu_isa
     function.restype = ctypes.c_char_p
     name = function()
     assert isinstance(name, bytes)

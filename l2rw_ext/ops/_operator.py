@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from l2rw_ext.devices import without_autocast
 
-from . import _native  # noqa: F401  registers the operators, with the kernels of loaded libraries
+from . import _kernels
 from ._checks import ArgumentError
 from .arithmetic import accumulation_dtype
 
@@ -36,13 +36,10 @@ class Operator(Protocol[P, R]):
     Attributes:
         compiled: the operator that the function calls.
         composition: the same in torch's operations; a kernel is measured against it.
-        composed: whether the composition runs on CUDA tensors, because no loaded library has a
-            kernel for them.
     """
 
     compiled: torch._ops.OpOverload[..., Any]
     composition: Callable[P, R]
-    composed: bool
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the compiled operator."""
@@ -76,6 +73,8 @@ def operator(
 
         @functools.wraps(body)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not torch.compiler.is_dynamo_compiling() and not _kernels.decided:
+                _kernels.decide()
             results: R = compiled(*args, **kwargs)
             return results
 
@@ -86,9 +85,7 @@ def operator(
         # laid out anew (images, channels last) back to the strides of eager mode. Kernels read any
         # strides, and a fake knows what follows from them.
         compiled._tags = [torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag]
-        function.composed = not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
-        if function.composed:
-            _library.impl(name, composition, "CUDA")
+        _kernels.register(name, composition)
         torch.library.register_fake(qualified, fake, lib=_library)
         torch.library.register_autograd(qualified, _refuse_backward(qualified), lib=_library)
         OPERATORS[name] = function

@@ -46,9 +46,15 @@ class Draw:
         """The value, or None for an argument that is optional."""
         return value if self.optional else None
 
-    def weights(self) -> Tensor:
-        """Weights of four examples, one of them zero."""
-        return torch.tensor([0.5, 0, 0.25, 0.25], dtype=self._dtype)
+    def weights(self, count: int = 4) -> Tensor:
+        """Weights of examples, of which every fourth is zero."""
+        some = torch.tensor([0.5, 0, 0.25, 0.25], dtype=self._dtype)
+        return some.repeat(-(-count // 4))[:count].to(self._generator.device)
+
+    def rows(self, count: int, *shape: int) -> Tensor:
+        """Numbers of the rows of a table, int64."""
+        device = self._generator.device
+        return torch.randint(count, shape, generator=self._generator, device=device)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class Formula:
     Attributes:
         function: returns the result, or the tuple of results, of float64 arguments.
         small: draws arguments for a check that takes no time.
-        large: draws arguments that fill every processor of a GPU; None: there are none.
+        large: draws arguments of several tiles, in parts that are not whole; those of scores fill
+            every processor of a GPU.
         stored: which results have the dtype of the arguments; the others are in the accumulation
             dtype.
         signed: whether the function takes ``sign``, by which it multiplies whatever it subtracts:
@@ -70,7 +77,7 @@ class Formula:
 
     function: Callable[..., Any]
     small: Callable[[Draw], Arguments]
-    large: Callable[[Draw], Arguments] | None
+    large: Callable[[Draw], Arguments]
     stored: tuple[int, ...]
     signed: bool
     sums: bool
@@ -116,8 +123,8 @@ def sample(name: str, dtype: torch.dtype = torch.float32, optional: bool = True)
 
 def _formula(
     small: Callable[[Draw], Arguments],
+    large: Callable[[Draw], Arguments],
     *,
-    large: Callable[[Draw], Arguments] | None = None,
     stored: tuple[int, ...] = (),
     signed: bool = False,
     sums: bool = True,
@@ -134,7 +141,7 @@ def _formula(
 
 @_formula(
     lambda d: (d(4, 5, 9), d(4, 5, 6), d(3, 2, 9), d(3, 2, 6), d.optional),
-    large=lambda d: (d(2100, 1, 1100), d(2100, 1, 650), d(2500, 1, 1100), d(2500, 1, 650), True),
+    lambda d: (d(2100, 1, 1100), d(2100, 1, 650), d(2500, 1, 1100), d(2500, 1, 650), True),
 )
 def factored_correlation(
     z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor, bias: bool
@@ -150,7 +157,14 @@ def factored_correlation(
         [d(3, 2, 9), d(3, 1, 6)],
         [d(3, 2, 6), d(3, 1, 9)],
         [True, d.optional],
-    )
+    ),
+    lambda d: (
+        [d(150, 9, 200), d(150, 1, 700), d(150, 1, 10)],
+        [d(150, 9, 150), d(150, 1, 300), d(150, 1, 1000)],
+        [d(70, 5, 200), d(70, 1, 700), d(70, 1, 10)],
+        [d(70, 5, 150), d(70, 1, 300), d(70, 1, 1000)],
+        [True, False, True],
+    ),
 )
 def factored_correlations(*arguments: Any) -> Tensor:
     scores = [factored_correlation(*layer) for layer in zip(*arguments, strict=True)]
@@ -159,14 +173,18 @@ def factored_correlations(*arguments: Any) -> Tensor:
 
 @_formula(
     lambda d: (d(4, 5, 9), d(4, 5, 6), d(6, 9), d.maybe(d(6))),
-    large=lambda d: (d(2100, 1, 1100), d(2100, 1, 2600), d(2600, 1100), d(2600)),
+    lambda d: (d(2100, 1, 1100), d(2100, 1, 2600), d(2600, 1100), d(2600)),
 )
 def dense_correlation(z: Tensor, g: Tensor, V: Tensor, V_b: Maybe) -> Tensor:
     product = z @ V.T
     return (g * (product if V_b is None else product + V_b)).sum((1, 2))
 
 
-@_formula(lambda d: (d(4, 5, 9), d(4, 5, 6), d.maybe(d(6, 9)), d.maybe(d(6))), stored=(0, 1))
+@_formula(
+    lambda d: (d(4, 5, 9), d(4, 5, 6), d.maybe(d(6, 9)), d.maybe(d(6))),
+    lambda d: (d(7, 150, 210), d(7, 150, 130), d(130, 210), d(130)),
+    stored=(0, 1),
+)
 def linear_example_gradients(z: Tensor, g: Tensor, V: Maybe, V_b: Maybe) -> Results:
     return _with_scores(torch.einsum("nto,nti->noi", g, z), g.sum(1), V, V_b)
 
@@ -198,6 +216,7 @@ def _conv_gradients(
         *((d(4, 5, 9), d(4, 5, 6)) if d.optional else (d(4, 5, 2, 9), d(4, 5, 2, 6))),
         *(d.weights(), d.optional, not d.optional, True),
     ),
+    lambda d: (d(90, 40, 150), d(90, 40, 130), d.weights(90), True, False, True),
     rounds=True,
 )
 def linear_weighted_gradient(
@@ -210,14 +229,18 @@ def linear_weighted_gradient(
 
 # Stride, padding, dilation and groups of a convolution from (4, 4, 5, 6) to (4, 6, 3, 2).
 _GEOMETRY = ([2, 3], [1, 0], [1, 1], 2)
+# Those of one that keeps the size of its images.
+_SAME = ([1, 1], [1, 1], [1, 1], 1)
+
+
+def _images(d: Draw, n: int) -> tuple[Tensor, Tensor]:
+    """Inputs of a convolution, and gradients of its outputs."""
+    return d(n, 40, 12, 13), d(n, 130, 12, 13)
 
 
 @_formula(
     lambda d: (d(4, 4, 5, 6), d(4, 6, 3, 2), d(6, 2, 3, 2), d.maybe(d(6)), *_GEOMETRY),
-    large=lambda d: (
-        *(d(40, 128, 24, 24), d(40, 400, 24, 24), d(400, 128, 3, 3), d(400)),
-        *([1, 1], [1, 1], [1, 1], 1),
-    ),
+    lambda d: (*(d(40, 128, 24, 24), d(40, 400, 24, 24), d(400, 128, 3, 3), d(400), *_SAME),),
 )
 def conv_correlation(z: Tensor, g: Tensor, V: Tensor, V_b: Maybe, *geometry: Any) -> Tensor:
     G, G_b = _conv_gradients(z, g, [*V.shape[2:]], *geometry)
@@ -229,6 +252,7 @@ def conv_correlation(z: Tensor, g: Tensor, V: Tensor, V_b: Maybe, *geometry: Any
         *(d(4, 4, 5, 6), d(4, 6, 3, 2), [3, 2], *_GEOMETRY),
         *(d.maybe(d(6, 2, 3, 2)), d.maybe(d(6))),
     ),
+    lambda d: (*_images(d, 5), [3, 3], *_SAME, d(130, 40, 3, 3), d(130)),
     stored=(0, 1),
 )
 def conv_example_gradients(z: Tensor, g: Tensor, *others: Any) -> Results:
@@ -236,7 +260,10 @@ def conv_example_gradients(z: Tensor, g: Tensor, *others: Any) -> Results:
     return _with_scores(*_conv_gradients(z, g, *geometry), V, V_b)
 
 
-@_formula(lambda d: (d(4, 4, 5, 6), d(4, 6, 3, 2), d.maybe(d.weights()), [3, 2], *_GEOMETRY))
+@_formula(
+    lambda d: (d(4, 4, 5, 6), d(4, 6, 3, 2), d.maybe(d.weights()), [3, 2], *_GEOMETRY),
+    lambda d: (*_images(d, 24), d.weights(24), [3, 3], *_SAME),
+)
 def conv_weighted_gradient(z: Tensor, g: Tensor, w: Maybe, *geometry: Any) -> Results:
     G, G_b = _conv_gradients(z, g, *geometry)
     w = z.new_ones(z.shape[0]) if w is None else w
@@ -245,6 +272,7 @@ def conv_weighted_gradient(z: Tensor, g: Tensor, w: Maybe, *geometry: Any) -> Re
 
 @_formula(
     lambda d: (d(4, 5, 9), d(4, 5, 9), d.maybe(d(4, 5, 1)), d.maybe(d(1, 1, 9).abs())),
+    lambda d: (d(30, 300, 500), d(30, 300, 500), d(30, 300, 1), d(30, 300, 1).abs()),
     signed=True,
 )
 def affine_example_gradients(
@@ -261,6 +289,7 @@ def affine_example_gradients(
         *(d(4, 4, 7, 6), d(4, 4, 7, 6), d(4, 2), d(4, 2).abs()),
         *(d.maybe(d(4)), 2),
     ),
+    lambda d: (*(d(30, 40, 20, 20), d(30, 40, 20, 20), d(30, 8), d(30, 8).abs(), d(40), 8),),
     stored=(0,),
     signed=True,
 )
@@ -286,6 +315,7 @@ def group_norm_backward(
         *(d(4, 4, 7, 6), d.maybe(d(4, 4, 7, 6)), d(4), d(4).abs()),
         *(d.maybe(d(4)), d.maybe(d(4)), d.maybe(d(4))),
     ),
+    lambda d: (*(d(30, 40, 20, 20), d(30, 40, 20, 20), d(40), d(40).abs(), d(40), d(40), d(40)),),
     stored=(0,),
     signed=True,
 )
@@ -318,25 +348,32 @@ def batch_norm_tangent(
     return result
 
 
-@_formula(lambda d: (torch.tensor([[0, 1, 1, 2, 0], [2, 0, 1, 1, 1]] * 2), d(4, 5, 9), d(3, 9)))
+@_formula(
+    lambda d: (torch.tensor([[0, 1, 1, 2, 0], [2, 0, 1, 1, 1]] * 2), d(4, 5, 9), d(3, 9)),
+    lambda d: (d.rows(900, 40, 130), d(40, 130, 500), d(900, 500)),
+)
 def embedding_correlation(index: Tensor, g: Tensor, V: Tensor) -> Tensor:
     return (g * V[index.long()]).sum((1, 2))
 
 
 @_formula(
-    lambda d: (torch.tensor([[0, 1, 1, 2, 0], [2, 0, 1, 1, 1]] * 2), d(4, 5, 9), d.weights(), 4)
+    lambda d: (torch.tensor([[0, 1, 1, 2, 0], [2, 0, 1, 1, 1]] * 2), d(4, 5, 9), d.weights(), 4),
+    lambda d: (d.rows(300, 40, 60), d(40, 60, 200), d.weights(40), 300),
 )
 def embedding_weighted_gradient(index: Tensor, g: Tensor, w: Tensor, rows: int) -> Tensor:
     chosen = torch.nn.functional.one_hot(index.long(), rows).to(g.dtype)
     return torch.einsum("n,ntv,ntd->vd", w, chosen, g)
 
 
-@_formula(lambda d: (d(4, 5, 9), d.weights()))
+@_formula(
+    lambda d: (d(4, 5, 9), d.weights()),
+    lambda d: (d(300, 70, 130), d.weights(300)),
+)
 def weighted_sum(gradients: Tensor, w: Tensor) -> Tensor:
     return torch.einsum("n,n...->...", w, gradients)
 
 
-@_formula(lambda d: (d(5),), stored=(0,), sums=False)
+@_formula(lambda d: (d(5),), lambda d: (d(70_001),), stored=(0,), sums=False)
 def normalize_weights(u: Tensor) -> Tensor:
     rectified = u.clamp(min=0)
     total = rectified.sum()
