@@ -1,7 +1,7 @@
 # Every target makes the virtual environment that it needs and installs the package there, editable.
 # Variables: PYTHON (3.10 or later), TORCH_SPEC, TORCH_INDEX, VENV, ARGS (options of the command),
 # EXAMPLES (the scripts that `examples` runs); of `wheel` also L2RW_CUDA and ARCHITECTURES.
-# Only `gpu` uses PYTHON as it is, with what is installed there.
+# Only `gpu` and `gpu-paper` use PYTHON as it is, with what is installed there; they take MINUTES.
 
 PYTHON ?= python3
 # On Linux, plain PyPI gives the CUDA build of torch, several gigabytes. With the address of PyTorch's
@@ -110,18 +110,19 @@ examples: $(VENV)/.installed ## run examples/, record what they print and draw i
 
 # Without a network: torch, cmake, ninja, pybind11 and scikit-build-core must be installed, and for
 # the tests and benchmarks pytest, pytest-timeout, hypothesis, numpy and rich; pytest-xdist is used if
-# it is. GPU_RESULTS: the folder of the results; L2RW_PREBUILT_CUDA: an _ops_cuda.so to take along.
-gpu: ## on a machine with an NVIDIA GPU: build, test and measure there, in under nine minutes
-	@"$(PYTHON)" -m benchmarks.gpu $(if $(GPU_RESULTS),--results "$(GPU_RESULTS)") $(ARGS)
+# it is. GPU_RESULTS: the folder of the results; L2RW_PREBUILT_CPU and L2RW_PREBUILT_CUDA: an _ops.so
+# and an _ops_cuda.so to take along.
+gpu: ## on a machine with an NVIDIA GPU: build, test and measure there in MINUTES=9; ARGS=--dry-run
+	@"$(PYTHON)" -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(GPU_RESULTS),--results "$(GPU_RESULTS)") $(ARGS)
 
 # BACKGROUNDFLIP on CIFAR-10 at the paper's size, ours and then the baseline. Keep paper_output: the
 # next call goes on from the checkpoints in it.
-MINUTES ?= 6
 DATA ?= data
 gpu-paper: ## on a GPU: MINUTES=6 of the paper's Table 2 on CIFAR-10 in DATA=data, then the next
-	@"$(PYTHON)" -m benchmarks.gpu --build
+	@"$(PYTHON)" -m benchmarks.gpu --phases build
 	@"$(PYTHON)" -m benchmarks paper table2 --rows ours baseline --seeds 1 --device cuda \
-		--data-root "$(DATA)" --minutes $(MINUTES) $(ARGS)
+		--data-root "$(DATA)" --minutes $(or $(MINUTES),6) $(ARGS)
 
 # nvcc decides about the CUDA library, not torch: the same wheel serves CPU and CUDA builds of torch.
 WHEEL_CUDA = $(or $(L2RW_CUDA),$(if $(or $(CUDACXX),$(shell command -v nvcc 2>/dev/null)),ON,OFF))

@@ -1,11 +1,14 @@
 """``python -m benchmarks.gpu``: build, test and measure on a machine with an NVIDIA GPU.
 
 What ``make gpu`` runs, with the torch and the build tools that are installed and without a network.
-The phases run one after the other, each in a process of its own. Every phase has a share of the
-time and inherits what earlier ones left; one that fails or runs out of time does not stop the
-others. Writes the log of all phases to ``gpu.log`` and their outcome, with the seconds, to
-``gpu.json``, beside the JSON of the benchmarks. With ``--sanitize`` the tests of the kernels run
-under compute-sanitizer instead.
+The phases run one after the other, each in a process of its own, in the order in which they tell
+most. Every phase has a share of ``--minutes`` and inherits what earlier ones left; one that fails
+or runs out of time does not stop the others. After each phase the log of all, ``gpu.log``, and
+their outcomes with the seconds, ``gpu.json``, are written anew; the benchmarks write their JSON
+beside them after each case. A run that is cut off keeps all that.
+
+``--dry-run`` needs no GPU: it runs the phases with the kernels on the host in place of a device, on
+small cases, and tells how many bytes travel. What needs a GPU fails there, as it should.
 """
 
 from __future__ import annotations
@@ -30,54 +33,110 @@ import torch
 from . import provenance
 from .errors import UsageError
 
-ARCHITECTURE = "90a"
-CAPABILITY = (9, 0)
 RESULTS = provenance.ROOT / "benchmarks" / "results"
 LOG = "gpu.log"
 REPORT = "gpu.json"
+MINUTES = 9.0
+CARRIED_MIB = 60.0
+"""What may travel to the machine: the files of the checkout, and libraries that are built."""
 _TAIL = 15
 # A few processes keep a GPU and its host busy; each holds a CUDA context.
 _CORES_A_TEST = 2
 
-# The other way to multiply rows, and cases large enough for its tiles.
+# The other way to multiply rows.
 _WARPGROUPS = {"L2RW_CUDA_WARPGROUPS": "1"}
-_PRODUCTS = (
-    "factored-16384",
-    "dense-16384",
-    "wrn28-160-160-32",
-    "wrn28-320-320-16",
-    "wrn28-640-640-8",
+_OPERATOR_TESTS = ("python_tests/cuda/test_cuda_ops.py",)
+_STEP_TESTS = (
+    "python_tests/cuda/test_cuda_steps.py",
+    "python_tests/test_no_synchronisation.py",
+    "python_tests/benchmarks",
 )
 
-# Steps that fit the time: a multilayer perceptron, a net with each norm, a transformer.
-_STEP_CASES = ("mlp-256-64", "resnet-100-100", "vit", "resnet-bn-100-100")
-# Those that compile in seconds, with every way to compile and to capture.
-_COMPILED_CASES = ("mlp-256-64", "lenet", "vit")
-_COMPILED_METHODS = (
-    "plain_union",
-    "plain_union_captured",
-    "plain_union_compiled",
-    "plain_union_reduce_overhead",
-    "l2rw_ext",
-    "l2rw_ext_cudagraphs",
-    "l2rw_ext_compiled",
-    "l2rw_ext_reduce_overhead",
+
+@dataclass(frozen=True)
+class Plan:
+    """What the phases run on, and which cases.
+
+    Attributes:
+        device: of the benchmarks.
+        marker: of the tests of operators.
+        operators: options of these tests.
+        kernels: cases that decide between ways to multiply; with ``rest`` all that are run.
+        rest: other cases of ``kernels``; none named for all.
+        step: cases of ``step`` that run eagerly.
+        compiled: those that are compiled and captured too.
+        eager: methods of the former.
+        methods: methods of the latter.
+        options: of every benchmark.
+    """
+
+    device: str
+    marker: str
+    operators: tuple[str, ...]
+    kernels: tuple[str, ...]
+    rest: tuple[str, ...]
+    step: tuple[str, ...]
+    compiled: tuple[str, ...]
+    eager: tuple[str, ...]
+    methods: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+ON_GPU = Plan(
+    device="cuda",
+    marker="cuda",
+    operators=(),
+    kernels=(
+        "factored-16384",
+        "dense-16384",
+        "wrn28-160-160-32",
+        "wrn28-320-320-16",
+        "wrn28-640-640-8",
+    ),
+    rest=(),
+    step=("mlp-256-64", "resnet-100-100", "resnet-bn-100-100", "vit", "gpt"),
+    compiled=("mlp-256-64", "vit", "gpt"),
+    eager=("plain", "plain_union", "l2rw_ext", "double_backward"),
+    methods=(
+        "plain_union",
+        "plain_union_captured",
+        "plain_union_compiled",
+        "plain_union_reduce_overhead",
+        "l2rw_ext",
+        "l2rw_ext_cudagraphs",
+        "l2rw_ext_compiled",
+        "l2rw_ext_reduce_overhead",
+    ),
+    options=(),
+)
+ON_HOST = Plan(
+    device="cpu",
+    marker="emulated",
+    operators=("-k", "float64 and matches_the_cpu"),
+    kernels=("small-dense",),
+    rest=("small-dense", "small-conv"),
+    step=("tiny",),
+    compiled=("tiny",),
+    eager=("plain", "plain_union", "l2rw_ext", "double_backward"),
+    methods=("plain_union", "l2rw_ext", "l2rw_ext_compiled"),
+    options=("--repeats", "2", "--warmup", "1"),
 )
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A command, and the seconds that are its share."""
+    """A command, the seconds that are its share, and whether it cannot pass without a GPU."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    needs_gpu: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a phase ended: ``passed``, ``failed``, or ``out of time``."""
+    """How a phase ended: ``passed``, ``failed``, ``out of time``, or ``not begun``."""
 
     name: str
     command: str
@@ -91,11 +150,6 @@ def device_folder(name: str) -> str:
     return "-".join(word for word in words if word not in ("nvidia", "geforce")) or "gpu"
 
 
-def _test_command(workers: int, marker: str) -> tuple[str, ...]:
-    parallel = ("-n", str(workers)) if workers > 1 else ()
-    return (sys.executable, "-m", "pytest", "-q", "-m", marker, *parallel)
-
-
 def test_workers(cores: int) -> int:
     """How many processes share the tests: one without pytest-xdist."""
     if importlib.util.find_spec("xdist") is None:
@@ -103,93 +157,132 @@ def test_workers(cores: int) -> int:
     return max(1, cores // _CORES_A_TEST)
 
 
-def _build(prebuilt: Path | None) -> Phase:
-    environment = {"L2RW_CUDA": "ON"}
-    if prebuilt is not None:
-        environment = {"L2RW_CUDA": "OFF", "L2RW_PREBUILT_CUDA": str(prebuilt)}
-    install = ["install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
-    install += [f"-Ccmake.define.L2RW_CUDA_ARCHITECTURES={ARCHITECTURE}"]
-    return Phase("build", (sys.executable, "-m", "pip", *install), 130, environment)
+def architecture(capability: tuple[int, int]) -> str:
+    """What nvcc builds for a compute capability: with the instructions of that one alone on 9.0."""
+    number = f"{capability[0]}{capability[1]}"
+    return f"{number}a" if number == "90" else number
 
 
-def sanitizer_phases(prebuilt: Path | None) -> list[Phase]:
-    """The tests of the kernels under compute-sanitizer, one tool after the other."""
-    tests = (*_test_command(1, "cuda"), "python_tests/cuda/test_cuda_ops.py", "-k")
-    # Every tensor in an allocation of its own, so that what lies beyond it belongs to none.
-    environment = {"L2RW_REQUIRE_CUDA": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    todo = [_build(prebuilt)]
-    for tool in ("memcheck", "racecheck"):
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests)
-        large = "test_large_tiles and (bfloat16 or float16)"
-        todo += [
-            Phase(tool, (*command, "gpu"), 150, environment),
-            Phase(f"{tool}, warpgroups", (*command, large), 50, environment | _WARPGROUPS),
-        ]
-    return todo
+def _build(built_for: str, prebuilt: Mapping[str, Path], target: Path | None) -> Phase:
+    environment = {"L2RW_CUDA": "OFF" if "L2RW_PREBUILT_CUDA" in prebuilt or target else "ON"}
+    environment |= {name: str(path) for name, path in prebuilt.items()}
+    install = ["install", "--no-build-isolation", "--no-deps", "--no-index"]
+    install += ["--editable", "."] if target is None else ["--target", str(target), "."]
+    install += [f"-Ccmake.define.L2RW_CUDA_ARCHITECTURES={built_for}"]
+    seconds = 30 if {"L2RW_PREBUILT_CPU", "L2RW_PREBUILT_CUDA"} <= prebuilt.keys() else 130
+    return Phase("build", (sys.executable, "-m", "pip", *install), seconds, environment)
 
 
-def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> list[Phase]:
-    """What runs, in order; the shares add up to less than nine minutes."""
+def phases(
+    folder: Path,
+    plan: Plan,
+    *,
+    prebuilt: Mapping[str, Path],
+    cores: int,
+    built_for: str = "90a",
+    target: Path | None = None,
+) -> list[Phase]:
+    """What runs, in order: the first four take less than four minutes, all but the last four eight.
+
+    Args:
+        folder: for the results.
+        plan: on what.
+        prebuilt: libraries that are installed and not built, by the variable that names them.
+        cores: of the machine.
+        built_for: the architecture to build for.
+        target: where a dry run installs what it builds; None to install it for all to use.
+    """
     if folder.is_relative_to(provenance.ROOT):  # where every phase runs
         folder = folder.relative_to(provenance.ROOT)
-    tests = {
-        "L2RW_REQUIRE_CUDA": "1",
+    workers = test_workers(cores)
+    python = (sys.executable, "-m")
+    kernels_on = {"L2RW_CUDA_KERNELS": "on"}
+    testing = {
+        **kernels_on,
+        f"L2RW_REQUIRE_{'CUDA' if plan.marker == 'cuda' else 'EMULATOR'}": "1",
         "OMP_NUM_THREADS": str(max(1, cores // workers)),
     }
-    benchmarks = (sys.executable, "-m", "benchmarks")
-    on_cuda = ("--device", "cuda", "--json")
-    step = (*benchmarks, "step", "--tf32", "--case")
-    eager = ("plain", "plain_union", "l2rw_ext", "double_backward", "jvp", "finite_difference")
-    return [
-        _build(prebuilt),
-        Phase("doctor", (sys.executable, "-m", "l2rw_ext.doctor"), 15),
-        Phase("tests of CUDA", _test_command(workers, "cuda"), 60, tests),
+    alone = {**testing, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def tests(*options: str, processes: int = workers) -> tuple[str, ...]:
+        parallel = ("-n", str(processes)) if processes > 1 else ()
+        return (*python, "pytest", "-q", *parallel, *options)
+
+    def benchmark(name: str, file: str, *options: str) -> tuple[str, ...]:
+        where = ("--device", plan.device, "--json", str(folder / file))
+        return (*python, "benchmarks", name, *options, *where)
+
+    def cases(names: Sequence[str]) -> tuple[str, ...]:
+        return ("--case", *names) if names else ()
+
+    step = ("--tf32", *plan.options) if plan.device == "cuda" else plan.options
+    operators = tests("-m", plan.marker, *_OPERATOR_TESTS, *plan.operators)
+    smallest = ("-m", plan.marker, *_OPERATOR_TESTS, "-k", "matches_the_cpu and gpu and float64")
+    large = (*smallest[:-1], "test_large_tiles and (bfloat16 or float16)")
+    todo = [
+        _build(built_for, prebuilt, target),
+        Phase("doctor", (*python, "l2rw_ext.doctor"), 15, kernels_on),
+        Phase("kernels agree", (*python, "l2rw_ext.doctor", "--kernels"), 40, needs_gpu=True),
+        Phase("operators", operators, 60, testing),
+        Phase("operators, warpgroups", operators, 20, testing | _WARPGROUPS),
+        Phase("steps", tests("-m", "cuda", *_STEP_TESTS), 60, testing),
         Phase(
-            "tests of warpgroups",
-            (*_test_command(workers, "cuda"), "python_tests/cuda/test_cuda_ops.py"),
-            20,
-            tests | _WARPGROUPS,
+            "kernels that decide",
+            benchmark("kernels", "kernels-decide.json", *cases(plan.kernels), *plan.options),
+            30,
+            kernels_on,
         ),
-        Phase("other tests", _test_command(workers, "not cuda and not emulated"), 90, tests),
-        Phase("kernels", (*benchmarks, "kernels", *on_cuda, str(folder / "kernels.json")), 75),
         Phase(
-            "kernels, warpgroups",
-            (
-                *(*benchmarks, "kernels", "--precision", "bf16", "--case", *_PRODUCTS),
-                *(*on_cuda, str(folder / "kernels-warpgroups.json")),
-            ),
+            "kernels that decide, warpgroups",
+            benchmark("kernels", "kernels-warpgroups.json", *cases(plan.kernels), *plan.options),
             20,
-            _WARPGROUPS,
+            kernels_on | _WARPGROUPS,
         ),
         Phase(
-            "step, compiled",
-            (
-                *(*step, *_COMPILED_CASES, "--methods", *_COMPILED_METHODS),
-                *(*on_cuda, str(folder / "step-compiled.json")),
-            ),
-            70,
+            "kernels",
+            benchmark("kernels", "kernels.json", *cases(plan.rest), *plan.options),
+            60,
+            kernels_on,
         ),
         Phase(
             "step",
-            (*step, *_STEP_CASES, "--methods", *eager, *on_cuda, str(folder / "step.json")),
-            40,
+            benchmark("step", "step.json", *cases(plan.step), "--methods", *plan.eager, *step),
+            60,
+            kernels_on,
+        ),
+        Phase(
+            "step, compiled",
+            benchmark(
+                *("step", "step-compiled.json", *cases(plan.compiled)),
+                *("--methods", *plan.methods, *step),
+            ),
+            80,
+            kernels_on,
         ),
         Phase(
             "memory",
-            (
-                *benchmarks,
-                "memory",
-                "--case",
-                *_STEP_CASES[:3],
-                "--methods",
-                "plain_union",
-                "l2rw_ext",
-                *on_cuda,
-                str(folder / "memory.json"),
+            benchmark(
+                *("memory", "memory.json", *cases(plan.step)),
+                *("--methods", "plain_union", "l2rw_ext"),
             ),
-            15,
+            20,
+            kernels_on,
         ),
     ]
+    for tool in ("memcheck", "racecheck"):
+        # Every tensor in an allocation of its own, so that what lies beyond it belongs to none.
+        sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
+        todo += [
+            Phase(tool, (*sanitizer, *tests(*smallest, processes=1)), 60, alone, needs_gpu=True),
+            Phase(
+                f"{tool}, warpgroups",
+                (*sanitizer, *tests(*large, processes=1)),
+                40,
+                alone | _WARPGROUPS,
+                needs_gpu=True,
+            ),
+        ]
+    return todo
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -205,9 +298,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def shown(phase: Phase) -> str:
+    """The command of a phase as one would type it."""
+    return shlex.join("python" if c == sys.executable else c for c in phase.command)
+
+
 def run_phase(phase: Phase, limit: float, log: TextIO) -> Outcome:
     """Run one phase for at most ``limit`` seconds, with what it prints in the log."""
-    command = shlex.join("python" if c == sys.executable else c for c in phase.command)
+    command = shown(phase)
     log.write(f"=== {phase.name}: {command}\n")
     log.flush()
     start = time.monotonic()
@@ -238,10 +336,13 @@ def run_phase(phase: Phase, limit: float, log: TextIO) -> Outcome:
     return Outcome(phase.name, command, status, round(seconds, 1))
 
 
-def run_phases(todo: Sequence[Phase], folder: Path, facts: dict[str, Any]) -> list[Outcome]:
+def run_phases(
+    todo: Sequence[Phase], folder: Path, facts: dict[str, Any], minutes: float = MINUTES
+) -> list[Outcome]:
     """Run all phases and write ``gpu.log`` and, after each phase, ``gpu.json``.
 
-    A phase may run until the shares of all phases up to it are used up.
+    A phase may run until the shares of all phases up to it are used up, or the minutes are; with
+    less than a third of its share left then, it does not begin.
     """
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -250,7 +351,10 @@ def run_phases(todo: Sequence[Phase], folder: Path, facts: dict[str, Any]) -> li
     with (folder / LOG).open("w") as log:
         for phase in todo:
             end += phase.seconds
-            left = start + end - time.monotonic()
+            left = start + min(end, 60 * minutes) - time.monotonic()
+            if left < phase.seconds / 3:
+                outcomes.append(Outcome(phase.name, shown(phase), "not begun", 0.0))
+                continue
             print(f"{phase.name}: at most {left:.0f} s ...", flush=True)
             began = log.tell()
             outcome = run_phase(phase, left, log)
@@ -260,18 +364,23 @@ def run_phases(todo: Sequence[Phase], folder: Path, facts: dict[str, Any]) -> li
                 lines = (folder / LOG).read_text(errors="replace")[began:].splitlines()
                 print("\n".join(f"  | {line}" for line in lines[-_TAIL:]), flush=True)
             provenance.write(folder / REPORT, {**facts, "phases": [asdict(o) for o in outcomes]})
+    provenance.write(folder / REPORT, {**facts, "phases": [asdict(o) for o in outcomes]})
     return outcomes
 
 
-def check_prebuilt(path: str) -> Path:
-    """The absolute path of a prebuilt ``_ops_cuda.so``.
+def prebuilt_libraries(environment: Mapping[str, str]) -> dict[str, Path]:
+    """The libraries that ``L2RW_PREBUILT_CPU`` and ``L2RW_PREBUILT_CUDA`` name.
 
     Raises:
         UsageError: there is no such file.
     """
-    found = Path(path).resolve()
-    if not found.is_file():
-        raise UsageError(f"L2RW_PREBUILT_CUDA={path}: there is no such file")
+    found = {}
+    for name in ("L2RW_PREBUILT_CPU", "L2RW_PREBUILT_CUDA"):
+        if environment.get(name):
+            path = Path(environment[name]).resolve()
+            if not path.is_file():
+                raise UsageError(f"{name}={environment[name]}: there is no such file")
+            found[name] = path
     return found
 
 
@@ -279,65 +388,81 @@ def check_gpu() -> str:
     """The name of the GPU.
 
     Raises:
-        UsageError: torch sees none, or one that this build is not for.
+        UsageError: torch sees none.
     """
     if not torch.cuda.is_available():
-        raise UsageError("this torch sees no CUDA device")
-    name = torch.cuda.get_device_name()
-    found = torch.cuda.get_device_capability()
-    if found != CAPABILITY:
-        raise UsageError(
-            f"make gpu builds for sm_{ARCHITECTURE} alone, and {name} is sm_{found[0]}{found[1]}"
-        )
-    return name
+        raise UsageError("this torch sees no CUDA device; --dry-run does without one")
+    return torch.cuda.get_device_name()
+
+
+def carried(prebuilt: Mapping[str, Path]) -> float:
+    """The MiB that travel to another machine: what git does not ignore, and built libraries."""
+    command = ("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    listed = subprocess.run(command, cwd=provenance.ROOT, capture_output=True, text=True).stdout
+    paths = {provenance.ROOT / name for name in listed.split("\0") if name}
+    return (
+        sum(path.stat().st_size for path in {*paths, *prebuilt.values()} if path.is_file()) / 2**20
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run everything; the exit status is 1 where a phase did not pass."""
+    """Run the phases; the exit status is 1 where one that began did not pass."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
         "--results", type=Path, metavar="FOLDER", help="default: benchmarks/results/<device>"
     )
     parser.add_argument(
-        "--prebuilt",
-        default=os.environ.get("L2RW_PREBUILT_CUDA") or None,
-        metavar="FILE",
-        help="an _ops_cuda.so to install instead of building it (default: $L2RW_PREBUILT_CUDA)",
+        "--minutes", type=provenance.positive_number, default=MINUTES, help=f"default: {MINUTES:g}"
     )
-    parser.add_argument("--build", action="store_true", help="build, and nothing else")
     parser.add_argument(
-        "--sanitize",
-        action="store_true",
-        help="run the tests of the kernels under compute-sanitizer, and nothing else",
+        "--phases", nargs="+", metavar="NAME", help="these alone, such as build memcheck racecheck"
     )
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: see above")
     args = parser.parse_args(arguments)
     try:
-        if args.sanitize and shutil.which("compute-sanitizer") is None:
-            raise UsageError("--sanitize: there is no compute-sanitizer on PATH")
-        prebuilt = check_prebuilt(args.prebuilt) if args.prebuilt else None
-        name = check_gpu()
+        prebuilt = prebuilt_libraries(os.environ)
+        options: dict[str, Any] = {"prebuilt": prebuilt, "cores": os.cpu_count() or 1}
+        if args.dry_run:
+            name, plan = "dry run", ON_HOST
+            folder = args.results or provenance.ROOT / "build" / "dry-run"
+            options["target"] = folder.resolve() / "site"
+            shutil.rmtree(options["target"], ignore_errors=True)  # pip replaces nothing there
+        else:
+            name, plan = check_gpu(), ON_GPU
+            folder = args.results or RESULTS / device_folder(name)
+            options["built_for"] = architecture(torch.cuda.get_device_capability())
+        folder = folder.resolve()
+        todo = chosen(phases(folder, plan, **options), args.phases)
     except UsageError as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 2
-    if args.build:
-        phase = _build(prebuilt)
-        return subprocess.call(phase.command, env={**os.environ, **phase.environment})
-    folder = (args.results or RESULTS / device_folder(name)).resolve()
-    cores = os.cpu_count() or 1
-    what = f"takes {prebuilt}" if prebuilt else f"builds for sm_{ARCHITECTURE} alone"
-    print(f"{name}, torch {torch.__version__}: {what}; results in {folder}", flush=True)
-    facts = provenance.header("gpu", "cuda", [])
-    facts["command"] = "make gpu"
-    todo = phases(folder, prebuilt, test_workers(cores), cores)
-    if args.sanitize:
-        folder, todo = folder / "sanitize", sanitizer_phases(prebuilt)
-        facts["command"] += " ARGS=--sanitize"
+    size = carried(prebuilt)
+    print(f"{name}, torch {torch.__version__}; {args.minutes:g} minutes; results in {folder}")
+    print(f"what would travel: {size:.1f} MiB of {CARRIED_MIB:g}", flush=True)
+    for phase in todo:
+        print(f"{phase.seconds:7.0f} s  {phase.name}: {shown(phase)}")
+    facts = provenance.header("gpu", plan.device, [])
+    facts["command"] = "make gpu" + (" ARGS=--dry-run" if args.dry_run else "")
     start = time.monotonic()
-    outcomes = run_phases(todo, folder, facts)
+    outcomes = run_phases(todo, folder, facts, args.minutes)
     print(f"\n{time.monotonic() - start:.0f} s in all; log in {folder / LOG}")
     for outcome in outcomes:
         print(f"{outcome.seconds:7.1f} s  {outcome.name}: {outcome.status}")
-    return 1 if any(outcome.status != "passed" for outcome in outcomes) else 0
+    excused = {phase.name for phase in todo if phase.needs_gpu and args.dry_run}
+    well = all(o.status in ("passed", "not begun") or o.name in excused for o in outcomes)
+    return 0 if well and (size <= CARRIED_MIB or not args.dry_run) else 1
+
+
+def chosen(todo: list[Phase], names: Sequence[str] | None) -> list[Phase]:
+    """The phases that are asked for, in their order.
+
+    Raises:
+        UsageError: there is none of a name.
+    """
+    known = [phase.name for phase in todo]
+    if unknown := [name for name in names or () if name not in known]:
+        raise UsageError(f"--phases {unknown[0]}: known are {', '.join(known)}")
+    return [phase for phase in todo if not names or phase.name in names]
 
 
 if __name__ == "__main__":

@@ -172,3 +172,16 @@ def test_a_step_on_cuda_does_not_synchronise(name: str, stream: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     _assert_same(step, expected, model, near)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("how", [True, "cudagraphs"], ids=["inductor", "cudagraphs"])
+@pytest.mark.parametrize("name", ["mlp", "group norm", "transformer", "embedding", "batch norm"])
+def test_a_step_on_cuda_becomes_one_graph(name: str, how: bool | str) -> None:
+    case = CASES[name]
+    model, batches = _drawn(case)
+    batches = [*batches[:2], *batches]  # kinds are compiled at their second step, and replayed then
+    expected = _run(case, near := copy.deepcopy(model), batches)[1][-1]
+    model.cuda()
+    _, steps = _run(case, model, [_on_cuda(pair) for pair in batches], compile=how)
+    _assert_same(steps[-1], expected, model, near)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shlex
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ pytest.importorskip("rich", reason="the benchmarks print with rich")
 
 from benchmarks import gpu, provenance
 from benchmarks.__main__ import main as benchmarks
+from benchmarks.cases import CASES
 from benchmarks.gpu import Phase, phases, run_phases
 from benchmarks.kernel_cases import KERNEL_CASES
 from benchmarks.methods import METHODS
@@ -89,107 +92,110 @@ def test_a_phase_inherits_the_time_that_is_left(tmp_path: Path) -> None:
     assert [o.status for o in run_phases(todo, tmp_path, FACTS)] == ["passed", "passed"]
 
 
-@pytest.mark.parametrize("prebuilt", [None, Path("/some/where/_ops_cuda.so")])
-def test_the_plan(tmp_path: Path, prebuilt: Path | None) -> None:
-    plan = phases(tmp_path, prebuilt, workers=8, cores=16)
-    assert sum(phase.seconds for phase in plan) < 9 * 60
-    inside = phases(provenance.ROOT / "results" / "x", prebuilt, workers=1, cores=1)
-    assert str(Path("results", "x", "memory.json")) in inside[-1].command
-    named = {phase.name: phase for phase in plan}
+def test_a_phase_without_time_does_not_begin(tmp_path: Path) -> None:
+    """Those after it may, if they need less."""
+    todo = [python("first", "", 30), python("long", "", 600), python("short", "", 20)]
+    outcomes = run_phases(todo, tmp_path, FACTS, minutes=0.5)
+    assert [o.status for o in outcomes] == ["passed", "not begun", "passed"]
+    report = json.loads((tmp_path / gpu.REPORT).read_text())
+    assert [p["status"] for p in report["phases"]] == ["passed", "not begun", "passed"]
+
+
+PREBUILT = {
+    "L2RW_PREBUILT_CPU": Path("/some/where/_ops.so"),
+    "L2RW_PREBUILT_CUDA": Path("/some/where/_ops_cuda.so"),
+}
+
+
+def plan(folder: Path = Path("results"), **options: Any) -> dict[str, Phase]:
+    """The phases on a GPU, by name."""
+    options = {"prebuilt": {}, "cores": 16, **options}
+    return {phase.name: phase for phase in phases(folder, gpu.ON_GPU, **options)}
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    named = plan(tmp_path, prebuilt=PREBUILT)
+    seconds = [phase.seconds for phase in named.values()]
     assert list(named) == [
-        "build",
-        "doctor",
-        "tests of CUDA",
-        "tests of warpgroups",
-        "other tests",
-        "kernels",
-        "kernels, warpgroups",
-        "step, compiled",
-        "step",
-        "memory",
+        *("build", "doctor", "kernels agree", "operators", "operators, warpgroups", "steps"),
+        *("kernels that decide", "kernels that decide, warpgroups", "kernels"),
+        *("step", "step, compiled", "memory"),
+        *("memcheck", "memcheck, warpgroups", "racecheck", "racecheck, warpgroups"),
     ]
-    build = named["build"]
-    assert "--no-build-isolation" in build.command
-    assert "--no-deps" in build.command
-    assert "-Ccmake.define.L2RW_CUDA_ARCHITECTURES=90a" in build.command
-    expected = {"L2RW_CUDA": "ON"}
-    if prebuilt is not None:
-        expected = {"L2RW_CUDA": "OFF", "L2RW_PREBUILT_CUDA": str(prebuilt)}
-    assert build.environment == expected
-    for name in ("tests of CUDA", "other tests"):
-        assert named[name].environment == {"L2RW_REQUIRE_CUDA": "1", "OMP_NUM_THREADS": "2"}
-        assert named[name].command[-2:] == ("-n", "8")
-    for name in ("tests of warpgroups", "kernels, warpgroups"):
-        assert named[name].environment["L2RW_CUDA_WARPGROUPS"] == "1"
+    assert sum(seconds[:6]) < 4 * 60
+    assert sum(seconds[:11]) < 8 * 60
+    assert sum(seconds) < 13 * 60
+    files = {name for p in named.values() for name in p.command if name.endswith(".json")}
+    assert len(files) + 2 <= 8  # as many as come back, with the log and the report
+    inside = plan(provenance.ROOT / "results" / "x")
+    assert str(Path("results", "x", "memory.json")) in inside["memory"].command
+    for name in ("operators", "steps"):
+        assert named[name].environment["L2RW_REQUIRE_CUDA"] == "1"
+        assert named[name].environment["OMP_NUM_THREADS"] == "2"
+        assert "8" in named[name].command
+    for name, phase in named.items():
+        assert ("warpgroups" in name) == (phase.environment.get("L2RW_CUDA_WARPGROUPS") == "1")
+        examined = name in ("build", "kernels agree")
+        assert (phase.environment.get("L2RW_CUDA_KERNELS") == "on") != examined
+        assert (phase.command[0] == "compute-sanitizer") == name.endswith("check") or (
+            "check," in name
+        )
 
 
-def test_the_plan_under_sanitizers() -> None:
-    build, *tools = gpu.sanitizer_phases(None)
-    assert build == phases(Path("results"), None, workers=1, cores=1)[0]
-    assert [phase.name for phase in tools] == [
-        "memcheck",
-        "memcheck, warpgroups",
-        "racecheck",
-        "racecheck, warpgroups",
-    ]
-    assert build.seconds + sum(phase.seconds for phase in tools) < 9 * 60
-    for phase in tools:
-        tool = phase.name.split(",")[0]
-        assert phase.command[:3] == ("compute-sanitizer", "--tool", tool)
-        assert ("L2RW_CUDA_WARPGROUPS" in phase.environment) == ("warpgroups" in phase.name)
-        assert "python_tests/cuda/test_cuda_ops.py" in phase.command
+@pytest.mark.parametrize("prebuilt", [{}, PREBUILT])
+def test_what_is_carried_is_not_built(prebuilt: dict[str, Path]) -> None:
+    build = plan(prebuilt=prebuilt, built_for="120")["build"]
+    for option in ("--no-build-isolation", "--no-deps", "--no-index", "--editable"):
+        assert option in build.command
+    assert "-Ccmake.define.L2RW_CUDA_ARCHITECTURES=120" in build.command
+    carried = {name: str(path) for name, path in prebuilt.items()}
+    assert build.environment == {"L2RW_CUDA": "OFF" if prebuilt else "ON", **carried}
+    assert (build.seconds == 30) == bool(prebuilt)
 
 
-def test_one_process_tests_without_xdist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    assert gpu.test_workers(16) == 1
+@pytest.mark.parametrize(
+    ("capability", "built"), [((9, 0), "90a"), ((8, 0), "80"), ((12, 0), "120")]
+)
+def test_the_architecture_of_a_device(capability: tuple[int, int], built: str) -> None:
+    assert gpu.architecture(capability) == built
+
+
+def test_one_process_tests_without_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as without:
+        without.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+        assert gpu.test_workers(16) == 1
+        assert all("-n" not in phase.command for phase in plan().values())
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name)
     assert gpu.test_workers(16) == 8
     assert gpu.test_workers(1) == 1
-    for phase in phases(tmp_path, None, workers=1, cores=16):
-        assert "-n" not in phase.command
 
 
-def test_the_commands_of_the_plan_are_valid(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_of_the_plan_are_valid(capsys: pytest.CaptureFixture[str]) -> None:
     """Each is refused only because there is no such device."""
     ran = 0
-    for phase in phases(tmp_path, None, workers=1, cores=2):
+    for phase in plan().values():
         if phase.command[2] != "benchmarks":
             continue
         arguments = ["cuda:99" if a == "cuda" else a for a in phase.command[3:]]
         assert benchmarks(arguments) == 2
         assert "--device cuda:99" in capsys.readouterr().err
         ran += 1
-    assert ran == 5
+    assert ran == 6
 
 
 def test_make_gpu_paper_builds_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables = ("PYTHON=python", "MINUTES=3", f"DATA={tmp_path}")
     shown = make("-n", "-C", str(ROOT), "gpu-paper", *variables).stdout
     build, paper = (
         shlex.split(line) for line in shown.replace("\\\n", " ").splitlines() if "python" in line
     )
-    assert build[1:] == ["-m", "benchmarks.gpu", "--build"]
+    assert build[1:] == ["-m", "benchmarks.gpu", "--phases", "build"]
     assert paper[1:3] == ["-m", "benchmarks"]
     assert paper[paper.index("--minutes") + 1] == "3"
     assert benchmarks([*paper[3:], "--device", "cuda:99"]) == 2
     assert "--device cuda:99" in capsys.readouterr().err
-    called: list[tuple[str, ...]] = []
-
-    def call(command: tuple[str, ...], env: dict[str, str]) -> int:
-        assert env["L2RW_CUDA"] == "ON"
-        called.append(command)
-        return 7
-
-    monkeypatch.delenv("L2RW_PREBUILT_CUDA", raising=False)
-    monkeypatch.setattr(gpu, "check_gpu", lambda: "NVIDIA H200")
-    monkeypatch.setattr(gpu.subprocess, "call", call)
-    assert gpu.main(["--build"]) == 7
-    assert called == [phases(tmp_path, None, workers=1, cores=1)[0].command]
 
 
 @pytest.mark.parametrize(
@@ -208,20 +214,16 @@ def test_the_folder_of_a_device(name: str, folder: str) -> None:
 def test_without_a_gpu_or_a_library_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("L2RW_PREBUILT_CUDA", raising=False)
+    for name in PREBUILT:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu.main(["--sanitize"]) == 2
-    assert "no compute-sanitizer on PATH" in capsys.readouterr().err
     assert gpu.main([]) == 2
-    assert "sees no CUDA device" in capsys.readouterr().err
-    assert gpu.main(["--prebuilt", str(tmp_path / "none.so")]) == 2
-    assert "there is no such file" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    assert gpu.main([]) == 2
-    assert "builds for sm_90a alone, and NVIDIA B200 is sm_100" in capsys.readouterr().err
+    assert "sees no CUDA device; --dry-run does without one" in capsys.readouterr().err
+    assert gpu.main(["--dry-run", "--phases", "build", "paint"]) == 2
+    assert "--phases paint: known are build, doctor, " in capsys.readouterr().err
+    monkeypatch.setenv("L2RW_PREBUILT_CPU", str(tmp_path / "none.so"))
+    assert gpu.main(["--dry-run"]) == 2
+    assert "L2RW_PREBUILT_CPU=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("code", "status"), [("", 0), ("import sys; sys.exit(1)", 1)])
@@ -233,35 +235,56 @@ def test_the_whole_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     library = tmp_path / "_ops_cuda.so"
-    library.touch()
-    given: list[Path | None] = []
+    library.write_bytes(bytes(2**20))
+    given: dict[str, Any] = {}
 
-    def fake(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> list[Phase]:
-        given.append(prebuilt)
-        return [python("only", code)]
+    def fake(folder: Path, plan: gpu.Plan, **options: Any) -> list[Phase]:
+        given.update(options, device=plan.device)
+        return [python("only", code), python("other", "raise ValueError")]
 
+    monkeypatch.delenv("L2RW_PREBUILT_CPU", raising=False)
     monkeypatch.setenv("L2RW_PREBUILT_CUDA", str(library))
     monkeypatch.setattr(gpu, "check_gpu", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu, "phases", fake)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     monkeypatch.setattr(provenance, "machine", lambda device: {"gpu": "NVIDIA H200"})
-    assert gpu.main([]) == status
-    assert given == [library]
+    assert gpu.main(["--phases", "only"]) == status
+    assert given["prebuilt"] == {"L2RW_PREBUILT_CUDA": library}
+    assert (given["built_for"], given["device"]) == ("90a", "cuda")
     report = provenance.read(tmp_path / "h200" / gpu.REPORT)
     assert report["command"] == "make gpu"
     assert provenance.is_current(report)
-    assert f"takes {library}" in capsys.readouterr().out
+    (travels,) = re.findall(r"what would travel: (.*) MiB of 60", capsys.readouterr().out)
+    assert float(travels) > 1
     assert benchmarks(["report", "--results", str(tmp_path), "--device", "h200"]) == 0
     assert "| only |" in capsys.readouterr().out
 
 
-def test_the_plan_measures_what_exists(tmp_path: Path) -> None:
-    from benchmarks.cases import CASES
+def test_a_dry_run_excuses_what_needs_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The phases that take a second; `make gpu ARGS=--dry-run` is for all of them."""
+    for name in PREBUILT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(gpu, "carried", lambda prebuilt: 59.0)
+    quick = ["--phases", "doctor", "kernels agree", "step", "memory", "racecheck"]
+    arguments = ["--dry-run", "--results", str(tmp_path), *quick]
+    assert gpu.main(arguments) == 0
+    report = provenance.read(tmp_path / gpu.REPORT)
+    assert report["command"] == "make gpu ARGS=--dry-run"
+    statuses = {phase["name"]: phase["status"] for phase in report["phases"]}
+    assert statuses.pop("kernels agree") == "failed"
+    assert statuses.pop("racecheck") == "failed"
+    assert set(statuses.values()) == {"passed"}
+    assert provenance.read(tmp_path / "step.json")["complete"]
+    assert "were not checked: " in (tmp_path / gpu.LOG).read_text()
+    monkeypatch.setattr(gpu, "carried", lambda prebuilt: 61.0)
+    assert gpu.main([*arguments[:3], "--phases", "doctor"]) == 1
 
-    known = {*CASES, *METHODS, *KERNEL_CASES}
-    for phase in phases(tmp_path, None, workers=1, cores=2):
-        words = phase.command
-        for option in ("--case", "--methods"):
-            if option in words:
-                first = words.index(option) + 1
-                assert words[first] in known
+
+@pytest.mark.parametrize("place", [gpu.ON_GPU, gpu.ON_HOST], ids=lambda place: place.device)
+def test_the_plan_measures_what_exists(place: gpu.Plan) -> None:
+    assert {*place.kernels, *place.rest} <= KERNEL_CASES.keys()
+    assert {*place.step, *place.compiled} <= CASES.keys()
+    assert {*place.eager, *place.methods} <= METHODS.keys()

@@ -1,4 +1,4 @@
-"""Whole steps are exact with the CUDA kernels, run on the host, in place of the CPU's."""
+"""Whole steps are exact on a GPU, and on the host with the CUDA kernels in place of the CPU's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2rw_ext import Reweighter
 from l2rw_ext.engines.layerwise import scoring
 from l2rw_ext.ops._operator import OPERATORS
 from support.feature_table import FEATURES
 from support.models import cross_entropy, vectors
+from support.operator_cases import map_tensors
 from support.oracle import assert_exact
-
-pytestmark = pytest.mark.emulated
 
 ROWS = {f.name: f for f in FEATURES if f.layerwise is None}
 
@@ -43,6 +42,19 @@ def calls(emulator: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[st
     library._destroy()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_the_coverage_table_on_a_gpu(name: str) -> None:
+    feature = ROWS[name]
+    model, batch, clean = feature.make()
+    here, clean_here = map_tensors(Tensor.cuda, (batch, clean))
+    reweighter = Reweighter(model.cuda(), feature.loss, engine="layerwise")
+    assert_exact(
+        model, feature.loss, here, clean_here, reweighter=reweighter, copied=feature.copied
+    )
+
+
+@pytest.mark.emulated
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_the_coverage_table(name: str, calls: Counter[str]) -> None:
@@ -53,6 +65,7 @@ def test_rows_of_the_coverage_table(name: str, calls: Counter[str]) -> None:
     assert calls["normalize_weights"] > 0
 
 
+@pytest.mark.emulated
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 def test_layers_of_a_model_are_one_call(calls: Counter[str]) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).double()
