@@ -2,8 +2,8 @@
 
 ``python -m l2rw_ext.agreement [OPERATOR ...]`` examines CUDA kernels for
 :mod:`l2rw_ext.ops.trust`: all, or those of the operators that are named, on every kind of GPU. It
-prints lines of JSON, first the names of the kernels and then, one by one, why each does not agree,
-which is empty if it does. After an error it ends, for a device may then be of no more use.
+prints lines of JSON, first the names of kernels and GPUs and then, one by one, why a kernel does
+not agree, which is empty if it does. After an error it ends, for a device may then be useless.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .devices import float32_products
+from .ops import trust
 from .ops._kernels import COMPOSED
 from .ops._operator import OPERATORS
 from .ops.formulas import FORMULAS, Draw, as_results, sample
@@ -103,7 +104,7 @@ def main(names: Sequence[str]) -> None:
         print(json.dumps(line), flush=True)
 
     kernels = [name for name in OPERATORS if name not in COMPOSED]
-    say(kernels=kernels)
+    say(kernels=kernels, devices=trust.devices())
     kinds = {torch.cuda.get_device_name(k): k for k in range(torch.cuda.device_count())}
     for name in names or kernels:
         try:

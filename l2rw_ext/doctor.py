@@ -160,7 +160,7 @@ def _examine_kernels() -> int:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Print the report, or with ``--kernels`` the verdict on kernels; 0 if all is well, 1 if not."""
+    """Print the report, or the verdict on kernels; 0 if all is well, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m l2rw_ext.doctor", description=__doc__)
     parser.add_argument("--kernels", action="store_true", help="check the CUDA kernels anew")
     if parser.parse_args(arguments).kernels:

@@ -93,7 +93,7 @@ def verdict(library: Path) -> Verdict:
     if VERIFIED.issuperset(here):
         return Verdict(None)
     with _locked(library, here) as path:
-        return _read(path) or _made(path)
+        return _read(path) or _made(path, here)
 
 
 def make(library: Path) -> Verdict:
@@ -105,7 +105,7 @@ def make(library: Path) -> Verdict:
     here = devices()
     _check_architectures(here)
     with _locked(library, here) as path:
-        return _made(path)
+        return _made(path, here)
 
 
 def _check_architectures(here: Sequence[str]) -> None:
@@ -156,19 +156,19 @@ def _read(path: Path) -> Verdict | None:
         return None
 
 
-def _made(path: Path) -> Verdict:
-    found = _examined()
+def _made(path: Path, here: Sequence[str]) -> Verdict:
+    found = _examined(here)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump(asdict(found), file, indent=1)
     os.replace(file.name, path)
     return found
 
 
-def _examined() -> Verdict:
+def _examined(here: Sequence[str]) -> Verdict:
     """Examine the kernels in a subprocess, and those that are left after a crash in another.
 
     Raises:
-        NoVerdictError: the first one did not get so far as to name the kernels, or had no memory.
+        NoVerdictError: the first one did not name the kernels, saw other GPUs, or had no memory.
     """
     end = time.monotonic() + SECONDS
     left: list[str] | None = None
@@ -179,7 +179,11 @@ def _examined() -> Verdict:
         for line in lines:
             if "unjudged" in line:
                 raise NoVerdictError(line["unjudged"])
-            left = line.get("kernels", left)
+            if "kernels" in line and left is None:
+                left = line["kernels"]
+                if line["devices"] != list(here):
+                    seen = "; ".join(line["devices"]) or "no GPU"
+                    raise NoVerdictError(f"the check saw {seen} in the place of {'; '.join(here)}")
             reasons |= {line["operator"]: line["reason"]} if "operator" in line else {}
         if left is None:
             raise NoVerdictError(f"the check did not start: {problem or 'it named no kernel'}")

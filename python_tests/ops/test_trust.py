@@ -45,7 +45,7 @@ def say(**line):
     print(json.dumps(line), flush=True)
 open({str(log)!r}, "a").write(" ".join(sys.argv[1:]) + "\\n")
 {first}
-say(kernels={KERNELS})
+say(kernels={KERNELS}, devices={list(trust.devices())})
 print("something else")
 for name in sys.argv[1:] or {KERNELS}:
     {each}
@@ -78,6 +78,7 @@ def test_a_verdict_holds_for_what_was_examined(
         library.write_bytes(b"other kernels")
     elif changed == "device":
         monkeypatch.setattr(trust, "devices", lambda: ("NVIDIA A100, sm_80",))
+        examiner(monkeypatch, log)
     else:
         monkeypatch.setattr(torch, "__version__", "9.9")
     trust.verdict(library)
@@ -138,7 +139,11 @@ def test_a_kernel_that_does_not_return_is_left_out_with_all_after_it(
     [
         ("sys.exit('CUDA is busy')", "the check did not start: its process ended with 1: CUDA is"),
         ("os._exit(0)", "the check did not start: it named no kernel"),
-        ("say(kernels=[]); say(unjudged='out of memory'); sys.exit()", "out of memory"),
+        ("say(unjudged='out of memory'); sys.exit()", "out of memory"),
+        (
+            "say(kernels=[], devices=[]); sys.exit()",
+            "the check saw no GPU in the place of NVIDIA H200, sm_90",
+        ),
     ],
 )
 def test_without_a_verdict_nothing_is_kept(
@@ -338,12 +343,14 @@ def test_every_kernel_is_examined(
     wrong = "relative error 1.0e+00, allowed 1e-12"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda k: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: (9, 0))
     monkeypatch.setattr(agreement, "COMPOSED", set(OPERATORS) - set(KERNELS))
     monkeypatch.setattr(
         agreement, "disagreement", lambda name, device: wrong if name == KERNELS[1] else ""
     )
     agreement.main([])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0]["devices"] == list(GPU)
     assert [line["reason"] for line in lines[1:]] == ["", wrong, ""]
     assert {line["operator"] for line in lines[1:]} == set(lines[0]["kernels"]) == set(KERNELS)
     agreement.main(["weighted_sum"])
@@ -368,6 +375,7 @@ def test_an_examiner_ends_after_an_error(
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda k: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda k: (9, 0))
     monkeypatch.setattr(agreement, "disagreement", fail)
     agreement.main(["weighted_sum", "dense_correlation"])
     _, said = map(json.loads, capsys.readouterr().out.splitlines())
