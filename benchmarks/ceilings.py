@@ -33,6 +33,11 @@ class Ceilings:
         """The least seconds that ``operations`` and ``moved`` bytes can take."""
         return max(operations / self.operations[precision], moved / self.bytes)
 
+    def bound(self, precision: str, operations: int, moved: int) -> str:
+        """Which of the two takes longer, ``operations`` or ``bytes``."""
+        longer = operations / self.operations[precision] >= moved / self.bytes
+        return "operations" if longer else "bytes"
+
 
 def _least_seconds(call: Callable[[], object], device: str) -> float:
     times = interleaved({"": call}, repeats=_REPEATS, warmup=3, device=device)
