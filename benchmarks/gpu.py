@@ -50,9 +50,9 @@ _PRODUCTS = (
 )
 
 # Steps that fit the time: a multilayer perceptron, a net with each norm, a transformer.
-_STEP_CASES = ("mlp-256-64", "resnet-100-100", "vit", "resnet-bn-100-100")
+STEP_CASES = ("mlp-256-64", "resnet-100-100", "vit", "resnet-bn-100-100")
 # Those that compile in seconds, with every way to compile and to capture.
-_COMPILED_CASES = ("mlp-256-64", "lenet", "vit")
+COMPILED_CASES = ("mlp-256-64", "lenet", "vit")
 _COMPILED_METHODS = (
     "plain_union",
     "plain_union_captured",
@@ -164,14 +164,14 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
         Phase(
             "step, compiled",
             (
-                *(*step, *_COMPILED_CASES, "--methods", *_COMPILED_METHODS),
+                *(*step, *COMPILED_CASES, "--methods", *_COMPILED_METHODS),
                 *(*on_cuda, str(folder / "step-compiled.json")),
             ),
             70,
         ),
         Phase(
             "step",
-            (*step, *_STEP_CASES, "--methods", *eager, *on_cuda, str(folder / "step.json")),
+            (*step, *STEP_CASES, "--methods", *eager, *on_cuda, str(folder / "step.json")),
             40,
         ),
         Phase(
@@ -180,7 +180,7 @@ def phases(folder: Path, prebuilt: Path | None, workers: int, cores: int) -> lis
                 *benchmarks,
                 "memory",
                 "--case",
-                *_STEP_CASES[:3],
+                *STEP_CASES[:3],
                 "--methods",
                 "plain_union",
                 "l2rw_ext",
