@@ -49,7 +49,7 @@ def predicted_steps(report: dict[str, Any]) -> str:
 
 
 def predicted_products(report: dict[str, Any]) -> str:
-    """Products that operations bound, with and without warpgroups."""
+    """Products that operations bound, with and without warpgroups; empty if there are none."""
     head = ["case", "precision", "GFLOP", "`mma.sync`, µs", "`wgmma`, µs"]
     rows = []
     for entry in report["kernels"]:
@@ -63,12 +63,12 @@ def predicted_products(report: dict[str, Any]) -> str:
                     *(f"{1e6 * row['captured']['seconds']:.0f}" for row in found.values()),
                 ]
             )
-    return _table(head, rows)
+    return _table(head, rows) if rows else ""
 
 
 def prediction(report: dict[str, Any]) -> str:
     """Both tables."""
-    return f"{predicted_steps(report)}\n\n{predicted_products(report)}"
+    return f"{predicted_steps(report)}\n\n{predicted_products(report)}".strip()
 
 
 def predicted_parts() -> dict[str, str]:

@@ -26,6 +26,7 @@ from benchmarks.operator_counts import (
     results_like,
     uses_tensor_cores,
 )
+from benchmarks.predicted import prediction
 from benchmarks.predictions import predict, predict_kernel, predict_step
 from benchmarks.profile import warm
 from l2rw_ext import ops
@@ -214,6 +215,10 @@ def test_predictions_are_recorded_and_held_against_measurements(
     ok = {"name": "operator", "status": "ok", "captured": {"seconds": 3 * seconds}}
     wrong = {"name": "operator", "status": "wrong", "reason": "error 1"}
     eager = {"name": "composition", "status": "ok", "not_captured": "a sync", "eager": {}}
+    shown = prediction(report)
+    assert re.search(r"\| MLP 6-8-3, 20\+4 \| \d.*\d% \|", shown)
+    assert "| `dense_correlation`, nT 16384, 4096->4096 | fp16 | 550.0 | 933 | 562 |" in shown
+    assert "weighted" not in shown
     folder = tmp_path / "h100"
     write(
         folder / "kernels.json",
