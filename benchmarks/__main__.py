@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "step": "time of a training step, every method against the plain one",
     "kernels": "every operator against its composition and the roofline",
+    "roofline": "what every kernel and step should take on a GPU, by its data sheet",
     "memory": "peak memory of a training step, in a subprocess for each method",
     "scaling": "time and memory of a step as batches, model or sequences grow",
     "profile": "where the time of a step goes, and what each intercepted call costs",

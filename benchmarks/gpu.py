@@ -31,7 +31,9 @@ from typing import Any, TextIO
 import torch
 
 from . import provenance
+from .data_sheets import DATA_SHEETS
 from .errors import UsageError
+from .kernel_cases import default_kernel_cases
 
 RESULTS = provenance.ROOT / "benchmarks" / "results"
 LOG = "gpu.log"
@@ -61,8 +63,8 @@ class Plan:
         device: of the benchmarks.
         marker: of the tests of operators.
         operators: options of these tests.
-        kernels: cases that decide between ways to multiply; with ``rest`` all that are run.
-        rest: other cases of ``kernels``; none named for all.
+        kernels: cases that decide between ways to multiply.
+        rest: the other cases of ``kernels``.
         step: cases of ``step`` that run eagerly.
         compiled: those that are compiled and captured too.
         eager: methods of the former.
@@ -82,20 +84,21 @@ class Plan:
     options: tuple[str, ...]
 
 
+_DECIDING = (
+    "factored-16384",
+    "dense-16384",
+    "wrn28-160-160-32",
+    "wrn28-320-320-16",
+    "wrn28-640-640-8",
+)
 ON_GPU = Plan(
     device="cuda",
     marker="cuda",
     operators=(),
-    kernels=(
-        "factored-16384",
-        "dense-16384",
-        "wrn28-160-160-32",
-        "wrn28-320-320-16",
-        "wrn28-640-640-8",
-    ),
-    rest=(),
+    kernels=_DECIDING,
+    rest=tuple(name for name in default_kernel_cases("cuda") if name not in _DECIDING),
     step=("mlp-256-64", "resnet-100-100", "resnet-bn-100-100", "vit", "gpt"),
-    compiled=("mlp-256-64", "vit", "gpt"),
+    compiled=("mlp-256-64", "vit", "gpt", "lenet"),
     eager=("plain", "plain_union", "l2rw_ext", "double_backward"),
     methods=(
         "plain_union",
@@ -212,9 +215,6 @@ def phases(
         where = ("--device", plan.device, "--json", str(folder / file))
         return (*python, "benchmarks", name, *options, *where)
 
-    def cases(names: Sequence[str]) -> tuple[str, ...]:
-        return ("--case", *names) if names else ()
-
     step = ("--tf32", *plan.options) if plan.device == "cuda" else plan.options
     operators = tests("-m", plan.marker, *_OPERATOR_TESTS, *plan.operators)
     smallest = ("-m", plan.marker, *_OPERATOR_TESTS, "-k", "matches_the_cpu and gpu and float64")
@@ -228,32 +228,32 @@ def phases(
         Phase("steps", tests("-m", "cuda", *_STEP_TESTS), 60, testing),
         Phase(
             "kernels that decide",
-            benchmark("kernels", "kernels-decide.json", *cases(plan.kernels), *plan.options),
+            benchmark("kernels", "kernels-decide.json", "--case", *plan.kernels, *plan.options),
             30,
             kernels_on,
         ),
         Phase(
             "kernels that decide, warpgroups",
-            benchmark("kernels", "kernels-warpgroups.json", *cases(plan.kernels), *plan.options),
+            benchmark("kernels", "kernels-warpgroups.json", "--case", *plan.kernels, *plan.options),
             20,
             kernels_on | _WARPGROUPS,
         ),
         Phase(
             "kernels",
-            benchmark("kernels", "kernels.json", *cases(plan.rest), *plan.options),
+            benchmark("kernels", "kernels.json", "--case", *plan.rest, *plan.options),
             60,
             kernels_on,
         ),
         Phase(
             "step",
-            benchmark("step", "step.json", *cases(plan.step), "--methods", *plan.eager, *step),
+            benchmark("step", "step.json", "--case", *plan.step, "--methods", *plan.eager, *step),
             60,
             kernels_on,
         ),
         Phase(
             "step, compiled",
             benchmark(
-                *("step", "step-compiled.json", *cases(plan.compiled)),
+                *("step", "step-compiled.json", "--case", *plan.compiled),
                 *("--methods", *plan.methods, *step),
             ),
             80,
@@ -262,13 +262,17 @@ def phases(
         Phase(
             "memory",
             benchmark(
-                *("memory", "memory.json", *cases(plan.step)),
+                *("memory", "memory.json", "--case", *plan.step),
                 *("--methods", "plain_union", "l2rw_ext"),
             ),
             20,
             kernels_on,
         ),
     ]
+    sheet = next((name for name in DATA_SHEETS if name in folder.name), None)
+    if sheet is not None:
+        against = (*python, "benchmarks", "roofline", "--device", sheet)
+        todo.append(Phase("over predicted", (*against, "--measured", str(folder)), 10))
     for tool in ("memcheck", "racecheck"):
         # Every tensor in an allocation of its own, so that what lies beyond it belongs to none.
         sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")

@@ -1,13 +1,7 @@
-"""The fixed cases of ``benchmarks kernels``: arguments of one operator, and what it must cost.
-
-``operations`` counts floating-point operations, two for a multiply-add, and ``bytes`` every
-argument read once and every result written once. Only what the equation needs is counted: no
-workspace, no padding, and an example without weight not at all.
-"""
+"""The fixed cases of ``benchmarks kernels``: arguments of one operator."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +9,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from l2rw_ext.ops.formulas import Arguments
 
@@ -39,12 +32,15 @@ PRECISIONS = {
 
 
 class Draw:
-    """Draws tensors of one dtype on one device, the same at every call for a device."""
+    """Draws tensors of one dtype on one device, the same at every call for a device.
+
+    On ``meta`` they have a shape and no numbers.
+    """
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.dtype = dtype
         self.device = device
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
         values = torch.randn(shape, generator=self.generator, device=self.device)
@@ -68,9 +64,8 @@ class Draw:
 class KernelCase:
     """One operator at one size.
 
-    ``arguments`` draws what the operator takes from ``sizes``; ``operations`` counts from the same
-    sizes. ``weighted`` marks an operator that reads only the half of its examples with a weight.
-    ``library`` is torch's product of all arguments but g, for one that is such a product and a dot.
+    ``arguments`` draws what the operator takes from ``sizes``. ``library`` is torch's product of
+    all arguments but g, for an operator that is such a product and a dot.
     """
 
     name: str
@@ -78,10 +73,8 @@ class KernelCase:
     operator: str
     sizes: Sizes
     arguments: Callable[..., Arguments]
-    operations: Callable[..., int]
     precisions: tuple[str, ...]
     device: str = "cuda"
-    weighted: bool = False
     library: Callable[..., Tensor] | None = None
 
     def draw(self, precision: str, device: str) -> Arguments:
@@ -97,25 +90,6 @@ class KernelCase:
         narrow = chosen.dtype.itemsize == 2
         return chosen.tf32 or (narrow and self.operator == "conv_correlation")
 
-    def operation_count(self) -> int:
-        """Floating-point operations of the equation."""
-        return self.operations(*self.sizes)
-
-    def byte_count(self, arguments: Arguments, results: tuple[Tensor, ...]) -> int:
-        """Bytes of arguments and results, each moved once."""
-        read = 0
-        for argument in pytree.tree_leaves(arguments):
-            if isinstance(argument, Tensor):
-                size = argument.numel() * argument.element_size()
-                # Weights and the list of active examples are vectors and read whole.
-                read += size // 2 if self.weighted and argument.dim() > 1 else size
-        if self.operator == "embedding_correlation":
-            _, g, direction = arguments
-            table = direction.numel() * direction.element_size()
-            # A row for each position, and no more than the table.
-            read -= max(0, table - g.numel() * direction.element_size())
-        return read + sum(result.numel() * result.element_size() for result in results)
-
 
 # Letters as in l2rw_ext.ops: n, m examples, t, s positions, i, o widths, c channels.
 
@@ -124,26 +98,13 @@ def _factored(d: Draw, n: int, t: int, m: int, s: int, i: int, o: int) -> Argume
     return d.normal(n, t, i), d.normal(n, t, o), d.normal(m, s, i), d.normal(m, s, o), True
 
 
-def _factored_operations(n: int, t: int, m: int, s: int, i: int, o: int) -> int:
-    # Both Gram matrices, the 1 of the bias, their product and its sum.
-    return n * t * m * s * (2 * (i + o) + 3)
-
-
 def _layers_of_mlp(d: Draw, n: int, m: int, *widths: int) -> Arguments:
     layers = [_factored(d, n, 1, m, 1, i, o) for i, o in pairwise(widths)]
     return tuple(map(list, zip(*layers, strict=True)))
 
 
-def _layers_of_mlp_operations(n: int, m: int, *widths: int) -> int:
-    return sum(_factored_operations(n, 1, m, 1, i, o) for i, o in pairwise(widths))
-
-
 def _dense(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
     return d.normal(n, t, i), d.normal(n, t, o), d.normal(o, i), d.normal(o)
-
-
-def _dense_operations(n: int, t: int, i: int, o: int) -> int:
-    return n * t * o * (2 * i + 3)
 
 
 def _pixels(size: int, k: int, stride: int) -> int:
@@ -171,27 +132,11 @@ def _conv(
     return z, g, _kernel(d, o, c // groups, k), d.normal(o), *geometry
 
 
-def _conv_operations(
-    n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
-) -> int:
-    return n * _pixels(size, k, stride) ** 2 * o * (2 * (c // groups) * k * k + 3)
-
-
 def _conv_example(
     d: Draw, n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
 ) -> Arguments:
     z, g, geometry = _images(d, n, c, o, size, k, stride, groups)
     return z, g, [k, k], *geometry, _kernel(d, o, c // groups, k), d.normal(o)
-
-
-def _conv_example_operations(
-    n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
-) -> int:
-    pixels = _pixels(size, k, stride) ** 2
-    # G_i, <V, G_i>, G_bi and <V_b, G_bi>.
-    return n * (
-        2 * pixels * o * (c // groups) * k * k + 2 * o * (c // groups) * k * k + pixels * o + 2 * o
-    )
 
 
 def _conv_weighted(
@@ -201,18 +146,8 @@ def _conv_weighted(
     return z, g, d.half_of_weights(n), [k, k], *geometry
 
 
-def _conv_weighted_operations(
-    n: int, c: int, o: int, size: int, k: int, stride: int, groups: int = 1
-) -> int:
-    return (n + 1) // 2 * _pixels(size, k, stride) ** 2 * o * (2 * (c // groups) * k * k + 2)
-
-
 def _linear_example(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
     return d.normal(n, t, i), d.normal(n, t, o), d.normal(o, i), d.normal(o)
-
-
-def _linear_example_operations(n: int, t: int, i: int, o: int) -> int:
-    return n * (2 * t * o * i + 2 * o * i + t * o + 2 * o)
 
 
 def _linear_weighted(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
@@ -221,32 +156,16 @@ def _linear_weighted(d: Draw, n: int, t: int, i: int, o: int) -> Arguments:
     return d.normal(n, t, i), d.normal(n, t, o), weights, True, False, True
 
 
-def _linear_weighted_operations(n: int, t: int, i: int, o: int) -> int:
-    return (n + 1) // 2 * t * o * (2 * i + 2)
-
-
 def _affine(d: Draw, n: int, t: int, c: int) -> Arguments:
     return d.normal(n, t, c), d.normal(n, t, c), d.normal(n, t, 1), d.positive(n, t, 1)
-
-
-def _affine_example_operations(n: int, t: int, c: int) -> int:
-    return n * t * c * 5
 
 
 def _embedding(d: Draw, n: int, t: int, c: int, v: int) -> Arguments:
     return d.index(v, n, t), d.normal(n, t, c), d.normal(v, c)
 
 
-def _embedding_operations(n: int, t: int, c: int, v: int) -> int:
-    return 2 * n * t * c
-
-
 def _embedding_weighted(d: Draw, n: int, t: int, c: int, v: int) -> Arguments:
     return d.index(v, n, t), d.normal(n, t, c), d.half_of_weights(n), v
-
-
-def _embedding_weighted_operations(n: int, t: int, c: int, v: int) -> int:
-    return (n + 1) // 2 * 2 * t * c
 
 
 def _group_norm(d: Draw, n: int, c: int, size: int, groups: int) -> Arguments:
@@ -255,63 +174,41 @@ def _group_norm(d: Draw, n: int, c: int, size: int, groups: int) -> Arguments:
     return d.normal(*shape), d.normal(*shape), *statistics, d.normal(c), groups
 
 
-def _group_norm_operations(n: int, c: int, size: int, groups: int) -> int:
-    return n * c * size * size * 10
-
-
 def _batch_norm(d: Draw, n: int, c: int, size: int) -> Arguments:
     shape = (n, c, size, size)
     vectors = d.normal(c), d.positive(c), d.normal(c), d.normal(c), d.normal(c)
     return d.normal(*shape), d.normal(*shape), *vectors
 
 
-def _batch_norm_operations(n: int, c: int, size: int) -> int:
-    return n * c * size * size * 9
-
-
 def _weighted_sum(d: Draw, n: int, *shape: int) -> Arguments:
     return d.normal(n, *shape), d.half_of_weights(n)
-
-
-def _weighted_sum_operations(n: int, *shape: int) -> int:
-    return (n + 1) // 2 * 2 * math.prod(shape)
 
 
 def _normalize(d: Draw, n: int) -> Arguments:
     return (d.normal(n),)
 
 
-def _normalize_operations(n: int) -> int:
-    return 3 * n
-
-
-_MAKERS: dict[str, tuple[Callable[..., Arguments], Callable[..., int]]] = {
-    "factored_correlation": (_factored, _factored_operations),
-    "factored_correlations": (_layers_of_mlp, _layers_of_mlp_operations),
-    "dense_correlation": (_dense, _dense_operations),
-    "conv_correlation": (_conv, _conv_operations),
-    "embedding_correlation": (_embedding, _embedding_operations),
-    "linear_example_gradients": (_linear_example, _linear_example_operations),
-    "conv_example_gradients": (_conv_example, _conv_example_operations),
-    "linear_weighted_gradient": (_linear_weighted, _linear_weighted_operations),
-    "embedding_weighted_gradient": (_embedding_weighted, _embedding_weighted_operations),
-    "conv_weighted_gradient": (_conv_weighted, _conv_weighted_operations),
-    "affine_example_gradients": (_affine, _affine_example_operations),
-    "group_norm_backward": (_group_norm, _group_norm_operations),
-    "batch_norm_tangent": (_batch_norm, _batch_norm_operations),
-    "weighted_sum": (_weighted_sum, _weighted_sum_operations),
-    "normalize_weights": (_normalize, _normalize_operations),
+_MAKERS: dict[str, Callable[..., Arguments]] = {
+    "factored_correlation": _factored,
+    "factored_correlations": _layers_of_mlp,
+    "dense_correlation": _dense,
+    "conv_correlation": _conv,
+    "embedding_correlation": _embedding,
+    "linear_example_gradients": _linear_example,
+    "conv_example_gradients": _conv_example,
+    "linear_weighted_gradient": _linear_weighted,
+    "embedding_weighted_gradient": _embedding_weighted,
+    "conv_weighted_gradient": _conv_weighted,
+    "affine_example_gradients": _affine,
+    "group_norm_backward": _group_norm,
+    "batch_norm_tangent": _batch_norm,
+    "weighted_sum": _weighted_sum,
+    "normalize_weights": _normalize,
 }
 _LIBRARY: dict[str, Callable[..., Tensor]] = {
     "dense_correlation": F.linear,
     "conv_correlation": F.conv2d,
 }
-_WEIGHTED = (
-    "conv_weighted_gradient",
-    "embedding_weighted_gradient",
-    "linear_weighted_gradient",
-    "weighted_sum",
-)
 _PRODUCTS = ("bf16", "fp16", "fp32", "tf32")
 _CONVOLUTIONS = ("bf16", "fp32", "tf32")
 _PASSES = ("bf16", "fp32")
@@ -330,10 +227,9 @@ def _case(
         title,
         operator,
         sizes,
-        *_MAKERS[operator],
+        _MAKERS[operator],
         precisions,
         device,
-        operator in _WEIGHTED,
         _LIBRARY.get(operator),
     )
 

@@ -26,7 +26,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from l2rw_ext import ops
 from l2rw_ext.devices import float32_products
@@ -35,10 +34,11 @@ from l2rw_ext.ops._operator import OPERATORS
 from l2rw_ext.ops.formulas import FORMULAS, Arguments, Results, as_results
 
 from . import provenance
+from .ceilings import Ceilings, measure_ceilings
 from .errors import UsageError
 from .exact import Errors, errors, limits
 from .kernel_cases import KERNEL_CASES, PRECISIONS, KernelCase, default_kernel_cases
-from .roofline import Ceilings, measure_ceilings
+from .operator_counts import byte_count, operation_count, results_like
 from .timing import CACHES, Captured, capture, interleaved, use_device
 
 Call = Callable[[], Any]
@@ -112,7 +112,7 @@ def candidates(
     case: KernelCase, precision: str, arguments: Arguments, device: str
 ) -> list[Candidate]:
     """The ways to compute a case that there are on this device."""
-    allowed = limits(precision, [r.dtype for r in _like(case.operator, arguments)])
+    allowed = limits(precision, [r.dtype for r in results_like(case.operator, arguments)])
     operator = OPERATORS[case.operator]
     found = []
     if has_kernel(case.operator, device):
@@ -127,12 +127,6 @@ def candidates(
             stored = limits(precision, [arguments[0].dtype])
             found.append(Candidate("library", library, stored))
     return found
-
-
-def _like(operator: str, arguments: Arguments) -> Results:
-    """The operator's results without numbers: shapes and dtypes."""
-    meta = pytree.tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, arguments)
-    return as_results(OPERATORS[operator](*meta))
 
 
 def _reason(error: Exception) -> str:
@@ -265,8 +259,8 @@ def run_case(
             if c.timed and device.startswith("cuda"):
                 check_captured(c, expected, bounds)
         measure(found, device=device, repeats=repeats, warmup=warmup, cache=cache)
-    operations = case.operation_count()
-    moved = case.byte_count(arguments, _like(case.operator, arguments))
+    operations = operation_count(case.operator, arguments)
+    moved = byte_count(case.operator, arguments, results_like(case.operator, arguments))
     floor = ceilings.floor(precision, operations, moved)
     ceiling = ceilings.operations[precision]
     return {
@@ -278,7 +272,7 @@ def run_case(
         "operations": operations,
         "bytes": moved,
         "floor_seconds": floor,
-        "bound": "operations" if operations / ceiling >= floor else "bytes",
+        "bound": ceilings.bound(precision, operations, moved),
         "candidates": [_row(c, floor, operations, ceiling) for c in found],
         "ratios": _ratios(found),
     }

@@ -14,6 +14,7 @@ from typing import Any
 from . import provenance
 from .communication import COLLECTIVES, communication_table
 from .errors import UsageError
+from .predicted import predicted_parts, prediction
 
 PARTS = (
     "summary",
@@ -29,6 +30,8 @@ PARTS = (
     "distributed",
     "communication",
     "labels",
+    "predicted-steps",
+    "predicted-products",
 )
 PART = re.compile(
     r"(?P<begin><!-- recorded (?P<name>[a-z-]+): begin -->\n).*?"
@@ -189,6 +192,7 @@ def markdown(report: dict[str, Any]) -> str:
         "distributed": distributed_table,
         "labels": labels_table,
         "gpu": phase_table,
+        "roofline": prediction,
     }
     maker = makers.get(report["kind"])
     return maker(report) if maker else ""
@@ -238,6 +242,7 @@ def parts(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
         if report["kind"] in ("step", "memory"):
             found[name] = f"{table(report)}\n\n{origin(report)}"
     found["communication"] = communication_table()
+    found |= predicted_parts()
     if "distributed" in reports:
         report = reports["distributed"]
         found["distributed"] = f"{distributed_table(report)}\n\n{origin(report)}"

@@ -17,18 +17,14 @@ pytest.importorskip("rich", reason="the benchmarks print with rich")
 
 from benchmarks import kernels, provenance
 from benchmarks.__main__ import main
+from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.exact import Errors, errors, limits
-from benchmarks.kernel_cases import (
-    KERNEL_CASES,
-    PRECISIONS,
-    KernelCase,
-    default_kernel_cases,
-)
-from benchmarks.roofline import Ceilings, measure_ceilings
+from benchmarks.kernel_cases import KERNEL_CASES, PRECISIONS, default_kernel_cases
+from benchmarks.operator_counts import byte_count, operation_count, results_like
 from benchmarks.timing import Captured, interleaved
 from l2rw_ext.devices import float32_products
 from l2rw_ext.ops._operator import OPERATORS
-from l2rw_ext.ops.formulas import FORMULAS, as_results
+from l2rw_ext.ops.formulas import FORMULAS
 
 SMALL = default_kernel_cases("cpu")
 CEILINGS = Ceilings(dict.fromkeys(PRECISIONS, 1e12), 1e11)
@@ -45,35 +41,14 @@ def test_every_precision_is_known() -> None:
         assert set(case.precisions) <= set(PRECISIONS), case.name
 
 
-def _on_meta(case: KernelCase, precision: str) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """Arguments and results of a case of any size, without memory."""
-
-    class Shapes:
-        device = "meta"
-        dtype = PRECISIONS[precision].dtype
-
-        def normal(self, *shape: int) -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-
-        positive = normal
-
-        def half_of_weights(self, n: int) -> Tensor:
-            return self.normal(n)
-
-        def index(self, end: int, *shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.int64, device="meta")
-
-    arguments = case.arguments(Shapes(), *case.sizes)
-    return arguments, as_results(OPERATORS[case.operator](*arguments))
-
-
 @pytest.mark.parametrize("name", KERNEL_CASES)
 def test_arguments_fit_their_operator(name: str) -> None:
     case = KERNEL_CASES[name]
     for precision in case.precisions:
-        arguments, results = _on_meta(case, precision)
-        assert case.byte_count(arguments, results) > 0
-        assert case.operation_count() > 0
+        arguments = case.draw(precision, "meta")
+        results = results_like(case.operator, arguments)
+        assert byte_count(case.operator, arguments, results) > 0
+        assert operation_count(case.operator, arguments) > 0
 
 
 @pytest.mark.parametrize(
@@ -113,9 +88,10 @@ def test_arguments_fit_their_operator(name: str) -> None:
 )
 def test_counts(name: str, operations: int, moved: int) -> None:
     case = KERNEL_CASES[name]
-    arguments, results = _on_meta(case, "bf16")
-    assert case.operation_count() == operations
-    assert case.byte_count(arguments, results) == moved
+    arguments = case.draw("bf16", "meta")
+    results = results_like(case.operator, arguments)
+    assert operation_count(case.operator, arguments) == operations
+    assert byte_count(case.operator, arguments, results) == moved
 
 
 @pytest.mark.parametrize("name", SMALL)

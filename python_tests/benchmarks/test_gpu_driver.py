@@ -114,17 +114,19 @@ def plan(folder: Path = Path("results"), **options: Any) -> dict[str, Phase]:
 
 
 def test_the_plan(tmp_path: Path) -> None:
-    named = plan(tmp_path, prebuilt=PREBUILT)
+    named = plan(tmp_path / "h200", prebuilt=PREBUILT)
     seconds = [phase.seconds for phase in named.values()]
     assert list(named) == [
         *("build", "doctor", "kernels agree", "operators", "operators, warpgroups", "steps"),
         *("kernels that decide", "kernels that decide, warpgroups", "kernels"),
-        *("step", "step, compiled", "memory"),
+        *("step", "step, compiled", "memory", "over predicted"),
         *("memcheck", "memcheck, warpgroups", "racecheck", "racecheck, warpgroups"),
     ]
     assert sum(seconds[:6]) < 4 * 60
     assert sum(seconds[:11]) < 8 * 60
     assert sum(seconds) < 13 * 60
+    assert named["over predicted"].command[-3:] == ("h200", "--measured", str(tmp_path / "h200"))
+    assert "over predicted" not in plan(tmp_path / "rtx-4090")
     files = {name for p in named.values() for name in p.command if name.endswith(".json")}
     assert len(files) + 2 <= 8  # as many as come back, with the log and the report
     inside = plan(provenance.ROOT / "results" / "x")
@@ -135,7 +137,7 @@ def test_the_plan(tmp_path: Path) -> None:
         assert "8" in named[name].command
     for name, phase in named.items():
         assert ("warpgroups" in name) == (phase.environment.get("L2RW_CUDA_WARPGROUPS") == "1")
-        examined = name in ("build", "kernels agree")
+        examined = name in ("build", "kernels agree", "over predicted")
         assert (phase.environment.get("L2RW_CUDA_KERNELS") == "on") != examined
         assert (phase.command[0] == "compute-sanitizer") == name.endswith("check") or (
             "check," in name
@@ -174,7 +176,7 @@ def test_the_commands_of_the_plan_are_valid(capsys: pytest.CaptureFixture[str]) 
     """Each is refused only because there is no such device."""
     ran = 0
     for phase in plan().values():
-        if phase.command[2] != "benchmarks":
+        if phase.command[2] != "benchmarks" or "roofline" in phase.command:
             continue
         arguments = ["cuda:99" if a == "cuda" else a for a in phase.command[3:]]
         assert benchmarks(arguments) == 2
