@@ -548,8 +548,10 @@ void test_pixels_of_convolutions() {
     for (int p = 0; p < conv.pixels() + 2 * step; p += step) {
       for (int tap = 0; tap < conv.taps(); ++tap) {
         const int64_t met = pixel_met(conv, p, tap);
-        EXPECT(geometry.input_pixel(coord, geometry.tap(tap)) == met);
-        EXPECT(geometry.input_pixel(geometry.coord(p), geometry.tap(tap)) == met);
+        for (const PixelCoord& at : {coord, geometry.coord(p)}) {
+          const InputPixel input = geometry.input_pixel(at, geometry.tap(tap));
+          EXPECT((input.exists ? int64_t{input.number} : int64_t{-1}) == met);
+        }
       }
       coord = geometry.advance(coord, geometry.coord(step));
     }
@@ -659,6 +661,10 @@ void test_gradient_coverage() {
       EXPECT(offsets.empty() || *offsets.rbegin() + 1 == static_cast<int>(offsets.size()));
       const int64_t example = numbers.below(conv.examples);
       std::vector<GradientLoader<Tile>> loaders;
+      // Addresses lie within the image, whether something is read there or not.
+      const auto expect_within = [&](int64_t from, int64_t image_size) {
+        EXPECT(0 <= from && (from < conv.examples * image_size || image_size == 0));
+      };
       for (int thread = 0; thread < Tile::kThreads; ++thread) {
         loaders.emplace_back(problem, tile, thread);
       }
@@ -678,6 +684,7 @@ void test_gradient_coverage() {
             const int64_t byte = tile.first_output * kBytes + v * 16;
             const int64_t left = std::clamp<int64_t>(conv.outputs * kBytes - byte, 0, 16);
             EXPECT(bytes == (p < conv.pixels() ? left : 0));
+            expect_within(from, g_size);
             EXPECT(
                 bytes == 0 || from == example * g_size + p * g_pixel + tile.group * g_group + byte);
           }
@@ -687,6 +694,7 @@ void test_gradient_coverage() {
             const int64_t byte = columns.has(v) ? columns.vector(v) * 16 : 0;
             const int64_t left = std::clamp<int64_t>(conv.inputs * kBytes - byte, 0, 16);
             EXPECT(bytes == (met >= 0 ? left : 0));
+            expect_within(from, z_size);
             EXPECT(
                 bytes == 0 ||
                 from == example * z_size + met * z_pixel + tile.group * z_group + byte);
