@@ -602,7 +602,7 @@ void test_gradient_tile() {
 
   // Lanes that read at once have no bank conflict, and all read within their stage.
   for (int warp = 0; warp < Tile::kThreads; warp += 32) {
-    for (int pixel = 0; pixel + (Tile::kSimt ? 0 : 15) < Tile::kDepth; ++pixel) {
+    for (int pixel = 0; pixel + (Tile::kSimt ? 0 : 15) < Tile::kDepth; pixel += 8) {
       std::vector<int> offsets;
       const auto read = [&](int first, int count, auto offset, int bytes) {
         offsets.clear();
@@ -738,6 +738,10 @@ void test_gradient_tiles() {
   using Large = GradientTile<Bytes, Kind, 2, 4, 2, 1, 64 / Bytes>;
   using Small = GradientTile<Bytes, Kind, 1, 4, 1, 1, 128 / Bytes>;
   using Narrow = GradientTile<Bytes, Kind, 1, 1, 1, 4, 128 / Bytes>;
+  // A processor of sm_80 has 164 KiB of shared memory, of which each block takes one for itself. It
+  // holds the three blocks that the kernels with these tiles ask for.
+  EXPECT(3 * (kStages * Small::kStageBytes + 1024 + 128) <= 164 * 1024);
+  EXPECT(3 * (kStages * Narrow::kStageBytes + 1024 + 128) <= 164 * 1024);
   test_gradient_tile<Large>();
   test_gradient_tile<Small>();
   test_gradient_tile<Narrow>();

@@ -26,7 +26,16 @@ namespace l2rw::cuda {
 // pixel at a time, for ordinary multiply-adds.
 enum class Access { ldmatrix, scalars, simt };
 
-// A pitch of pixels, in vectors, with which such a read has no bank conflicts.
+// Where a multiple of eight vectors a pixel leaves no room between pixels, vector v of pixel p lies
+// at v xor this. The pixels of one read then lie in different banks.
+L2RW_HOST_DEVICE constexpr int pixel_swizzle(Access access, int pixel) {
+  if (access == Access::ldmatrix) {
+    return pixel & 7;
+  }
+  return access == Access::scalars ? 2 * (pixel & 3) : 0;
+}
+
+// A pitch of pixels, in vectors, with which such a read has no bank conflicts without that.
 L2RW_HOST_DEVICE constexpr int conflict_free_pitch(Access access, int vectors) {
   if (access == Access::ldmatrix) {
     return vectors | 1;
@@ -62,7 +71,9 @@ struct GradientTile {
   static constexpr int kDepth = Depth;  // pixels of a stage
   static constexpr int kRowVectors = kRows / kElements;
   static constexpr int kColumnPixels = kThreads / kVectors;  // pixels of z that are copied at once
-  static constexpr int kRowPitch = conflict_free_pitch(Kind, kRowVectors);
+  static constexpr bool kRowSwizzle = kRowVectors % 8 == 0;
+  static constexpr int kRowPitch =
+      kRowSwizzle ? kRowVectors : conflict_free_pitch(Kind, kRowVectors);
   static constexpr int kColumnPitch = conflict_free_pitch(Kind, kVectors);
   static constexpr int kStageBytes = kDepth * (kRowPitch + kColumnPitch) * kVectorBytes;
 
@@ -101,32 +112,40 @@ struct GradientTile {
            (kSimt ? c * kLanesN + lane % kLanesN : c / 2 * 8 + lane % 4 * 2 + c % 2);
   }
 
-  // The byte offsets of the vectors of a pixel in its stage: of g, and of z.
+  // The byte offsets of the vectors of a pixel in its stage: of g, and of z. `like` is a number
+  // that the swizzle takes for that of the pixel, and that the compiler may know to be constant.
+  L2RW_HOST_DEVICE static constexpr int row_offset(int pixel, int vector, int like) {
+    return (pixel * kRowPitch + (vector ^ (kRowSwizzle ? pixel_swizzle(Kind, like) : 0))) *
+           kVectorBytes;
+  }
   L2RW_HOST_DEVICE static constexpr int row_offset(int pixel, int vector) {
-    return (pixel * kRowPitch + vector) * kVectorBytes;
+    return row_offset(pixel, vector, pixel);
   }
   L2RW_HOST_DEVICE static constexpr int column_offset(int pixel, int vector) {
     return (kDepth * kRowPitch + pixel * kColumnPitch + vector) * kVectorBytes;
   }
 
-  // What a lane addresses for ldmatrix.x4.trans, for 16 pixels from `pixel` on: row fragment f, or
-  // columns of vectors v and, where there are two, v + 1. The transposed matrices are the operands
-  // of mma.m16n8k16.
+  // What a lane addresses for ldmatrix.x4.trans, for 16 pixels from `pixel` on, a multiple of
+  // eight: row fragment f, or columns of vectors v and, where there are two, v + 1. The transposed
+  // matrices are the operands of mma.m16n8k16.
   L2RW_HOST_DEVICE static constexpr int row_ldmatrix(int thread, int pixel, int f) {
     const int lane = thread % 32;
     return row_offset(
-        pixel + lane / 16 * 8 + lane % 8, (warp_row(thread) + f * 16) / kElements + lane / 8 % 2);
+        pixel + lane / 16 * 8 + lane % 8,
+        (warp_row(thread) + f * 16) / kElements + lane / 8 % 2,
+        lane);
   }
   L2RW_HOST_DEVICE static constexpr int column_ldmatrix(int thread, int pixel, int v) {
     const int lane = thread % 32;
     return column_offset(pixel + lane / 8 % 2 * 8 + lane % 8, warp_vector(thread) + v + lane / 16);
   }
-  // The operands of mma.m16n8k8, of four bytes each, for eight pixels: number k of row fragment f,
-  // and of columns 8 j to 8 j + 7.
+  // The operands of mma.m16n8k8, of four bytes each, for eight pixels from `pixel` on, a multiple
+  // of eight: number k of row fragment f, and of columns 8 j to 8 j + 7.
   L2RW_HOST_DEVICE static constexpr int row_scalar(int thread, int pixel, int f, int k) {
     const int lane = thread % 32;
-    return row_offset(pixel + k / 2 * 4 + lane % 4, 0) +
-           (warp_row(thread) + f * 16 + k % 2 * 8 + lane / 4) * ElementBytes;
+    const int row = warp_row(thread) + f * 16 + k % 2 * 8 + lane / 4;
+    return row_offset(pixel + k / 2 * 4 + lane % 4, row / kElements, lane) +
+           row % kElements * ElementBytes;
   }
   L2RW_HOST_DEVICE static constexpr int column_scalar(int thread, int pixel, int j, int k) {
     const int lane = thread % 32;

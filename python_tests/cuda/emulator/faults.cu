@@ -26,7 +26,7 @@ enum Fault : int64_t {
 };
 
 __global__ void reverse(const float* from, float* to, int64_t fault) {
-  auto* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
+  auto* const shared = reinterpret_cast<float*>(dynamic_shared_memory<16>());
   const auto thread = static_cast<int>(threadIdx.x);
   const uint32_t base = shared_address(shared);
   if (thread < kThreads / 4) {  // 16 bytes each
@@ -82,7 +82,7 @@ enum ProductFault : int64_t {
 
 __global__ void multiply_rows(const char* from, float* to, int64_t fault) {
   constexpr int kRows = 64 + 192;
-  const char* const shared = dynamic_shared_memory();
+  const char* const shared = dynamic_shared_memory<1024>();
   const auto thread = static_cast<int>(threadIdx.x);
   const uint32_t base = shared_address(shared);
   for (int row = thread; row < kRows; row += 128) {
@@ -112,7 +112,7 @@ __global__ void multiply_rows(const char* from, float* to, int64_t fault) {
   if (fault == kOverwritten) {
     __syncthreads();
     for (int byte = thread; byte < kRows * kDepthBytes; byte += 128) {
-      dynamic_shared_memory()[byte] = 0;
+      dynamic_shared_memory<1024>()[byte] = 0;
     }
     __syncthreads();
   }

@@ -10,7 +10,10 @@
 
 namespace l2rw::cuda {
 
-inline char* dynamic_shared_memory() { return emulator::shared_memory(); }
+template <int Alignment>
+inline char* dynamic_shared_memory() {
+  return emulator::shared_memory();
+}
 
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - emulator::shared_memory());
