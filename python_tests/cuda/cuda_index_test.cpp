@@ -478,6 +478,10 @@ void test_convolution_sizes() {
   EXPECT(ImplicitGemmOperands::fits(conv(2000, width), pixels(width), 16));
   EXPECT(!ImplicitGemmOperands::fits(conv(2048, width), pixels(width), 16));
   EXPECT(!ImplicitGemmOperands::fits(conv(1, width), pixels(width), int64_t{1} << 33));
+  Convolution groups = conv(1, width);
+  EXPECT(ImplicitGemmOperands::fits(groups, {nullptr, 0, int64_t{1} << 35, 0, 16}, 16));
+  groups.groups = 2;
+  EXPECT(!ImplicitGemmOperands::fits(groups, {nullptr, 0, int64_t{1} << 35, 0, 16}, 16));
   // The last pixel, from the start of z.
   const ImplicitGemmOperands rows(conv(2000, width), pixels(width), nullptr, 16);
   const RowPixel last = rows.row_pixel(0, 2000 * width - 1);
