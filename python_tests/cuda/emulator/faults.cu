@@ -77,6 +77,9 @@ enum ProductFault : int64_t {
   kReadTooEarly,
   kOverwritten,
   kNotWaitedFor,
+  kSomeLanes,
+  kNoFence,
+  kOtherMatrix,
   kSomeWarps,
 };
 
@@ -101,11 +104,16 @@ __global__ void multiply_rows(const char* from, float* to, int64_t fault) {
   }
   __syncthreads();
   float sums[2][48] = {};
-  wgmma_fence();
+  if (fault != kNoFence) {
+    wgmma_fence();
+  }
   for (int vector = 0; vector < kDepthVectors; vector += 2) {
-    if (fault != kSomeWarps || thread % 32 != 3) {
+    const bool takes_part = (fault != kSomeLanes || thread % 32 != 3) &&
+                            (fault != kSomeWarps || thread / 32 != 2 || vector == 0);
+    const int row = fault == kOtherMatrix && thread / 32 == 2 ? 64 + 8 : 64;
+    if (takes_part) {
       wgmma<__nv_bfloat16>(
-          sums, matrix_descriptor(base, 0, vector), matrix_descriptor(base, 64, vector));
+          sums, matrix_descriptor(base, 0, vector), matrix_descriptor(base, row, vector));
     }
   }
   wgmma_commit();
