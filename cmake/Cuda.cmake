@@ -17,14 +17,17 @@ if(NOT DEFINED L2RW_PREBUILT_CUDA)
   set(L2RW_PREBUILT_CUDA "$ENV{L2RW_PREBUILT_CUDA}")
 endif()
 
+# Machine code of every generation, and PTX of the oldest and of the newest, which a driver
+# translates for devices between and after them. The code of 100 runs on 103 as well, that of 120 on
+# 121; nothing takes an instruction that only 100a has.
 if(L2RW_CUDA_ARCHITECTURES STREQUAL "release")
   set(
     L2RW_CUDA_ARCHITECTURES
     80
-    86
-    89
-    90a
-    100a
+    86-real
+    89-real
+    90a-real
+    100-real
     120
   )
 endif()
@@ -61,12 +64,24 @@ elseif(
 endif()
 
 if(L2RW_WITH_CUDA)
-  set(CMAKE_CUDA_ARCHITECTURES "${L2RW_CUDA_ARCHITECTURES}")
+  # PTX of 90a runs on nothing else, so that beside its machine code it is of no use.
+  string(
+    REGEX REPLACE "([0-9][af])(;|$)"
+    "\\1-real\\2"
+    CMAKE_CUDA_ARCHITECTURES
+    "${L2RW_CUDA_ARCHITECTURES}"
+  )
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   enable_language(CUDA)
   set(L2RW_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
-  string(REPLACE ";" " " L2RW_CUDA_ARCHITECTURES_BUILT "${L2RW_CUDA_ARCHITECTURES}")
+  string(
+    REGEX REPLACE "-(real|virtual)"
+    ""
+    L2RW_CUDA_ARCHITECTURES_BUILT
+    "${L2RW_CUDA_ARCHITECTURES}"
+  )
+  string(REPLACE ";" " " L2RW_CUDA_ARCHITECTURES_BUILT "${L2RW_CUDA_ARCHITECTURES_BUILT}")
   string(REGEX MATCH "^[0-9]+" _nvcc_major "${L2RW_CUDA_VERSION}")
   if(NOT L2RW_TORCH_CUDA STREQUAL "none" AND NOT L2RW_TORCH_CUDA MATCHES "^${_nvcc_major}\\.")
     message(

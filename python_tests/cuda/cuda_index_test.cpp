@@ -478,6 +478,10 @@ void test_convolution_sizes() {
   EXPECT(ImplicitGemmOperands::fits(conv(2000, width), pixels(width), 16));
   EXPECT(!ImplicitGemmOperands::fits(conv(2048, width), pixels(width), 16));
   EXPECT(!ImplicitGemmOperands::fits(conv(1, width), pixels(width), int64_t{1} << 33));
+  Convolution groups = conv(1, width);
+  EXPECT(ImplicitGemmOperands::fits(groups, {nullptr, 0, int64_t{1} << 35, 0, 16}, 16));
+  groups.groups = 2;
+  EXPECT(!ImplicitGemmOperands::fits(groups, {nullptr, 0, int64_t{1} << 35, 0, 16}, 16));
   // The last pixel, from the start of z.
   const ImplicitGemmOperands rows(conv(2000, width), pixels(width), nullptr, 16);
   const RowPixel last = rows.row_pixel(0, 2000 * width - 1);
@@ -548,8 +552,10 @@ void test_pixels_of_convolutions() {
     for (int p = 0; p < conv.pixels() + 2 * step; p += step) {
       for (int tap = 0; tap < conv.taps(); ++tap) {
         const int64_t met = pixel_met(conv, p, tap);
-        EXPECT(geometry.input_pixel(coord, geometry.tap(tap)) == met);
-        EXPECT(geometry.input_pixel(geometry.coord(p), geometry.tap(tap)) == met);
+        for (const PixelCoord& at : {coord, geometry.coord(p)}) {
+          const InputPixel input = geometry.input_pixel(at, geometry.tap(tap));
+          EXPECT((input.exists ? int64_t{input.number} : int64_t{-1}) == met);
+        }
       }
       coord = geometry.advance(coord, geometry.coord(step));
     }
@@ -600,7 +606,7 @@ void test_gradient_tile() {
 
   // Lanes that read at once have no bank conflict, and all read within their stage.
   for (int warp = 0; warp < Tile::kThreads; warp += 32) {
-    for (int pixel = 0; pixel + (Tile::kSimt ? 0 : 15) < Tile::kDepth; ++pixel) {
+    for (int pixel = 0; pixel + (Tile::kSimt ? 0 : 15) < Tile::kDepth; pixel += 8) {
       std::vector<int> offsets;
       const auto read = [&](int first, int count, auto offset, int bytes) {
         offsets.clear();
@@ -659,6 +665,10 @@ void test_gradient_coverage() {
       EXPECT(offsets.empty() || *offsets.rbegin() + 1 == static_cast<int>(offsets.size()));
       const int64_t example = numbers.below(conv.examples);
       std::vector<GradientLoader<Tile>> loaders;
+      // Addresses lie within the image, whether something is read there or not.
+      const auto expect_within = [&](int64_t from, int64_t image_size) {
+        EXPECT(0 <= from && (from < conv.examples * image_size || image_size == 0));
+      };
       for (int thread = 0; thread < Tile::kThreads; ++thread) {
         loaders.emplace_back(problem, tile, thread);
       }
@@ -678,6 +688,7 @@ void test_gradient_coverage() {
             const int64_t byte = tile.first_output * kBytes + v * 16;
             const int64_t left = std::clamp<int64_t>(conv.outputs * kBytes - byte, 0, 16);
             EXPECT(bytes == (p < conv.pixels() ? left : 0));
+            expect_within(from, g_size);
             EXPECT(
                 bytes == 0 || from == example * g_size + p * g_pixel + tile.group * g_group + byte);
           }
@@ -687,6 +698,7 @@ void test_gradient_coverage() {
             const int64_t byte = columns.has(v) ? columns.vector(v) * 16 : 0;
             const int64_t left = std::clamp<int64_t>(conv.inputs * kBytes - byte, 0, 16);
             EXPECT(bytes == (met >= 0 ? left : 0));
+            expect_within(from, z_size);
             EXPECT(
                 bytes == 0 ||
                 from == example * z_size + met * z_pixel + tile.group * z_group + byte);
@@ -730,6 +742,10 @@ void test_gradient_tiles() {
   using Large = GradientTile<Bytes, Kind, 2, 4, 2, 1, 64 / Bytes>;
   using Small = GradientTile<Bytes, Kind, 1, 4, 1, 1, 128 / Bytes>;
   using Narrow = GradientTile<Bytes, Kind, 1, 1, 1, 4, 128 / Bytes>;
+  // A processor of sm_80 has 164 KiB of shared memory, of which each block takes one for itself. It
+  // holds the three blocks that the kernels with these tiles ask for.
+  EXPECT(3 * (kStages * Small::kStageBytes + 1024 + 128) <= 164 * 1024);
+  EXPECT(3 * (kStages * Narrow::kStageBytes + 1024 + 128) <= 164 * 1024);
   test_gradient_tile<Large>();
   test_gradient_tile<Small>();
   test_gradient_tile<Narrow>();

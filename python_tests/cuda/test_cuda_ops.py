@@ -645,6 +645,16 @@ def test_nan_of_an_image_stays_in_it(machine: Machine, case: str) -> None:
     assert torch.equal(result[others], expected[others])
 
 
+@pytest.mark.parametrize("wide", ["z", "g"])
+def test_channels_that_32_bits_do_not_count(machine: Machine, wide: str) -> None:
+    groups = 2**20
+    outputs, inputs = (1, 2**11) if wide == "z" else (2**11, 1)
+    shapes = (1, groups * inputs, 1), (1, groups * outputs, 1), (groups * outputs, inputs, 1)
+    z, g, V = (torch.zeros(1).expand(shape) for shape in shapes)
+    with pytest.raises(RuntimeError, match="at most 1073741824 channels in narrow groups"):
+        machine.call("conv_correlation", (z, g, V, None, [1], [0], [1], groups))
+
+
 @every_kernel
 def test_messages_are_those_of_the_cpu(machine: Machine, name: str) -> None:
     arguments = sample(name)

@@ -63,6 +63,9 @@ class ProductFault(IntEnum):
     READ_TOO_EARLY = auto()
     OVERWRITTEN = auto()
     NOT_WAITED_FOR = auto()
+    SOME_LANES = auto()
+    NO_FENCE = auto()
+    OTHER_MATRIX = auto()
     SOME_WARPS = auto()
 
 
@@ -85,7 +88,10 @@ def test_products_run_beside_the_computation(emulator: Any, fault: ProductFault)
         (ProductFault.NOT_SHOWN, "reads copies that were not shown to it"),
         (ProductFault.SHOWN_TOO_EARLY, "reads copies that were not shown to it"),
         (ProductFault.NOT_WAITED_FOR, "a thread ended with products that it had not waited for"),
-        (ProductFault.SOME_WARPS, "lanes of one warp exchange at faults.cu:.* and at faults.cu:"),
+        (ProductFault.SOME_LANES, "lanes of one warp exchange at faults.cu:.* and at faults.cu:"),
+        (ProductFault.NO_FENCE, "a group of products of a warpgroup without a fence before it"),
+        (ProductFault.OTHER_MATRIX, "threads of a warpgroup multiply different matrices"),
+        (ProductFault.SOME_WARPS, "a thread has no part in a product of its warpgroup"),
     ],
 )
 def test_a_fault_of_a_product_is_an_error(emulator: Any, fault: ProductFault, message: str) -> None:

@@ -250,6 +250,42 @@ def test_auto_builds_cuda_for_a_torch_that_has_it(tmp_path: pathlib.Path, cuda: 
     assert any(source.suffix == ".cu" for source in sources) == (cuda is not None)
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize(
+    ("architectures", "built", "code"),
+    [
+        ("80;90a", "80 90a", {"compute_80,sm_80", "sm_90a"}),
+        (
+            "release",
+            "80 86 89 90a 100 120",
+            {"compute_80,sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "compute_120,sm_120"},
+        ),
+    ],
+)
+def test_what_the_cuda_library_is_compiled_for(
+    tmp_path: pathlib.Path, architectures: str, built: str, code: set[str]
+) -> None:
+    pybind11 = pytest.importorskip("pybind11", reason="CMake looks for it")
+    build = tmp_path / "build"
+    status, message = configure(
+        build,
+        python_with_torch(tmp_path / "python", "2.13.0", "13.0"),
+        "-DSKBUILD_PROJECT_VERSION=0",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DL2RW_CUDA_ARCHITECTURES={architectures}",
+        L2RW_CUDA="ON",
+        L2RW_PREBUILT_CUDA="",
+    )
+    assert status == 0, message
+    assert f'architectures {built}"' in (build / "cuda_build.cpp").read_text()
+    commands = json.loads((build / "compile_commands.json").read_text())
+    commands = [entry["command"] for entry in commands if entry["file"].endswith(".cu")]
+    assert commands
+    for command in commands:
+        assert set(re.findall(r"code=\[([^\]]*)\]", command)) == code
+        assert "-fvisibility=hidden" in command
+
+
 @needs_cuda_library
 def test_cuda_library_says_how_it_was_built() -> None:
     said = re.search(

@@ -6,6 +6,7 @@
 
 #include "convolution_sizes.h"
 #include "cuda/util/host_device.h"
+#include "cuda/util/integers.h"
 
 namespace l2rw::cuda {
 
@@ -19,6 +20,12 @@ struct TapOffset {
   int offset[3];
 };
 
+// The number of an input pixel, counted row by row, where there is one.
+struct InputPixel {
+  bool exists;
+  uint32_t number;
+};
+
 // A convolution of three spatial dimensions, in numbers of 32 bits.
 struct ConvolutionGeometry {
   int in[3];
@@ -27,6 +34,8 @@ struct ConvolutionGeometry {
   int stride[3];
   int padding[3];
   int dilation[3];
+  Divisor out_height;
+  Divisor out_width;
 
   // Whether every number that is formed below fits into 32 bits: the pixels of an example, of input
   // and output, and the sizes of padding and kernel.
@@ -53,7 +62,8 @@ struct ConvolutionGeometry {
   // For a convolution that fits and has output pixels. Its stride and dilation are no larger than
   // the padded input wherever they matter.
   static ConvolutionGeometry of(const Convolution& convolution) {
-    ConvolutionGeometry geometry{};
+    ConvolutionGeometry geometry{
+        {}, {}, {}, {}, {}, {}, Divisor(convolution.out[1]), Divisor(convolution.out[2])};
     for (int d = 0; d < 3; ++d) {
       geometry.in[d] = static_cast<int>(convolution.in[d]);
       geometry.out[d] = static_cast<int>(convolution.out[d]);
@@ -68,23 +78,20 @@ struct ConvolutionGeometry {
 
   // The coordinates of output pixel k, which may lie behind the last one.
   L2RW_HOST_DEVICE PixelCoord coord(int k) const {
-    const int row = k / out[2];
-    return {{row / out[1], row % out[1], k % out[2]}};
+    const int row = out_width.divide(k);
+    const int plane = out_height.divide(row);
+    return {{plane, row - plane * out[1], k - row * out[2]}};
   }
 
   // The coordinates as many pixels further on as `step` is from pixel 0, without a division.
   L2RW_HOST_DEVICE PixelCoord advance(PixelCoord coord, const PixelCoord& step) const {
     coord.at[2] += step.at[2];
-    if (coord.at[2] >= out[2]) {
-      coord.at[2] -= out[2];
-      ++coord.at[1];
-    }
-    coord.at[1] += step.at[1];
-    if (coord.at[1] >= out[1]) {
-      coord.at[1] -= out[1];
-      ++coord.at[0];
-    }
-    coord.at[0] += step.at[0];
+    const bool next_row = coord.at[2] >= out[2];
+    coord.at[2] -= next_row ? out[2] : 0;
+    coord.at[1] += step.at[1] + (next_row ? 1 : 0);
+    const bool next_plane = coord.at[1] >= out[1];
+    coord.at[1] -= next_plane ? out[1] : 0;
+    coord.at[0] += step.at[0] + (next_plane ? 1 : 0);
     return coord;
   }
 
@@ -95,20 +102,19 @@ struct ConvolutionGeometry {
          t % kernel[2] * dilation[2] - padding[2]}};
   }
 
-  // The number of the input pixel, counted row by row, or -1 in the padding and behind the last
+  // The input pixel that an output pixel reads. There is none in the padding and behind the last
   // output pixel.
-  L2RW_HOST_DEVICE int input_pixel(const PixelCoord& coord, const TapOffset& tap) const {
-    bool inside = coord.at[0] < out[0];
-    uint32_t pixel = 0;
+  L2RW_HOST_DEVICE InputPixel input_pixel(const PixelCoord& coord, const TapOffset& tap) const {
+    InputPixel pixel{coord.at[0] < out[0], 0};
     L2RW_UNROLL
     for (int d = 0; d < 3; ++d) {
       // A coordinate before the first one is a large unsigned number.
       const auto at = static_cast<uint32_t>(coord.at[d]) * static_cast<uint32_t>(stride[d]) +
                       static_cast<uint32_t>(tap.offset[d]);
-      inside = inside && at < static_cast<uint32_t>(in[d]);
-      pixel = pixel * static_cast<uint32_t>(in[d]) + at;
+      pixel.exists = pixel.exists && at < static_cast<uint32_t>(in[d]);
+      pixel.number = pixel.number * static_cast<uint32_t>(in[d]) + at;
     }
-    return inside ? static_cast<int>(pixel) : -1;
+    return pixel;
   }
 };
 

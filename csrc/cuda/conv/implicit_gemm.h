@@ -88,7 +88,8 @@ struct ImplicitGemmOperands {
       rows *= convolution.kernel[d];
     }
     const int64_t vectors = std::max(vectors_of(z.width), V_bytes / kVectorBytes);
-    return static_cast<double>(convolution.examples) * z.example + span * z.pixel <
+    const double last_group = (convolution.groups - 1.0) * z.group;
+    return static_cast<double>(convolution.examples) * z.example + last_group + span * z.pixel <
                kMax * kVectorBytes &&
            rows * vectors + kDepthVectors < kMax;
   }

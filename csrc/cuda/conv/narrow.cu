@@ -45,8 +45,6 @@ struct NarrowProblem {
   bool has_bias;
   int32_t inputs;   // channels of a group
   Divisor outputs;  // channels of a group
-  Divisor out_width;
-  Divisor out_height;
 };
 
 // g . (V * z + V_b) at one pixel, for Count channels from `output` on. More than one are those of a
@@ -55,12 +53,7 @@ template <int Count, class T, class A>
 __device__ __forceinline__ A correlate_pixel(
     const NarrowProblem<T, A>& problem, const T* z, const T* g, int32_t output, int32_t pixel) {
   const ConvolutionGeometry& geometry = problem.geometry;
-  const int32_t row = problem.out_width.divide(pixel);
-  const int32_t plane = problem.out_height.divide(row);
-  const PixelCoord coord{
-      {plane,
-       row - plane * problem.out_height.divisor(),
-       pixel - row * problem.out_width.divisor()}};
+  const PixelCoord coord = geometry.coord(pixel);
   A sums[Count];
 #pragma unroll
   for (int k = 0; k < Count; ++k) {
@@ -184,9 +177,7 @@ void correlate_narrow(
         direction_bias ? either_dtype(*direction_bias, z.scalar_type()) : EitherDtype{},
         direction_bias.has_value(),
         static_cast<int32_t>(convolution.inputs),
-        Divisor(convolution.outputs),
-        Divisor(convolution.out[2]),
-        Divisor(convolution.out[1])};
+        Divisor(convolution.outputs)};
     const bool vectors =
         !by_pixel && convolution.inputs == 1 && convolution.outputs == 1 &&
         fits_channel_vectors<T>(z, z_strides) && fits_channel_vectors<T>(g, g_strides) &&

@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kDirectThreads) direct_gradient_kernel(
       const A value = static_cast<A>(g[int64_t{first + pixel} * g_pixel]);
 #pragma unroll
       for (int t = 0; t < kDirectTaps; ++t) {
-        const int input_pixel = t < taps ? problem.geometry.input_pixel(coord, offsets[t]) : -1;
-        if (input_pixel >= 0) {
-          sums[t] += value * static_cast<A>(z[int64_t{input_pixel} * z_pixel]);
+        const InputPixel input = problem.geometry.input_pixel(coord, offsets[t]);
+        if (t < taps && input.exists) {
+          sums[t] += value * static_cast<A>(z[input.number * z_pixel]);
         }
       }
       sums[kDirectTaps] += value;

@@ -25,7 +25,6 @@
 #include "cuda/gemm/tile.h"
 #include "cuda/reduce/block.cuh"
 #include "cuda/util/launch.cuh"
-#include "cuda/util/ptx.cuh"
 #include "cuda/util/types.cuh"
 #include "cuda/util/vectors.h"
 
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(Mma::Tile::kThreads, Mma::kMinBlocks) gradient
     const __grid_constant__ Output output) {
   using Tile = typename Mma::Tile;
   using A = typename Mma::Sum;
-  char* const shared = dynamic_shared_memory();
+  char* const shared = shared_stages<Mma>();
   const auto thread = static_cast<int>(threadIdx.x);
   const auto block = static_cast<int>(blockIdx.x);
   const int64_t part = block / tiles;

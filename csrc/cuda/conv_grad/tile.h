@@ -26,7 +26,16 @@ namespace l2rw::cuda {
 // pixel at a time, for ordinary multiply-adds.
 enum class Access { ldmatrix, scalars, simt };
 
-// A pitch of pixels, in vectors, with which such a read has no bank conflicts.
+// Where a multiple of eight vectors a pixel leaves no room between pixels, vector v of pixel p lies
+// at v xor this. The pixels of one read then lie in different banks.
+L2RW_HOST_DEVICE constexpr int pixel_swizzle(Access access, int pixel) {
+  if (access == Access::ldmatrix) {
+    return pixel & 7;
+  }
+  return access == Access::scalars ? 2 * (pixel & 3) : 0;
+}
+
+// A pitch of pixels, in vectors, with which such a read has no bank conflicts without that.
 L2RW_HOST_DEVICE constexpr int conflict_free_pitch(Access access, int vectors) {
   if (access == Access::ldmatrix) {
     return vectors | 1;
@@ -62,7 +71,9 @@ struct GradientTile {
   static constexpr int kDepth = Depth;  // pixels of a stage
   static constexpr int kRowVectors = kRows / kElements;
   static constexpr int kColumnPixels = kThreads / kVectors;  // pixels of z that are copied at once
-  static constexpr int kRowPitch = conflict_free_pitch(Kind, kRowVectors);
+  static constexpr bool kRowSwizzle = kRowVectors % 8 == 0;
+  static constexpr int kRowPitch =
+      kRowSwizzle ? kRowVectors : conflict_free_pitch(Kind, kRowVectors);
   static constexpr int kColumnPitch = conflict_free_pitch(Kind, kVectors);
   static constexpr int kStageBytes = kDepth * (kRowPitch + kColumnPitch) * kVectorBytes;
 
@@ -101,32 +112,40 @@ struct GradientTile {
            (kSimt ? c * kLanesN + lane % kLanesN : c / 2 * 8 + lane % 4 * 2 + c % 2);
   }
 
-  // The byte offsets of the vectors of a pixel in its stage: of g, and of z.
+  // The byte offsets of the vectors of a pixel in its stage: of g, and of z. `like` is a number
+  // that the swizzle takes for that of the pixel, and that the compiler may know to be constant.
+  L2RW_HOST_DEVICE static constexpr int row_offset(int pixel, int vector, int like) {
+    return (pixel * kRowPitch + (vector ^ (kRowSwizzle ? pixel_swizzle(Kind, like) : 0))) *
+           kVectorBytes;
+  }
   L2RW_HOST_DEVICE static constexpr int row_offset(int pixel, int vector) {
-    return (pixel * kRowPitch + vector) * kVectorBytes;
+    return row_offset(pixel, vector, pixel);
   }
   L2RW_HOST_DEVICE static constexpr int column_offset(int pixel, int vector) {
     return (kDepth * kRowPitch + pixel * kColumnPitch + vector) * kVectorBytes;
   }
 
-  // What a lane addresses for ldmatrix.x4.trans, for 16 pixels from `pixel` on: row fragment f, or
-  // columns of vectors v and, where there are two, v + 1. The transposed matrices are the operands
-  // of mma.m16n8k16.
+  // What a lane addresses for ldmatrix.x4.trans, for 16 pixels from `pixel` on, a multiple of
+  // eight: row fragment f, or columns of vectors v and, where there are two, v + 1. The transposed
+  // matrices are the operands of mma.m16n8k16.
   L2RW_HOST_DEVICE static constexpr int row_ldmatrix(int thread, int pixel, int f) {
     const int lane = thread % 32;
     return row_offset(
-        pixel + lane / 16 * 8 + lane % 8, (warp_row(thread) + f * 16) / kElements + lane / 8 % 2);
+        pixel + lane / 16 * 8 + lane % 8,
+        (warp_row(thread) + f * 16) / kElements + lane / 8 % 2,
+        lane);
   }
   L2RW_HOST_DEVICE static constexpr int column_ldmatrix(int thread, int pixel, int v) {
     const int lane = thread % 32;
     return column_offset(pixel + lane / 8 % 2 * 8 + lane % 8, warp_vector(thread) + v + lane / 16);
   }
-  // The operands of mma.m16n8k8, of four bytes each, for eight pixels: number k of row fragment f,
-  // and of columns 8 j to 8 j + 7.
+  // The operands of mma.m16n8k8, of four bytes each, for eight pixels from `pixel` on, a multiple
+  // of eight: number k of row fragment f, and of columns 8 j to 8 j + 7.
   L2RW_HOST_DEVICE static constexpr int row_scalar(int thread, int pixel, int f, int k) {
     const int lane = thread % 32;
-    return row_offset(pixel + k / 2 * 4 + lane % 4, 0) +
-           (warp_row(thread) + f * 16 + k % 2 * 8 + lane / 4) * ElementBytes;
+    const int row = warp_row(thread) + f * 16 + k % 2 * 8 + lane / 4;
+    return row_offset(pixel + k / 2 * 4 + lane % 4, row / kElements, lane) +
+           row % kElements * ElementBytes;
   }
   L2RW_HOST_DEVICE static constexpr int column_scalar(int thread, int pixel, int j, int k) {
     const int lane = thread % 32;
@@ -197,7 +216,6 @@ struct GradientProblem {
   ImageView g;
   ConvolutionGeometry geometry;
   GradientTiling tiling;
-  PixelCoord stage_step;  // from one stage to the next
   PixelCoord pixel_step;  // to the next pixel of the same thread
   int groups;
   int inputs;   // channels of a group
@@ -217,7 +235,6 @@ GradientProblem make_gradient_problem(
       g,
       geometry,
       tiling_of<Tile>(convolution),
-      geometry.coord(Tile::kDepth),
       geometry.coord(Tile::kColumnPixels),
       static_cast<int>(convolution.groups),
       static_cast<int>(convolution.inputs),
@@ -277,36 +294,11 @@ class GradientLoader {
   // for one stage of an example's pixels. Nothing is read where no byte exists, and no address
   // outside of the memory is formed.
   template <class Copy>
-  L2RW_HOST_DEVICE void load(int64_t example, int64_t k_tile, const Copy& copy) {
+  L2RW_HOST_DEVICE void load(int64_t example, int64_t k_tile, const Copy& copy) const {
     const int first = static_cast<int>(k_tile) * Tile::kDepth;
-    L2RW_UNROLL
-    for (int base = 0; base < Tile::kDepth; base += kRowPixels) {
-      const int pixel = base + row_pixel_;
-      if (Tile::kDepth % kRowPixels == 0 || pixel < Tile::kDepth) {
-        const int bytes = first + pixel < problem_.pixels ? g_bytes_ : 0;
-        const char* source = bytes > 0 ? g_ + example * problem_.g.example +
-                                             int64_t{first + pixel} * problem_.g.pixel
-                                       : g_;
-        copy(Tile::row_offset(pixel, row_vector_), source, bytes, false);
-      }
-    }
-    // As long as k-tiles follow each other, no division is needed.
-    coord_ = k_tile == next_k_tile_ && k_tile > 0
-                 ? problem_.geometry.advance(coord_, problem_.stage_step)
-                 : problem_.geometry.coord(first + column_pixel_);
-    next_k_tile_ = k_tile + 1;
-    PixelCoord coord = coord_;
-    L2RW_UNROLL
-    for (int base = 0; base < Tile::kDepth; base += kColumnPixels) {
-      const int pixel = base + column_pixel_;
-      if (column_pixel_ < kColumnPixels && pixel < Tile::kDepth) {
-        const int input = z_bytes_ > 0 ? problem_.geometry.input_pixel(coord, tap_) : -1;
-        const bool exists = input >= 0;
-        const char* source =
-            exists ? z_ + example * problem_.z.example + int64_t{input} * problem_.z.pixel : z_;
-        copy(Tile::column_offset(pixel, column_), source, exists ? z_bytes_ : 0, true);
-      }
-      coord = problem_.geometry.advance(coord, problem_.pixel_step);
+    load_rows(example, first, copy);
+    if (column_pixel_ < kColumnPixels) {
+      load_columns(example, first, copy);
     }
   }
 
@@ -314,6 +306,40 @@ class GradientLoader {
   static constexpr int kRowPixels = Tile::kThreads / Tile::kRowVectors;
   static constexpr int kColumnPixels = Tile::kColumnPixels;
   static_assert(Tile::kThreads % Tile::kRowVectors == 0);
+
+  // The vectors of g. Where no pixel is left, the address stays that of the last one.
+  template <class Copy>
+  L2RW_HOST_DEVICE void load_rows(int64_t example, int first, const Copy& copy) const {
+    const int left = problem_.pixels - first - row_pixel_;
+    int64_t at =
+        example * problem_.g.example + (left > 0 ? first + row_pixel_ : 0) * problem_.g.pixel;
+    L2RW_UNROLL
+    for (int base = 0; base < Tile::kDepth; base += kRowPixels) {
+      const int pixel = base + row_pixel_;
+      if (Tile::kDepth % kRowPixels == 0 || pixel < Tile::kDepth) {
+        const int bytes = base < left ? g_bytes_ : 0;
+        copy(Tile::row_offset(pixel, row_vector_), g_ + at, bytes, false);
+      }
+      at += base + kRowPixels < left ? kRowPixels * problem_.g.pixel : 0;
+    }
+  }
+
+  // The vectors of z. Where a tap reads none, the address is that of the first pixel.
+  template <class Copy>
+  L2RW_HOST_DEVICE void load_columns(int64_t example, int first, const Copy& copy) const {
+    const char* const z = z_ + example * problem_.z.example;
+    PixelCoord coord = problem_.geometry.coord(first + column_pixel_);
+    L2RW_UNROLL
+    for (int base = 0; base < Tile::kDepth; base += kColumnPixels) {
+      const int pixel = base + column_pixel_;
+      if (base + kColumnPixels <= Tile::kDepth || pixel < Tile::kDepth) {
+        const InputPixel input = problem_.geometry.input_pixel(coord, tap_);
+        const int64_t at = (input.exists ? input.number : 0) * problem_.z.pixel;
+        copy(Tile::column_offset(pixel, column_), z + at, input.exists ? z_bytes_ : 0, true);
+      }
+      coord = problem_.geometry.advance(coord, problem_.pixel_step);
+    }
+  }
 
   const GradientProblem& problem_;
   int row_vector_;
@@ -325,8 +351,6 @@ class GradientLoader {
   const char* g_;
   const char* z_;
   TapOffset tap_;
-  PixelCoord coord_{};
-  int64_t next_k_tile_ = -1;
 };
 
 // At the end the sums of a tile are staged in shared memory, in the order of the gradient:

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Mma::Tile::kThreads, Mma::kMinBlocks) dense_ke
   const auto row_tile = static_cast<int32_t>(tile.row);
   const KTileIterator steps(split_range(work_tiles, column_blocks, tile.column), split_k);
   const Loader loader(
-      problem.operands, product, row_tile, dynamic_shared_memory() + kSharedBytes<Mma>);
+      problem.operands, product, row_tile, shared_stages<Mma>() + kSharedBytes<Mma>);
   if constexpr (Loader::kTableBytes > 0) {
     loader.prepare(thread);
     __syncthreads();
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(Mma::Tile::kThreads, Mma::kMinBlocks) dense_ke
   const Gradient gradient(problem, product, row_tile);
   DenseEpilogue<Tile, A, Gradient> epilogue(thread, gradient);
   run_mainloop<Mma>(
-      dynamic_shared_memory(),
+      shared_stages<Mma>(),
       steps,
       [&](const KTileIterator& step, const auto& copy) { loader.load(thread, step, copy); },
       epilogue);
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Mma::Tile::kThreads, Mma::kMinBlocks) dense_ke
   const int64_t rows = problem.g.rows;
   const int64_t first_row = int64_t{row_tile} * Tile::kRows;
   store_row_sums<Tile, A>(
-      dynamic_shared_memory(),
+      shared_stages<Mma>(),
       epilogue.rows,
       row_sums + (product * column_blocks + column_block) * rows + first_row,
       rows - first_row);

@@ -14,6 +14,12 @@ namespace l2rw::cuda {
 template <class Mma>
 constexpr int64_t kSharedBytes = int64_t{Mma::kStages} * Mma::Tile::kStageBytes;
 
+// The memory of the stages, and of what a kernel has behind them.
+template <class Mma>
+__device__ __forceinline__ char* shared_stages() {
+  return dynamic_shared_memory<Mma::kSharedAlignment>();
+}
+
 // Forms the sums of all steps and hands them to the epilogue, whenever it is due and after
 // Mma::kPromotionInterval k-tiles at the latest. `load(step, copy)` calls copy(offset in the stage,
 // source, bytes that exist, again) for the vectors of one step; `again` says that threads nearby

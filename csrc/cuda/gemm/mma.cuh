@@ -16,6 +16,7 @@ namespace l2rw::cuda {
 // An mma that is complete when its multiply() returns.
 struct SynchronousMma {
   static constexpr int kStages = cuda::kStages;
+  static constexpr int kSharedAlignment = kVectorBytes;
   static constexpr int kInFlight = 0;  // steps whose mma may still run when the next one starts
 };
 

@@ -20,6 +20,7 @@ struct Sm90Mma {
   static constexpr int kPromotionInterval = TensorCoreMma<T, Tile, 1>::kPromotionInterval;
   static constexpr int kMinBlocks = 1;
   static constexpr int kStages = 5;
+  static constexpr int kSharedAlignment = kSwizzleBytes;  // wgmma swizzles addresses
   static constexpr int kInFlight = 1;
   static_assert(kStages * Tile::kStageBytes <= 224 << 10);
   static_assert(Tile::kStageBytes % kSwizzleBytes == 0);

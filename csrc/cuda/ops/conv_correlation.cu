@@ -44,9 +44,13 @@ Tensor conv_correlation(
   if (groups > 1 &&
       (conv.outputs < kMinGroupOutputs || conv.inputs * bytes_of(dtype) < kVectorBytes)) {
     check(
-        g.size(1) <= kMaxNarrowChannels,
+        z.size(1) <= kMaxNarrowChannels && g.size(1) <= kMaxNarrowChannels,
         kOperation,
-        "g must have at most 1073741824 channels in narrow groups on CUDA, got shape ",
+        "z and g must have at most ",
+        kMaxNarrowChannels,
+        " channels in narrow groups on CUDA, got shapes ",
+        shape_of(z),
+        " and ",
         shape_of(g));
     correlate_narrow(launch, conv, z, g, direction, direction_bias, u);
     return u;

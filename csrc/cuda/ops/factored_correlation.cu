@@ -18,7 +18,6 @@
 #include "cuda/util/integers.h"
 #include "cuda/util/launch.cuh"
 #include "cuda/util/limits.h"
-#include "cuda/util/ptx.cuh"
 #include "cuda/util/vectors.h"
 #include "operator_checks.h"
 
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(Mma::Tile::kThreads, Mma::kMinBlocks)
       z_k_tiles + k_tiles_of(layer.g.width));
   FactoredEpilogue<Tile, A> epilogue(z_k_tiles, layer.bias);
   run_mainloop<Mma>(
-      dynamic_shared_memory(),
+      shared_stages<Mma>(),
       steps,
       [&](const KTileIterator& step, const auto& copy) {
         const bool is_z = step.k_tile < z_k_tiles;
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(Mma::Tile::kThreads, Mma::kMinBlocks)
       epilogue);
   const int64_t rows = layer.z.rows;
   store_row_sums<Tile, A>(
-      dynamic_shared_memory(),
+      shared_stages<Mma>(),
       epilogue.rows,
       layer.sums + tile.column * rows + first_row,
       rows - first_row);
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(Mma::Tile::kThreads, Mma::kMinBlocks)
       k_tiles_of(is_z ? layer.z.width : layer.g.width));
   GramEpilogue<Tile, A> epilogue;
   run_mainloop<Mma>(
-      dynamic_shared_memory(),
+      shared_stages<Mma>(),
       steps,
       [&](const KTileIterator& step, const auto& copy) {
         load_operands<Tile>(

@@ -23,6 +23,15 @@ extern "C" __attribute__((weak)) int cublasGetMathMode(void* handle, int* mode);
 
 namespace l2rw::cuda {
 
+// Throws if a call of the runtime has failed. The runtime of this library keeps the error, which
+// torch, with a runtime of its own, does not clear: the next launch would report it a second time.
+inline void check_runtime(cudaError_t error) {
+  if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+  }
+  STD_CUDA_CHECK(error);
+}
+
 // Whether to multiply with wgmma: the device must have it, this library must be built for it, and
 // L2RW_CUDA_WARPGROUPS=1 must ask for it. It is not the default because no GPU has run it yet, so
 // nothing shows that it is right, and faster than what every architecture has.
@@ -37,8 +46,8 @@ inline bool warpgroups_wanted([[maybe_unused]] int32_t device) {
   }
   int major = 0;
   int minor = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  check_runtime(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_runtime(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   return major == 9 && minor == 0;
 #else
   return false;
@@ -56,7 +65,7 @@ class Launch {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(
+    check_runtime(cudaDeviceGetAttribute(
         &processors_, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
   }
 
@@ -97,7 +106,7 @@ class Launch {
         " blocks of threads, and CUDA has at most 2147483647");
     // A kernel must ask for more than 48 KiB, what it declares itself included.
     if (shared_bytes > 0) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(
+      check_runtime(cudaFuncSetAttribute(
           reinterpret_cast<const void*>(kernel),
           cudaFuncAttributeMaxDynamicSharedMemorySize,
           static_cast<int>(shared_bytes)));

@@ -12,10 +12,18 @@
 
 namespace l2rw::cuda {
 
-// The shared memory whose size the launch gave.
+// The shared memory whose size the launch gave, at a multiple of Alignment. Behind what a kernel
+// declares itself, a larger one than it needs would be lost memory.
+template <int Alignment>
 __device__ __forceinline__ char* dynamic_shared_memory() {
-  extern __shared__ __align__(1024) char shared[];
-  return shared;
+  static_assert(Alignment == 16 || Alignment == 1024);
+  if constexpr (Alignment == 16) {
+    extern __shared__ __align__(16) char vectors[];
+    return vectors;
+  } else {
+    extern __shared__ __align__(1024) char patterns[];
+    return patterns;
+  }
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {

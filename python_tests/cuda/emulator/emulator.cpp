@@ -22,6 +22,7 @@ namespace {
 
 constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr size_t kVectorBytes = 16;
+constexpr int kWarpgroup = 128;
 
 struct Copy {
   char* to;
@@ -50,6 +51,8 @@ struct Fiber {
   std::vector<size_t> waited;  // vectors that its copies have written, and that it has not shown
   std::deque<std::deque<Product>> closed_products;
   std::deque<Product> open_products;
+  bool fenced = false;
+  size_t products = 0;
   int exchanges = 0;
 };
 
@@ -66,6 +69,8 @@ struct Block {
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
   int64_t shared_bytes = 0;
   std::vector<int> not_shown;  // copies to each vector
+  // The matrices of all products of each warpgroup, as its first thread has had them.
+  std::vector<std::vector<std::pair<uint64_t, uint64_t>>> products;
   int arrived = 0;
   Place place = Place::current();
   const std::function<void()>* thread = nullptr;
@@ -186,6 +191,7 @@ void run_block(dim3 threads, int64_t bytes, const std::function<void()>& thread)
   Block here;
   here.fibers.resize(count);
   here.warps.resize((count + kLanes - 1) / kLanes);
+  here.products.resize((count + kWarpgroup - 1) / kWarpgroup);
   void* shared = nullptr;
   if (posix_memalign(&shared, 128, static_cast<size_t>(bytes)) != 0) {
     throw std::bad_alloc();
@@ -226,6 +232,11 @@ void run_block(dim3 threads, int64_t bytes, const std::function<void()>& thread)
     }
   }
   block = nullptr;
+  for (const Fiber& fiber : here.fibers) {
+    if (here.error.empty() && fiber.products != here.products[fiber.number / kWarpgroup].size()) {
+      here.error = "a thread has no part in a product of its warpgroup";
+    }
+  }
   if (!here.error.empty()) {
     throw std::runtime_error(here.error);
   }
@@ -335,7 +346,19 @@ void check_shown(const void* address) {
   }
 }
 
-void multiply_later(std::function<void()> product) {
+void fence_products() { current->fenced = true; }
+
+void multiply_later(uint64_t a, uint64_t b, std::function<void()> product) {
+  if (!current->fenced) {
+    stop("a group of products of a warpgroup without a fence before it");
+  }
+  auto& all = block->products[current->number / kWarpgroup];
+  if (current->products == all.size()) {
+    all.emplace_back(a, b);
+  } else if (all[current->products] != std::pair(a, b)) {
+    stop("threads of a warpgroup multiply different matrices");
+  }
+  ++current->products;
   if (random_numbers() % 2 == 0) {
     product();
   } else {
@@ -344,6 +367,7 @@ void multiply_later(std::function<void()> product) {
 }
 
 void close_products() {
+  current->fenced = false;
   current->closed_products.push_back(std::exchange(current->open_products, {}));
 }
 

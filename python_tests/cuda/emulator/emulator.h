@@ -84,8 +84,11 @@ void wait_for_copies(int newer);
 // Products of warpgroups do not see what copies write before the thread that copied shows it.
 void show_copies();
 void check_shown(const void* address);
-// Products that run beside the computation: each is formed at some time before it is waited for.
-void multiply_later(std::function<void()> product);
+// Products that run beside the computation: each is formed at some time before it is waited for. A
+// group of them begins with a fence, and the threads of a warpgroup have the same matrices, which
+// `a` and `b` describe.
+void fence_products();
+void multiply_later(uint64_t a, uint64_t b, std::function<void()> product);
 void close_products();
 void wait_for_products(int newer);
 

@@ -26,7 +26,7 @@ enum Fault : int64_t {
 };
 
 __global__ void reverse(const float* from, float* to, int64_t fault) {
-  auto* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
+  auto* const shared = reinterpret_cast<float*>(dynamic_shared_memory<16>());
   const auto thread = static_cast<int>(threadIdx.x);
   const uint32_t base = shared_address(shared);
   if (thread < kThreads / 4) {  // 16 bytes each
@@ -77,12 +77,15 @@ enum ProductFault : int64_t {
   kReadTooEarly,
   kOverwritten,
   kNotWaitedFor,
+  kSomeLanes,
+  kNoFence,
+  kOtherMatrix,
   kSomeWarps,
 };
 
 __global__ void multiply_rows(const char* from, float* to, int64_t fault) {
   constexpr int kRows = 64 + 192;
-  const char* const shared = dynamic_shared_memory();
+  const char* const shared = dynamic_shared_memory<1024>();
   const auto thread = static_cast<int>(threadIdx.x);
   const uint32_t base = shared_address(shared);
   for (int row = thread; row < kRows; row += 128) {
@@ -101,18 +104,23 @@ __global__ void multiply_rows(const char* from, float* to, int64_t fault) {
   }
   __syncthreads();
   float sums[2][48] = {};
-  wgmma_fence();
+  if (fault != kNoFence) {
+    wgmma_fence();
+  }
   for (int vector = 0; vector < kDepthVectors; vector += 2) {
-    if (fault != kSomeWarps || thread % 32 != 3) {
+    const bool takes_part = (fault != kSomeLanes || thread % 32 != 3) &&
+                            (fault != kSomeWarps || thread / 32 != 2 || vector == 0);
+    const int row = fault == kOtherMatrix && thread / 32 == 2 ? 64 + 8 : 64;
+    if (takes_part) {
       wgmma<__nv_bfloat16>(
-          sums, matrix_descriptor(base, 0, vector), matrix_descriptor(base, 64, vector));
+          sums, matrix_descriptor(base, 0, vector), matrix_descriptor(base, row, vector));
     }
   }
   wgmma_commit();
   if (fault == kOverwritten) {
     __syncthreads();
     for (int byte = thread; byte < kRows * kDepthBytes; byte += 128) {
-      dynamic_shared_memory()[byte] = 0;
+      dynamic_shared_memory<1024>()[byte] = 0;
     }
     __syncthreads();
   }

@@ -10,7 +10,10 @@
 
 namespace l2rw::cuda {
 
-inline char* dynamic_shared_memory() { return emulator::shared_memory(); }
+template <int Alignment>
+inline char* dynamic_shared_memory() {
+  return emulator::shared_memory();
+}
 
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - emulator::shared_memory());
@@ -129,6 +132,7 @@ inline void fence_register(float&) {}
 
 inline void wgmma_fence(emulator::Place place = emulator::Place::current()) {
   emulator::exchange(nullptr, 0, place);
+  emulator::fence_products();
 }
 
 inline void wgmma_commit(emulator::Place place = emulator::Place::current()) {
@@ -175,7 +179,7 @@ inline void wgmma(
   emulator::exchange(nullptr, 0, place);
   const int lane = emulator::lane();
   const int first = static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane / 4;
-  emulator::multiply_later([&d, a, b, first, lane] {
+  emulator::multiply_later(a, b, [&d, a, b, first, lane] {
     const std::array<std::array<float, 16>, 2> left{
         described_row<T>(a, first), described_row<T>(a, first + 8)};
     for (int c = 0; c < Count; ++c) {
