@@ -118,13 +118,10 @@ def _check_architectures(here: Sequence[str]) -> None:
 
 
 def _runs(architecture: str, capability: int) -> bool:
-    """Whether code for an architecture, as CMake writes it, runs on a capability, such as 90."""
-    number, _, kind = architecture.partition("-")
-    if not number.isdigit():  # 90a runs on 90 alone
-        return number == f"{capability}a"
-    same_major = capability // 10 == int(number) // 10
-    # Without "-real" there is also PTX, which the driver compiles for what is newer.
-    return capability >= int(number) and (same_major or kind != "real")
+    """Whether code for an architecture, such as 80 or 90a, may run on a capability, such as 90."""
+    if not architecture.isdigit():  # 90a runs on 90 alone
+        return architecture == f"{capability}a"
+    return capability >= int(architecture)  # as it is, or translated by the driver
 
 
 @contextlib.contextmanager
