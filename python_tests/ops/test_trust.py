@@ -428,3 +428,14 @@ def test_doctor_makes_the_verdict_anew(
     examiner(monkeypatch, log, first="sys.exit('CUDA is busy')")
     assert doctor.main(["--kernels"]) == 1
     assert "were not checked: the check did not start" in capsys.readouterr().out
+
+
+def test_only_the_dispatcher_knows_the_verdict() -> None:
+    """Neither forms of layers nor collectives may depend on it, for ranks may differ in it."""
+    package = ROOT / "l2rw_ext"
+    asks = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if "COMPOSED" in path.read_text() or "trust" in path.read_text()
+    }
+    assert asks == {"agreement.py", "doctor.py", "ops/_kernels.py"}
