@@ -183,6 +183,7 @@ def phases(
     prebuilt: Mapping[str, Path],
     cores: int,
     built_for: str = "90a",
+    device: str = "",
     target: Path | None = None,
 ) -> list[Phase]:
     """What runs, in order: the first four take less than four minutes, all but the last four eight.
@@ -193,6 +194,7 @@ def phases(
         prebuilt: libraries that are installed and not built, by the variable that names them.
         cores: of the machine.
         built_for: the architecture to build for.
+        device: as :func:`device_folder` names it; predictions are those for one of its kind.
         target: where a dry run installs what it builds; None to install it for all to use.
     """
     if folder.is_relative_to(provenance.ROOT):  # where every phase runs
@@ -269,7 +271,7 @@ def phases(
             kernels_on,
         ),
     ]
-    sheet = next((name for name in DATA_SHEETS if name in folder.name), None)
+    sheet = next((name for name in DATA_SHEETS if name in device.split("-")), None)
     if sheet is not None:
         against = (*python, "benchmarks", "roofline", "--device", sheet)
         todo.append(Phase("over predicted", (*against, "--measured", str(folder)), 10))
@@ -433,7 +435,8 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.rmtree(options["target"], ignore_errors=True)  # pip replaces nothing there
         else:
             name, plan = check_gpu(), ON_GPU
-            folder = args.results or RESULTS / device_folder(name)
+            options["device"] = device_folder(name)
+            folder = args.results or RESULTS / options["device"]
             options["built_for"] = architecture(torch.cuda.get_device_capability())
         folder = folder.resolve()
         todo = chosen(phases(folder, plan, **options), args.phases)

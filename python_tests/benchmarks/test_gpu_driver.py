@@ -114,7 +114,7 @@ def plan(folder: Path = Path("results"), **options: Any) -> dict[str, Phase]:
 
 
 def test_the_plan(tmp_path: Path) -> None:
-    named = plan(tmp_path / "h200", prebuilt=PREBUILT)
+    named = plan(tmp_path, prebuilt=PREBUILT, device="h100-80gb-hbm3")
     seconds = [phase.seconds for phase in named.values()]
     assert list(named) == [
         *("build", "doctor", "kernels agree", "operators", "operators, warpgroups", "steps"),
@@ -125,8 +125,8 @@ def test_the_plan(tmp_path: Path) -> None:
     assert sum(seconds[:6]) < 4 * 60
     assert sum(seconds[:11]) < 8 * 60
     assert sum(seconds) < 13 * 60
-    assert named["over predicted"].command[-3:] == ("h200", "--measured", str(tmp_path / "h200"))
-    assert "over predicted" not in plan(tmp_path / "rtx-4090")
+    assert named["over predicted"].command[-3:] == ("h100", "--measured", str(tmp_path))
+    assert "over predicted" not in plan(device="rtx-4090")
     files = {name for p in named.values() for name in p.command if name.endswith(".json")}
     assert len(files) + 2 <= 8  # as many as come back, with the log and the report
     inside = plan(provenance.ROOT / "results" / "x")
@@ -241,7 +241,7 @@ def test_the_whole_run(
     given: dict[str, Any] = {}
 
     def fake(folder: Path, plan: gpu.Plan, **options: Any) -> list[Phase]:
-        given.update(options, device=plan.device)
+        given.update(options, on=plan.device)
         return [python("only", code), python("other", "raise ValueError")]
 
     monkeypatch.delenv("L2RW_PREBUILT_CPU", raising=False)
@@ -253,7 +253,7 @@ def test_the_whole_run(
     monkeypatch.setattr(provenance, "machine", lambda device: {"gpu": "NVIDIA H200"})
     assert gpu.main(["--phases", "only"]) == status
     assert given["prebuilt"] == {"L2RW_PREBUILT_CUDA": library}
-    assert (given["built_for"], given["device"]) == ("90a", "cuda")
+    assert (given["built_for"], given["device"], given["on"]) == ("90a", "h200", "cuda")
     report = provenance.read(tmp_path / "h200" / gpu.REPORT)
     assert report["command"] == "make gpu"
     assert provenance.is_current(report)
