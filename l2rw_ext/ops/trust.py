@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -42,6 +42,8 @@ SECONDS = 60.0
 
 _EXAMINER = (sys.executable, "-m", "l2rw_ext.agreement")
 _EXITS = 5.0
+_WAITS = 30.0  # beyond the time of a check, for one that another process makes
+_POLLS = 0.1
 
 
 class NoVerdictError(Exception):
@@ -126,23 +128,45 @@ def _runs(architecture: str, capability: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(library: Path, here: Sequence[str]) -> Iterator[Path]:
-    """The file of the verdict, which no other process of the machine makes at the same time."""
+    """The file of the verdict, which no other process of the machine makes at the same time.
+
+    Raises:
+        NoVerdictError: something cannot be read, written or started, or another process holds the
+            file for longer than a check takes.
+    """
+    try:
+        path = _file(library, here)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            end = time.monotonic() + SECONDS + _WAITS
+            while not _lock(lock):
+                if time.monotonic() >= end:
+                    raise NoVerdictError(f"another process holds {lock.name}")
+                time.sleep(_POLLS)
+            yield path
+    except (OSError, RuntimeError) as error:  # no home is a RuntimeError
+        raise NoVerdictError(f"no verdict can be made and kept: {error}") from error
+
+
+def _file(library: Path, here: Sequence[str]) -> Path:
+    """Where the verdict on a library is kept: a name for all that it holds for."""
     try:
         driver = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         driver = "unknown"
     kernels = hashlib.sha256(library.read_bytes()).hexdigest()
     holds_for = json.dumps([here, driver, torch.__version__, kernels])
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2rw_ext"
-    name = f"kernels-{hashlib.sha256(holds_for.encode()).hexdigest()[:16]}"
+    name = hashlib.sha256(holds_for.encode()).hexdigest()[:16]
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "l2rw_ext", f"kernels-{name}.json")
+
+
+def _lock(file: IO[str]) -> bool:
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / f"{name}.lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        raise NoVerdictError(f"no verdict can be kept in {root}: {error}") from error
-    with lock:
-        yield root / f"{name}.json"
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(path: Path) -> Verdict | None:

@@ -161,7 +161,24 @@ def test_no_folder_no_verdict(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(trust.NoVerdictError, match=r"no verdict can be kept in .*cache/l2rw_ext"):
+    with pytest.raises(trust.NoVerdictError, match=r"no verdict can be made and kept: .*cache"):
+        trust.verdict(library)
+
+
+def test_nobody_waits_for_ever(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trust, "SECONDS", 0.2)
+    monkeypatch.setattr(trust, "_WAITS", 0.1)
+    path = trust._file(library, GPU).with_suffix(".lock")
+    path.parent.mkdir(parents=True)
+    with path.open("w") as held:
+        assert trust._lock(held)
+        with pytest.raises(trust.NoVerdictError, match=r"another process holds .*\.lock"):
+            trust.verdict(library)
+
+
+def test_a_check_that_cannot_be_started(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trust, "_EXAMINER", ("/no/such/python",))
+    with pytest.raises(trust.NoVerdictError, match="No such file or directory: '/no/such/python'"):
         trust.verdict(library)
 
 
