@@ -88,26 +88,29 @@ def table(
     right: the one with the smallest mean of the errors of the classes there.
     """
     draws, runs = range(args.seeds), range(args.runs or args.seeds)
-    by_images = [statistics.fmean(errors[i, s] for s in runs) for i in draws]
-    by_seed = [statistics.fmean(errors[i, s] for i in draws) for s in runs]
+    rows = []
+    for i in draws:
+        of_runs = [errors[i, s] for s in runs]
+        kept = errors[i, min(runs, key=lambda s: training[i, s])]
+        rows.append([*of_runs, statistics.fmean(of_runs), kept])
+    means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
     scatter = ""
     if min(len(draws), len(runs)) > 1:
+        by_images = statistics.stdev(row[len(runs)] for row in rows)
+        by_seed = statistics.stdev(means[: len(runs)])
         scatter = (
-            f"Standard deviation of the means: {statistics.stdev(by_images):.2f} between draws of "
-            f"the images, {statistics.stdev(by_seed):.2f} between parameters and batches."
+            f"Standard deviation of the means: {by_images:.2f} between draws of the images, "
+            f"{by_seed:.2f} between parameters and batches."
         )
+    columns = [*(f"run {s}" for s in runs), *(["mean", "kept"] if len(runs) > 1 else [])]
     out = Sheet(
         f"Ours, 4 against 9 on {shared['data']} at {args.ratio:g}:1, {shared['model']}, "
         f"{shared['steps']} steps, scale {args.scale:g}: test error in percent",
-        ["images drawn by seed", *(f"run {s}" for s in runs), "mean", "kept"],
+        ["images drawn by seed", *columns],
         caption=scatter,
     )
-    kept = [errors[i, min(runs, key=lambda s: training[i, s])] for i in draws]
-    for i in draws:
-        values = (*(errors[i, s] for s in runs), by_images[i], kept[i])
-        out.add(str(i), *(f"{value:.2f}" for value in values))
-    values = (*by_seed, statistics.fmean(by_seed), statistics.fmean(kept))
-    out.add("mean", *(f"{value:.2f}" for value in values))
+    for name, row in zip([*map(str, draws), "mean"], [*rows, means], strict=True):
+        out.add(name, *(f"{value:.2f}" for value in row[: len(columns)]))
     return out
 
 
