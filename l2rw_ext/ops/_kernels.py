@@ -47,7 +47,7 @@ def register(name: str, composition: Callable[..., Any], kernel: bool = True) ->
         COMPOSED.discard(name)
     else:
         COMPOSED.add(name)
-        _registered.impl(name, composition)
+        _registered.impl(name, composition, allow_override=True)
 
 
 def decide() -> None:
