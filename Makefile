@@ -120,7 +120,7 @@ gpu: ## on a machine with an NVIDIA GPU: build, test and measure there in MINUTE
 # next call goes on from the checkpoints in it.
 DATA ?= data
 gpu-paper: ## on a GPU: MINUTES=6 of the paper's Table 2 on CIFAR-10 in DATA=data, then the next
-	@"$(PYTHON)" -m benchmarks.gpu --phases build
+	@"$(PYTHON)" -m benchmarks.gpu --phases build --results build/gpu-paper
 	@"$(PYTHON)" -m benchmarks paper table2 --rows ours baseline --seeds 1 --device cuda \
 		--data-root "$(DATA)" --minutes $(or $(MINUTES),6) $(ARGS)
 

@@ -186,7 +186,9 @@ def phases(
     device: str = "",
     target: Path | None = None,
 ) -> list[Phase]:
-    """What runs, in order: the first four take less than four minutes, all but the last four eight.
+    """What runs, in order: with both libraries built before, tests end within four minutes.
+
+    Steps that are compiled end within eight.
 
     Args:
         folder: for the results.

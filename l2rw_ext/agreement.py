@@ -26,7 +26,15 @@ from .ops._operator import OPERATORS
 from .ops.formulas import FORMULAS, Draw, as_results, sample
 from .reference import relative_error
 
-__all__ = ["Checked", "check_large", "check_small", "disagreement", "first_line", "main"]
+__all__ = [
+    "TOLERANCES",
+    "Checked",
+    "check_large",
+    "check_small",
+    "disagreement",
+    "first_line",
+    "main",
+]
 
 Checked = tuple[str, float, float]
 """What was checked, its relative error, and the error allowed."""
@@ -37,7 +45,7 @@ TOLERANCES = {
     torch.bfloat16: 1e-2,
     torch.float16: 2e-3,
 }
-"""Of a whole result in the L2 norm, by its dtype: sums of a few dozen terms."""
+"""Of a whole result in the L2 norm, by its dtype: sums of a few dozen terms, models in float64."""
 # For sums of thousands of terms with either sign.
 _TOLERANCE_LARGE = 1e-4
 _TOLERANCE_TF32 = 5e-3

@@ -29,7 +29,7 @@ _registered = torch.library.Library("l2rw_ext", "IMPL", "CUDA")
 mode = trust.mode()
 if mode == "on":
     _native.load_cuda()
-decided = mode != "auto" or bool(_native.find_cuda().reason)
+decided = mode != "auto" or bool(_native.libraries()[1].reason)
 """Whether the set will not change any more."""
 outcome = {
     "on": "on, not checked here",

@@ -193,7 +193,8 @@ def test_make_gpu_paper_builds_and_goes_on(
     build, paper = (
         shlex.split(line) for line in shown.replace("\\\n", " ").splitlines() if "python" in line
     )
-    assert build[1:] == ["-m", "benchmarks.gpu", "--phases", "build"]
+    results = ["--results", "build/gpu-paper"]  # not where `make gpu` records
+    assert build[1:] == ["-m", "benchmarks.gpu", "--phases", "build", *results]
     assert paper[1:3] == ["-m", "benchmarks"]
     assert paper[paper.index("--minutes") + 1] == "3"
     assert benchmarks([*paper[3:], "--device", "cuda:99"]) == 2
