@@ -1,6 +1,6 @@
 """Exact and cheap example weights of "Learning to Reweight Examples" for PyTorch models."""
 
-from . import functional, ops, reference
+from . import functional, ops, reference, weighing
 from .data.clean_batches import CleanBatches
 from .data.example_record import ExampleRecord
 from .engines.explanation import Explanation
@@ -21,4 +21,5 @@ __all__ = [
     "functional",
     "ops",
     "reference",
+    "weighing",
 ]

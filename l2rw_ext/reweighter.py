@@ -36,16 +36,22 @@ from .step.gradients import Gradients, filled_if, node_of, over_ranks
 from .step.left_over import LeftOver
 from .step.sharded import sharded_gradients
 from .step.union import Alike, about, united
-from .step.weighing import Computed, Degenerate, Step, waits, weigh
+from .step.weighing import Computed, Degenerate, Rules, Step, weigh
 from .task.isolation import Generators, Snapshot, preserved
 from .task.task import Direction, Task, clean_direction
 from .tracing.members import Members
 from .tracing.shards import group_of
 from .tracing.writes import Written
+from .weighing import Proportional, Weighing, name_of, own_function, rectified
 
 EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
 LowMemory = Literal[False, True, "auto"]
+
+_TWO_GRAPHS = (
+    "the step runs eagerly, because its weighing needs the scores of all ranks at once, before the "
+    "gradient is formed"
+)
 
 T = TypeVar("T")
 
@@ -74,9 +80,12 @@ class Reweighter:
             (about the price of a plain step), else ``"forward"`` (two more forwards), else
             ``"double_backward"`` with one warning. A forced engine that would be wrong is an error.
         clean_loss_fn: losses of the clean batch; default ``loss_fn``.
+        weighing: how scores become weights: a callable, scores (n,) -> weights (n,), as those in
+            :mod:`l2rw_ext.weighing`; the default is the paper's. Yours is called under
+            ``torch.no_grad``, and its weights are used as they are. It must not make the host wait.
         on_degenerate: what to do when no score is positive, which is common at high imbalance:
             ``"zero"`` accumulates zeros, ``"uniform"`` falls back to equal weights, ``"skip"``
-            leaves ``p.grad`` untouched.
+            leaves ``p.grad`` untouched. With another ``weighing``, when all weights are zero.
         check_finite: on CUDA, wait for the device and raise at once if the clean loss is not
             finite, or if a loss or gradient is not finite whose example the engine cannot leave
             out. Without it such a step accumulates zeros and raises when its result is read. On the
@@ -126,7 +135,7 @@ class Reweighter:
             :class:`~l2rw_ext.CleanBatches` of one seed gives it, so that nothing is sent for the
             direction.
 
-    With none of the options from ``every`` to ``preconditioner``, and without
+    With none of ``weighing`` and the options from ``every`` to ``preconditioner``, and without
     ``on_degenerate="uniform"``, the weights are the paper's.
 
     Raises:
@@ -156,6 +165,7 @@ class Reweighter:
         *,
         engine: EngineName = "auto",
         clean_loss_fn: LossFn | None = None,
+        weighing: Weighing = rectified,
         on_degenerate: Degenerate = "zero",
         check_finite: bool = False,
         low_memory: LowMemory = "auto",
@@ -175,6 +185,11 @@ class Reweighter:
         for name, fn in (("loss_fn", loss_fn), ("clean_loss_fn", clean_loss_fn)):
             if not callable(fn) and not (name == "clean_loss_fn" and fn is None):
                 raise TypeError(f"{name} must be callable, got {type(fn).__name__}")
+        if not callable(weighing):
+            raise TypeError(
+                "weighing must be a callable from scores to weights, as those in l2rw_ext.weighing,"
+                f" got {type(weighing).__name__}"
+            )
         for name, value, allowed in (
             ("engine", engine, EngineName),
             ("on_degenerate", on_degenerate, Degenerate),
@@ -189,6 +204,7 @@ class Reweighter:
         self.model = model
         self.loss_fn = loss_fn
         self.clean_loss_fn = clean_loss_fn
+        self.weighing = weighing
         self.on_degenerate = on_degenerate
         self.check_finite = check_finite
         self.engine = engine
@@ -198,7 +214,7 @@ class Reweighter:
         self._options = repr(
             (
                 (on_degenerate, check_finite, every, reuse, replicated_clean),
-                (direction_decay, layers, l2, preconditioner is None),
+                (direction_decay, layers, l2, preconditioner is None, name_of(weighing)),
             )
         )
         self._membership = Membership(process_group)
@@ -253,9 +269,9 @@ class Reweighter:
             A :class:`~l2rw_ext.Step`.
 
         Raises:
-            ValueError, TypeError: an argument, or what ``loss_fn`` returns, is not as documented;
-                the clean loss is not finite; a training loss is not finite and the engine cannot
-                leave its example out.
+            ValueError, TypeError: an argument, or what ``loss_fn`` or ``weighing`` returns, is not
+                as documented; the clean loss is not finite; a training loss is not finite and the
+                engine cannot leave its example out.
             NotExactError: a forced engine, or each engine, would give wrong numbers for this model,
                 or fails where plain training does not. (An error that plain training raises as well
                 comes out as it is.)
@@ -300,16 +316,18 @@ class Reweighter:
         """Normalise once over the micro-batches of the :meth:`backward` calls inside.
 
         The sum of the unnormalised weighted gradients is divided once by the sum of the rectified
-        scores and added to ``p.grad`` when the context ends. This is exactly the step on the union
-        of the micro-batches, and it costs one more buffer of the size of the parameters. The clean
-        batch of the first call gives the direction for all; the others may leave it out. The
-        weights in the steps that ``backward`` returns are normalised over one micro-batch; the
-        weights over all micro-batches are ``accumulation.weights`` afterwards.
+        scores, or of what another ``weighing`` makes of each score, and added to ``p.grad`` when
+        the context ends. This is exactly the step on the union of the micro-batches, and it costs
+        one more buffer of the size of the parameters. The clean batch of the first call gives the
+        direction for all; the others may leave it out. The weights in the steps that ``backward``
+        returns are normalised over one micro-batch; the weights over all micro-batches are
+        ``accumulation.weights`` afterwards.
 
         After an error inside, nothing is accumulated.
 
         Raises:
             RuntimeError: the context is entered twice.
+            ValueError: the ``weighing`` needs all scores at once, as :func:`~weighing.top_k` does.
 
         Example:
             >>> import torch
@@ -328,9 +346,15 @@ class Reweighter:
         """
         if self._accumulation is not None:
             raise RuntimeError("accumulate() is entered twice; its contexts cannot be nested")
+        if not isinstance(self.weighing, Proportional):
+            raise ValueError(
+                f"accumulate(): weighing={name_of(self.weighing)} needs the scores of all "
+                "micro-batches at once; those of the form h(u) / sum h(u) do not, such as "
+                "l2rw_ext.weighing.proportional(h)"
+            )
         processes = self._processes()
         told: list[list[float]] = []
-        self._accumulation = accumulation = Accumulation()
+        self._accumulation = accumulation = Accumulation(self.weighing)
         try:
             if processes is None:
                 yield accumulation
@@ -399,12 +423,15 @@ class Reweighter:
         processes = self._processes()
         task, _, remembered = self._begun("explain()", processes, batch, clean, batch_size, index)
         lines = self._direction_options.lines()
+        if self.weighing is not rectified:
+            lines.append(f"weighing={name_of(self.weighing)}: takes the place of Eq. 8-9")
         if processes is not None and task.members.shards is not None:
             lines.append(said_of_shards(processes))
         elif processes is not None:
             lines.append(said_of(processes, replicated_clean=self.replicated_clean))
         if self._compiled is not None:
-            lines.append(self._compiled.find(task).line)
+            apart = processes is not None and not isinstance(self.weighing, Proportional)
+            lines.append(_TWO_GRAPHS if apart else self._compiled.find(task).line)
         forced = self.engine != "auto" and remembered is None
         reasons = [f"asked for by engine={self.engine!r}"] if forced else []
         with (
@@ -437,6 +464,10 @@ class Reweighter:
         direction, record = state["direction"], state["record"]
         self._direction_options.load_state_dict(direction, self._members())
         self.record.load_state_dict(record)
+
+    @property
+    def _rules(self) -> Rules:
+        return Rules(self.weighing, self.on_degenerate, self.check_finite)
 
     def _members(self) -> Members:
         """The members of the model and of losses that are modules, as they are now."""
@@ -563,6 +594,7 @@ class Reweighter:
             parameters,
             _loss_scale(grad_scaler, parameters[0].device),
             self.low_memory,
+            weighing=own_function(self.weighing),
         )
 
     def _step(
@@ -594,29 +626,34 @@ class Reweighter:
                 told,
                 None if accumulates else index,
                 alike,
-                self.on_degenerate,
-                self.check_finite,
+                self._rules,
                 scaled=task.loss_scale is not None,
             )
 
-        if shards is not None:
-
+        def at_once() -> Computed:
             def unite_at_once(computed: Computed) -> Computed:
                 return unite(computed, processes.meet("the scores", *about(computed)))
 
             with processes.together("the step"):
-                computed = self._computed(
+                return self._computed(
                     processes, task, remembered, unite_at_once, dry=dry, partial=True
                 )
+
+        if shards is not None:
+            computed = at_once()
             if accumulates:
                 computed.index = index
             return computed
         before = Snapshot(task.members)
         try:
-            with processes.together("the scores") as meeting:
-                computed = self._computed(processes, task, remembered, dry=dry, partial=True)
-                meeting.tell = about(computed)
-            computed = unite(computed, meeting.told)
+            if not isinstance(self.weighing, Proportional):
+                computed = at_once()
+                computed.factor = None
+            else:
+                with processes.together("the scores") as meeting:
+                    computed = self._computed(processes, task, remembered, dry=dry, partial=True)
+                    meeting.tell = about(computed)
+                computed = unite(computed, meeting.told)
         except BaseException:
             before.undo()
             raise
@@ -638,9 +675,13 @@ class Reweighter:
         partial: bool,
     ) -> Computed:
         """What this rank computes; ``partial`` if other ranks have scores that count too."""
-        if self._compiled is not None:
+        if self._compiled is not None and unite is None:
             found = self._compiled.find(task)
             return self._by_graph(processes, found, task, remembered, dry=dry, partial=partial)
+        if self._compiled is not None:
+            if self._compiled.backend.fullgraph:
+                raise self._compiled.error(_TWO_GRAPHS)
+            self._warn_once(f"compile={self._compiled.backend.name!r}: {_TWO_GRAPHS}")
         with preserved(task.members, always=dry) as snapshot:
             only = remembered or self._merged(processes, task, snapshot)
             direction = None if only else self._direction(processes, task, snapshot)
@@ -685,9 +726,11 @@ class Reweighter:
         """Scores, weights and, unless ``dry``, the weighted gradient.
 
         If the weights of all ranks are to be known before the gradient is formed, as where
-        parameters are sharded, ``unite`` finds them.
+        parameters are sharded or a weighing needs all scores at once, ``unite`` finds them.
         """
-        shards = task.members.shards
+        shards, rules = task.members.shards, self._rules
+        if unite is not None:  # the scores of this rank alone are no argument of a weighing
+            rules = dataclasses.replace(rules, weighing=rectified)
 
         def work(engine: Engine, scored: Scored) -> Computed:
             computed = weigh(
@@ -695,8 +738,7 @@ class Reweighter:
                 scored.losses,
                 scored.clean_loss,
                 engine.name,
-                self.on_degenerate,
-                self.check_finite,
+                rules,
                 mixes=scored.cannot_exclude,
                 scaled=task.loss_scale is not None,
                 partial=partial,
@@ -707,16 +749,17 @@ class Reweighter:
             if dry or (computed.skip and self._accumulation is None):
                 return computed
             form: Callable[[], Gradients]
+            weights = computed.for_gradient if unite is None else computed.step.weights
             if shards is None:
-                form = functools.partial(scored.weighted_gradients, computed.for_gradient)
+                form = functools.partial(scored.weighted_gradients, weights)
             else:
+                assert weights is not None
                 if direction is not None and self._accumulation is None:
                     direction.drop()
-                weights = computed.step.weights
                 form = functools.partial(sharded_gradients, task, shards, scored, weights)
             gradients = judged(form, engine.name, task, snapshot, given=True)
             contaminated = computed.step._contaminated
-            if not waits(scored.clean_loss, self.on_degenerate, self.check_finite):
+            if not self._rules.waits(scored.clean_loss):
                 gradients = filled_if(contaminated, gradients, 0)
             decided = unite is not None or not partial
             if self._accumulation is None and decided:  # so that a scaler skips its step
@@ -771,8 +814,7 @@ class Reweighter:
                     given,
                     (self.engine, kind, accumulating),
                     (task.clean_inputs, task.clean_targets) if given else (),
-                    self.on_degenerate,
-                    self.check_finite,
+                    self._rules,
                     dry=dry,
                     partial=partial,
                 )

@@ -46,19 +46,21 @@ class _StopError(Exception):
 
 
 def _forwards(
-    model: nn.Module, loss_fn: Any, clean_loss_fn: Any, batch: Any, clean: Any
+    model: nn.Module, loss_fn: Any, clean_loss_fn: Any, weighing: Any, batch: Any, clean: Any
 ) -> tuple[Any, ...]:
-    """The losses of a step; without a clean batch only those of training.
+    """The losses of a step, and what a user's weighing does with as many scores, if there is one.
 
     Raises:
         SwitchedOffError: Dynamo does not follow this function, so that it would run.
     """
     if not torch.compiler.is_dynamo_compiling():
         raise SwitchedOffError("torch.compile is switched off, or a step of another thread runs")
-    losses = loss_fn(forward(model, batch[0]), batch[1])
-    if clean is None:
-        return (losses,)
-    return losses, clean_loss_fn(forward(model, clean[0]), clean[1])
+    found = [loss_fn(forward(model, batch[0]), batch[1])]
+    if clean is not None:
+        found.append(clean_loss_fn(forward(model, clean[0]), clean[1]))
+    if weighing is not None:
+        found.append(weighing(found[0].detach().flatten()))
+    return tuple(found)
 
 
 @dataclass(eq=False)
@@ -117,7 +119,9 @@ class Guards:
         marked = _marked(tensors((batch, clean))) if self._dynamic else contextlib.nullcontext()
         with rnn, marked, self._settings, without_cached_weights():
             try:
-                self._forwards(task.model, task.loss_fn, task.clean_loss_fn, batch, clean)
+                self._forwards(
+                    task.model, task.loss_fn, task.clean_loss_fn, task.weighing, batch, clean
+                )
             except _StopError:
                 pass
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from l2rw_ext.engines.plan import Plan
-from l2rw_ext.step.weighing import Computed, Degenerate, Step, settle
+from l2rw_ext.step.weighing import Computed, Rules, Step, settle
 from l2rw_ext.task.isolation import Snapshot, preserved
 from l2rw_ext.task.task import Direction, Task, clean_direction
+from l2rw_ext.weighing import own_function
 
 from .steps import Named, Work
 
@@ -27,8 +28,7 @@ def whole_step(
     given: Sequence[Tensor],
     key: Hashable,
     unread: Any,
-    on_degenerate: Degenerate,
-    check_finite: bool,
+    rules: Rules,
     *,
     dry: bool,
     partial: bool,
@@ -41,8 +41,7 @@ def whole_step(
         given: what it reads besides the batches and the model.
         key: what the graph depends on besides the arguments here.
         unread: the part of the batches that it does not read.
-        on_degenerate: see :class:`~l2rw_ext.Reweighter`.
-        check_finite: see :class:`~l2rw_ext.Reweighter`.
+        rules: how scores become weights.
         dry: whether only the weights are wanted, and nothing is to change.
         partial: whether other ranks have scores too, so that these alone decide nothing.
     """
@@ -62,12 +61,25 @@ def whole_step(
         about: tuple[str, Plan | None], parameters: list[nn.Parameter], tensors: list[Any]
     ) -> Computed:
         engine, plan = about
-        weights, scores, losses, clean_loss, excluded, contaminated, overflow, *gradients = tensors
-        step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
+        weights, scores, losses, clean_loss, *flags = tensors[: len(tensors) - len(parameters)]
+        excluded, contaminated, invalid, mask, overflow = flags
+        gradients = tensors[len(tensors) - len(parameters) :]
+        step = Step(
+            weights,
+            scores,
+            losses,
+            engine,
+            clean_loss,
+            excluded,
+            contaminated,
+            invalid,
+            mask,
+            rules.weighing,
+        )
         pairs = list(zip(parameters, gradients, strict=True))
         computed = Computed(step, None, overflow=overflow, gradients=pairs, plan=plan)
         if not partial:
-            settle(computed, on_degenerate, check_finite)
+            settle(computed, rules)
         return computed
 
     def tensors(computed: Computed) -> Named:
@@ -79,15 +91,19 @@ def whole_step(
             ("its clean loss", step._clean_loss),
             ("which examples it excludes", step._excluded),
             ("whether it has contaminated gradients", step._contaminated),
+            ("whether its weights are invalid", step._invalid),
+            ("its mask", step.mask),
             ("whether it overflows", computed.overflow),
             *_named("its gradient", computed.gradients, task),
         ]
 
+    own = own_function(rules.weighing)  # which the guards follow
     return Work(
         key=(
             "the weights" if dry else "the whole step",
-            on_degenerate,
-            check_finite,
+            rules.on_degenerate,
+            rules.check_finite,
+            rules.weighing if own is None else type(rules.weighing),
             task.low_memory,
             scaled,
             partial,

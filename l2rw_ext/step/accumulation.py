@@ -8,25 +8,29 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from l2rw_ext import ops
 from l2rw_ext.distributed.group import Processes
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.task import Direction
+from l2rw_ext.weighing import Proportional
 
 from .gradients import Gradients, filled_if
 from .union import check_dtypes, dtypes_of
-from .weighing import Computed, effective_sample_size
+from .weighing import Computed, effective_sample_size, equal, kept
 
 
 class Accumulation:
-    """Sums Σ_i max(u_i, 0) ∇f_i over micro-batches, to be divided once by Σ_i max(u_i, 0).
+    """Sums Σ_i h(u_i) ∇f_i over micro-batches, to be divided once by Σ_i h(u_i).
 
     The sum is exact: a batch that is cut into micro-batches has the weights and the gradient of the
     whole. The object also holds one direction, that of the first micro-batch's clean batch, and the
-    sum of the rectified scores.
+    scores.
+
+    Args:
+        weighing: of the micro-batches; the paper's h is max(u, 0).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weighing: Proportional) -> None:
+        self._weighing = weighing
         self.direction: Direction | None = None
         """The direction v of the first micro-batch, which all micro-batches use."""
         self.begun = False
@@ -35,10 +39,13 @@ class Accumulation:
         """What a micro-batch has raised."""
         self._totals: dict[nn.Parameter, Tensor] = {}
         self._reached: dict[nn.Parameter, None] = {}
-        self._rectified: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        self._level: Tensor | None = None
+        """The level of the scores relative to which gradients are summed up, if there is one."""
+        self._weighed: list[Tensor] = []
+        """The scores of each micro-batch as a weighing gets them."""
+        self._shapes: list[torch.Size] = []
         self._factors: list[Tensor] = []
-        """The sum of the rectified scores of each micro-batch that has no equal weights."""
+        """The sum of h of each micro-batch that has no equal weights."""
         self._overflow: Tensor | None = None
         self._recorded: list[tuple[Tensor, Tensor]] = []
         self._uniform = False
@@ -119,16 +126,19 @@ class Accumulation:
         """
         if computed.index is not None:
             self._recorded.append((computed.index, computed.step.scores))
-        rectified, kept = computed.rectified, computed.kept
-        self._rectified.append(rectified)
-        self._kept.append(kept)
+        whole = (computed.step._union or computed.step).weighed
+        self._weighed.append(computed.step.weighed)
+        self._shapes.append(computed.step.scores.shape)
         self._reached.update((p, None) for p, _ in computed.gradients)
         if computed.overflow is not None:
             held = self._overflow
             self._overflow = computed.overflow if held is None else held | computed.overflow
-        factor = computed.total
-        if factor is None:
-            factor = (kept if computed.uniform else rectified).sum()
+        level = self._weighing.level(whole)
+        if level is not None and self._level is not None:
+            level = level.maximum(self._level)
+            self._rescale(self._level, level)
+        self._level = level
+        factor = (kept(whole) if computed.uniform else self._weighing.shares(whole, level)).sum()
         if not computed.uniform:
             self._factors.append(factor)
         if computed.uniform or self._uniform:  # for which the host has waited
@@ -144,6 +154,12 @@ class Accumulation:
             self._totals[p] = g if held is None else held.add_(g)
         computed.gradients.clear()
 
+    def _rescale(self, level: Tensor, new: Tensor) -> None:
+        """Take the sums relative to another level."""
+        change = self._weighing.change(level, new)
+        for total in self._totals.values():
+            total.mul_(change.to(total.dtype))
+
     def about(self) -> tuple[float, ...]:
         """What other ranks have to know at the end.
 
@@ -154,12 +170,12 @@ class Accumulation:
         Raises:
             ValueError: there was no micro-batch.
         """
-        if not self._rectified:
+        if not self._weighed:
             raise ValueError(
                 "accumulate(): there was no backward() inside, and each rank needs one"
             )
         recorded = sum(index.numel() for index, _ in self._recorded)
-        scores = torch.cat(self._rectified)
+        scores = torch.cat(self._weighed)
         overflows = self._overflow is not None
         return scores.numel(), self._uniform, recorded, overflows, dtypes_of(scores)
 
@@ -172,28 +188,32 @@ class Accumulation:
             processes: all of which call this at the same time; None for this one alone.
             told: what :meth:`about` says, by rank.
         """
-        if not self._rectified:
+        if not self._weighed:
             self._weights = []
             return []
-        sizes = [part.numel() for part in self._rectified]
-        rectified, kept = torch.cat(self._rectified), torch.cat(self._kept)
+        sizes = [part.numel() for part in self._weighed]
+        scores = torch.cat(self._weighed)
         uniform, overflow, first = self._uniform, self._overflow, 0
         if processes is not None:
             check_dtypes(processes, [dtype for *_, dtype in told])
-            flag = rectified.new_zeros(1) if overflow is None else overflow.to(rectified)[None]
+            flag = scores.new_zeros(1) if overflow is None else overflow.to(scores)[None]
             n = [int(count) for count, *_ in told]
-            parts = processes.gather(torch.cat([rectified, kept, flag]), [2 * k + 1 for k in n])
-            rectified = torch.cat([part[:k] for part, k in zip(parts, n, strict=True)])
-            kept = torch.cat([part[k:-1] for part, k in zip(parts, n, strict=True)])
+            parts = processes.gather(torch.cat([scores, flag]), [k + 1 for k in n])
+            scores = torch.cat([part[:-1] for part in parts])
             overflow = None
             if any(overflows for *_, overflows, _ in told):
                 overflow = torch.stack([part[-1] for part in parts]).any()
-            uniform = any(alike for _, alike, *_ in told) and not bool(rectified.any())
             first = sum(n[: processes.rank])
-        joined = kept if uniform else rectified
-        total = joined.sum()
-        self._union = joined / total if uniform else ops.normalize_weights(joined)
-        self._weights = list(self._union[first : first + sum(sizes)].split(sizes))
+        level = self._weighing.level(scores)
+        shares = self._weighing.shares(scores, level)
+        if processes is not None:
+            uniform = any(alike for _, alike, *_ in told) and not bool(shares.any())
+        total = (kept(scores) if uniform else shares).sum()
+        self._union = equal(scores) if uniform else self._weighing(scores)
+        own = self._union[first : first + sum(sizes)].split(sizes)
+        self._weights = [w.view(shape) for w, shape in zip(own, self._shapes, strict=True)]
+        if level is not None and self._level is not None:
+            self._rescale(self._level, level)
         self._overflow = overflow
         if self._uniform and not uniform:  # a score of another rank is positive
             self._totals.clear()
@@ -214,7 +234,7 @@ class Accumulation:
         n = [int(count) for _, _, count, *_ in told]
         if not any(n):
             return []
-        none = self._rectified[0].new_empty(0)
+        none = self._weighed[0].new_empty(0)
         index = torch.cat([none.to(torch.int64), *(i.to(none.device) for i, _ in self._recorded)])
         scores = torch.cat([none, *(u for _, u in self._recorded)])
         return list(zip(processes.gather(index, n), processes.gather(scores, n), strict=True))

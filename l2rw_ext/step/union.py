@@ -14,7 +14,7 @@ from l2rw_ext import devices
 from l2rw_ext.data.batch import tensors
 from l2rw_ext.distributed.group import Processes
 
-from .weighing import Computed, Degenerate, weigh
+from .weighing import Computed, Rules, weigh
 
 _SAME_LOSS = 1e-4
 """How far mean losses of one clean batch may be off each other on ranks that computed it alike."""
@@ -86,16 +86,15 @@ def united(
     told: list[list[float]],
     index: Tensor | None,
     alike: Alike,
-    on_degenerate: Degenerate,
-    check_finite: bool,
+    rules: Rules,
     *,
     scaled: bool,
 ) -> Computed:
     """The step on the examples of all ranks, with this rank's examples, weights and gradient.
 
-    The gradient was formed with weights that sum to one over this rank's examples, or are all zero;
-    so it is multiplied by the sum of their final weights. The sum over all ranks is then that of
-    one process.
+    A gradient that is there was formed with weights that sum to one over this rank's examples, or
+    are all zero; so it is multiplied by the sum of their final weights. The sum over all ranks is
+    then that of one process.
 
     Args:
         processes: all of which call this in the same step.
@@ -103,8 +102,7 @@ def united(
         told: what :func:`about` says, by rank.
         index: the numbers of this rank's examples, shape (n,); None on all ranks or on none.
         alike: what has to be the same on all ranks.
-        on_degenerate: see :class:`~l2rw_ext.Reweighter`.
-        check_finite: see :class:`~l2rw_ext.Reweighter`.
+        rules: how scores become weights.
         scaled: whether there is a loss scale.
 
     Raises:
@@ -118,10 +116,15 @@ def united(
     single = torch.stack(
         [x.to(step.scores.device, torch.float64) for x in (step._clean_loss, *alike.numbers)]
     )
-    own = torch.cat([step.scores.double(), step.losses.double(), single])
-    parts = processes.gather(own, [2 * count + single.numel() for count in n])
-    scores = torch.cat([part[:count] for part, count in zip(parts, n, strict=True)])
-    losses = torch.cat([part[count : 2 * count] for part, count in zip(parts, n, strict=True)])
+    rows = [step.scores.double(), step.losses.double()]
+    if step.mask is not None:
+        rows.append(step.mask.double())
+    own = torch.cat([*(x.flatten() for x in rows), single])
+    parts = processes.gather(own, [len(rows) * count + single.numel() for count in n])
+    scores, losses, *masks = (
+        torch.cat([part[k * count : (k + 1) * count] for part, count in zip(parts, n, strict=True)])
+        for k in range(len(rows))
+    )
     clean_losses, *numbers = torch.stack([part[-single.numel() :] for part in parts]).T
     # That of a sum over ranks is the same on all, but for its dtype where there is no clean batch.
     clean_loss = alike.checked(clean_losses, *numbers)
@@ -130,13 +133,12 @@ def united(
         losses.to(step.losses.dtype),
         clean_loss.to(step._clean_loss.dtype),
         step.engine,
-        on_degenerate,
-        check_finite,
+        rules,
+        mask=masks[0] != 0 if masks else None,
         mixes=any(mixes for _, mixes, _ in told),
         scaled=scaled,
     )
-    weights = union.step.weights.split(n)[processes.rank]
-    union.total = (union.kept if union.uniform else union.rectified).sum()
+    weights = union.step.weights.split(n)[processes.rank].view(step.scores.shape)
     union.gradients = computed.gradients
     union.factor = weights.sum()
     union.step = replace(step, weights=weights, _union=union.step)
@@ -153,12 +155,12 @@ def about(computed: Computed) -> tuple[float, ...]:
     """
     step = computed.step
     mixes = step._contaminated is not None
-    return step.scores.numel(), mixes, dtypes_of(step.scores, step.losses)
+    return step.scores.numel(), mixes, dtypes_of(step.scores, step.losses, step.mask)
 
 
-def dtypes_of(*tensors: Tensor) -> int:
+def dtypes_of(*tensors: Tensor | None) -> int:
     """A number for the dtypes of tensors."""
-    return zlib.crc32(" ".join(str(x.dtype) for x in tensors).encode())
+    return zlib.crc32(" ".join("" if x is None else str(x.dtype) for x in tensors).encode())
 
 
 def check_dtypes(processes: Processes, dtypes: Iterable[float]) -> None:
@@ -169,9 +171,13 @@ def check_dtypes(processes: Processes, dtypes: Iterable[float]) -> None:
         dtypes: what :func:`dtypes_of` says, by rank.
 
     Raises:
-        TypeError: they have not, so that ranks would weigh the union by other roundings.
+        TypeError: they have not, so that ranks would weigh the union by other roundings; or some
+            have a mask and others none.
     """
     if len(set(dtypes)) > 1:
         processes.fail(
-            TypeError("training batch: the losses of the ranks have not all the same dtype")
+            TypeError(
+                "training batch: the losses of the ranks have not all the same dtype, or not all "
+                "have a mask"
+            )
         )

@@ -1,22 +1,40 @@
-"""From scores to weights: Eq. 8-9, the steps for which they give no usable weights, the result."""
+"""From scores to weights, also in steps that give no usable ones, and the result of a step."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from l2rw_ext import devices, ops
+from l2rw_ext import devices
 from l2rw_ext.engines.plan import Plan
 from l2rw_ext.task.isolation import BelowAutograd
 from l2rw_ext.task.task import check_clean_loss
+from l2rw_ext.weighing import Weighing, checked, name_of, own_function, rectified
 
 from .gradients import Gradients
 
 Degenerate = Literal["zero", "uniform", "skip"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How scores become weights; the arguments are those of :class:`~l2rw_ext.Reweighter`."""
+
+    weighing: Weighing = rectified
+    on_degenerate: Degenerate = "zero"
+    check_finite: bool = False
+
+    def waits(self, clean_loss: Tensor) -> bool:
+        """Whether a step decides by its values before it accumulates gradients.
+
+        A step that is traced does so when its graph has run.
+        """
+        at_once = self.check_finite or self.on_degenerate != "zero"
+        return devices.synchronous(clean_loss) or at_once
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,10 +45,12 @@ class Step:
 
     Attributes:
         weights: w of Eq. 9, shape (n,), float32 (float64 for float64 losses); sums to one or is all
-            zero.
+            zero. With another ``weighing``, what that returned.
         scores: u of Eq. 7 with α = η = 1, shape (n,); not finite for an excluded example.
         losses: unreduced training losses, shape (n,).
         engine: name of the engine that computed them.
+        mask: with ``per="position"``, which positions count, if the loss function said so: shape
+            (n, ...), as then all of these are. Scores and losses of the others are zero.
 
     The properties below read values; on CUDA each waits for the device. In a step over several
     processes the attributes are those of this rank's examples, and the properties those of the
@@ -44,6 +64,10 @@ class Step:
     _clean_loss: Tensor
     _excluded: Tensor | None
     _contaminated: Tensor | None = None
+    _invalid: Tensor | None = None
+    """Whether the weights of a user's weighing are no weights, shape (); None if there is none."""
+    mask: Tensor | None = None
+    _weighing: Weighing = rectified
     _union: Step | None = None
     """The step on the examples of all ranks, if there are others."""
 
@@ -74,7 +98,19 @@ class Step:
                 f"{whole.engine!r} mixes examples in one backward and cannot leave them out. No "
                 "gradient was accumulated"
             )
+        if whole._invalid is not None and whole._invalid:
+            raise _no_weights(whole._weighing)
         return whole
+
+    @property
+    def weighed(self) -> Tensor:
+        """The scores as a weighing gets them: minus infinity for what is left out, shape (n,)."""
+        found = self.scores
+        if self._excluded is not None:
+            found = found.masked_fill(self._excluded, -math.inf)
+        if self.mask is not None:
+            found = found.masked_fill(~self.mask, -math.inf)
+        return found.flatten()
 
     @property
     def clean_loss(self) -> Tensor:
@@ -94,10 +130,12 @@ class Step:
 
     @property
     def degenerate(self) -> bool:
-        """Whether no score was positive, so that Eq. 9 gives zeros."""
+        """Whether the weights are all zero, as those of Eq. 9 if no score is positive.
+
+        With ``on_degenerate="uniform"``, whether they would be.
+        """
         whole = self._checked()
-        positive, excluded = whole.scores > 0, whole._excluded
-        return not bool((positive if excluded is None else positive & ~excluded).any())
+        return not bool(_weights(whole._weighing, whole.weighed).any())
 
     @property
     def nonfinite(self) -> int:
@@ -135,33 +173,10 @@ class Computed:
     """d(Σ w_i f_i)/dp of each parameter p that the training losses reach."""
     factor: Tensor | None = None
     """By what the gradients are still to be multiplied, shape (); None for one."""
-    total: Tensor | None = None
-    """Of what the gradients are the mean: the sum of the rectified scores, or of equal weights, of
-    all ranks, shape (); None if it is that of this rank."""
     index: Tensor | None = None
     """The numbers in the training set of all examples that were scored, of all ranks."""
     plan: Plan | None = None
     """The plan that the engine has followed, if it is of a kind that makes plans."""
-
-    @property
-    def rectified(self) -> Tensor:
-        """Eq. 8: max(u, 0), zero where excluded, shape (n,)."""
-        scores, excluded = self.step.scores, self.step._excluded
-        return (scores if excluded is None else scores.masked_fill(excluded, 0)).clamp(min=0)
-
-    @property
-    def kept(self) -> Tensor:
-        """One for each example that is not excluded, shape (n,)."""
-        scores, excluded = self.step.scores, self.step._excluded
-        return torch.ones_like(scores) if excluded is None else (~excluded).to(scores.dtype)
-
-
-def waits(clean_loss: Tensor, on_degenerate: Degenerate, check_finite: bool) -> bool:
-    """Whether a step decides by its values before it accumulates gradients.
-
-    A step that is traced does so when its graph has run.
-    """
-    return devices.synchronous(clean_loss) or check_finite or on_degenerate != "zero"
 
 
 def weigh(
@@ -169,41 +184,39 @@ def weigh(
     losses: Tensor,
     clean_loss: Tensor,
     engine: str,
-    on_degenerate: Degenerate,
-    check_finite: bool,
+    rules: Rules,
     *,
+    mask: Tensor | None = None,
     mixes: bool,
     scaled: bool,
     partial: bool = False,
 ) -> Computed:
-    """Eq. 8-9 of the scores; the gradients are still to be formed.
+    """The weights of scores; the gradients are still to be formed.
 
     On CUDA nothing here waits for the device, unless ``check_finite`` or an ``on_degenerate`` other
     than "zero" needs a decision. A step that is traced decides nothing: see :func:`settle`.
 
     Args:
-        scores: u, shape (n,).
-        losses: the training losses, shape (n,).
+        scores: u, shape (n,), or (n, ...) if there is one for each position.
+        losses: the training losses, of the same shape.
         clean_loss: the mean clean loss, shape ().
         engine: name of the engine that computed them.
-        on_degenerate: see :class:`~l2rw_ext.Reweighter`.
-        check_finite: see :class:`~l2rw_ext.Reweighter`.
+        rules: how scores become weights.
+        mask: which positions count, of the same shape; None for all.
         mixes: whether the engine cannot leave out an example.
         scaled: whether there is a loss scale.
         partial: whether other ranks have scores too, so that these alone are never degenerate.
 
     Raises:
-        ValueError: see :func:`_all_finite`.
+        ValueError, TypeError: see :func:`_all_finite`; or a user's weighing returned no weights.
     """
-    decides = waits(clean_loss, on_degenerate, check_finite) and not devices.tracing()
+    decides = rules.waits(clean_loss) and not devices.tracing()
     finite = decides and _all_finite(
         clean_loss, losses, scores, engine, mixes=mixes, scaled=scaled, partial=partial
     )
+    excluded = overflow = contaminated = invalid = None
     with BelowAutograd():
-        excluded = overflow = contaminated = None
-        if finite:
-            weights = ops.normalize_weights(scores)
-        else:
+        if not finite:
             excluded = ~(losses.isfinite() & scores.isfinite())
             if scaled:
                 overflow = (excluded & losses.isfinite()).any()
@@ -211,34 +224,67 @@ def weigh(
                 found = _contaminating(losses, scores, scaled=scaled)
                 contaminated = torch.stack(list(found.values())).any()
                 excluded = excluded | contaminated
-            weights = ops.normalize_weights(scores.masked_fill(excluded, 0))
+    weighing = rules.weighing
+    step = Step(
+        scores, scores, losses, engine, clean_loss, excluded, contaminated, None, mask, weighing
+    )
+    weighed = step.weighed
+    weights = _weights(weighing, weighed)
+    with BelowAutograd():
+        if own_function(weighing) is not None:
+            weights = weights.masked_fill(weighed == -math.inf, 0)
+            valid = (weights.isfinite() & (weights >= 0)).all()
+            if decides and not valid:
+                raise _no_weights(weighing)
+            if not decides:
+                invalid = ~valid
+                weights = weights.masked_fill(invalid, 0)
         if not decides:
             weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
         for_gradient: Tensor | None = weights
         uniform = skip = False
         if partial or devices.tracing():
-            if on_degenerate == "uniform":
-                for_gradient = weights = weights.where(weights.any(), _equal(weights, excluded))
+            if rules.on_degenerate == "uniform":
+                for_gradient = weights = weights.where(weights.any(), equal(weighed))
         elif decides and not weights.any():
             for_gradient = None
-            skip = on_degenerate == "skip" and not (overflow is not None and bool(overflow))
-            if on_degenerate == "uniform":
-                equal = _equal(weights, excluded)
-                uniform = bool(equal.any())
+            skip = rules.on_degenerate == "skip" and not (overflow is not None and bool(overflow))
+            if rules.on_degenerate == "uniform":
+                same = equal(weighed)
+                uniform = bool(same.any())
                 if uniform:
-                    weights = for_gradient = equal
-    step = Step(weights, scores, losses, engine, clean_loss, excluded, contaminated)
+                    weights = for_gradient = same
+        weights = weights.view(scores.shape)
+        if for_gradient is not None:
+            for_gradient = for_gradient.view(scores.shape)
+    step = replace(step, weights=weights, _invalid=invalid)
     return Computed(step, for_gradient, uniform, skip, overflow)
 
 
-def settle(computed: Computed, on_degenerate: Degenerate, check_finite: bool) -> None:
+def _weights(weighing: Weighing, scores: Tensor) -> Tensor:
+    """What a weighing makes of the scores that it gets, shape (n,)."""
+    if own_function(weighing) is None:
+        with BelowAutograd():
+            return weighing(scores)
+    with torch.no_grad():
+        return checked(weighing(scores.clone()), scores)
+
+
+def _no_weights(weighing: Weighing) -> ValueError:
+    return ValueError(
+        f"weighing {name_of(weighing)} returned weights that are negative or not finite. No "
+        "gradient was accumulated"
+    )
+
+
+def settle(computed: Computed, rules: Rules) -> None:
     """Decide by the values of a step whose graph has run what :func:`weigh` decides at once.
 
     Raises:
-        ValueError: see :func:`_all_finite`.
+        ValueError: see :func:`weigh`.
     """
     step, overflow = computed.step, computed.overflow
-    if not waits(step._clean_loss, on_degenerate, check_finite):
+    if not rules.waits(step._clean_loss):
         return
     mixes, scaled = step._contaminated is not None, overflow is not None
     _all_finite(
@@ -250,15 +296,21 @@ def settle(computed: Computed, on_degenerate: Degenerate, check_finite: bool) ->
         scaled=scaled,
         partial=False,
     )
-    if on_degenerate != "zero" and not computed.rectified.any():
-        computed.uniform = on_degenerate == "uniform" and bool(step.weights.any())
-        computed.skip = on_degenerate == "skip" and not (scaled and bool(overflow))
+    if rules.on_degenerate != "zero" and step.degenerate:
+        computed.uniform = rules.on_degenerate == "uniform" and bool(step.weights.any())
+        computed.skip = rules.on_degenerate == "skip" and not (scaled and bool(overflow))
+    step._checked()
 
 
-def _equal(weights: Tensor, excluded: Tensor | None) -> Tensor:
-    """Equal weights of all examples that are not excluded, shape (n,); zeros if all are."""
-    kept = torch.ones_like(weights) if excluded is None else (~excluded).to(weights.dtype)
-    return kept / kept.sum().clamp(min=1)
+def kept(weighed: Tensor) -> Tensor:
+    """One for each example that is not left out, shape (n,)."""
+    return (weighed > -math.inf).to(weighed.dtype)
+
+
+def equal(weighed: Tensor) -> Tensor:
+    """Equal weights of all examples that are not left out, shape (n,); zeros if all are."""
+    same = kept(weighed)
+    return same / same.sum().clamp(min=1)
 
 
 def _all_finite(
@@ -292,7 +344,7 @@ def _all_finite(
     for what, bad in _contaminating(losses, scores, scaled=scaled).items() if mixes else ():
         if bad.any():
             raise ValueError(
-                f"training batch: {what} of examples {bad.nonzero().flatten().tolist()[:8]} "
+                f"training batch: {what} of examples {bad.nonzero().squeeze(-1).tolist()[:8]} "
                 f"are not finite; the engine {engine!r} mixes examples in one backward and "
                 "cannot leave them out"
             )

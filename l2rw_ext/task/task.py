@@ -17,6 +17,7 @@ from l2rw_ext.errors import noted
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.tracing.graph import check_parameters
 from l2rw_ext.tracing.members import Members
+from l2rw_ext.weighing import Weighing
 
 from .agreement import Agreement
 from .cached_weights import forget_cached_weights
@@ -46,6 +47,8 @@ class Task:
     model checkpoints."""
     autocast: Autocast = field(default_factory=Autocast)
     """The caller's autocast, under which the model and the loss functions run."""
+    weighing: Weighing | None = None
+    """The user's function from scores to weights, if there is one."""
     agreement: Agreement = field(default_factory=Agreement)
     """With the processes among which parameters are sharded."""
     concrete: Task | None = None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from l2rw_ext import NotExactError, RankError
+from l2rw_ext import NotExactError, RankError, reference
 from support.models import ENGINES, cross_entropy, vectors
 from support.oracle import unchanged
 from support.processes import Pool
@@ -227,6 +227,7 @@ def test_of_two_ranks_either_may_fail(pool: Pool, bad: int) -> None:
         {"compile": "eager"},
         {"replicated_clean": True},
         {"on_degenerate": "skip"},
+        {"weighing": reference.weights_from_scores},
         {"low_memory": True},
         {"low_memory": False},
     ],
