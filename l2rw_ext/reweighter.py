@@ -16,7 +16,7 @@ from .compiled.backends import Backend
 from .compiled.steps import Found, Steps
 from .compiled.works import as_direction, direction_of_clean_batch, whole_step
 from .data.batch import LossFn, check_same_kind, in_order_of, unpack
-from .data.batch_size import BatchSize, given_sizes
+from .data.batch_size import BatchSize, Per, given_sizes
 from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
 from .distributed.ddp import as_forward, check_wrappers, forget_forwards, inside, wrapper_of
@@ -48,6 +48,10 @@ EngineName = Literal["auto", "layerwise", "forward", "double_backward"]
 Reuse = Literal["direction", "scores"]
 LowMemory = Literal[False, True, "auto"]
 
+_SHARED = (
+    "per='position': the positions of an example share activations, so that layer-wise sums are "
+    "not enough"
+)
 _TWO_GRAPHS = (
     "the step runs eagerly, because its weighing needs the scores of all ranks at once, before the "
     "gradient is formed"
@@ -80,6 +84,12 @@ class Reweighter:
             (about the price of a plain step), else ``"forward"`` (two more forwards), else
             ``"double_backward"`` with one warning. A forced engine that would be wrong is an error.
         clean_loss_fn: losses of the clean batch; default ``loss_fn``.
+        per: ``"position"`` weighs each position of each example, as the tokens of a text: then
+            ``loss_fn`` returns losses of shape (n, ...), or (losses, mask) with a bool mask of that
+            shape which says what counts. Scores and weights have that shape, one normalisation goes
+            over all positions that count, and the clean loss is the mean over those of the clean
+            batch. Positions share activations, so that no layer-wise sum is exact: ``"forward"``
+            is the first engine.
         weighing: how scores become weights: a callable, scores (n,) -> weights (n,), as those in
             :mod:`l2rw_ext.weighing`; the default is the paper's. Yours is called under
             ``torch.no_grad``, and its weights are used as they are. It must not make the host wait.
@@ -165,6 +175,7 @@ class Reweighter:
         *,
         engine: EngineName = "auto",
         clean_loss_fn: LossFn | None = None,
+        per: Per = "example",
         weighing: Weighing = rectified,
         on_degenerate: Degenerate = "zero",
         check_finite: bool = False,
@@ -192,6 +203,7 @@ class Reweighter:
             )
         for name, value, allowed in (
             ("engine", engine, EngineName),
+            ("per", per, Per),
             ("on_degenerate", on_degenerate, Degenerate),
             ("reuse", reuse, Reuse),
             ("low_memory", low_memory, LowMemory),
@@ -199,11 +211,16 @@ class Reweighter:
             if value not in get_args(allowed):
                 listed = ", ".join(map(repr, get_args(allowed)))
                 raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+        if per == "position" and engine == "layerwise":
+            raise ValueError(f"engine='layerwise': {_SHARED}")
+        if per == "position" and reuse == "scores":
+            raise ValueError("reuse='scores': scores are remembered by example, not by position")
         if compile is False and compile_options is not None:
             raise ValueError("compile_options are given, but compile is off")
         self.model = model
         self.loss_fn = loss_fn
         self.clean_loss_fn = clean_loss_fn
+        self.per = per
         self.weighing = weighing
         self.on_degenerate = on_degenerate
         self.check_finite = check_finite
@@ -213,7 +230,7 @@ class Reweighter:
         self.replicated_clean = replicated_clean
         self._options = repr(
             (
-                (on_degenerate, check_finite, every, reuse, replicated_clean),
+                (on_degenerate, check_finite, every, reuse, replicated_clean, per),
                 (direction_decay, layers, l2, preconditioner is None, name_of(weighing)),
             )
         )
@@ -397,7 +414,7 @@ class Reweighter:
     def weights(
         self, batch: Any, clean: Any = None, batch_size: int | tuple[int, int] | None = None
     ) -> Tensor:
-        """Return only the weights of Eq. 9, shape (n,); nothing of the model or torch changes.
+        """Return only the weights, shape (n,); nothing of the model or torch changes.
 
         Arguments and errors are those of :meth:`backward`. With ``on_degenerate="skip"`` the
         weights of a degenerate step are zeros.
@@ -434,6 +451,8 @@ class Reweighter:
             lines.append(_TWO_GRAPHS if apart else self._compiled.find(task).line)
         forced = self.engine != "auto" and remembered is None
         reasons = [f"asked for by engine={self.engine!r}"] if forced else []
+        if self.per == "position":
+            reasons.append(_SHARED)
         with (
             contextlib.nullcontext() if processes is None else processes.together("explain()"),
             self._dry(),
@@ -501,6 +520,8 @@ class Reweighter:
 
         def checked() -> tuple[Task, Tensor | None, Remembered | None]:
             numbers = check_index(index)
+            if numbers is not None and self.per == "position":
+                raise ValueError("index: scores are recorded by example, not by position")
             optional = not self.needs_clean or (processes is not None and not self.replicated_clean)
             task = self._task(batch, clean, batch_size, numbers, grad_scaler, optional=optional)
             check_wrappers(task.members, wrapper_of(self.model), processes)
@@ -564,13 +585,13 @@ class Reweighter:
             raise RuntimeError("scores need gradients: call this outside of torch.no_grad")
         n, m = given_sizes(batch_size)
         inputs, targets = unpack(batch, "training batch")
-        size = BatchSize("training batch", inputs, targets, n, index)
+        size = BatchSize("training batch", inputs, targets, n, index, self.per)
         clean_inputs = clean_targets = clean_size = None
         if clean is not None or not optional:
             clean_inputs, clean_targets = unpack(clean, "clean batch")
             clean_inputs = in_order_of(inputs, clean_inputs)
             check_same_kind(inputs, clean_inputs)
-            clean_size = BatchSize("clean batch", clean_inputs, clean_targets, m)
+            clean_size = BatchSize("clean batch", clean_inputs, clean_targets, m, per=self.per)
         members = self._members()
         parameters = members.trainable
         if not parameters:
@@ -739,6 +760,7 @@ class Reweighter:
                 scored.clean_loss,
                 engine.name,
                 rules,
+                mask=task.size.mask,
                 mixes=scored.cannot_exclude,
                 scaled=task.loss_scale is not None,
                 partial=partial,
@@ -875,7 +897,7 @@ class Reweighter:
         """Scores of a pass in which the ranks exchange their directions, if all can make one."""
         if processes is None or self.replicated_clean or self._changes_direction(None):
             return None
-        if self.engine not in ("auto", self._layerwise.name):
+        if self.engine not in ("auto", self._layerwise.name) or self.per == "position":
             return None
         return self._layerwise.score_with_others(task, snapshot, processes)
 
@@ -935,19 +957,22 @@ class Reweighter:
             NotExactError: the one that is wanted needs whole parameters.
         """
         found = [e for e in self._engines if wanted in ("auto", e.name)]
+        if self.per == "position":
+            found = [e for e in found if not isinstance(e, Layerwise)]
         if task.members.shards is None:
             return found
         found = [e for e in found if isinstance(e, Layerwise)]
         if not found:
             raise NotExactError(
                 f"the {wanted} engine does not support sharded parameters; layerwise does"
+                + (f". {_SHARED}" if self.per == "position" else "")
             )
         return found
 
     def _warn(self, refusals: dict[str, str]) -> None:
         """Say once for each reason that the last engine has done the step."""
         reasons = [reason.rstrip(".") for reason in refusals.values()]
-        if len(reasons) == len(self._engines) - 1:
+        if self._engines[-2].name in refusals:
             self._warn_once(
                 f"{'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is exact "
                 "and about three times slower"

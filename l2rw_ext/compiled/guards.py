@@ -59,7 +59,8 @@ def _forwards(
     if clean is not None:
         found.append(clean_loss_fn(forward(model, clean[0]), clean[1]))
     if weighing is not None:
-        found.append(weighing(found[0].detach().flatten()))
+        losses = found[0][0] if isinstance(found[0], tuple) else found[0]
+        found.append(weighing(losses.detach().flatten()))
     return tuple(found)
 
 

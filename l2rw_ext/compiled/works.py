@@ -18,8 +18,8 @@ from .steps import Named, Work
 Compute = Callable[[Task, Snapshot, str | None], Computed]
 """A step by the engine of the given name, if there is one."""
 
-Gradients = tuple[Tensor, list[tuple[nn.Parameter, Tensor | None]]]
-"""The mean clean loss and the gradient of each parameter."""
+Gradients = tuple[Tensor, Tensor | None, list[tuple[nn.Parameter, Tensor | None]]]
+"""The mean clean loss, of how many losses it is that, and the gradient of each parameter."""
 
 
 def whole_step(
@@ -130,7 +130,7 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
     def compute(on: Task, snapshot: Snapshot) -> Gradients:
         found = clean_direction(on, snapshot)
         pairs = zip(task.parameters, on.parameters, strict=True)
-        return found.clean_loss, [(p, found.values.get(id(q))) for p, q in pairs]
+        return found.clean_loss, found.count, [(p, found.values.get(id(q))) for p, q in pairs]
 
     return Work(
         key=("the direction", scaled, _said(task)),
@@ -140,13 +140,14 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
         traced=lambda on, snapshot, _: compute(on, snapshot),
         tensors=lambda found: [
             ("its clean loss", found[0]),
-            *_named("its direction", found[1], task),
+            ("its number of losses", found[1]),
+            *_named("its direction", found[2], task),
         ],
-        parameters=lambda found: [p for p, _ in found[1]],
+        parameters=lambda found: [p for p, _ in found[2]],
         about=lambda _: None,
         rebuilt=lambda _, parameters, tensors: (
-            tensors[0],
-            list(zip(parameters, tensors[1:], strict=True)),
+            *tensors[:2],
+            list(zip(parameters, tensors[2:], strict=True)),
         ),
         unread=(task.inputs, task.targets),
         updates=False,
@@ -155,8 +156,8 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
 
 def as_direction(found: Gradients) -> Direction:
     """The direction as engines take it."""
-    clean_loss, values = found
-    return Direction({id(p): v for p, v in values if v is not None}, clean_loss)
+    clean_loss, count, values = found
+    return Direction({id(p): v for p, v in values if v is not None}, clean_loss, count)
 
 
 def _said(task: Task) -> tuple[int, int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .batch import LossFn, arguments, is_plain, leaves_inside, parts_of, plain
+
+Per = Literal["example", "position"]
 
 
 class BatchSize:
@@ -26,6 +28,7 @@ class BatchSize:
         targets: whatever the loss function takes.
         given: the number that the caller gives, if any.
         index: the examples' numbers in the training set, if the caller gives them, shape (n,).
+        per: whether there is a loss for each example, or for each position of each example.
 
     Raises:
         ValueError: the batch is empty, or nothing in it has a length; or ``index`` has another
@@ -39,8 +42,14 @@ class BatchSize:
         targets: Any,
         given: int | None = None,
         index: Tensor | None = None,
+        per: Per = "example",
     ) -> None:
         self._name = name
+        self._per_position = per == "position"
+        self.mask: Tensor | None = None
+        """Which positions count, of the shape of the losses, once these are known; None for all."""
+        self.count: Tensor | None = None
+        """How many they are, shape (), float64; None if there is a loss for each example."""
         self._indexed = None if index is None else index.numel()
         self._given = given
         leaves = list(leaves_inside(inputs))
@@ -65,15 +74,27 @@ class BatchSize:
     def losses(self, loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
         """Call ``loss_fn`` and check that it returned one unreduced loss for each example.
 
+        If there is one for each position, it may also return which of them count. The losses of
+        the others are then zero.
+
         Raises:
             TypeError, ValueError: it did not.
         """
-        losses = loss_fn(outputs, targets)
+        losses, mask = loss_fn(outputs, targets), None
+        if self._per_position and isinstance(losses, tuple) and len(losses) == 2:
+            losses, mask = losses
         with torch._C.DisableTorchFunction():  # a function mode is to see the model's calls only
             self._check(losses, loss_fn, targets)
-            self.number = losses.numel()
+            if mask is not None:
+                self._check_mask(mask, losses)
+                mask = plain(mask)
+            self.mask, self.number = mask, losses.shape[0]
+            if self._per_position:
+                counted = torch.ones_like(losses) if mask is None else mask
+                self.count = counted.sum(dtype=torch.float64)
             # Of inputs or targets of a subclass; what a step hands out and differentiates is plain.
-            return plain(losses)
+            losses = plain(losses)
+        return losses if mask is None else losses.masked_fill(~mask, 0)
 
     @property
     def excess(self) -> int:
@@ -105,13 +126,32 @@ class BatchSize:
             raise TypeError(
                 f"{name}: loss_fn must return a tensor of shape ({n},), got {type(losses).__name__}"
             )
-        if losses.dim() != 1 or not self._explains(losses.numel()):
+        if self._per_position:
+            if losses.dim() < 2 or not self._explains(losses.shape[0]):
+                rows = losses.numel() // n
+                hint = f"; losses.view({n}, {rows}) if its rows follow one another"
+                raise ValueError(
+                    f"{name}: per='position': loss_fn must return one loss for each position of "
+                    f"the {n} examples, shape ({n}, ...), or (losses, mask), got shape "
+                    f"{tuple(losses.shape)}{hint if losses.dim() == 1 and rows > 1 else ''}"
+                )
+        elif losses.dim() != 1 or not self._explains(losses.numel()):
             raise ValueError(f"{name}: {self._refusal(losses, loss_fn, targets)}")
         if losses.numel() == 0:
             raise self._empty()
-        self._check_index(losses.numel())
+        self._check_index(losses.shape[0])
         if not losses.is_floating_point():
             raise TypeError(f"{name}: loss_fn must return floating losses, got {losses.dtype}")
+
+    def _check_mask(self, mask: Any, losses: Tensor) -> None:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        if kind != torch.bool:
+            raise TypeError(f"{self._name}: the mask of losses must be a bool tensor, got {kind}")
+        if mask.shape != losses.shape:
+            raise ValueError(
+                f"{self._name}: the mask must have the shape of the losses, {tuple(losses.shape)}, "
+                f"got {tuple(mask.shape)}"
+            )
 
     def _explains(self, count: int) -> bool:
         """Whether the caller or the batch says that there are so many examples."""
@@ -146,9 +186,10 @@ class BatchSize:
         elif losses.dim() == 1:
             if count > n and count % n == 0:
                 hint += f": losses.view({n}, {count // n}).mean(1) if its rows follow one another"
+                hint += ", or weigh each of them by per='position'"
             hint += f", or say by batch_size= that there are {count} examples"
         elif shape[0] == n:
-            hint += ": losses.flatten(1).sum(1)"
+            hint += ": losses.flatten(1).sum(1); or weigh each position by per='position'"
         return f"loss_fn must return one loss for each {each}, got shape {shape}; {hint}"
 
     def _check_index(self, count: int) -> None:

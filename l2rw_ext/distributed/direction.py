@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from l2rw_ext import devices
 from l2rw_ext.task.task import Direction, Task, check_clean_loss
@@ -33,7 +34,9 @@ def union_direction(
 
 def _sums(processes: Processes, task: Task, own: Direction | None) -> Direction:
     """Add up over ranks what this one has, which is nothing without a direction."""
-    m = 0 if own is None else task.m
+    m: int | Tensor = 0
+    if own is not None:
+        m = task.m if own.count is None else own.count
     device = task.parameters[0].device
     counts = torch.zeros(2, dtype=torch.float64, device=device)
     if own is not None:

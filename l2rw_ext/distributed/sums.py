@@ -34,7 +34,7 @@ class Sums(Mapping[int, Tensor]):
         processes: Processes,
         parameters: Sequence[nn.Parameter],
         values: Mapping[int, Tensor],
-        factor: float = 1,
+        factor: float | Tensor = 1,
     ) -> None:
         self.divisor: Tensor | None = None
         """By what sums are divided when they have arrived, shape ()."""
@@ -81,7 +81,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def _flat(
-    parameters: Sequence[nn.Parameter], values: Mapping[int, Tensor], factor: float
+    parameters: Sequence[nn.Parameter], values: Mapping[int, Tensor], factor: float | Tensor
 ) -> Tensor:
     """The values of neighbours, one after the other, times a factor."""
     first, sizes = parameters[0], [p.numel() for p in parameters]

@@ -72,7 +72,7 @@ class Proof:
 
     Args:
         task: the step.
-        losses: training losses of a plain forward with their graph, shape (n,).
+        losses: training losses of a plain forward with their graph, shape (n,) or (n, ...).
         clean: the direction v, or the clean losses of the same forward, shape (m,).
     """
 
@@ -152,7 +152,7 @@ class Proof:
         """What of the scores and the weighted gradient plain autograd says otherwise."""
         norms, along, products, *sums = torch.stack(self._rows).T
         own, shared = self._tolerance
-        found = float(self._r.double() @ scored.scores.double())
+        found = float((self._r.double() * scored.scores.double()).sum())
         allowed = float(((own * norms + self._noise) * along).sum())
         off = not abs(found - float(products.sum())) <= allowed
         if any(self._task.agreement.any(off)):

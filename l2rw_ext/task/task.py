@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -86,7 +86,7 @@ class Task:
         return value if self.loss_scale is None else value / self.loss_scale.to(value.dtype)
 
     def losses(self, outputs: Any) -> Tensor:
-        """Unreduced training losses of the model's outputs, shape (n,)."""
+        """Unreduced training losses of the model's outputs, shape (n,) or (n, ...)."""
         with self.autocast:
             return self.size.losses(self.loss_fn, outputs, self.targets)
 
@@ -94,7 +94,11 @@ class Task:
         """Unreduced clean losses of the model's outputs, shape (m,)."""
         assert self.clean_size is not None
         with self.autocast:
-            return self.clean_size.losses(self.clean_loss_fn, outputs, self.clean_targets)
+            losses = self.clean_size.losses(self.clean_loss_fn, outputs, self.clean_targets)
+            if self.clean_size.mask is None or self.clean_size.count is None:
+                return losses
+            # The mean over all positions is then that over those that count.
+            return losses * (losses.numel() / self.clean_size.count)
 
     def forward(self, inputs: Any) -> Any:
         """The model's outputs."""
@@ -147,6 +151,8 @@ class Direction:
     a sharded parameter is sharded as it is."""
     clean_loss: Tensor
     """The mean clean loss, shape (), detached."""
+    count: Tensor | None = None
+    """Of how many losses it is the mean, shape (); None for one loss of each example."""
 
     def drop(self) -> None:
         """Forget v, which is not needed any more, so that its memory is free for the gradient."""
@@ -172,7 +178,8 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
         check_parameters(losses, task.parameters)
     direction = direction_of(task, losses)
     snapshot.restore_state()
-    return direction
+    assert task.clean_size is not None
+    return replace(direction, count=task.clean_size.count)
 
 
 def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Direction:
@@ -194,7 +201,7 @@ def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Directi
             }
         return Direction(values, mean)
     if losses.requires_grad:
-        seed = task.scaled(torch.full_like(losses, 1 / task.m))
+        seed = task.scaled(torch.full_like(losses, 1 / losses.numel()))
         gradients = torch.autograd.grad(losses, task.parameters, seed, retain, allow_unused=True)
         values = {
             id(p): task.unscaled(g.to_dense() if g.is_sparse else g)
