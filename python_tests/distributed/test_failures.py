@@ -231,7 +231,7 @@ def test_of_two_ranks_either_may_fail(pool: Pool, bad: int) -> None:
         {"low_memory": True},
         {"low_memory": False},
     ],
-    ids=str,
+    ids=lambda options: " ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items()),
 )
 @pytest.mark.parametrize("before", [0, 3])
 def test_one_rank_fails_with_options(pool: Pool, options: dict[str, Any], before: int) -> None:
