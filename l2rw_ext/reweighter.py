@@ -250,7 +250,9 @@ class Reweighter:
             preconditioner=preconditioner,
         )
         self._layerwise = Layerwise()
-        self._engines: list[Engine] = [self._layerwise, Forward(), DoubleBackward()]
+        self._engines: list[Engine] = [Forward(), DoubleBackward()]
+        if per == "example":
+            self._engines.insert(0, self._layerwise)
         backend = None if compile is False else Backend(compile, compile_options)
         self._compiled = None if backend is None else Steps(backend)
         self._accumulation: Accumulation | None = None
@@ -440,7 +442,7 @@ class Reweighter:
         processes = self._processes()
         task, _, remembered = self._begun("explain()", processes, batch, clean, batch_size, index)
         lines = self._direction_options.lines()
-        if self.weighing is not rectified:
+        if type(self.weighing) is not type(rectified):
             lines.append(f"weighing={name_of(self.weighing)}: takes the place of Eq. 8-9")
         if processes is not None and task.members.shards is not None:
             lines.append(said_of_shards(processes))
@@ -957,8 +959,6 @@ class Reweighter:
             NotExactError: the one that is wanted needs whole parameters.
         """
         found = [e for e in self._engines if wanted in ("auto", e.name)]
-        if self.per == "position":
-            found = [e for e in found if not isinstance(e, Layerwise)]
         if task.members.shards is None:
             return found
         found = [e for e in found if isinstance(e, Layerwise)]
@@ -972,7 +972,7 @@ class Reweighter:
     def _warn(self, refusals: dict[str, str]) -> None:
         """Say once for each reason that the last engine has done the step."""
         reasons = [reason.rstrip(".") for reason in refusals.values()]
-        if self._engines[-2].name in refusals:
+        if reasons and list(refusals)[-1:] == [engine.name for engine in self._engines[-2:-1]]:
             self._warn_once(
                 f"{'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is exact "
                 "and about three times slower"

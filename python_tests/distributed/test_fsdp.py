@@ -45,6 +45,7 @@ from support.ranks import (
     of_one_process,
     truths,
 )
+from support.weighings import WEIGHINGS
 
 SHARDED = ("mlp", "linear", "convolutions", "tokens", "shared", "checkpointed", "weight norm")
 
@@ -165,6 +166,18 @@ def _assert_exact(
     found = pool.run(train, setup, sharding, batches, ranks=ranks)
     assert_steps(found, truths(setup, batches), tolerance)
     assert {outcome.engine for outcomes in found for outcome in outcomes} == {"layerwise"}
+
+
+@pytest.mark.parametrize("name", WEIGHINGS)
+def test_weighings_see_the_union(pool: Pool, name: str) -> None:
+    own, plain = WEIGHINGS[name]
+    batches = draw("mlp", SIZES["uneven"][:2])
+    setup = Setup(options={"weighing": own})
+    found = pool.run(train, setup, Sharding(), batches, ranks=2)
+    ((first, second),) = truths(setup, batches)
+    expected = plain(torch.cat([first.scores, second.scores]))
+    weights = torch.cat([outcomes[0].weights for outcomes in found])
+    assert relative_error(weights, expected) < EXACT
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
