@@ -21,7 +21,7 @@ from .data.example_record import ExampleRecord, check_index
 from .direction.options import DirectionOptions
 from .distributed.ddp import as_forward, check_wrappers, forget_forwards, inside, wrapper_of
 from .distributed.direction import said_of, union_direction
-from .distributed.group import Membership, Processes
+from .distributed.group import Meeting, Membership, Processes
 from .distributed.sharded import RanksAgreement, check_group, said_of_shards
 from .engines.base import Engine, Scored
 from .engines.double_backward import DoubleBackward
@@ -30,7 +30,7 @@ from .engines.forward.engine import Forward
 from .engines.layerwise.engine import Layerwise
 from .engines.plain import judged
 from .engines.remembered import Remembered
-from .errors import NotExactError, RankError, warn
+from .errors import NotExactError, RankError, noted, warn
 from .step.accumulation import Accumulation
 from .step.gradients import Gradients, filled_if, node_of, over_ranks
 from .step.left_over import LeftOver
@@ -38,7 +38,7 @@ from .step.sharded import sharded_gradients
 from .step.union import Alike, about, united
 from .step.weighing import Computed, Degenerate, Step, waits, weigh
 from .task.isolation import Generators, Snapshot, preserved
-from .task.task import Direction, Task, clean_direction
+from .task.task import Combination, Direction, Task, check_clean_loss, clean_direction
 from .tracing.members import Members
 from .tracing.shards import group_of
 from .tracing.writes import Written
@@ -382,6 +382,116 @@ class Reweighter:
         task, *_ = self._begun("weights()", processes, batch, clean, batch_size)
         with self._dry():
             return self._step(processes, task, None, None, dry=True).step.weights
+
+    def scores(
+        self, batch: Any, clean: Any = None, batch_size: int | tuple[int, int] | None = None
+    ) -> Tensor:
+        """Return only the scores of Eq. 7; nothing of the model or torch changes.
+
+        Args:
+            batch: as for :meth:`backward`.
+            clean: a clean batch, as for :meth:`backward`, or a mapping from names to several of
+                them. Scores along several directions cost one forward and backward of the training
+                batch, in which each layer meets each direction, and one forward and backward of
+                each clean batch. If the layer-wise engine is not exact for the model, or
+                parameters are sharded, each direction has its own pass over the training batch.
+                With ``compile`` they run eagerly. Over several processes the ranks give the same
+                names in the same order, and for each of them at least one gives a batch.
+            batch_size: as for :meth:`backward`; m is then that of each clean batch.
+
+        Returns:
+            u with α = η = 1, the inner products of the gradient of each *unreduced* loss and of the
+            *mean* clean loss: shape (n,), or (n, q) for a mapping of q clean batches, in its order.
+            float32 (float64 for float64 losses); not finite where a loss or gradient is not.
+
+        Raises:
+            ValueError: the mapping is empty, or given with ``every`` > 1 or ``direction_decay``,
+                which remember one direction; the ranks give other names.
+            RuntimeError: a mapping is given inside of :meth:`accumulate`.
+
+        Otherwise the errors are those of :meth:`backward`. From Python 3.11 on, a note beneath an
+        error says which clean batch it belongs to.
+
+        Example:
+            >>> import torch
+            >>> from torch.nn import functional as F
+            >>> import l2rw_ext as l2rw
+            >>> model = torch.nn.Linear(4, 3)
+            >>> reweighter = l2rw.Reweighter(
+            ...     model, lambda out, y: F.cross_entropy(out, y, reduction="none")
+            ... )
+            >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> cleans = {"news": (x[:2].clone(), y[:2]), "mail": (x[2:4].clone(), y[2:4])}
+            >>> reweighter.scores((x, y), cleans["news"]).shape
+            torch.Size([8])
+            >>> reweighter.scores((x, y), cleans).shape
+            torch.Size([8, 2])
+        """
+        processes = self._processes()
+        if isinstance(clean, Mapping):
+            return self._scores_of_sets(processes, batch, clean, batch_size)
+        task, *_ = self._begun("scores()", processes, batch, clean, batch_size)
+        with self._dry():
+            return self._step(processes, task, None, None, dry=True).step.scores
+
+    def _scores_of_sets(
+        self, processes: Processes | None, batch: Any, sets: Mapping[Any, Any], batch_size: Any
+    ) -> Tensor:
+        """The scores along the direction of each clean batch, shape (n, q)."""
+        with _together(processes, "scores() of several clean batches") as meeting:
+            if not sets:
+                raise ValueError("clean: the mapping is empty; give at least one clean batch")
+            if self._direction_options.remembers:
+                raise ValueError(
+                    "clean: every > 1 and direction_decay remember one direction, so that scores "
+                    "along several cannot be taken; make another Reweighter for them"
+                )
+            if self._accumulation is not None:
+                raise RuntimeError("scores() of several clean batches runs outside of accumulate()")
+            meeting.tell = (zlib.crc32(repr(list(sets)).encode()),)
+        if processes is not None and len(set(map(tuple, meeting.told))) > 1:
+            processes.fail(ValueError("clean: the ranks give other names, or in another order"))
+        tasks: dict[Any, Task] = {}
+        for name, clean in sets.items():
+            with noted(f"clean batch {name!r}"):
+                tasks[name], *_ = self._begun(
+                    f"scores() of {name!r}", processes, batch, clean, batch_size
+                )
+        task = next(iter(tasks.values()))
+        with self._dry(), preserved(task.members, always=True) as snapshot:
+            found = []
+            for name, own in tasks.items():
+                place = f"clean batch {name!r}"
+                with _together(processes, place), noted(place):
+                    find = functools.partial(clean_direction, own, snapshot)
+                    found.append(self._changed_direction(processes, own, find))
+                    check_clean_loss(found[-1].clean_loss)
+            with _together(processes, "the scores"):
+                return self._scores_along(task, snapshot, found, partial=processes is not None)
+
+    def _scores_along(
+        self, task: Task, snapshot: Snapshot, directions: list[Direction], *, partial: bool
+    ) -> Tensor:
+        """The scores along given directions, shape (n, q)."""
+        snapshot.mark_generators()
+        if self.engine in ("auto", self._layerwise.name) and task.members.shards is None:
+            values = Combination([direction.values for direction in directions])
+            all_of_them = Direction(values, directions[0].clean_loss)
+            score = functools.partial(self._layerwise.score, task, snapshot, all_of_them)
+            try:
+                scored = judged(score, self._layerwise.name, task, snapshot, given=True)
+                return scored.scores
+            except NotExactError as error:
+                if self.engine != "auto":
+                    raise
+                self._layerwise.refuse(task, all_of_them, str(error))
+            snapshot.restore()
+        columns = []
+        for direction in directions:
+            computed = self._compute(task, snapshot, direction, dry=True, partial=partial)
+            columns.append(computed.step.scores)
+            snapshot.restore()
+        return torch.stack(columns, 1)
 
     def explain(
         self,
@@ -818,16 +928,21 @@ class Reweighter:
         if not self._changes_direction(processes):
             return None
         find = functools.partial(of_clean_batch, task, snapshot)
+        direction = self._changed_direction(processes, task, find)
+        if accumulation is not None:
+            accumulation.direction = direction
+        return direction
+
+    def _changed_direction(
+        self, processes: Processes | None, task: Task, find: Callable[[], Direction]
+    ) -> Direction:
+        """The direction of all ranks' clean batches, as options change it."""
         over_ranks = processes is not None and not self.replicated_clean
         if processes is not None and over_ranks and not task.agreement.shared:
             find = functools.partial(union_direction, processes, task, find)
         if self._direction_options.active:
-            direction = self._direction_options.direction(task, find)
-        else:
-            direction = find()
-        if accumulation is not None:
-            accumulation.direction = direction
-        return direction
+            return self._direction_options.direction(task, find)
+        return find()
 
     def _merged(self, processes: Processes | None, task: Task, snapshot: Snapshot) -> Scored | None:
         """Scores of a pass in which the ranks exchange their directions, if all can make one."""
@@ -915,6 +1030,13 @@ class Reweighter:
         if text is not None and text not in self._warned:
             self._warned.add(text)
             warn(text)
+
+
+def _together(
+    processes: Processes | None, place: str
+) -> contextlib.AbstractContextManager[Meeting]:
+    """A body at whose end the ranks meet, if there are others."""
+    return contextlib.nullcontext(Meeting()) if processes is None else processes.together(place)
 
 
 def _loss_scale(grad_scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:

@@ -82,12 +82,16 @@ class DirectionOptions:
     def active(self) -> bool:
         """Whether scores are taken along a direction other than the clean batch's gradient."""
         return bool(
-            self.every > 1
-            or self._decay
+            self.remembers
             or self._l2
             or self._preconditioner is not None
             or self._layers is not None
         )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step's direction depends on those of earlier steps."""
+        return self.every > 1 or self._decay > 0
 
     def due(self, members: Members) -> bool:
         """Whether this step needs a clean batch; parameters new to the direction need one too."""
@@ -120,7 +124,7 @@ class DirectionOptions:
         averaged, it would contaminate the steps to come.
         """
         found, self._next = self._next, None
-        if found is not None and (self.every > 1 or self._decay):
+        if found is not None and self.remembers:
             if found is not self._held and not found.finite():
                 return
             self._held = found

@@ -152,7 +152,7 @@ class Proof:
         """What of the scores and the weighted gradient plain autograd says otherwise."""
         norms, along, products, *sums = torch.stack(self._rows).T
         own, shared = self._tolerance
-        found = float(self._r.double() @ scored.scores.double())
+        found = float(self._r.double() @ scored.products.double())
         allowed = float(((own * norms + self._noise) * along).sum())
         off = not abs(found - float(products.sum())) <= allowed
         if any(self._task.agreement.any(off)):
