@@ -18,7 +18,7 @@ from .compiled.works import as_direction, direction_of_clean_batch, whole_step
 from .data.batch import LossFn, check_same_kind, in_order_of, unpack
 from .data.batch_size import BatchSize, given_sizes
 from .data.example_record import ExampleRecord, check_index
-from .direction.options import DirectionOptions
+from .direction.options import DirectionOptions, Normalize
 from .distributed.ddp import as_forward, check_wrappers, forget_forwards, inside, wrapper_of
 from .distributed.direction import said_of, union_direction
 from .distributed.group import Meeting, Membership, Processes
@@ -103,6 +103,11 @@ class Reweighter:
             Algorithm 1 then looks ahead along its step instead of one of plain gradient descent.
             Under Adam the inner product is <∇f_i, P v>, P = 1 / (sqrt(v̂) + eps); under SGD with
             momentum the clean gradient is taken at the point where momentum leads.
+        normalize: ``"example"`` takes the cosine in place of the inner product, u_i =
+            <∇f_i, v> / (|∇f_i| |v|), over the parameters that scores use: an example with a large
+            gradient counts for its direction alone. A gradient or a direction of zero has score 0.
+            Only the layer-wise engine forms the norms; where it is not exact, or parameters are
+            sharded, that is an error.
         compile: turn the whole step into one graph and give it to a backend of ``torch.compile``:
             ``True`` for ``"inductor"``, or the name of a backend; ``"eager"`` runs the graph as it
             is, which saves Python's time and needs no compiler. The first two steps of a kind run
@@ -126,12 +131,13 @@ class Reweighter:
             :class:`~l2rw_ext.CleanBatches` of one seed gives it, so that nothing is sent for the
             direction.
 
-    With none of the options from ``every`` to ``preconditioner``, and without
+    With none of the options from ``every`` to ``normalize``, and without
     ``on_degenerate="uniform"``, the weights are the paper's.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind above, or parameters are sharded
-            otherwise than by ``fully_shard``.
+        TypeError, ValueError: an argument is not of the kind above; parameters are sharded
+            otherwise than by ``fully_shard``; ``normalize`` is given with an engine other than
+            ``"auto"`` and ``"layerwise"``.
 
     Source: Ren, Zeng, Yang, Urtasun, *Learning to Reweight Examples for Robust Deep Learning*,
     ICML 2018, Algorithm 1.
@@ -165,6 +171,7 @@ class Reweighter:
         layers: Sequence[str] | None = None,
         l2: float = 0.0,
         preconditioner: torch.optim.Optimizer | None = None,
+        normalize: Normalize | None = None,
         compile: bool | str = False,
         compile_options: Mapping[str, Any] | None = None,
         process_group: torch.distributed.ProcessGroup | Literal["auto"] | None = "auto",
@@ -184,6 +191,10 @@ class Reweighter:
             if value not in get_args(allowed):
                 listed = ", ".join(map(repr, get_args(allowed)))
                 raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+        if normalize not in (None, *get_args(Normalize)):
+            raise ValueError(f"normalize must be None or 'example', got {normalize!r}")
+        if normalize is not None and engine not in ("auto", Layerwise.name):
+            raise ValueError(f"normalize needs the layerwise engine, got engine={engine!r}")
         if compile is False and compile_options is not None:
             raise ValueError("compile_options are given, but compile is off")
         self.model = model
@@ -198,7 +209,7 @@ class Reweighter:
         self._options = repr(
             (
                 (on_degenerate, check_finite, every, reuse, replicated_clean),
-                (direction_decay, layers, l2, preconditioner is None),
+                (direction_decay, layers, l2, preconditioner is None, normalize),
             )
         )
         self._membership = Membership(process_group)
@@ -215,9 +226,12 @@ class Reweighter:
             layers=layers,
             l2=l2,
             preconditioner=preconditioner,
+            normalize=normalize,
         )
         self._layerwise = Layerwise()
-        self._engines: list[Engine] = [self._layerwise, Forward(), DoubleBackward()]
+        self._engines: list[Engine] = [self._layerwise]
+        if normalize is None:  # only the layer-wise engine knows norms
+            self._engines += [Forward(), DoubleBackward()]
         backend = None if compile is False else Backend(compile, compile_options)
         self._compiled = None if backend is None else Steps(backend)
         self._accumulation: Accumulation | None = None
@@ -476,13 +490,13 @@ class Reweighter:
         snapshot.mark_generators()
         if self.engine in ("auto", self._layerwise.name) and task.members.shards is None:
             values = Combination([direction.values for direction in directions])
-            all_of_them = Direction(values, directions[0].clean_loss)
+            all_of_them = dataclasses.replace(directions[0], values=values)
             score = functools.partial(self._layerwise.score, task, snapshot, all_of_them)
             try:
                 scored = judged(score, self._layerwise.name, task, snapshot, given=True)
                 return scored.scores
             except NotExactError as error:
-                if self.engine != "auto":
+                if self.engine != "auto" or len(self._engines) == 1:
                     raise
                 self._layerwise.refuse(task, all_of_them, str(error))
             snapshot.restore()
@@ -1020,7 +1034,7 @@ class Reweighter:
     def _warn(self, refusals: dict[str, str]) -> None:
         """Say once for each reason that the last engine has done the step."""
         reasons = [reason.rstrip(".") for reason in refusals.values()]
-        if len(reasons) == len(self._engines) - 1:
+        if reasons and len(reasons) == len(self._engines) - 1:
             self._warn_once(
                 f"{'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is exact "
                 "and about three times slower"

@@ -6,16 +6,19 @@ import contextlib
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from l2rw_ext.errors import NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.task import Direction, Task
+from l2rw_ext.task.task import Direction, Task, norm_of
 from l2rw_ext.tracing.members import Members
 
 from .look_ahead import Preconditioner
+
+Normalize = Literal["example"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class DirectionOptions:
 
     The options act in this order: v at θ, or at the look-ahead point of an SGD ``preconditioner``;
     plus ``l2`` θ; averaged with ``direction_decay``; held for ``every`` steps; times the
-    preconditioner; zero outside of ``layers``. The arguments are those of
-    :class:`~l2rw_ext.Reweighter`.
+    preconditioner; zero outside of ``layers``; of length one with ``normalize``. The arguments are
+    those of :class:`~l2rw_ext.Reweighter`.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class DirectionOptions:
         layers: Sequence[str] | None,
         l2: float,
         preconditioner: torch.optim.Optimizer | None,
+        normalize: Normalize | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
@@ -71,6 +75,7 @@ class DirectionOptions:
         self._decay = direction_decay
         self._l2 = l2
         self._preconditioner = None if preconditioner is None else Preconditioner(preconditioner)
+        self._normalize = normalize
         self._layers = None if layers is None else _names(layers)
         if self._layers is not None:
             self._chosen(members)
@@ -86,6 +91,7 @@ class DirectionOptions:
             or self._l2
             or self._preconditioner is not None
             or self._layers is not None
+            or self._normalize is not None
         )
 
     @property
@@ -152,6 +158,10 @@ class DirectionOptions:
             lines.append(f"every={self.every}: what the clean batch says is kept for that long")
         if self._layers is not None:
             lines.append(f"layers={self._layers}: scores are sums over these parameters alone")
+        if self._normalize is not None:
+            lines.append(
+                f"normalize={self._normalize!r}: scores are cosines, <∇f_i, v> / (|∇f_i| |v|)"
+            )
         return lines
 
     def state_dict(self, members: Members) -> dict[str, Any]:
@@ -239,7 +249,18 @@ class DirectionOptions:
             held_by = {id(p): task.members.held(p) for p in task.parameters}
             factors = self._preconditioner.diagonal(list(held_by.values()))
             values = {key: v * factors[id(held_by[key])] for key, v in values.items()}
-        return Direction(values, held.clean_loss)
+        if self._normalize is None:
+            return Direction(values, held.clean_loss)
+        if task.members.shards is not None:
+            raise NotExactError("normalize: norms of sharded parameters' gradients are not formed")
+        norm = norm_of(values)
+        norm = norm.where(norm > 0, torch.ones_like(norm))
+        units = {
+            key: v.to(accumulation_dtype(v.dtype)) / norm.to(v.device, accumulation_dtype(v.dtype))
+            for key, v in values.items()
+        }
+        over = {id(p) for p in task.parameters if chosen is None or id(p) in chosen}
+        return Direction(units, held.clean_loss, frozenset(over))
 
     def _chosen(self, members: Members) -> set[int]:
         """The ids of the chosen parameters; any name of a shared parameter chooses it."""

@@ -32,6 +32,8 @@ class Scored(abc.ABC):
     scores: Tensor
     """u, shape (n,), accumulation dtype; not finite where an example is excluded. Along a
     :class:`~l2rw_ext.task.task.Combination` of q directions they are the scores of each, (n, q)."""
+    norms: Tensor | None = None
+    """|∇f_i|, shape (n,), if scores are divided by it."""
     losses: Tensor
     """Training losses, shape (n,), detached."""
     clean_loss: Tensor

@@ -145,6 +145,8 @@ class Direction:
     a sharded parameter is sharded as it is."""
     clean_loss: Tensor
     """The mean clean loss, shape (), detached."""
+    over: frozenset[int] | None = None
+    """If scores are divided by the norms of single gradients: of these parameters, by id."""
 
     def drop(self) -> None:
         """Forget v, which is not needed any more, so that its memory is free for the gradient."""
@@ -157,7 +159,8 @@ class Direction:
         if not found:
             return self
         values = {id(found[key]): found[id(v)] for key, v in self.values.items()}
-        return Direction(values, found[id(self.clean_loss)])
+        over = None if self.over is None else frozenset(id(found[key]) for key in self.over)
+        return Direction(values, found[id(self.clean_loss)], over)
 
 
 class Combination(Mapping[int, Tensor]):
@@ -179,7 +182,7 @@ class Combination(Mapping[int, Tensor]):
 
         No direction hides another, and two that are opposite do not cancel.
         """
-        norms = torch.stack([norm_of(values).double().cpu() for values in self.parts])
+        norms = torch.stack([norm_of(values).cpu() for values in self.parts])
         q = len(self.parts)
         factors = 1 + torch.arange(q, dtype=norms.dtype, device=norms.device) / q
         return torch.where(norms > 0, factors / norms, torch.zeros_like(norms))
@@ -202,10 +205,10 @@ class Combination(Mapping[int, Tensor]):
 
 
 def norm_of(values: Mapping[int, Tensor]) -> Tensor:
-    """|v| over all parameters, shape (), in the accumulation dtype."""
-    found = [v.to(accumulation_dtype(v.dtype)).norm() for v in values.values()]
+    """|v| over all parameters, shape (), float64."""
+    found = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in values.values()]
     if not found:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float64)
     norm: Tensor = torch.stack([own.to(found[0]) for own in found]).norm()
     return norm
 

@@ -213,6 +213,15 @@ def test_tensors_from_elsewhere() -> None:
             balance.add_(0.1)
 
 
+@pytest.mark.parametrize(("make", "draw"), [(mlp, vectors), (convolution, images)])
+def test_cosines(make: Callable[[], nn.Module], draw: Callable[[int], Any]) -> None:
+    random.seed(0)
+    pair = Pair(make(), compile_options=DYNAMIC, normalize="example")
+    with compiled(2):  # the direction and the step
+        for n, m in ((6, 4), (6, 4), (5, 4), (7, 3), (9, 4)):
+            pair.step(draw(n), draw(m))
+
+
 @pytest.mark.parametrize(("options", "graphs"), [({}, 1), ({"l2": 0.1}, 2)])
 def test_parameters_that_no_forward_reads(options: dict[str, Any], graphs: int) -> None:
     model = model_of(lambda s, x: s.inner(x), inner=mlp(), unused=torch.randn(3))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from l2rw_ext import Reweighter
+from l2rw_ext import NotExactError, Reweighter
 from l2rw_ext.reference import relative_error
 from support.models import cross_entropy
 from support.oracle import EXACT, truth_of_ranks, unchanged
@@ -69,6 +69,22 @@ def test_sharded_parameters(pool: Pool) -> None:
         _, clean = union([(batch, s[name]) for batch, s in zip(batches, sets, strict=True)])
         for scores, batch in zip(found, batches, strict=True):
             assert relative_error(scores[:, k], own.reweighter.scores(batch, clean)) <= EXACT
+
+
+def _normalized(group: dist.ProcessGroup) -> str:
+    own, rank = MODELS["mlp"][0](), dist.get_rank(group)
+    fully_shard(own, mesh=DeviceMesh.from_group(group, "cpu"))
+    batches, sets = _drawn("mlp")
+    reweighter = Reweighter(own, cross_entropy, normalize="example")
+    try:
+        reweighter.backward(batches[rank], sets[rank]["first"])
+    except NotExactError as error:
+        return str(error)
+    return "no error"
+
+
+def test_cosines_of_sharded_parameters_are_an_error(pool: Pool) -> None:
+    assert all("sharded" in text for text in pool.run(_normalized, ranks=2))
 
 
 def _failing(group: dist.ProcessGroup, fault: str) -> tuple[str, str, bool]:

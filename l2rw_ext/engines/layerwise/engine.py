@@ -340,7 +340,7 @@ class Layerwise(Engine):
     ) -> Scored:
         """A pass of the clean batch, which gives the direction, and one of the training batch."""
         direction = clean_direction(task, snapshot) if direction is None else direction
-        values, clean_loss = direction.values, direction.clean_loss
+        values = direction.values
         passes = "train"
         key: Key = (kind.alone, kind.by_row)
         if isinstance(values, Combination):  # whose proof is one of more than a single direction's
@@ -354,7 +354,7 @@ class Layerwise(Engine):
 
         def score(new: bool) -> Scoring:
             with task.agreement.forward("the forward", *_AGREED):
-                train = _Pass(task, values, own, task.n, new=new)
+                train = _Pass(task, direction, own, task.n, new=new)
                 train.enter(task.inputs)
                 train.enter(task.targets)
                 with train.part("train"):
@@ -362,7 +362,7 @@ class Layerwise(Engine):
                 if train.interception.saved_tensor_hooks:
                     snapshot.keep_trained()
                 train.check([losses])
-                train.follow(clean_loss, why)
+                train.follow(direction.clean_loss, why)
             with task.agreement.at("the backward", *_AGREED):
                 train.check_order()
                 train.backward()
@@ -396,7 +396,7 @@ class _Pass:
 
     Args:
         task: the step.
-        direction: v by id of the parameter; None if the forward is that of both batches.
+        direction: v; None if the forward is that of both batches.
         kind: what is known of such forwards.
         count: the number of examples in the forward.
         exchange: adds the clean batches of other ranks; None if there are none.
@@ -406,7 +406,7 @@ class _Pass:
     def __init__(
         self,
         task: Task,
-        direction: Mapping[int, Tensor] | None,
+        direction: Direction | None,
         kind: _Kind,
         count: int,
         exchange: Exchange | None = None,

@@ -22,11 +22,12 @@ from l2rw_ext.layers.base import Factors, Roots, RowMap, Use
 from l2rw_ext.layers.costs import FEW_POSITIONS
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import BelowAutograd
-from l2rw_ext.task.task import Combination, Task
+from l2rw_ext.task.task import Combination, Direction, Task
 from l2rw_ext.tracing.graph import sources
 from l2rw_ext.tracing.shards import whole
 
 from .derived import Leaves
+from .norms import Norms
 from .probe import Probe
 
 _LARGEST_NUMBER_WAITING = 2
@@ -108,9 +109,8 @@ class Scoring(Scored):
     Args:
         task: the step.
         leaves: the trainable parameters.
-        direction: v by id of the parameter, if a pass over the clean batch went before; None if
-            the rows of a use hold n training and then m clean examples. A combination of several
-            gives scores along each of them.
+        direction: v, if a pass over the clean batch went before; None if the rows of a use hold n
+            training and then m clean examples. A combination of several gives scores along each.
         exchange: adds the clean batches of other ranks to the direction; None if there are none.
     """
 
@@ -118,7 +118,7 @@ class Scoring(Scored):
         self,
         task: Task,
         leaves: Leaves,
-        direction: Mapping[int, Tensor] | None = None,
+        direction: Direction | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self.probe: Probe | None = None
@@ -132,10 +132,13 @@ class Scoring(Scored):
         self._leaves = leaves
         self._combination: Combination | None = None
         self._directions: Sequence[Mapping[int, Tensor]] | None = None
-        if isinstance(direction, Combination):
-            self._combination, self._directions = direction, direction.parts
-        elif direction is not None:
-            self._directions = [direction]
+        values = None if direction is None else direction.values
+        if isinstance(values, Combination):
+            self._combination, self._directions = values, values.parts
+        elif values is not None:
+            self._directions = [values]
+        self._over = None if direction is None else direction.over
+        self._norms: Norms | None = None
         self._sums: list[Tensor] = []
         """The scores so far, of each direction."""
         self._exchange = exchange
@@ -174,6 +177,8 @@ class Scoring(Scored):
         self.reached = reached
         self._trained = trained
         self._expected = {use.index for use in reached}
+        if self._over is not None:
+            self._norms = Norms(self._over, self._leaves, trained, self._sums[0])
 
     def follow(self, plan: Plan) -> None:
         """Follow a plan: from now on reports are processed as they come."""
@@ -249,17 +254,21 @@ class Scoring(Scored):
         if self._directions is None:
             found = [self._task.unscaled(u) for u in found]
         self.scores = found[0] if self._combination is None else torch.stack(found, 1)
+        self._inner_products = self.scores
+        if self._norms is not None:
+            self.norms = self._task.unscaled(self._norms.finish())
+            self.scores = _divided(self.scores, self.norms)
 
     def overflow(self) -> None:
         """Set all scores to NaN: the loss scale was too large for the gradients."""
-        self.scores = torch.full_like(self._sums[0], float("nan"))
+        self.scores = self._inner_products = torch.full_like(self._sums[0], float("nan"))
 
     @property
     def products(self) -> Tensor:
         """See :class:`~l2rw_ext.engines.base.Scored`."""
         if self._combination is None:
-            return self.scores
-        products: Tensor = self.scores @ self._combination.factors.to(self.scores)
+            return self._inner_products
+        products: Tensor = self._inner_products @ self._combination.factors.to(self.scores)
         return products
 
     def explain(self) -> Explanation:
@@ -371,9 +380,13 @@ class Scoring(Scored):
             first, *others = reaching.values() or [None]
             examples, u = use.layer.example_gradients(use, z, g, first)
             self._keep(_Kept(use, examples=examples))
+            if self._norms is not None:
+                self._norms.add(use, examples)
             found = [u, *(_along(v, examples) for v in others if v is not None)]
         else:
             self._keep(_Kept(use, z, g))
+            if self._norms is not None:
+                self._norms.add(use, use.layer.single_gradients(use, z, g))
             found = [use.layer.correlation(use, z, g, v) for v in reaching.values()]
         for k, u in zip(reaching, found, strict=False):  # u is zero along no direction
             self._sums[k] += u.to(self._sums[k].dtype)
@@ -528,6 +541,12 @@ def _along(direction: Roots, examples: Roots) -> Tensor:
         if V is not None and G is not None
     ]
     return torch.stack(products).sum(0)
+
+
+def _divided(products: Tensor, norms: Tensor) -> Tensor:
+    """Inner products (n, ...) over norms (n,): zero for a gradient of zero, NaN for no number."""
+    norms = norms.view(-1, *[1] * (products.dim() - 1))
+    return torch.where((norms > 0) & norms.isfinite(), products / norms, 0 * norms)
 
 
 def _weighted(kept: _Kept, weights: Tensor) -> Roots:
