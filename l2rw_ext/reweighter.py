@@ -18,10 +18,10 @@ from .compiled.works import as_direction, direction_of_clean_batch, whole_step
 from .data.batch import LossFn, check_same_kind, in_order_of, unpack
 from .data.batch_size import BatchSize, Per, given_sizes
 from .data.example_record import ExampleRecord, check_index
-from .direction.options import DirectionOptions
+from .direction.options import DirectionOptions, Normalize
 from .distributed.ddp import as_forward, check_wrappers, forget_forwards, inside, wrapper_of
 from .distributed.direction import said_of, union_direction
-from .distributed.group import Membership, Processes
+from .distributed.group import Meeting, Membership, Processes
 from .distributed.sharded import RanksAgreement, check_group, said_of_shards
 from .engines.base import Engine, Scored
 from .engines.double_backward import DoubleBackward
@@ -30,7 +30,7 @@ from .engines.forward.engine import Forward
 from .engines.layerwise.engine import Layerwise
 from .engines.plain import judged
 from .engines.remembered import Remembered
-from .errors import NotExactError, RankError, warn
+from .errors import NotExactError, RankError, noted, warn
 from .step.accumulation import Accumulation
 from .step.gradients import Gradients, filled_if, node_of, over_ranks
 from .step.left_over import LeftOver
@@ -38,7 +38,7 @@ from .step.sharded import sharded_gradients
 from .step.union import Alike, about, united
 from .step.weighing import Computed, Degenerate, Rules, Step, weigh
 from .task.isolation import Generators, Snapshot, preserved
-from .task.task import Direction, Task, clean_direction
+from .task.task import Combination, Direction, Task, check_clean_loss, clean_direction
 from .tracing.members import Members
 from .tracing.shards import group_of
 from .tracing.writes import Written
@@ -122,6 +122,11 @@ class Reweighter:
             Algorithm 1 then looks ahead along its step instead of one of plain gradient descent.
             Under Adam the inner product is <∇f_i, P v>, P = 1 / (sqrt(v̂) + eps); under SGD with
             momentum the clean gradient is taken at the point where momentum leads.
+        normalize: ``"example"`` takes the cosine in place of the inner product, u_i =
+            <∇f_i, v> / (|∇f_i| |v|), over the parameters that scores use: an example with a large
+            gradient counts for its direction alone. A gradient or a direction of zero has score 0.
+            Only the layer-wise engine forms the norms; where it is not exact, or parameters are
+            sharded, that is an error.
         compile: turn the whole step into one graph and give it to a backend of ``torch.compile``:
             ``True`` for ``"inductor"``, or the name of a backend; ``"eager"`` runs the graph as it
             is, which saves Python's time and needs no compiler. The first two steps of a kind run
@@ -145,12 +150,13 @@ class Reweighter:
             :class:`~l2rw_ext.CleanBatches` of one seed gives it, so that nothing is sent for the
             direction.
 
-    With none of ``weighing`` and the options from ``every`` to ``preconditioner``, and without
+    With none of ``weighing`` and the options from ``every`` to ``normalize``, and without
     ``on_degenerate="uniform"``, the weights are the paper's.
 
     Raises:
-        TypeError, ValueError: an argument is not of the kind above, or parameters are sharded
-            otherwise than by ``fully_shard``.
+        TypeError, ValueError: an argument is not of the kind above; parameters are sharded
+            otherwise than by ``fully_shard``; ``normalize`` is given with an engine other than
+            ``"auto"`` and ``"layerwise"``.
 
     Source: Ren, Zeng, Yang, Urtasun, *Learning to Reweight Examples for Robust Deep Learning*,
     ICML 2018, Algorithm 1.
@@ -186,6 +192,7 @@ class Reweighter:
         layers: Sequence[str] | None = None,
         l2: float = 0.0,
         preconditioner: torch.optim.Optimizer | None = None,
+        normalize: Normalize | None = None,
         compile: bool | str = False,
         compile_options: Mapping[str, Any] | None = None,
         process_group: torch.distributed.ProcessGroup | Literal["auto"] | None = "auto",
@@ -211,10 +218,16 @@ class Reweighter:
             if value not in get_args(allowed):
                 listed = ", ".join(map(repr, get_args(allowed)))
                 raise ValueError(f"{name} must be one of {listed}, got {value!r}")
-        if per == "position" and engine == "layerwise":
-            raise ValueError(f"engine='layerwise': {_SHARED}")
-        if per == "position" and reuse == "scores":
-            raise ValueError("reuse='scores': scores are remembered by example, not by position")
+        if normalize not in (None, *get_args(Normalize)):
+            raise ValueError(f"normalize must be None or 'example', got {normalize!r}")
+        if normalize is not None and engine not in ("auto", Layerwise.name):
+            raise ValueError(f"normalize needs the layerwise engine, got engine={engine!r}")
+        if per == "position":
+            if engine == Layerwise.name or normalize is not None:
+                needs = "normalize" if normalize is not None else f"engine={engine!r}"
+                raise ValueError(f"{needs}: {_SHARED}")
+            if reuse == "scores":
+                raise ValueError("reuse='scores' remembers scores of examples, not of positions")
         if compile is False and compile_options is not None:
             raise ValueError("compile_options are given, but compile is off")
         self.model = model
@@ -231,7 +244,8 @@ class Reweighter:
         self._options = repr(
             (
                 (on_degenerate, check_finite, every, reuse, replicated_clean, per),
-                (direction_decay, layers, l2, preconditioner is None, name_of(weighing)),
+                (direction_decay, layers, l2, preconditioner is None, normalize),
+                name_of(weighing),
             )
         )
         self._membership = Membership(process_group)
@@ -248,11 +262,14 @@ class Reweighter:
             layers=layers,
             l2=l2,
             preconditioner=preconditioner,
+            normalize=normalize,
         )
         self._layerwise = Layerwise()
-        self._engines: list[Engine] = [Forward(), DoubleBackward()]
-        if per == "example":
-            self._engines.insert(0, self._layerwise)
+        self._engines: list[Engine] = [self._layerwise, Forward(), DoubleBackward()]
+        if per == "position":
+            del self._engines[0]
+        if normalize is not None:  # only the layer-wise engine knows norms
+            del self._engines[1:]
         backend = None if compile is False else Backend(compile, compile_options)
         self._compiled = None if backend is None else Steps(backend)
         self._accumulation: Accumulation | None = None
@@ -425,6 +442,118 @@ class Reweighter:
         task, *_ = self._begun("weights()", processes, batch, clean, batch_size)
         with self._dry():
             return self._step(processes, task, None, None, dry=True).step.weights
+
+    def scores(
+        self, batch: Any, clean: Any = None, batch_size: int | tuple[int, int] | None = None
+    ) -> Tensor:
+        """Return only the scores of Eq. 7; nothing of the model or torch changes.
+
+        Args:
+            batch: as for :meth:`backward`.
+            clean: a clean batch, as for :meth:`backward`, or a mapping from names to several of
+                them. Scores along several directions cost one forward and backward of the training
+                batch, in which each layer meets each direction, and one forward and backward of
+                each clean batch. If the layer-wise engine is not exact for the model, or
+                parameters are sharded, each direction has its own pass over the training batch.
+                With ``compile`` they run eagerly. Over several processes the ranks give the same
+                names in the same order, and for each of them at least one gives a batch.
+            batch_size: as for :meth:`backward`; m is then that of each clean batch.
+
+        Returns:
+            u with α = η = 1, the inner products of the gradient of each *unreduced* loss and of the
+            *mean* clean loss: shape (n,), or (n, q) for a mapping of q clean batches, in its order.
+            float32 (float64 for float64 losses); not finite where a loss or gradient is not.
+
+        Raises:
+            ValueError: the mapping is empty, or given with ``every`` > 1 or ``direction_decay``,
+                which remember one direction; the ranks give other names.
+            RuntimeError: a mapping is given inside of :meth:`accumulate`.
+
+        Otherwise the errors are those of :meth:`backward`. From Python 3.11 on, a note beneath an
+        error says which clean batch it belongs to.
+
+        Example:
+            >>> import torch
+            >>> from torch.nn import functional as F
+            >>> import l2rw_ext as l2rw
+            >>> model = torch.nn.Linear(4, 3)
+            >>> reweighter = l2rw.Reweighter(
+            ...     model, lambda out, y: F.cross_entropy(out, y, reduction="none")
+            ... )
+            >>> x, y = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> cleans = {"news": (x[:2].clone(), y[:2]), "mail": (x[2:4].clone(), y[2:4])}
+            >>> reweighter.scores((x, y), cleans["news"]).shape
+            torch.Size([8])
+            >>> reweighter.scores((x, y), cleans).shape
+            torch.Size([8, 2])
+        """
+        processes = self._processes()
+        if isinstance(clean, Mapping):
+            return self._scores_of_sets(processes, batch, clean, batch_size)
+        task, *_ = self._begun("scores()", processes, batch, clean, batch_size)
+        with self._dry():
+            return self._step(processes, task, None, None, dry=True).step.scores
+
+    def _scores_of_sets(
+        self, processes: Processes | None, batch: Any, sets: Mapping[Any, Any], batch_size: Any
+    ) -> Tensor:
+        """The scores along the direction of each clean batch, shape (n, q)."""
+        with _together(processes, "scores() of several clean batches") as meeting:
+            if not sets:
+                raise ValueError("clean: the mapping is empty; give at least one clean batch")
+            if self._direction_options.remembers:
+                raise ValueError(
+                    "clean: every > 1 and direction_decay remember one direction, so that scores "
+                    "along several cannot be taken; make another Reweighter for them"
+                )
+            if self._accumulation is not None:
+                raise RuntimeError("scores() of several clean batches runs outside of accumulate()")
+            meeting.tell = (zlib.crc32(repr(list(sets)).encode()),)
+        if processes is not None and len(set(map(tuple, meeting.told))) > 1:
+            processes.fail(ValueError("clean: the ranks give other names, or in another order"))
+        tasks: dict[Any, Task] = {}
+        for name, clean in sets.items():
+            with noted(f"clean batch {name!r}"):
+                tasks[name], *_ = self._begun(
+                    f"scores() of {name!r}", processes, batch, clean, batch_size
+                )
+        task = next(iter(tasks.values()))
+        with self._dry(), preserved(task.members, always=True) as snapshot:
+            found = []
+            for name, own in tasks.items():
+                place = f"clean batch {name!r}"
+                with _together(processes, place), noted(place):
+                    find = functools.partial(clean_direction, own, snapshot)
+                    found.append(self._changed_direction(processes, own, find))
+                    check_clean_loss(found[-1].clean_loss)
+            with _together(processes, "the scores"):
+                return self._scores_along(task, snapshot, found)
+
+    def _scores_along(self, task: Task, snapshot: Snapshot, directions: list[Direction]) -> Tensor:
+        """The scores along given directions, shape (n, q), or (n, ..., q) of positions."""
+        snapshot.mark_generators()
+        wanted = self.engine in ("auto", self._layerwise.name) and self._layerwise in self._engines
+        if wanted and task.members.shards is None:
+            values = Combination([direction.values for direction in directions])
+            all_of_them = dataclasses.replace(directions[0], values=values)
+            score = functools.partial(self._layerwise.score, task, snapshot, all_of_them)
+            try:
+                scored = judged(score, self._layerwise.name, task, snapshot, given=True)
+                return scored.scores
+            except NotExactError as error:
+                if self.engine != "auto" or len(self._engines) == 1:
+                    raise
+                self._layerwise.refuse(task, all_of_them, str(error))
+            snapshot.restore()
+        columns = []
+        for direction in directions:
+            scores, refusals = self._first_exact(
+                task, snapshot, lambda _, scored: scored.scores, direction
+            )
+            columns.append(scores)
+            self._warn(refusals)
+            snapshot.restore()
+        return torch.stack(columns, -1)
 
     def explain(
         self,
@@ -884,16 +1013,21 @@ class Reweighter:
         if not self._changes_direction(processes):
             return None
         find = functools.partial(of_clean_batch, task, snapshot)
+        direction = self._changed_direction(processes, task, find)
+        if accumulation is not None:
+            accumulation.direction = direction
+        return direction
+
+    def _changed_direction(
+        self, processes: Processes | None, task: Task, find: Callable[[], Direction]
+    ) -> Direction:
+        """The direction of all ranks' clean batches, as options change it."""
         over_ranks = processes is not None and not self.replicated_clean
         if processes is not None and over_ranks and not task.agreement.shared:
             find = functools.partial(union_direction, processes, task, find)
         if self._direction_options.active:
-            direction = self._direction_options.direction(task, find)
-        else:
-            direction = find()
-        if accumulation is not None:
-            accumulation.direction = direction
-        return direction
+            return self._direction_options.direction(task, find)
+        return find()
 
     def _merged(self, processes: Processes | None, task: Task, snapshot: Snapshot) -> Scored | None:
         """Scores of a pass in which the ranks exchange their directions, if all can make one."""
@@ -972,7 +1106,7 @@ class Reweighter:
     def _warn(self, refusals: dict[str, str]) -> None:
         """Say once for each reason that the last engine has done the step."""
         reasons = [reason.rstrip(".") for reason in refusals.values()]
-        if reasons and list(refusals)[-1:] == [engine.name for engine in self._engines[-2:-1]]:
+        if reasons and len(reasons) == len(self._engines) - 1:
             self._warn_once(
                 f"{'; '.join(reasons)}. Using the {self._engines[-1].name} engine, which is exact "
                 "and about three times slower"
@@ -982,6 +1116,13 @@ class Reweighter:
         if text is not None and text not in self._warned:
             self._warned.add(text)
             warn(text)
+
+
+def _together(
+    processes: Processes | None, place: str
+) -> contextlib.AbstractContextManager[Meeting]:
+    """A body at whose end the ranks meet, if there are others."""
+    return contextlib.nullcontext(Meeting()) if processes is None else processes.together(place)
 
 
 def _loss_scale(grad_scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:

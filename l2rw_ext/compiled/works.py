@@ -18,8 +18,9 @@ from .steps import Named, Work
 Compute = Callable[[Task, Snapshot, str | None], Computed]
 """A step by the engine of the given name, if there is one."""
 
-Gradients = tuple[Tensor, Tensor | None, list[tuple[nn.Parameter, Tensor | None]]]
-"""The mean clean loss, of how many losses it is that, and the gradient of each parameter."""
+Gradients = tuple[Tensor, Tensor | None, list[tuple[nn.Parameter, Tensor]]]
+"""The mean clean loss, of how many losses it is that, and the gradient of each parameter that it
+depends on."""
 
 
 def whole_step(
@@ -130,7 +131,8 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
     def compute(on: Task, snapshot: Snapshot) -> Gradients:
         found = clean_direction(on, snapshot)
         pairs = zip(task.parameters, on.parameters, strict=True)
-        return found.clean_loss, found.count, [(p, found.values.get(id(q))) for p, q in pairs]
+        values = [(p, found.values[id(q)]) for p, q in pairs if id(q) in found.values]
+        return found.clean_loss, found.count, values
 
     return Work(
         key=("the direction", scaled, _said(task)),
@@ -157,7 +159,7 @@ def direction_of_clean_batch(task: Task, snapshot: Snapshot) -> Work[Gradients]:
 def as_direction(found: Gradients) -> Direction:
     """The direction as engines take it."""
     clean_loss, count, values = found
-    return Direction({id(p): v for p, v in values if v is not None}, clean_loss, count)
+    return Direction({id(p): v for p, v in values}, clean_loss, count)
 
 
 def _said(task: Task) -> tuple[int, int]:

@@ -6,16 +6,19 @@ import contextlib
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from l2rw_ext.errors import NotExactError
 from l2rw_ext.ops.arithmetic import accumulation_dtype
-from l2rw_ext.task.task import Direction, Task
+from l2rw_ext.task.task import Direction, Task, norm_of
 from l2rw_ext.tracing.members import Members
 
 from .look_ahead import Preconditioner
+
+Normalize = Literal["example"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class DirectionOptions:
 
     The options act in this order: v at θ, or at the look-ahead point of an SGD ``preconditioner``;
     plus ``l2`` θ; averaged with ``direction_decay``; held for ``every`` steps; times the
-    preconditioner; zero outside of ``layers``. The arguments are those of
-    :class:`~l2rw_ext.Reweighter`.
+    preconditioner; zero outside of ``layers``; of length one with ``normalize``. The arguments are
+    those of :class:`~l2rw_ext.Reweighter`.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class DirectionOptions:
         layers: Sequence[str] | None,
         l2: float,
         preconditioner: torch.optim.Optimizer | None,
+        normalize: Normalize | None = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
@@ -71,6 +75,7 @@ class DirectionOptions:
         self._decay = direction_decay
         self._l2 = l2
         self._preconditioner = None if preconditioner is None else Preconditioner(preconditioner)
+        self._normalize = normalize
         self._layers = None if layers is None else _names(layers)
         if self._layers is not None:
             self._chosen(members)
@@ -82,12 +87,17 @@ class DirectionOptions:
     def active(self) -> bool:
         """Whether scores are taken along a direction other than the clean batch's gradient."""
         return bool(
-            self.every > 1
-            or self._decay
+            self.remembers
             or self._l2
             or self._preconditioner is not None
             or self._layers is not None
+            or self._normalize is not None
         )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step's direction depends on those of earlier steps."""
+        return self.every > 1 or self._decay > 0
 
     def due(self, members: Members) -> bool:
         """Whether this step needs a clean batch; parameters new to the direction need one too."""
@@ -120,7 +130,7 @@ class DirectionOptions:
         averaged, it would contaminate the steps to come.
         """
         found, self._next = self._next, None
-        if found is not None and (self.every > 1 or self._decay):
+        if found is not None and self.remembers:
             if found is not self._held and not found.finite():
                 return
             self._held = found
@@ -148,6 +158,10 @@ class DirectionOptions:
             lines.append(f"every={self.every}: what the clean batch says is kept for that long")
         if self._layers is not None:
             lines.append(f"layers={self._layers}: scores are sums over these parameters alone")
+        if self._normalize is not None:
+            lines.append(
+                f"normalize={self._normalize!r}: scores are cosines, <∇f_i, v> / (|∇f_i| |v|)"
+            )
         return lines
 
     def state_dict(self, members: Members) -> dict[str, Any]:
@@ -235,7 +249,18 @@ class DirectionOptions:
             held_by = {id(p): task.members.held(p) for p in task.parameters}
             factors = self._preconditioner.diagonal(list(held_by.values()))
             values = {key: v * factors[id(held_by[key])] for key, v in values.items()}
-        return Direction(values, held.clean_loss)
+        if self._normalize is None:
+            return Direction(values, held.clean_loss)
+        if task.members.shards is not None:
+            raise NotExactError("normalize: norms of sharded parameters' gradients are not formed")
+        norm = norm_of(values)
+        norm = norm.where(norm > 0, torch.ones_like(norm))
+        units = {
+            key: v.to(accumulation_dtype(v.dtype)) / norm.to(v.device, accumulation_dtype(v.dtype))
+            for key, v in values.items()
+        }
+        over = {id(p) for p in task.parameters if chosen is None or id(p) in chosen}
+        return Direction(units, held.clean_loss, over=frozenset(over))
 
     def _chosen(self, members: Members) -> set[int]:
         """The ids of the chosen parameters; any name of a shared parameter chooses it."""

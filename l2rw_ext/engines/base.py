@@ -30,11 +30,19 @@ class Scored(abc.ABC):
     cannot_exclude: ClassVar[bool] = False
     """Whether one backward serves all examples at once, so that it can leave out none of them."""
     scores: Tensor
-    """u, shape (n,), accumulation dtype; not finite where an example is excluded."""
+    """u, shape (n,), accumulation dtype; not finite where an example is excluded. Along a
+    :class:`~l2rw_ext.task.task.Combination` of q directions they are the scores of each, (n, q)."""
+    norms: Tensor | None = None
+    """|∇f_i|, shape (n,), if scores are divided by it."""
     losses: Tensor
     """Training losses, shape (n,), detached."""
     clean_loss: Tensor
     """Mean clean loss, shape (), detached."""
+
+    @property
+    def products(self) -> Tensor:
+        """<∇f_i, v>, shape (n,), which is compared with plain autograd."""
+        return self.scores
 
     @abc.abstractmethod
     def weighted_gradients(

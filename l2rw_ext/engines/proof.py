@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -85,6 +85,10 @@ class Proof:
         self._r = _weights(losses)
         self._rows: list[Tensor] = []
         parameters = task.parameters
+        self._norm: tuple[int, float] | None = None
+        """An example, and the norm of its gradient, if scores are divided by it."""
+        if isinstance(clean, Direction) and clean.over is not None:
+            self._norm = _norm(task, losses, clean.over)
         if not isinstance(clean, Direction):
             clean = direction_of(task, clean, retain=True)  # the graph is that of the losses, too
         found: dict[int, Tensor] = {}
@@ -152,7 +156,7 @@ class Proof:
         """What of the scores and the weighted gradient plain autograd says otherwise."""
         norms, along, products, *sums = torch.stack(self._rows).T
         own, shared = self._tolerance
-        found = float((self._r.double() * scored.scores.double()).sum())
+        found = float((self._r.double() * scored.products.double()).sum())
         allowed = float(((own * norms + self._noise) * along).sum())
         off = not abs(found - float(products.sum())) <= allowed
         if any(self._task.agreement.any(off)):
@@ -160,6 +164,14 @@ class Proof:
                 f"the sum of its scores under random weights is {found}, by plain autograd it is "
                 f"{float(products.sum())}"
             )
+        if self._norm is not None and scored.norms is not None:
+            example, norm = self._norm
+            found = float(scored.norms[example])
+            if not abs(found - norm) <= own * norm + float(self._noise.norm()):
+                return (
+                    f"the norm of the gradient of example {example} is {found}, by plain autograd "
+                    f"it is {norm}"
+                )
         parameters, shards = self._task.parameters, self._task.members.shards
         numbers = {id(p): k for k, p in enumerate(parameters)}
         rows = torch.zeros_like(torch.stack(self._rows))
@@ -179,6 +191,21 @@ class Proof:
                 name = next(name for name, q in self._task.members.parameters if q is p)
                 return f"its gradient of parameter {name!r} is not that of plain autograd"
         return None
+
+
+def _norm(task: Task, losses: Tensor, over: Collection[int]) -> tuple[int, float]:
+    """The example with the largest loss, and the norm of its gradient, by plain autograd."""
+    example = int(losses.detach().argmax())
+    seed = torch.zeros_like(losses)
+    seed[example] = 1
+    squares = [0.0]
+
+    def take(k: int, g: Tensor) -> None:
+        if id(task.parameters[k]) in over:
+            squares.append(float(_real(task.unscaled(g)).double().square().sum()))
+
+    _each_gradient(losses, task.scaled(seed), task.parameters, take)
+    return example, math.sqrt(sum(squares))
 
 
 def _row(k: int, g: Tensor | None, v: Tensor | None) -> Tensor:

@@ -26,6 +26,13 @@ Function: TypeAlias = Callable[..., Any]
 Roots = tuple[Tensor | None, Tensor | None]
 """The trainable operands of a use: (weight, bias); None if frozen or absent."""
 
+Outer = tuple[Tensor, Tensor]
+"""Rows a and b whose products Σ_t a_t b_tᵀ are the gradients of single examples: (n, T, i) and
+(n, T, k) for a matrix (i, k). If a is (n, T), it has the index of the row that is one."""
+
+Single: TypeAlias = Tensor | Outer
+"""The gradients of single examples, formed or as products."""
+
 Factors = tuple[Tensor, Tensor, Tensor, Tensor, bool]
 """The arguments of ``ops.factored_correlation``."""
 
@@ -245,6 +252,15 @@ class Layer(abc.ABC):
     ) -> tuple[Roots, Tensor]:
         """((G, G_b), u), u = <direction, G>; only for layers that list the form "per example"."""
         raise AssertionError(f"{self.name} has no per-example form")
+
+    def single_gradients(
+        self, use: Use, z: Tensor, g: Tensor
+    ) -> tuple[Single | None, Single | None]:
+        """(G, G_b), whose norms are asked for; entries of operands that are not trained are moot.
+
+        A layer without the form "per example" overrides this, and one with a cheaper way.
+        """
+        return (z, g) if self.reduces else self.example_gradients(use, z, g, None)[0]
 
 
 class UseFunction(torch.autograd.Function):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from l2rw_ext import ops
-from l2rw_ext.ops.arithmetic import accumulation_dtype
+from l2rw_ext.ops.arithmetic import accumulation_dtype, product
 
-from .base import Layer, Roots, RowMap, Use
+from .base import Layer, Roots, RowMap, Single, Use
 from .costs import Cost, Size, rates_of
 
 
@@ -67,6 +67,14 @@ class BatchedLinear(Layer):
         V, _ = direction
         assert V is not None
         return self.forward(z.to(V.dtype), V, None, None).mul_(g).sum((1, 2, 3))
+
+    def single_gradients(
+        self, use: Use, z: Tensor, g: Tensor
+    ) -> tuple[Single | None, Single | None]:
+        """Σ_t g_h z_hᵀ of every head."""
+        left, right = (x.transpose(1, 2).flatten(0, 1) for x in (g, z))
+        G = product(left.mT, right, accumulation_dtype(g.dtype))
+        return G.unflatten(0, g.shape[:1] + g.shape[2:3]), None
 
     def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w g_h z_hᵀ."""

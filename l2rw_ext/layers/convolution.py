@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Call, Function, Layer, Roots, RowMap, Use
+from .base import Call, Function, Layer, Roots, RowMap, Single, Use
 from .costs import Cost, Size, rates_of
 
 
@@ -206,6 +206,25 @@ class Convolution(Layer):
             G, G_b = (x.unflatten(0, (-1, frames)).sum(1) for x in (G, G_b))
             u = u.view(-1, frames).sum(1)
         return (G, G_b if use.roots[1] is not None else None), u
+
+    def single_gradients(
+        self, use: Use, z: Tensor, g: Tensor
+    ) -> tuple[Single | None, Single | None]:
+        """G_i; in two dimensions as products, Σ over pixels, if the patches of z are the smaller.
+
+        That is so in deep layers, which have many channels and few pixels.
+        """
+        weight, geometry = use.roots[0], use.options
+        if weight is None or weight.dim() != 4 or geometry.groups > 1:
+            return super().single_gradients(use, z, g)
+        pixels = g[0].numel() // weight.shape[0]
+        if pixels * (weight.shape[0] + weight[0].numel()) > weight.numel():
+            return super().single_gradients(use, z, g)
+        z, g, frames = _frames_as_rows(use, z, g)
+        kernel, (stride, padding, dilation, _) = weight.shape[2:], geometry.of_operator()
+        rows = g.flatten(2), F.unfold(z, kernel, dilation, padding, stride)
+        a, b = (x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2).mT for x in rows)
+        return (a, b), a.sum(1, dtype=accumulation_dtype(a.dtype))
 
     def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w_i G_i; examples with w = 0 are never read."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Call, Function, Layer, Roots, RowMap, Use
+from .base import Call, Function, Layer, Roots, RowMap, Single, Use
 from .costs import Cost, Size, rates_of
 
 
@@ -92,6 +92,12 @@ class Embedding(Layer):
         V, _ = direction
         assert V is not None
         return ops.embedding_correlation(z, g, V)
+
+    def single_gradients(
+        self, use: Use, z: Tensor, g: Tensor
+    ) -> tuple[Single | None, Single | None]:
+        """Σ of g at each index, as products."""
+        return (z.long(), g), None
 
     def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w g at each index."""

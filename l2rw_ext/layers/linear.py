@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype, product
 
-from .base import Call, Factors, Function, Layer, Roots, RowMap, Use
+from .base import Call, Factors, Function, Layer, Roots, RowMap, Single, Use
 from .costs import Cost, Size, rates_of
 
 
@@ -121,6 +121,13 @@ class Linear(Layer):
         V = None if V is None else self._outputs_first(V)
         G, G_b, u = ops.linear_example_gradients(z, g, V, V_b)
         return (self._outputs_first(G), G_b if use.roots[1] is not None else None), u
+
+    def single_gradients(
+        self, use: Use, z: Tensor, g: Tensor
+    ) -> tuple[Single | None, Single | None]:
+        """Σ_t g zᵀ as products, and Σ_t g."""
+        products = (z, g) if self.inputs_first else (g, z)
+        return products, g.sum(1, dtype=accumulation_dtype(g.dtype))
 
     def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w g zᵀ, in the memory layout of the weight, and Σ w g over all rows."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from l2rw_ext import ops
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 
-from .base import Call, Function, Roots, RowMap, Use
+from .base import Call, Function, Roots, RowMap, Single, Use
 from .convolution import Convolution, Geometry, correlate, examples_of, gathered, numbers
 
 
@@ -112,6 +112,12 @@ class TransposedConvolution(Convolution):
             return (G, None), u
         G_b = _bias_gradients(g)
         return (G, G_b), (u if V_b is None else u + G_b @ V_b.to(G_b.dtype))
+
+    def single_gradients(
+        self, use: Use, z: Tensor, g: Tensor
+    ) -> tuple[Single | None, Single | None]:
+        """G_i."""
+        return self.example_gradients(use, z, g, None)[0]
 
     def weighted_gradient(self, use: Use, z: Tensor, g: Tensor, weights: Tensor) -> Roots:
         """Σ w_i G_i; examples with w = 0 are never read."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -153,6 +154,8 @@ class Direction:
     """The mean clean loss, shape (), detached."""
     count: Tensor | None = None
     """Of how many losses it is the mean, shape (); None for one loss of each example."""
+    over: frozenset[int] | None = None
+    """If scores are divided by the norms of single gradients: of these parameters, by id."""
 
     def drop(self) -> None:
         """Forget v, which is not needed any more, so that its memory is free for the gradient."""
@@ -165,7 +168,58 @@ class Direction:
         if not found:
             return self
         values = {id(found[key]): found[id(v)] for key, v in self.values.items()}
-        return Direction(values, found[id(self.clean_loss)])
+        over = None if self.over is None else frozenset(id(found[key]) for key in self.over)
+        return Direction(values, found[id(self.clean_loss)], over=over)
+
+
+class Combination(Mapping[int, Tensor]):
+    """Σ_k c_k v_k of several directions, each of which has scores of its own in one step.
+
+    The scores along it are Σ_k c_k u_k, so that what proves these proves the others. It is formed
+    where a proof asks for it, parameter by parameter.
+
+    Args:
+        parts: v_k by id of the parameter.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[int, Tensor]]) -> None:
+        self.parts = parts
+
+    @functools.cached_property
+    def factors(self) -> Tensor:
+        """c, shape (q,), float64, on the CPU.
+
+        No direction hides another, and two that are opposite do not cancel.
+        """
+        norms = torch.stack([norm_of(values).cpu() for values in self.parts])
+        q = len(self.parts)
+        factors = 1 + torch.arange(q, dtype=norms.dtype, device=norms.device) / q
+        return torch.where(norms > 0, factors / norms, torch.zeros_like(norms))
+
+    def __getitem__(self, key: int) -> Tensor:
+        found = [
+            values[key] * c.to(values[key])
+            for values, c in zip(self.parts, self.factors, strict=True)
+            if key in values
+        ]
+        if not found:
+            raise KeyError(key)
+        return torch.stack(found).sum(0)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(dict.fromkeys(key for values in self.parts for key in values))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def norm_of(values: Mapping[int, Tensor]) -> Tensor:
+    """|v| over all parameters, shape (), float64."""
+    found = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in values.values()]
+    if not found:
+        return torch.zeros((), dtype=torch.float64)
+    norm: Tensor = torch.stack([own.to(found[0]) for own in found]).norm()
+    return norm
 
 
 def clean_direction(task: Task, snapshot: Snapshot) -> Direction:

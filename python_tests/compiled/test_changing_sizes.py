@@ -213,10 +213,20 @@ def test_tensors_from_elsewhere() -> None:
             balance.add_(0.1)
 
 
-def test_parameters_that_no_forward_reads() -> None:
+@pytest.mark.parametrize(("make", "draw"), [(mlp, vectors), (convolution, images)])
+def test_cosines(make: Callable[[], nn.Module], draw: Callable[[int], Any]) -> None:
+    random.seed(0)
+    pair = Pair(make(), compile_options=DYNAMIC, normalize="example")
+    with compiled(2):  # the direction and the step
+        for n, m in ((6, 4), (6, 4), (5, 4), (7, 3), (9, 4)):
+            pair.step(draw(n), draw(m))
+
+
+@pytest.mark.parametrize(("options", "graphs"), [({}, 1), ({"l2": 0.1}, 2)])
+def test_parameters_that_no_forward_reads(options: dict[str, Any], graphs: int) -> None:
     model = model_of(lambda s, x: s.inner(x), inner=mlp(), unused=torch.randn(3))
-    pair = Pair(model, compile_options=DYNAMIC)
-    with compiled(1):
+    pair = Pair(model, compile_options=DYNAMIC, **options)
+    with compiled(graphs):
         for n in (6, 6, 5, 7):
             pair.step(vectors(n), vectors(4))
 

@@ -87,6 +87,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "optimizer": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
     },
     "Adam": {"precondition": True, "optimizer": lambda p: torch.optim.Adam(p, 0.01)},
+    "normalize": {"normalize": "example"},
+    "normalize, every": {"normalize": "example", "every": 2, "direction_decay": 0.5},
     "kept in memory": {"low_memory": False},
     "low memory": {"low_memory": True},
     "check_finite": {"check_finite": True},

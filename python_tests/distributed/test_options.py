@@ -37,6 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "l2": {"l2": 0.3},
     "layers": {"layers": ["2"]},
     "preconditioner": {"preconditioner": True},
+    "normalize": {"normalize": "example"},
+    "normalize, layers": {"normalize": "example", "layers": ["2"]},
     "all": {"every": 2, "direction_decay": 0.5, "l2": 0.1, "preconditioner": True},
     "compiled": {"compile": "eager"},
     "compiled, every": {"compile": "eager", "every": 2, "direction_decay": 0.5},

@@ -102,7 +102,8 @@ def test_numbers_that_are_off_are_an_error(name: str, monkeypatch: pytest.Monkey
     if spoil is None:
 
         def spoiled(self: Scoring, use: Any, form: str, z: Tensor, g: Tensor, v: Any) -> None:
-            original(self, use, form, z, g, tuple(None if d is None else 1.001 * d for d in v))
+            off = [tuple(None if d is None else 1.001 * d for d in one) for one in v]
+            original(self, use, form, z, g, off)
 
         monkeypatch.setattr(owner, attribute, spoiled)
     else:

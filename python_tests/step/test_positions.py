@@ -107,7 +107,7 @@ def test_options() -> None:
     batch, clean = words(4), words(3)
     with pytest.raises(ValueError, match=r"share activations"):
         Reweighter(model, masked, per="position", engine="layerwise")
-    with pytest.raises(ValueError, match="by example, not by position"):
+    with pytest.raises(ValueError, match="of examples, not of positions"):
         Reweighter(model, masked, per="position", reuse="scores", every=2)
     with pytest.raises(ValueError, match="per must be one of 'example', 'position'"):
         Reweighter(model, masked, per="token")  # type: ignore[arg-type]

@@ -94,6 +94,10 @@ CASES = {
         lambda: nn.Sequential(Twice(nn.Linear(5, 5)), nn.Linear(5, 3)).double(), vectors
     ),
     "heads": Case(_heads, vectors),
+    "group norm, cosines": Case(
+        lambda: _conv_net(lambda: nn.GroupNorm(2, 4)), _images, options={"normalize": "example"}
+    ),
+    "tied tokens, cosines": Case(_tied, _tokens, options={"normalize": "example"}),
     "batch norm": Case(lambda: _conv_net(lambda: nn.BatchNorm2d(4)), _images, engine="forward"),
     "forward mlp": Case(mlp, vectors, engine="forward"),
     "double backward": Case(mlp, vectors, engine="double_backward"),

@@ -31,7 +31,14 @@ from l2rw_ext.layers.base import RowMap, Use
 from l2rw_ext.layers.costs import Size
 from l2rw_ext.layers.torch_functions import inside
 from l2rw_ext.task.isolation import Snapshot
-from l2rw_ext.task.task import Direction, Task, check_clean_loss, clean_direction, require_grad
+from l2rw_ext.task.task import (
+    Combination,
+    Direction,
+    Task,
+    check_clean_loss,
+    clean_direction,
+    require_grad,
+)
 from l2rw_ext.tracing.coverage import check_graph
 from l2rw_ext.tracing.example_map import ExampleMap, Exits, Verdict, judge
 from l2rw_ext.tracing.graph import sources
@@ -332,17 +339,22 @@ class Layerwise(Engine):
         new: bool,
     ) -> Scored:
         """A pass of the clean batch, which gives the direction, and one of the training batch."""
-        own = self._kinds.get((kind.alone, kind.by_row)) or _Kind(kind.alone, by_row=kind.by_row)
-        self._remember((kind.alone, kind.by_row), own)
         direction = clean_direction(task, snapshot) if direction is None else direction
-        values, clean_loss = direction.values, direction.clean_loss
+        values = direction.values
+        passes = "train"
+        key: Key = (kind.alone, kind.by_row)
+        if isinstance(values, Combination):  # whose proof is one of more than a single direction's
+            passes = f"train along {len(values.parts)}"
+            key = *key, passes
+        own = self._kinds.get(key) or _Kind(kind.alone, by_row=kind.by_row)
+        self._remember(key, own)
 
         def plain(task: Task) -> Plain:
             return plain_training(task, direction)
 
         def score(new: bool) -> Scoring:
             with task.agreement.forward("the forward", *_AGREED):
-                train = _Pass(task, values, own, task.n, new=new)
+                train = _Pass(task, direction, own, task.n, new=new)
                 train.enter(task.inputs)
                 train.enter(task.targets)
                 with train.part("train"):
@@ -350,13 +362,13 @@ class Layerwise(Engine):
                 if train.interception.saved_tensor_hooks:
                     snapshot.keep_trained()
                 train.check([losses])
-                train.follow(clean_loss, why)
+                train.follow(direction.clean_loss, why)
             with task.agreement.at("the backward", *_AGREED):
                 train.check_order()
                 train.backward()
             return train.scoring
 
-        return self._proved(task, snapshot, own, "train", plain, score, new=new)
+        return self._proved(task, snapshot, own, passes, plain, score, new=new)
 
     def _proved(
         self,
@@ -384,7 +396,7 @@ class _Pass:
 
     Args:
         task: the step.
-        directions: v by id of the parameter; None if the forward is that of both batches.
+        direction: v; None if the forward is that of both batches.
         kind: what is known of such forwards.
         count: the number of examples in the forward.
         exchange: adds the clean batches of other ranks; None if there are none.
@@ -394,7 +406,7 @@ class _Pass:
     def __init__(
         self,
         task: Task,
-        directions: Mapping[int, Tensor] | None,
+        direction: Direction | None,
         kind: _Kind,
         count: int,
         exchange: Exchange | None = None,
@@ -405,7 +417,7 @@ class _Pass:
         self._kind = kind
         self._exchange = exchange
         self._leaves = Leaves(task.parameters, task.members.shards)
-        self.scoring = Scoring(task, self._leaves, directions, exchange)
+        self.scoring = Scoring(task, self._leaves, direction, exchange)
         self.verdict: Verdict | None = None
         self.places: tuple[str, str] | None = None
         """An operation of the model that picks examples by their place, and its line."""

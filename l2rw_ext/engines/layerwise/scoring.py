@@ -22,11 +22,12 @@ from l2rw_ext.layers.base import Factors, Roots, RowMap, Use
 from l2rw_ext.layers.costs import FEW_POSITIONS
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.isolation import BelowAutograd
-from l2rw_ext.task.task import Task
+from l2rw_ext.task.task import Combination, Direction, Task
 from l2rw_ext.tracing.graph import sources
 from l2rw_ext.tracing.shards import whole
 
 from .derived import Leaves
+from .norms import Norms
 from .probe import Probe
 
 _LARGEST_NUMBER_WAITING = 2
@@ -108,8 +109,8 @@ class Scoring(Scored):
     Args:
         task: the step.
         leaves: the trainable parameters.
-        directions: v by id of the parameter, if a pass over the clean batch went before; None if
-            the rows of a use hold n training and then m clean examples.
+        direction: v, if a pass over the clean batch went before; None if the rows of a use hold n
+            training and then m clean examples. A combination of several gives scores along each.
         exchange: adds the clean batches of other ranks to the direction; None if there are none.
     """
 
@@ -117,7 +118,7 @@ class Scoring(Scored):
         self,
         task: Task,
         leaves: Leaves,
-        directions: Mapping[int, Tensor] | None = None,
+        direction: Direction | None = None,
         exchange: Exchange | None = None,
     ) -> None:
         self.probe: Probe | None = None
@@ -129,12 +130,22 @@ class Scoring(Scored):
         self.low_memory = False
         """Whether to keep no z and g, because a second backward will follow."""
         self._leaves = leaves
-        self._directions = directions
+        self._combination: Combination | None = None
+        self._directions: Sequence[Mapping[int, Tensor]] | None = None
+        values = None if direction is None else direction.values
+        if isinstance(values, Combination):
+            self._combination, self._directions = values, values.parts
+        elif values is not None:
+            self._directions = [values]
+        self._over = None if direction is None else direction.over
+        self._norms: Norms | None = None
+        self._sums: list[Tensor] = []
+        """The scores so far, of each direction."""
         self._exchange = exchange
         self._waiting: deque[tuple[Use, UsePlan, Tensor, Tensor]] = deque()
         """Training rows of uses whose direction is on its way between ranks."""
-        self._pushed: dict[int, Tensor | None] = {}
-        """The direction by id of the root."""
+        self._pushed: dict[int, list[Tensor | None]] = {}
+        """Each direction by id of the root."""
         self._left: Counter[int] = Counter()
         """How many uses have not asked for it yet, by id of the root."""
         self._kept: list[_Kept] = []
@@ -160,12 +171,14 @@ class Scoring(Scored):
         self._n = losses.numel()
         self.losses = losses.detach()
         self.clean_loss = clean_loss.detach()
-        self.scores = torch.zeros(
-            self._n, dtype=accumulation_dtype(losses.dtype), device=losses.device
-        )
+        dtype = accumulation_dtype(losses.dtype)
+        count = 1 if self._directions is None else len(self._directions)
+        self._sums = [torch.zeros(self._n, dtype=dtype, device=losses.device) for _ in range(count)]
         self.reached = reached
         self._trained = trained
         self._expected = {use.index for use in reached}
+        if self._over is not None:
+            self._norms = Norms(self._over, self._leaves, trained, self._sums[0])
 
     def follow(self, plan: Plan) -> None:
         """Follow a plan: from now on reports are processed as they come."""
@@ -208,10 +221,10 @@ class Scoring(Scored):
             self._add_second(self._second, use, self._rows(use, planned, z, g))
             return
         # First, because all processes gather it, and not all need have rows.
-        direction = None if self._directions is None else self._direction_of(use)
+        directions = None if self._directions is None else self._directions_of(use)
         rows = self._rows(use, planned, z, g)
         if rows is not None:
-            self._score(use, planned, *rows, direction)
+            self._score(use, planned, *rows, directions)
 
     def finish(self) -> None:
         """Score what waited for the end of the backward.
@@ -230,20 +243,33 @@ class Scoring(Scored):
                 self._score_first()
             while self._groups:
                 _, layers = self._groups.popitem()
-                self.scores += ops.factored_correlations(*zip(*layers, strict=True))
+                self._sums[0] += ops.factored_correlations(*zip(*layers, strict=True))
         if self._postponed:
             self._score_jointly()
         self._pushed.clear()
         if self._exchange is not None:
             (clean_loss,) = self._exchange.take(CLEAN_LOSS)
             self.clean_loss = clean_loss.to(self.clean_loss)
-        self.scores = self._task.unscaled(self.scores)
+        found = [self._task.unscaled(u) for u in self._sums]
         if self._directions is None:
-            self.scores = self._task.unscaled(self.scores)
+            found = [self._task.unscaled(u) for u in found]
+        self.scores = found[0] if self._combination is None else torch.stack(found, 1)
+        self._inner_products = self.scores
+        if self._norms is not None:
+            self.norms = self._task.unscaled(self._norms.finish())
+            self.scores = _divided(self.scores, self.norms)
 
     def overflow(self) -> None:
         """Set all scores to NaN: the loss scale was too large for the gradients."""
-        self.scores = torch.full_like(self.scores, float("nan"))
+        self.scores = self._inner_products = torch.full_like(self._sums[0], float("nan"))
+
+    @property
+    def products(self) -> Tensor:
+        """See :class:`~l2rw_ext.engines.base.Scored`."""
+        if self._combination is None:
+            return self._inner_products
+        products: Tensor = self._inner_products @ self._combination.factors.to(self.scores)
+        return products
 
     def explain(self) -> Explanation:
         """See :class:`~l2rw_ext.engines.base.Scored`."""
@@ -251,28 +277,29 @@ class Scoring(Scored):
         explanation = Explanation.layerwise(self._task, self.plan, low_memory=self.low_memory)
         return replace(explanation, proof=self.proof)
 
-    def _push(self, uses: list[Use], directions: Mapping[int, Tensor]) -> None:
+    def _push(self, uses: list[Use], directions: Sequence[Mapping[int, Tensor]]) -> None:
         for root in (root for use in uses for root in use.roots if root is not None):
             if id(root) not in self._pushed:
-                self._pushed[id(root)] = self._leaves.push_forward(root, directions)
+                pushed = [self._leaves.push_forward(root, values) for values in directions]
+                self._pushed[id(root)] = pushed
             self._left[id(root)] += 1
 
-    def _direction_of(self, use: Use) -> Roots:
-        weight, bias = (None if root is None else self._taken(id(root)) for root in use.roots)
-        return weight, bias
+    def _directions_of(self, use: Use) -> list[Roots]:
+        none = [None] * len(self._sums)
+        weights, biases = (none if root is None else self._taken(id(root)) for root in use.roots)
+        return list(zip(weights, biases, strict=True))
 
-    def _taken(self, key: int) -> Tensor | None:
-        """The direction of a root, for one of its uses.
+    def _taken(self, key: int) -> list[Tensor | None]:
+        """Each direction of a root, for one of its uses.
 
         A sharded one is gathered for the first of them and kept until the last: other processes may
         have more of them or fewer, as in a loop over time.
         """
-        v = self._pushed.pop(key)
-        v = None if v is None else whole(v)
+        found = [None if v is None else whole(v) for v in self._pushed.pop(key)]
         self._left[key] -= 1
         if self._left[key]:
-            self._pushed[key] = v
-        return v
+            self._pushed[key] = found
+        return found
 
     def _rows(
         self, use: Use, planned: UsePlan, z: Tensor, g: Tensor
@@ -287,11 +314,11 @@ class Scoring(Scored):
         return None if rows is None else use.layer.prepare(use, z, g, rows)
 
     def _score(
-        self, use: Use, planned: UsePlan, z: Tensor, g: Tensor, direction: Roots | None
+        self, use: Use, planned: UsePlan, z: Tensor, g: Tensor, directions: list[Roots] | None
     ) -> None:
         """Score a use whose direction is known beforehand, or depends on no other use."""
-        if direction is not None:
-            self._correlate(use, planned.form, z, g, direction)
+        if directions is not None:
+            self._correlate(use, planned.form, z, g, directions)
             return
         parts = (self._n, z.shape[0] - self._n)
         z, z_clean = torch.unsafe_split_with_sizes(z, parts)
@@ -329,7 +356,7 @@ class Scoring(Scored):
             return
         parts = iter(found)
         weight, bias = (None if root is None else next(parts) for root in use.roots)
-        self._correlate(use, planned.form, z, g, (weight, bias))
+        self._correlate(use, planned.form, z, g, [(weight, bias)])
 
     def _score_by(
         self, use: Use, form: str, z: Tensor, g: Tensor, z_clean: Tensor, g_clean: Tensor
@@ -340,22 +367,29 @@ class Scoring(Scored):
             if in_groups(g) and not self.low_memory:  # which keeps no tensors
                 self._groups.setdefault((g.dtype, g.device), []).append(factors)
             else:
-                self.scores += ops.factored_correlation(*factors)
+                self._sums[0] += ops.factored_correlation(*factors)
             self._keep(_Kept(use, z, g))
         else:
-            self._correlate(use, form, z, g, use.layer.direction(use, z_clean, g_clean))
+            self._correlate(use, form, z, g, [use.layer.direction(use, z_clean, g_clean)])
 
-    def _correlate(self, use: Use, form: str, z: Tensor, g: Tensor, direction: Roots) -> None:
-        reaches = any(part is not None for part in direction)
+    def _correlate(
+        self, use: Use, form: str, z: Tensor, g: Tensor, directions: Sequence[Roots]
+    ) -> None:
+        reaching = {k: v for k, v in enumerate(directions) if any(part is not None for part in v)}
         if form == "per example" and not use.layer.reduces:
-            examples, u = use.layer.example_gradients(use, z, g, direction if reaches else None)
+            first, *others = reaching.values() or [None]
+            examples, u = use.layer.example_gradients(use, z, g, first)
             self._keep(_Kept(use, examples=examples))
+            if self._norms is not None:
+                self._norms.add(use, examples)
+            found = [u, *(_along(v, examples) for v in others if v is not None)]
         else:
             self._keep(_Kept(use, z, g))
-            if reaches:
-                u = use.layer.correlation(use, z, g, direction)
-        if reaches:
-            self.scores += u.to(self.scores.dtype)
+            if self._norms is not None:
+                self._norms.add(use, use.layer.single_gradients(use, z, g))
+            found = [use.layer.correlation(use, z, g, v) for v in reaching.values()]
+        for k, u in zip(reaching, found, strict=False):  # u is zero along no direction
+            self._sums[k] += u.to(self._sums[k].dtype)
 
     def _keep(self, kept: _Kept) -> None:
         if not self.low_memory:
@@ -383,10 +417,10 @@ class Scoring(Scored):
         directions = self._leaves.pull_back(totals.values())
         if self._exchange is not None:
             directions = self._added_up(directions)
-        self._push([use for use, *_ in training], directions)
+        self._push([use for use, *_ in training], [directions])
         with BelowAutograd():
             for use, form, z, g in training:
-                self._correlate(use, form, z, g, self._direction_of(use))
+                self._correlate(use, form, z, g, self._directions_of(use))
 
     def _added_up(self, directions: dict[int, Tensor]) -> dict[int, Tensor]:
         """The directions of parameters, by id, summed over the ranks."""
@@ -497,6 +531,22 @@ class Scoring(Scored):
             if isinstance(root, nn.Parameter) and root in self._leaves:
                 _, g = second.totals.pop(id(root), (root, None))
                 second.give([(root, torch.zeros_like(root) if g is None else g.to(root.dtype))])
+
+
+def _along(direction: Roots, examples: Roots) -> Tensor:
+    """<direction, G_i> of gradients of single examples, shape (n,)."""
+    products = [
+        G.flatten(1).to(V.dtype) @ V.flatten()
+        for V, G in zip(direction, examples, strict=True)
+        if V is not None and G is not None
+    ]
+    return torch.stack(products).sum(0)
+
+
+def _divided(products: Tensor, norms: Tensor) -> Tensor:
+    """Inner products (n, ...) over norms (n,): zero for a gradient of zero, NaN for no number."""
+    norms = norms.view(-1, *[1] * (products.dim() - 1))
+    return torch.where((norms > 0) & norms.isfinite(), products / norms, 0 * norms)
 
 
 def _weighted(kept: _Kept, weights: Tensor) -> Roots:
