@@ -239,9 +239,9 @@ class LowRank(nn.Module):
         return out
 
 
-def low_rank_gpt(rank: int = 8) -> GPT:
-    """:class:`GPT` with frozen weights and :class:`LowRank` layers in attention and MLP."""
-    model = GPT().requires_grad_(False)
+def low_rank(model: GPT, rank: int = 8) -> GPT:
+    """The model with its weights frozen and :class:`LowRank` layers in attention and MLP."""
+    model.requires_grad_(False)
     for block in model.blocks:
         for name, layer in list(block.named_children()):
             if isinstance(layer, nn.Linear):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures import GPT, LSTM, MLP, Autocast, LeNet, ResNet32, ViT, low_rank_gpt
+from .architectures import GPT, LSTM, MLP, Autocast, LeNet, ResNet32, ViT, low_rank
 
 RHO_RANGE = (0.45, 0.55)
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
@@ -112,6 +112,10 @@ def _tiny() -> nn.Module:
     return MLP(6, 8, 3)
 
 
+def _low_rank_gpt() -> nn.Module:
+    return low_rank(GPT())
+
+
 def _autocast(model: Callable[[], nn.Module]) -> nn.Module:
     return Autocast(model())
 
@@ -155,7 +159,7 @@ _SIXTEENTH = (
     CaseSpec(
         "lora-32-2",
         "LoRA of rank 8 on the GPT, 32+2",
-        low_rank_gpt,
+        _low_rank_gpt,
         (128,),
         1000,
         32,

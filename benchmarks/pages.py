@@ -24,6 +24,7 @@ PARTS = (
     "step-compiled",
     "step-peers",
     "step-sixteenth",
+    "step-sixteenth-peers",
     "memory",
     "memory-compiled",
     "memory-checkpointed",
