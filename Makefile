@@ -83,6 +83,8 @@ bench: $(VENV)/.installed ## time and memory of a step, recorded in benchmarks/r
 	@$(RECORD) step --methods plain_union plain_union_compiled l2rw_ext l2rw_ext_compiled --repeats 21 --json benchmarks/results/cpu/step-pair.json $(ARGS)
 	@$(RECORD) step --methods plain_union plain_union_compiled l2rw_ext l2rw_ext_flat l2rw_ext_compiled --json benchmarks/results/cpu/step-compiled.json $(ARGS)
 	@$(RECORD) step --case mlp-256-64 lenet --methods plain_union plain_union_compiled l2rw_ext_compiled jvp_compiled double_backward_compiled --json benchmarks/results/cpu/step-peers.json
+	@$(RECORD) step --case gpt-32-2 lora-32-2 vit-128-8 gpt-32-2-bf16 lora-32-2-bf16 vit-128-8-bf16 --methods plain_union_compiled l2rw_ext l2rw_ext_compiled --repeats 7 --warmup 1 --json benchmarks/results/cpu/step-sixteenth.json
+	@$(RECORD) step --case lora-32-2 --methods l2rw_ext double_backward jvp finite_difference opacus dattri --repeats 5 --warmup 1 --json benchmarks/results/cpu/step-sixteenth-peers.json
 	@$(RECORD) memory --methods plain_union l2rw_ext --json benchmarks/results/cpu/memory.json
 	@$(RECORD) memory --methods plain_union_compiled l2rw_ext_compiled --json benchmarks/results/cpu/memory-compiled.json
 	@$(RECORD) memory --case vit-checkpointed --methods plain_union l2rw_ext l2rw_ext_kept --json benchmarks/results/cpu/memory-checkpointed.json

@@ -220,6 +220,48 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.token.weight)
 
 
+class LowRank(nn.Module):
+    """A frozen linear layer plus a trained product of rank r (LoRA), scaled by 2.
+
+    ``up`` usually starts at zero, where the gradient of ``down`` vanishes; here neither does, as
+    after the first steps of a training.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.normal_(self.up.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + 2 * self.up(self.down(x))
+        return out
+
+
+def low_rank(model: GPT, rank: int = 8) -> GPT:
+    """The model with its weights frozen and :class:`LowRank` layers in attention and MLP."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(block, name, LowRank(layer, rank))
+    return model
+
+
+class Autocast(nn.Module):
+    """A model under bfloat16 autocast, with outputs in float32; float64 remains as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out: Tensor = self.model(x)
+        return out.float() if out.dtype is torch.bfloat16 else out
+
+
 class LSTM(nn.Module):
     """One LSTM layer of width 128 on 64 features, and a classifier of its last state."""
 

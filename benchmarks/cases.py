@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures import GPT, LSTM, MLP, LeNet, ResNet32, ViT
+from .architectures import GPT, LSTM, MLP, Autocast, LeNet, ResNet32, ViT, low_rank
 
 RHO_RANGE = (0.45, 0.55)
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 Batch = tuple[Tensor, Tensor]
 
 
@@ -35,6 +37,7 @@ class CaseSpec:
     ``coupled`` marks models whose examples see each other (BatchNorm in train mode), ``attention``
     those whose fused attention kernel has no second derivative. Inputs are images of shape
     ``input_shape``, or tokens of that shape where ``tokens`` is set (targets then have it too).
+    ``bf16`` marks models that run under bfloat16 autocast.
     """
 
     name: str
@@ -48,6 +51,7 @@ class CaseSpec:
     coupled: bool = False
     attention: bool = False
     tokens: bool = False
+    bf16: bool = False
 
 
 @dataclass
@@ -69,6 +73,11 @@ class Case:
         """Both batches as one."""
         (x, y), (x_clean, y_clean) = self.train, self.clean
         return torch.cat([x, x_clean]), torch.cat([y, y_clean])
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def copy(self) -> Case:
         """The same data with a model of its own."""
@@ -103,7 +112,64 @@ def _tiny() -> nn.Module:
     return MLP(6, 8, 3)
 
 
+def _low_rank_gpt() -> nn.Module:
+    return low_rank(GPT())
+
+
+def _autocast(model: Callable[[], nn.Module]) -> nn.Module:
+    return Autocast(model())
+
+
+def _under_autocast(spec: CaseSpec) -> CaseSpec:
+    """The same case under bfloat16 autocast."""
+    return replace(
+        spec,
+        name=f"{spec.name}-bf16",
+        title=f"{spec.title}, bfloat16",
+        model=partial(_autocast, spec.model),
+        bf16=True,
+    )
+
+
 _IMAGE = (3, 32, 32)
+_SIXTEENTH = (
+    CaseSpec(
+        "gpt-32-2",
+        "GPT d 256, 4 layers, 32+2",
+        GPT,
+        (128,),
+        1000,
+        32,
+        2,
+        default=False,
+        attention=True,
+        tokens=True,
+    ),
+    CaseSpec(
+        "vit-128-8",
+        "ViT d 192, 6 layers, 128+8",
+        ViT,
+        _IMAGE,
+        10,
+        128,
+        8,
+        default=False,
+        attention=True,
+    ),
+    CaseSpec(
+        "lora-32-2",
+        "LoRA of rank 8 on the GPT, 32+2",
+        _low_rank_gpt,
+        (128,),
+        1000,
+        32,
+        2,
+        default=False,
+        attention=True,
+        tokens=True,
+    ),
+)
+"""Cases with m = n/16, about the share with which others state their price."""
 CASES: dict[str, CaseSpec] = {
     spec.name: spec
     for spec in (
@@ -160,6 +226,8 @@ CASES: dict[str, CaseSpec] = {
             tokens=True,
         ),
         CaseSpec("lstm", "LSTM 64-128, 40 steps, 32+16", LSTM, (40, 64), 10, 32, 16),
+        *_SIXTEENTH,
+        *map(_under_autocast, _SIXTEENTH),
         CaseSpec("tiny", "MLP 6-8-3, 20+4", _tiny, (6,), 3, 20, 4, default=False),
     )
 }
@@ -168,6 +236,16 @@ CASES: dict[str, CaseSpec] = {
 def default_cases() -> list[str]:
     """The names of the cases that a benchmark runs when none is asked for."""
     return [name for name, spec in CASES.items() if spec.default]
+
+
+def left_out(spec: CaseSpec, device: str) -> str | None:
+    """Why a case tells nothing on a device, if so: bfloat16 is emulated there."""
+    if not spec.bf16 or device.startswith("cuda"):
+        return None
+    found = torch.cpu.get_capabilities()
+    if any(found.get(name) for name in _BF16_INSTRUCTIONS):
+        return None
+    return f"the processor has none of {', '.join(_BF16_INSTRUCTIONS)}"
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -199,7 +277,9 @@ def output_tangent(model: nn.Module, x: Tensor, clean: Batch) -> tuple[Tensor, T
     do not enter, so that scores of any number of label draws follow from one pair of forwards.
     """
     model = copy.deepcopy(model).double()
-    parameters = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    parameters: dict[str, Tensor] = {
+        name: p for name, p in model.named_parameters() if p.requires_grad
+    }
     inputs, targets = clean
     loss = example_losses(_call(model, parameters, _double(inputs)), targets).mean()
     direction = torch.autograd.grad(loss, list(parameters.values()))

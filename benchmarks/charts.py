@@ -48,7 +48,7 @@ def _origin(report: dict[str, Any]) -> str:
 
 def step_chart(report: dict[str, Any], path: Path) -> None:
     """Time of a step over the plain union step: one group of bars for each case."""
-    cases = report["cases"]
+    cases = [entry for entry in report["cases"] if "left_out" not in entry]
     shown = {n: bar for n, bar in BARS.items() if any(n in ratios(entry) for entry in cases)}
     height = 0.8 / len(shown)
     with _figure(path, size=(8, 0.62 * len(cases) + 1.3)) as (_, ((axes,),)):

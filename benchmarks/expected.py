@@ -12,20 +12,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from l2rw_ext import reference
 from l2rw_ext.reference import relative_error
 
-from .cases import Case
+from .cases import Batch, Case
 
 
 @dataclass(frozen=True)
 class Oracle:
     """Scores and weights, shape (n,), and gradients by parameter name, in float64.
 
-    ``gradient`` is the weighted one, ``union_gradient`` that of a plain step on both batches.
+    ``gradient`` is the weighted one, ``union_gradient`` that of a plain step on both batches, and
+    ``training_gradient`` that of one on the training batch alone.
     """
 
     scores: Tensor
     weights: Tensor
     gradient: dict[str, Tensor | None]
     union_gradient: dict[str, Tensor | None]
+    training_gradient: dict[str, Tensor | None]
 
     @property
     def rho(self) -> float:
@@ -54,10 +56,17 @@ def oracle(case: Case) -> Oracle:
             scores = _single_gradient_scores(case, model, batch, clean)
         weights = reference.weights_from_scores(scores)
         gradient = reference.weighted_gradient(model, case.loss, batch, weights)
-        x_union, y_union = (t.cpu() for t in case.union)
-        equal = torch.full(y_union.shape[:1], 1 / y_union.size(0), dtype=torch.float64)
-        plain = reference.weighted_gradient(model, case.loss, (_double(x_union), y_union), equal)
-    return Oracle(scores, weights, gradient, plain)
+        union, training = (
+            _mean_gradient(case, model, plain_batch) for plain_batch in (case.union, case.train)
+        )
+    return Oracle(scores, weights, gradient, union, training)
+
+
+def _mean_gradient(case: Case, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor | None]:
+    """The gradient of the mean loss of a batch."""
+    x, y = (t.cpu() for t in batch)
+    equal = torch.full(y.shape[:1], 1 / y.size(0), dtype=torch.float64)
+    return reference.weighted_gradient(model, case.loss, (_double(x), y), equal)
 
 
 def _single_gradient_scores(
@@ -79,7 +88,7 @@ def gradient_error(model: torch.nn.Module, gradient: dict[str, Tensor | None]) -
     """The relative error of all ``p.grad`` of a model, as one vector."""
     ours, theirs = [], []
     for name, p in model.named_parameters():
-        expected = gradient[name]
+        expected = gradient.get(name)
         wanted = torch.zeros(p.shape, dtype=torch.float64) if expected is None else expected
         got = torch.zeros_like(wanted) if p.grad is None else p.grad.detach().cpu().double()
         ours.append(got.flatten())

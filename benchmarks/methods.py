@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, TensorDataset
 
 from l2rw_ext.reference import weights_from_scores
 
@@ -43,8 +45,11 @@ class Outcome(NamedTuple):
 
 Step = Callable[[], Outcome]
 Values = dict[str, Tensor]
+Wrapper = Callable[[Callable[..., Any]], Any]
 YARDSTICK = "plain_union"
 COMPILED = "plain_union_compiled"
+ON_TRAINING_BATCH = {YARDSTICK: "plain", COMPILED: "plain_compiled"}
+"""The plain step on the n training examples alone, by the one on the union that runs as it does."""
 CAPTURED = "plain_union_captured"
 REDUCED_OVERHEAD = "plain_union_reduce_overhead"
 FIRST_STEPS = 5
@@ -56,11 +61,12 @@ FIRST_STEPS = 5
 class Method:
     """A way to make one training step.
 
-    ``kind`` is ``plain`` (no weights), ``union`` (a plain step on both batches as one; times are
-    over the fastest of a run), ``exact`` (held to the oracle) or ``approximate`` (its error is
-    reported). ``requires`` names the module that must be installed; without
-    ``default`` the method runs where it is asked for. ``counterpart`` is the plain step that runs
-    in the same way, eagerly or compiled or from a CUDA graph: memory is compared with its.
+    ``kind`` is ``plain`` (no weights, on the training batch alone), ``union`` (a plain step on both
+    batches as one; times are over the fastest of a run), ``exact`` (held to the oracle) or
+    ``approximate`` (its error is reported). ``requires`` names the module that must be installed;
+    without ``default`` the method runs where it is asked for. ``counterpart`` is the plain step on
+    the union that runs in the same way, eagerly or compiled or from a CUDA graph: memory is
+    compared with its.
     """
 
     name: str
@@ -75,6 +81,11 @@ class Method:
     def compiled(self) -> bool:
         """Whether its first steps compile or capture."""
         return self.counterpart != YARDSTICK
+
+    @property
+    def on_training_batch(self) -> str | None:
+        """The plain step on the training batch alone that runs in the same way, if there is one."""
+        return ON_TRAINING_BATCH.get(self.counterpart)
 
     @property
     def available(self) -> bool:
@@ -95,26 +106,14 @@ def _set_gradients(parameters: list[nn.Parameter], gradients: list[Tensor]) -> N
         p.grad = g if p.grad is None else p.grad + g
 
 
-def plain(case: Case) -> Step:
-    """Mean loss of the training batch."""
-    x, y = case.train
-
-    def step() -> Outcome:
-        _backward(case.loss(case.model(x), y).mean())
-        return Outcome(None, None)
-
-    return step
-
-
 def one_graph(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """A function compiled by ``torch.compile`` as one graph for its arguments' shapes."""
     compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, **options)
     return compiled
 
 
-def plain_union(case: Case, wrapped: Callable[[Callable[..., Any]], Any] | None = None) -> Step:
-    """Mean loss of both batches as one: the yardstick; ``wrapped`` compiles model and loss."""
-    x, y = case.union
+def _mean_loss(case: Case, batch: Batch, wrapped: Wrapper | None) -> Step:
+    x, y = batch
 
     def objective(x: Tensor, y: Tensor) -> Tensor:
         return case.loss(case.model(x), y).mean()
@@ -126,6 +125,16 @@ def plain_union(case: Case, wrapped: Callable[[Callable[..., Any]], Any] | None 
         return Outcome(None, None)
 
     return step
+
+
+def plain(case: Case, wrapped: Wrapper | None = None) -> Step:
+    """Mean loss of the training batch; ``wrapped`` compiles model and loss."""
+    return _mean_loss(case, case.train, wrapped)
+
+
+def plain_union(case: Case, wrapped: Wrapper | None = None) -> Step:
+    """Mean loss of both batches as one: the yardstick; ``wrapped`` compiles model and loss."""
+    return _mean_loss(case, case.union, wrapped)
 
 
 def l2rw(case: Case, **options: Any) -> Step:
@@ -167,7 +176,7 @@ def _weighted_step(case: Case, scores: Tensor) -> Outcome:
 
 def double_backward(case: Case) -> Step:
     """Algorithm 1: look-ahead step, backward on backward, second forward and backward."""
-    named = dict(case.model.named_parameters())
+    named = case.parameters
     parameters = list(named.values())
     x, y = case.train
     x_clean, y_clean = case.clean
@@ -194,7 +203,7 @@ def _losses(case: Case, values: Values, batch: Batch) -> Tensor:
 
 def forward_mode(case: Case) -> Step:
     """Scores as J v by ``torch.func.jvp``; its forward also serves the weighted backward."""
-    named = dict(case.model.named_parameters())
+    named = case.parameters
     parameters = list(named.values())
 
     def step() -> Outcome:
@@ -212,7 +221,7 @@ def forward_mode(case: Case) -> Step:
 
 def _one_function(case: Case, compute: Callable[..., tuple[Tensor, Tensor, Values]]) -> Step:
     """A step that is one compiled function of parameters and batches, with gradients by name."""
-    parameters = dict(case.model.named_parameters())
+    parameters = case.parameters
     values = {name: p.detach() for name, p in parameters.items()}
     run = one_graph(compute)
 
@@ -263,7 +272,7 @@ def double_backward_compiled(case: Case) -> Step:
 
 def finite_difference(case: Case) -> Step:
     """Scores from two forwards at θ ± h v, h = 0.01 / |v|, then a weighted forward and backward."""
-    named = dict(case.model.named_parameters())
+    named = case.parameters
     parameters = list(named.values())
     x, y = case.train
 
@@ -354,7 +363,7 @@ def _combine(
 def opacus(case: Case) -> Step:
     """Single gradients by Opacus hooks, contracted with v and with the weights."""
     library = importlib.import_module("opacus")
-    parameters = list(case.model.parameters())
+    parameters = list(case.parameters.values())
     wrapped = library.GradSampleModule(case.model, loss_reduction="sum")
     x, y = case.train
 
@@ -374,7 +383,7 @@ def backpack(case: Case) -> Step:
     batch_grad = importlib.import_module("backpack.extensions").BatchGrad
     if case.spec.tokens:
         raise NotImplementedError("no extended loss for several tokens an example")
-    parameters = list(case.model.parameters())
+    parameters = list(case.parameters.values())
     model = library.extend(case.model)
     criterion = library.extend(nn.CrossEntropyLoss(reduction="sum"))
     x, y = case.train
@@ -385,6 +394,30 @@ def backpack(case: Case) -> Step:
         with library.backpack(batch_grad()):
             _backward(criterion(model(x), y))
         return _combine(parameters, _take(parameters, "grad_batch"), direction)
+
+    return step
+
+
+def dattri(case: Case) -> Step:
+    """Scores by dattri's Grad-Dot without its random projection: single gradients by vmap."""
+    task_type = importlib.import_module("dattri.task").AttributionTask
+    attributor_type = importlib.import_module("dattri.algorithm.tracin").TracInAttributor
+
+    def loss(values: Values, example: Batch) -> Tensor:
+        x, y = example
+        return case.loss(functional_call(case.model, values, (x[None],)), y[None]).sum()
+
+    # The checkpoint is the model as it is, in train mode.
+    task = task_type(loss, case.model, None, checkpoints_load_func=lambda model, _: model)
+    device = str(case.train[0].device)
+    attributor = attributor_type(task, torch.ones(1), normalized_grad=False, device=device)
+    attributor.projector_kwargs = None
+    train, clean = (DataLoader(TensorDataset(*b), len(b[1])) for b in (case.train, case.clean))
+
+    def step() -> Outcome:
+        with _attention(case), redirect_stderr(io.StringIO()):  # its progress bars
+            scores = attributor.attribute(train, clean).mean(1).to(device)
+        return _weighted_step(case, scores)
 
     return step
 
@@ -403,7 +436,7 @@ def on_cuda(prepare: Callable[[Case], Step]) -> Callable[[Case], Step]:
 def plain_union_captured(case: Case) -> Step:
     """The plain step on the union, captured once in a CUDA graph and replayed."""
     step = plain_union(case)
-    parameters = list(case.model.parameters())
+    parameters = list(case.parameters.values())
 
     def from_no_gradient() -> Outcome:
         # The graph then writes gradients instead of adding to what is there.
@@ -431,6 +464,13 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("plain", "plain, n", "plain", plain),
+        Method(
+            "plain_compiled",
+            "plain, n, compiled",
+            "plain",
+            partial(plain, wrapped=one_graph),
+            counterpart=COMPILED,
+        ),
         Method(YARDSTICK, "plain, union", "union", plain_union),
         Method(
             COMPILED,
@@ -472,6 +512,7 @@ METHODS: dict[str, Method] = {
         Method("torchopt", "TorchOpt", "exact", torchopt, requires="torchopt"),
         Method("opacus", "Opacus", "exact", opacus, requires="opacus"),
         Method("backpack", "BackPACK", "exact", backpack, requires="backpack"),
+        Method("dattri", "dattri", "exact", dattri, requires="dattri"),
         Method(
             CAPTURED,
             "plain, union, CUDA graph",
@@ -513,3 +554,9 @@ def chosen(names: list[str] | None) -> list[Method]:
     return [
         method for method in METHODS.values() if (method.name in names if names else method.default)
     ]
+
+
+def with_plain(methods: list[Method]) -> list[Method]:
+    """The methods, and the plain steps on the training batch alone that their times are over."""
+    names = {name for m in methods for name in (m.name, m.on_training_batch)}
+    return [method for method in METHODS.values() if method.name in names]

@@ -25,13 +25,14 @@ class LayerUse:
     """One product with a weight in a forward of one example.
 
     T positions, ``size`` = d_in d_out (for a convolution d_in is what one output position reads),
-    and whether a gradient of the layer's input is needed.
+    and whether gradients of the layer's input and of its weight are needed.
     """
 
     positions: int
     d_in: int
     d_out: int
     data_gradient: bool
+    trained: bool = True
 
     @property
     def size(self) -> int:
@@ -57,7 +58,10 @@ class _Recorder(TorchFunctionMode):
         if func is F.linear:
             x, weight = args[0], args[1]
             d_out, d_in = weight.shape
-            self.uses.append(LayerUse(x.numel() // d_in, d_in, d_out, x.requires_grad))
+            positions = x.numel() // d_in
+            self.uses.append(
+                LayerUse(positions, d_in, d_out, x.requires_grad, weight.requires_grad)
+            )
         elif func in _CONVOLUTIONS:
             x, weight = args[0], args[1]
             positions = out[0, 0].numel()
@@ -91,7 +95,7 @@ def layer_uses(case: Case) -> tuple[list[LayerUse], int]:
 def union_operations(case: Case) -> int:
     """Multiply-adds of forward, weight gradient and data gradient on n + m examples."""
     uses, attention = layer_uses(case)
-    per_example = sum(u.positions * u.size * (2 + u.data_gradient) for u in uses)
+    per_example = sum(u.positions * u.size * (1 + u.data_gradient + u.trained) for u in uses)
     return (case.spec.n + case.spec.m) * (per_example + 3 * attention)
 
 
@@ -112,7 +116,8 @@ def reweighted_operations(case: Case) -> float:
         factored = n * t * m * t * (u.d_in + u.d_out) + rho * n * t * size
         dense = (n + m) * t * size + rho * n * t * size
         per_example = (n + m) * t * size + 2 * n * size
-        total += (n + m) * t * size * (1 + u.data_gradient) + min(factored, dense, per_example)
+        total += (n + m) * t * size * (1 + u.data_gradient)
+        total += min(factored, dense, per_example) if u.trained else 0
     return total
 
 

@@ -23,6 +23,8 @@ PARTS = (
     "step-pair",
     "step-compiled",
     "step-peers",
+    "step-sixteenth",
+    "step-sixteenth-peers",
     "memory",
     "memory-compiled",
     "memory-checkpointed",
@@ -32,6 +34,10 @@ PARTS = (
     "labels",
     "predicted-steps",
     "predicted-products",
+)
+ON_TRAINING_BATCH = (
+    "The same times over a plain step on the n training examples alone, compiled steps over the "
+    "compiled one:"
 )
 PART = re.compile(
     r"(?P<begin><!-- recorded (?P<name>[a-z-]+): begin -->\n).*?"
@@ -89,17 +95,32 @@ def table(report: dict[str, Any], number: str = "ratio") -> str:
     labels = {row["name"]: row["label"] for entry in report["cases"] for row in entry["methods"]}
     measured = {name for entry in report["cases"] for name in ratios(entry, number)}
     shown = {name: label for name, label in labels.items() if name in measured}
-    has_rho = report["kind"] == "step" and number == "ratio"
+    has_rho = report["kind"] == "step" and number in ("ratio", "ratio_n")
     head = ["case", *(["ρ", "operation count"] if has_rho else []), *shown.values()]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---|" * (len(head) - 1)]
     for entry in report["cases"]:
         cells = [entry["title"]]
-        if has_rho:
-            cells += [f"{entry['rho']:.2f}", f"{entry['operation_bound']:.2f}"]
+        if "left_out" in entry:
+            cells[0] += f", left out: {entry['left_out']}"
+            cells += ["-"] * (len(head) - 1 - len(shown))
+        elif has_rho:
+            examples = 1 if number == "ratio" else (entry["n"] + entry["m"]) / entry["n"]
+            cells += [f"{entry['rho']:.2f}", f"{entry['operation_bound'] * examples:.2f}"]
         found = ratios(entry, number)
         cells += [f"{found[name]:.2f}" if name in found else "-" for name in shown]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def step_tables(report: dict[str, Any]) -> str:
+    """The ratios of a report over a plain step on both batches, then over one on n examples alone.
+
+    Reports that were recorded without the latter have the first table only.
+    """
+    found = table(report)
+    if not any(ratios(entry, "ratio_n") for entry in report["cases"]):
+        return found
+    return f"{found}\n\n{ON_TRAINING_BATCH}\n\n{table(report, 'ratio_n')}"
 
 
 def _of_kernel(entry: dict[str, Any], mode: str) -> list[str]:
@@ -185,7 +206,7 @@ def phase_table(report: dict[str, Any]) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """The table of a report of any kind; empty for a kind without one."""
     makers = {
-        "step": table,
+        "step": step_tables,
         "memory": table,
         "scaling": scaling_table,
         "kernels": kernel_table,
@@ -239,7 +260,9 @@ def parts(reports: dict[str, dict[str, Any]]) -> dict[str, str]:
     """What stands between the comments, by name; ``reports`` by file name without its ending."""
     found = dict.fromkeys(PARTS, "Not recorded yet: `make bench` does.")
     for name, report in reports.items():
-        if report["kind"] in ("step", "memory"):
+        if report["kind"] == "step":
+            found[name] = f"{step_tables(report)}\n\n{origin(report)}"
+        elif report["kind"] == "memory":
             found[name] = f"{table(report)}\n\n{origin(report)}"
     found["communication"] = communication_table()
     found |= predicted_parts()

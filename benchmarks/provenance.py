@@ -24,7 +24,16 @@ SOURCE_FOLDERS = ("csrc", "l2rw_ext")
 CUDA_FOLDER = "csrc/cuda"
 SOURCE_SUFFIXES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh"}
 SETTINGS = ("L2RW_CPU_ISA", "L2RW_CUDA_WARPGROUPS")
-PACKAGES = ("torch", "l2rw_ext", "numpy", "higher", "torchopt", "opacus", "backpack-for-pytorch")
+PACKAGES = (
+    "torch",
+    "l2rw_ext",
+    "numpy",
+    "higher",
+    "torchopt",
+    "opacus",
+    "backpack-for-pytorch",
+    "dattri",
+)
 
 
 def source_hash(device: str, root: Path = ROOT) -> str:

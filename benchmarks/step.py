@@ -4,7 +4,8 @@ All methods run in one process, one step of each in turn, and each method's scor
 gradient are compared with the float64 oracle before its time counts: those of the last of its first
 steps, which runs as all later ones do. The seconds of these first steps stand beside. Times are
 medians; ratios are over a plain step on the union of both batches, and where that ran in several
-ways (eagerly, compiled, from a CUDA graph), over the fastest of this run.
+ways (eagerly, compiled, from a CUDA graph), over the fastest of this run. Beside them stand those
+over the plain step on the training batch alone that ran in the same way, eagerly or compiled.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from l2rw_ext.devices import float32_products
 from l2rw_ext.reference import relative_error
 
 from . import provenance
-from .cases import CASES, Case, CaseSpec, default_cases, make_case
+from .cases import CASES, Case, CaseSpec, default_cases, left_out, make_case
 from .errors import UsageError
 from .expected import Oracle, gradient_error, oracle
-from .methods import FIRST_STEPS, METHODS, YARDSTICK, Method, Outcome, Step, chosen
+from .methods import FIRST_STEPS, METHODS, YARDSTICK, Method, Outcome, Step, chosen, with_plain
 from .operations import operation_bound
 from .timing import use_device, without_collection
 
@@ -71,11 +72,13 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(case: Case, outcome: Outcome, truth: Oracle) -> dict[str, float]:
+def compare(case: Case, kind: str, outcome: Outcome, truth: Oracle) -> dict[str, float]:
     """Relative errors of scores, weights and the weighted gradient in ``p.grad``.
 
-    A plain step on the union has only that of its own gradient.
+    A plain step has only that of its own gradient; ``kind`` tells which batch it is of.
     """
+    if kind == "plain":
+        return {"training gradient": gradient_error(case.model, truth.training_gradient)}
     if outcome.scores is None or outcome.weights is None:
         return {"union gradient": gradient_error(case.model, truth.union_gradient)}
     return {
@@ -88,18 +91,18 @@ def compare(case: Case, outcome: Outcome, truth: Oracle) -> dict[str, float]:
 def error_limits(case: Case, truth: Oracle) -> dict[str, float]:
     """What a float32 method may differ from the oracle: twice the error of an eager step plus 1e-6.
 
-    Reweighted steps are held to double backward, plain ones to the plain step on the union. In a
+    Reweighted steps are held to double backward, plain ones to the eager step on their batch. In a
     deep network rounding decides the sign of some ReLUs, and with it the thousandth part of a
     gradient; so that luck decides nothing, the worst of a few roundings of the parameters counts.
     """
     limits: dict[str, float] = {}
-    for name in ("double_backward", YARDSTICK):
+    for name in ("double_backward", YARDSTICK, "plain"):
         for seed in range(ROUNDINGS):
             own = case.copy()
             if seed:
                 _round(own, seed)
             outcome = METHODS[name].prepare(own)()
-            for k, error in compare(own, outcome, truth).items():
+            for k, error in compare(own, METHODS[name].kind, outcome, truth).items():
                 limits[k] = max(limits.get(k, 0.0), 2 * error + ERROR_FLOOR)
     return limits
 
@@ -155,17 +158,18 @@ def prepare(
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             return Candidate(method, "failed", reason)
     candidate.engine = outcome.engine
-    if method.kind != "plain":
-        candidate.errors = compare(own, outcome, truth)
-        off = {k: v for k, v in candidate.errors.items() if not v <= limits[k]}
-        rounded = method.kind == "union" and max(candidate.errors.values()) <= ROUNDED_PLAIN
-        if method.kind == "approximate" or (off and rounded):
-            candidate.status = "approximate"
-        elif off:
-            candidate.status = "wrong"
-            candidate.reason = ", ".join(
-                f"{k} error {v:.1e}, allowed {limits[k]:.1e}" for k, v in off.items()
-            )
+    candidate.errors = compare(own, method.kind, outcome, truth)
+    off = {k: v for k, v in candidate.errors.items() if not v <= limits[k]}
+    plain = method.kind in ("plain", "union")
+    if method.kind == "approximate" or (
+        off and plain and max(candidate.errors.values()) <= ROUNDED_PLAIN
+    ):
+        candidate.status = "approximate"
+    elif off:
+        candidate.status = "wrong"
+        candidate.reason = ", ".join(
+            f"{k} error {v:.1e}, allowed {limits[k]:.1e}" for k, v in off.items()
+        )
     return candidate
 
 
@@ -199,7 +203,18 @@ def fastest(candidates: Sequence[Candidate]) -> Candidate | None:
     return min(timed, key=lambda c: statistics.median(c.times or [])) if timed else None
 
 
-def _row(c: Candidate, yardstick: Candidate | None) -> dict[str, Any]:
+def _over(c: Candidate, other: Candidate | None) -> tuple[float, list[float]] | None:
+    """The ratio of two medians, and the quartiles of the ratios of single rounds."""
+    if not c.times or other is None or not other.times:
+        return None
+    pairs = [a / b for a, b in zip(c.times, other.times, strict=True)]
+    low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+    return statistics.median(c.times) / statistics.median(other.times), [low, high]
+
+
+def _row(
+    c: Candidate, yardstick: Candidate | None, on_training_batch: Candidate | None
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": c.method.name,
         "label": c.method.label,
@@ -218,11 +233,10 @@ def _row(c: Candidate, yardstick: Candidate | None) -> dict[str, Any]:
     if c.times:
         row["seconds"] = statistics.median(c.times)
         row["seconds_min"] = min(c.times)
-    if c.times and yardstick is not None and yardstick.times:
-        pairs = [a / b for a, b in zip(c.times, yardstick.times, strict=True)]
-        low, _, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
-        row["ratio"] = statistics.median(c.times) / statistics.median(yardstick.times)
-        row["ratio_quartiles"] = [low, high]
+    for name, other in (("ratio", yardstick), ("ratio_n", on_training_batch)):
+        found = _over(c, other)
+        if found is not None:
+            row[name], row[f"{name}_quartiles"] = found
     return row
 
 
@@ -235,6 +249,10 @@ def run_case(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Check and time ``methods`` on one case; the result is one entry of the report's ``cases``."""
+    about = {"name": spec.name, "title": spec.title, "n": spec.n, "m": spec.m}
+    reason = left_out(spec, device)
+    if reason is not None:
+        return {**about, "left_out": reason, "methods": []}
     case = make_case(spec)
     truth = oracle(case)
     case.rho = truth.rho
@@ -250,29 +268,31 @@ def run_case(
         candidates = [prepare(case, method, truth, limits, device) for method in methods]
         time_interleaved(candidates, repeats, warmup, device)
     yardstick = fastest(candidates)
+    by_name = {c.method.name: c for c in candidates}
     return {
-        "name": spec.name,
-        "title": spec.title,
-        "n": spec.n,
-        "m": spec.m,
+        **about,
         "rho": case.rho,
         "operation_bound": bound,
         "repeats": repeats,
         "error_limits": limits,
         "yardstick": yardstick.method.name if yardstick else None,
-        "methods": [_row(c, yardstick) for c in candidates],
+        "methods": [
+            _row(c, yardstick, by_name.get(c.method.on_training_batch or "")) for c in candidates
+        ],
     }
 
 
-def table(entry: dict[str, Any]) -> Table:
-    """One case as a table."""
+def table(entry: dict[str, Any]) -> Table | str:
+    """One case as a table, or why it was left out."""
+    if "left_out" in entry:
+        return f"{entry['title']}, left out: {entry['left_out']}"
     out = Table(
         title=f"{entry['title']}   ρ {entry['rho']:.2f}, "
         f"operation count allows {entry['operation_bound']:.2f}",
         title_justify="left",
     )
     out.add_column("method", no_wrap=True)
-    for name in ("ms", "ratio", "quartiles", "score error", "first s"):
+    for name in ("ms", "/ n+m", "quartiles", "/ n", "score error", "first s"):
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("note")
     for row in entry["methods"]:
@@ -283,6 +303,7 @@ def table(entry: dict[str, Any]) -> Table:
             f"{1e3 * row['seconds']:.2f}" if "seconds" in row else "-",
             f"{row['ratio']:.2f}" if "ratio" in row else "-",
             "{:.2f}-{:.2f}".format(*row["ratio_quartiles"]) if "ratio" in row else "",
+            f"{row['ratio_n']:.2f}" if "ratio_n" in row else "-",
             f"{errors['scores']:.0e}" if errors and "scores" in errors else "",
             f"{row['first_seconds']:.1f}" if "first_seconds" in row else "",
             ": ".join(part for part in (*notes, row.get("reason", "")) if part),
@@ -316,7 +337,7 @@ def run(args: argparse.Namespace) -> int:
     use_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    methods = chosen(args.methods)
+    methods = with_plain(chosen(args.methods))
     report = provenance.header("step", args.device, sys.argv[1:])
     report |= {"tf32": args.tf32, "cases": [], "complete": False}
     console = Console()

@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("rich", reason="the benchmarks print with rich")
 
-from benchmarks import memory, operations, provenance, step
+from benchmarks import memory, operations, pages, provenance, step
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, RHO_RANGE, Case, CaseSpec, make_case
+from benchmarks.architectures import GPT, Autocast, low_rank
+from benchmarks.cases import CASES, RHO_RANGE, Case, CaseSpec, left_out, make_case
 from benchmarks.expected import oracle
-from benchmarks.methods import FIRST_STEPS, METHODS, Method, Outcome, Step
+from benchmarks.methods import FIRST_STEPS, METHODS, Method, Outcome, Step, with_plain
 from benchmarks.step import run_case
 
 TINY = CASES["tiny"]
@@ -53,7 +55,13 @@ def test_a_case_is_the_same_each_time(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("mlp-256-64", 0.81), ("mlp-100-10", 0.80), ("lenet", 0.98)],
+    [
+        ("mlp-256-64", 0.81),
+        ("mlp-100-10", 0.80),
+        ("lenet", 0.98),
+        ("gpt-32-2", 1.00),
+        ("lora-32-2", 1.00),
+    ],
 )
 def test_operation_counts(name: str, expected: float) -> None:
     spec = CASES[name]
@@ -71,8 +79,10 @@ def test_step_report_of_one_case() -> None:
         assert row["status"] == ("approximate" if name == "finite_difference" else "ok"), row
         assert row["seconds"] > 0
         assert row["ratio"] > 0
-        assert len(row["ratio_quartiles"]) == 2
+        assert row["ratio_n"] == pytest.approx(row["seconds"] / found["plain"]["seconds"])
+        assert len(row["ratio_quartiles"]) == len(row["ratio_n_quartiles"]) == 2
     assert found["plain_union"]["ratio"] == 1
+    assert found["plain"]["ratio_n"] == 1
     assert found["l2rw_ext"]["engine"] == "layerwise"
     for name in ("l2rw_ext", "double_backward", "jvp"):
         assert max(found[name]["errors"].values()) < 2e-6
@@ -152,6 +162,9 @@ def test_step_command_records_where_numbers_come_from(
     report = json.loads(path.read_text())
     assert report["kind"] == "step"
     assert report["device"] == "cpu"
+    found = rows(report["cases"][0])
+    assert set(found) == {"plain", "plain_union", "l2rw_ext"}
+    assert all(row["ratio_n"] > 0 for row in found.values())
     for field in ("date", "command", "commit"):
         assert report[field]
     assert {"cpu", "cores", "threads"} <= report["machine"].keys()
@@ -328,14 +341,107 @@ def test_the_faster_plain_step_is_the_yardstick(eager: float, compiled: float) -
     assert found[slow.name]["ratio"] > 1
 
 
-def test_a_wrong_plain_step_is_no_yardstick() -> None:
-    """It leaves the gradient of the training batch alone."""
-    wrong = dataclasses.replace(METHODS["plain_union_compiled"], prepare=METHODS["plain"].prepare)
-    entry = run_case(TINY, [wrong], repeats=2, warmup=1)
-    row = rows(entry)["plain_union_compiled"]
+def test_a_step_is_held_against_the_plain_one_that_runs_in_the_same_way() -> None:
+    names = ("plain", "plain_compiled", "l2rw_ext", "jvp_compiled")
+    methods = [
+        dataclasses.replace(METHODS[name], prepare=METHODS[eager].prepare)
+        for name, eager in zip(names, ("plain", "plain", "l2rw_ext", "jvp"), strict=True)
+    ]
+    found = rows(run_case(TINY, methods, repeats=3, warmup=1))
+    for name, plain in zip(names, 2 * ("plain", "plain_compiled"), strict=True):
+        expected = found[name]["seconds"] / found[plain]["seconds"]
+        assert found[name]["ratio_n"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("l2rw_ext_flat", ["plain"]),
+        ("l2rw_ext_compiled", ["plain_compiled"]),
+        ("l2rw_ext_cudagraphs", []),
+    ],
+)
+def test_plain_steps_are_added_to_the_methods(name: str, plain: list[str]) -> None:
+    assert {method.name for method in with_plain([METHODS[name]])} == {name, *plain}
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "wrong"),
+    [
+        ("plain_union_compiled", "plain", "union gradient"),
+        ("plain_compiled", "plain_union", "training gradient"),
+    ],
+)
+def test_a_wrong_plain_step_is_no_yardstick(name: str, other: str, wrong: str) -> None:
+    """It has the gradient of the other batch."""
+    method = dataclasses.replace(METHODS[name], prepare=METHODS[other].prepare)
+    entry = run_case(TINY, [method], repeats=2, warmup=1)
+    row = rows(entry)[name]
     assert row["status"] == "wrong"
-    assert "union gradient" in row["reason"]
+    assert wrong in row["reason"]
     assert entry["yardstick"] == "plain_union"
+
+
+def _small_gpt() -> GPT:
+    return GPT(vocabulary=12, tokens=6, width=8, layers=1, heads=2)
+
+
+@pytest.mark.parametrize("name", ["gpt-32-2", "lora-32-2", "gpt-32-2-bf16", "lora-32-2-bf16"])
+def test_small_cases_like_those_with_few_clean_examples(name: str) -> None:
+    spec = CASES[name]
+    if left_out(spec, "cpu"):
+        pytest.skip("bfloat16 is emulated on this processor")
+
+    def model() -> nn.Module:
+        small: nn.Module = low_rank(_small_gpt(), rank=2) if "lora" in name else _small_gpt()
+        return Autocast(small) if spec.bf16 else small
+
+    spec = dataclasses.replace(spec, model=model, input_shape=(6,), classes=12)
+    names = ("plain", "l2rw_ext", "double_backward", "jvp", "finite_difference")
+    entry = run_case(spec, [METHODS[n] for n in names], repeats=2, warmup=1)
+    assert entry["m"] / entry["n"] == 1 / 16
+    for row in entry["methods"]:
+        assert row["status"] == ("approximate" if row["name"] == "finite_difference" else "ok"), row
+    # The oracle is in float64 all the same.
+    error = rows(entry)["l2rw_ext"]["errors"]["scores"]
+    assert (error > 1e-3) == spec.bf16
+
+
+def test_only_products_of_low_rank_are_trained() -> None:
+    model = low_rank(_small_gpt(), rank=2)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == [
+        f"blocks.0.{layer}.{part}.weight"
+        for layer in ("qkv", "projection", "fc1", "fc2")
+        for part in ("down", "up")
+    ]
+
+
+def test_a_case_is_left_out_where_bfloat16_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    path = tmp_path / "cpu" / "step-sixteenth.json"
+    arguments = ["step", "--case", "tiny", "lora-32-2-bf16", "--methods", "plain", "--repeats", "2"]
+    assert main([*arguments, "--json", str(path)]) == 0
+    assert "left out: the processor has none of" in " ".join(capsys.readouterr().out.split())
+    assert not provenance.read(path)["cases"][1]["methods"]
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    assert "bfloat16, left out: the processor has none of" in capsys.readouterr().out
+    assert left_out(CASES["lora-32-2-bf16"], "cuda") is None
+
+
+def test_tables_have_both_denominators_where_they_were_recorded() -> None:
+    report = provenance.header("step", "cpu", ["step"])
+    methods = [METHODS["plain"], METHODS["l2rw_ext"]]
+    report["cases"] = [run_case(TINY, methods, repeats=2, warmup=1)]
+    (entry,) = report["cases"]
+    both = pages.markdown(report)
+    over_n = entry["operation_bound"] * 24 / 20
+    assert f"| {entry['rho']:.2f} | {over_n:.2f} |" in both
+    for row in entry["methods"]:
+        del row["ratio_n"]
+    assert both.startswith(pages.markdown(report) + "\n\nThe same times over")
 
 
 def test_limits_are_those_of_the_worst_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +494,8 @@ def test_the_first_steps_are_timed_apart_and_the_last_of_them_is_checked() -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["plain_union_compiled", "jvp_compiled", "double_backward_compiled"]
+    "name",
+    ["plain_compiled", "plain_union_compiled", "jvp_compiled", "double_backward_compiled"],
 )
 def test_a_compiled_method_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the graph that a backend is given; inductor would take long, and has tests of its own."""
