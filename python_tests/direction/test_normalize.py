@@ -120,9 +120,9 @@ MODELS: dict[str, Model] = {
         lambda: _sequential(
             nn.Conv2d(2, 16, 3, stride=2, padding=(1, 2), dilation=(1, 2)),
             nn.Tanh(),
-            nn.Conv2d(16, 16, 2, padding="same", groups=2),
+            nn.Conv2d(16, 16, 3, padding="same", groups=2),
             nn.Tanh(),
-            nn.Conv2d(16, 12, 2, padding="same", bias=False),
+            nn.Conv2d(16, 12, 3, padding="same", bias=False),
             nn.Flatten(),
             nn.Linear(72, CLASSES),
         ),
