@@ -46,7 +46,8 @@ class Step:
     Attributes:
         weights: w of Eq. 9, shape (n,), float32 (float64 for float64 losses); sums to one or is all
             zero. With another ``weighing``, what that returned.
-        scores: u of Eq. 7 with α = η = 1, shape (n,); not finite for an excluded example.
+        scores: u of Eq. 7 with α = η = 1, shape (n,), or cosines with ``normalize``; not finite for
+            an excluded example.
         losses: unreduced training losses, shape (n,).
         engine: name of the engine that computed them.
         mask: with ``per="position"``, which positions count, if the loss function said so: shape
