@@ -280,6 +280,28 @@ def test_length_of_the_direction_and_of_gradients_does_not_matter() -> None:
     assert relative_error(found.scores(batch, clean), exact) <= EXACT
 
 
+@pytest.mark.parametrize(
+    "name", ["positions", "tied", "bag", "few pixels", "frames", "twice", "weight norm"]
+)
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_squares_of_gradients_neither_vanish_nor_overflow(name: str, size: float) -> None:
+    """In float32, where those of losses times 1e-25 would be zero."""
+    make, draw = MODELS[name]
+    model, batch, clean = make(), draw(5), draw(3)
+    exact = _cosines(model, batch, clean)
+    narrow = copy.deepcopy(model).float()
+    (x, y), (x_clean, y_clean) = batch, clean
+    if x.is_floating_point():
+        x, x_clean = x.float(), x_clean.float()
+    reweighter = Reweighter(
+        narrow,
+        lambda out, targets: cross_entropy(out, targets) * size,
+        clean_loss_fn=cross_entropy,
+        normalize="example",
+    )
+    assert relative_error(reweighter.scores((x, y), (x_clean, y_clean)), exact) < 1e-4
+
+
 def test_a_direction_of_zero() -> None:
     model, batch, clean = mlp(), vectors(6), vectors(4)
     for clean_loss in (lambda o, y: o[:, 0] * 0, lambda o, y: y.double()):
@@ -420,7 +442,7 @@ def _rows(n: int, count: int, i: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 40])
-def test_squares_of_products(count: int) -> None:
+def test_norms_of_products(count: int) -> None:
     """In each form, alone and together, and when a part is formed."""
     torch.manual_seed(0)
     n, i, k = 4, 6, 5
@@ -440,4 +462,4 @@ def test_squares_of_products(count: int) -> None:
         held = norms._Held(root)
         for single in singles:
             held.add(single)
-        assert relative_error(held.squares(), exact.square().sum((1, 2))) <= EXACT
+        assert relative_error(held.norms(), exact.flatten(1).norm(dim=1)) <= EXACT

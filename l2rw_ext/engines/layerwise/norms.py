@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -49,18 +50,46 @@ class _Held:
         assert self.formed is not None
         return self.formed
 
-    def squares(self) -> Tensor:
-        """|G_i|², shape (n,); G_i need not be formed if it is nothing but Σ_t a_t b_tᵀ."""
-        if self.formed is None:
-            rows = _joined([(a, b) for a, b in self.products if a.dim() == b.dim()])
-            looked_up = _joined([(a, b) for a, b in self.products if a.dim() < b.dim()])
-            total = _of_rows(*rows) if rows else None
-            if looked_up:
-                own = _of_indices(*looked_up)
-                total = own if total is None else total + own + 2 * _between(*looked_up, *rows)
-            assert total is not None
-            return total.clamp(min=0)  # below which rounding may leave it
-        return self.form().flatten(1).square().sum(1)
+    def norms(self) -> Tensor:
+        """|G_i|, shape (n,), float64; G_i need not be formed if it is nothing but Σ_t a_t b_tᵀ.
+
+        Squares are of numbers near one, so that none of them overflows or vanishes.
+        """
+        if self.formed is not None:
+            G = self.form()
+            power = _power(G)
+            return _over(G, power).flatten(1).square().sum(1).double().sqrt() * power
+        rows = _joined([(a, b) for a, b in self.products if a.dim() == b.dim()])
+        looked_up = _joined([(a, b) for a, b in self.products if a.dim() < b.dim()])
+        powers = [_power(c) for c in looked_up[1:]]
+        if rows:
+            p, q = map(_power, rows)
+            powers.append(p * q)
+        power = functools.reduce(torch.maximum, powers)
+        squares = []
+        if rows:
+            a, b = _over(rows[0], p), _over(_over(rows[1], q), power / (p * q))
+            squares.append(_of_rows(a, b))
+        if looked_up:
+            index, c = looked_up[0], _over(looked_up[1], power)
+            squares.append(_of_indices(index, c))
+            if rows:
+                squares.append(2 * _between(index, c, a, b))
+        total = torch.stack(squares).sum(0, dtype=torch.float64)
+        return total.clamp(min=0).sqrt() * power  # below zero rounding may leave it
+
+
+def _power(x: Tensor) -> Tensor:
+    """The power of two next to the largest number of each example, shape (n,), float64."""
+    largest = x.abs().flatten(1).amax(1).double()
+    usual = (largest > 0) & largest.isfinite()
+    return torch.where(usual, largest / torch.frexp(largest).mantissa, torch.ones_like(largest))
+
+
+def _over(x: Tensor, power: Tensor) -> Tensor:
+    """Each example over its power of two, which is exact."""
+    dtype = accumulation_dtype(x.dtype)
+    return x.to(dtype) / power.to(dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 def _joined(products: list[Outer]) -> Outer | tuple[()]:
@@ -116,7 +145,7 @@ class Norms:
     def __init__(
         self, over: Collection[int], leaves: Leaves, uses: Sequence[Use], scores: Tensor
     ) -> None:
-        self._squares = torch.zeros_like(scores)
+        self._norms = torch.zeros_like(scores)
         roots = [root for use in uses for root in use.roots if root is not None]
         self._derived = {id(root) for root in roots if root not in leaves}
         self._parameters = [p for p in leaves.parameters if id(p) in over]
@@ -156,7 +185,7 @@ class Norms:
                     self._held.setdefault(id(p), _Held(p)).add(single)
             while self._held:
                 self._add(self._held.popitem()[1])
-            return self._squares.sqrt()
+            return self._norms
 
     def _add(self, held: _Held) -> None:
-        self._squares += held.squares().to(self._squares.dtype)
+        self._norms = self._norms.hypot(held.norms().to(self._norms.dtype))
