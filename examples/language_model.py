@@ -22,7 +22,7 @@ from l2rw_ext import Reweighter, weighing
 
 LENGTH, WIDTH, LAYERS, BATCH, PROSE = 128, 64, 2, 32, 0.1  # PROSE is its share of the pool
 ENDS = 128, 384, 528  # of validation and test sequences, and of target sets of 48 for each seed
-PRETRAINING, STEPS, EVERY, LEARNING_RATES = 1000, 120, 20, (3e-3, 5e-4)
+PRETRAINING, STEPS, EVERY, LEARNING_RATES = 1500, 120, 30, (3e-3, 1e-3)
 OURS = {"top-k": {"weighing": weighing.top_k(8)}, "ours": {}, "ours, every 4": {"every": 4}}
 METHODS, SEEDS = ("plain", "target only", "target mixed in", *OURS), (0, 1, 2)
 
@@ -101,7 +101,7 @@ def compare(prose: str, code: str) -> list[dict]:
     for method in METHODS:
         seconds, weight, seen = zip(*[run[method] for run in runs], strict=True)
         found = [looks[-1][1] for looks in seen], [min(looks)[1] for looks in seen]
-        time = np.median(np.array(seconds) / np.array([run["plain"][0] for run in runs]))
+        time = np.sum(seconds) / np.sum([run["plain"][0] for run in runs])
         ends, best = (f"{np.mean(v):<6.2f}{min(v):6.2f}{max(v):6.2f}" for v in found)
         print(f"{method:<18}{ends}  {best}{np.mean(weight):8.0f}{time:8.2f}")
     return runs
