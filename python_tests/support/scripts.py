@@ -11,6 +11,7 @@ from support.paths import ROOT
 
 NEEDED = {
     "accelerate_loop": ["accelerate", "sklearn"],
+    "language_model": [],
     "lightning_loop": ["lightning", "sklearn"],
     "noisy_labels": ["matplotlib", "mlxtend"],
     "tabular": ["matplotlib", "pandas"],

@@ -1,4 +1,4 @@
-"""The examples on images, text and tables, on generated data in the form of the real one."""
+"""The examples on images, text, tables and a language model, on generated data in their form."""
 
 from __future__ import annotations
 
@@ -106,6 +106,30 @@ def test_tabular() -> None:
     mean = {method: values[-1] for method, values in errors.items()}
     assert women_above["ours"] + 20 < women_above["plain"], errors
     assert mean["ours"] + 5 < mean["plain"], errors
+
+
+def words(letters: str, n: int, seed: int) -> str:
+    """Words of three letters, of which few are frequent."""
+    draw = np.random.default_rng(seed)
+    vocabulary = ["".join(draw.choice(list(letters), 3)) for _ in range(30)]
+    return " ".join(draw.choice(vocabulary, n, p=np.arange(1, 31) / 465))
+
+
+def test_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    example = script("language_model")
+    example.LENGTH, example.WIDTH, example.LAYERS, example.PROSE = 15, 32, 1, 0.2
+    example.ENDS, example.SEEDS = (64, 128, 160), (0,)
+    example.PRETRAINING, example.STEPS, example.EVERY = 100, 60, 20
+    (run,) = example.compare(words("abcdef", 2000, seed=1), words("ABCDEF", 8000, seed=2))
+    assert list(run) == list(example.METHODS)
+    printed = capsys.readouterr().out
+    assert all(f"\n{method:<18}" in printed for method in run)
+    prose = {method: np.mean(log[1]) for method, log in run.items()}
+    at_the_end = {method: log[2][-1][1] for method, log in run.items()}
+    assert 15 < prose["plain"] < 25, prose
+    for ours in example.OURS:
+        assert prose[ours] > 1.5 * prose["plain"], prose
+        assert at_the_end[ours] < at_the_end["plain"], at_the_end
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
