@@ -36,8 +36,9 @@ _LITERALS = (_aten.lift_fresh.default, _aten.lift_fresh_copy.default)
 
 Outputs = Sequence[Tensor]
 
-_one_at_a_time = threading.RLock()
-"""A trace sets a flag of the process, and puts back what it found."""
+one_at_a_time = threading.RLock()
+"""A trace sets a flag of the process and replaces methods of ``nn.Module``, and puts back what it
+found. So does Dynamo, which takes the replacements of a trace away while it follows a function."""
 
 
 class FlatGraph:
@@ -146,7 +147,7 @@ def _traced(body: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torc
     if detect_fake_mode(inputs) is None:
         context = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
     try:
-        with _one_at_a_time, nested, tracing(context):
+        with one_at_a_time, nested, tracing(context):
             return make_fx(body, tracing_mode="real")(*inputs)
     except RuntimeError as error:
         if "get value out of a tracing tensor" not in str(error):

@@ -27,6 +27,8 @@ from l2rw_ext.errors import NotCompilableError
 from l2rw_ext.task.cached_weights import without_cached_weights
 from l2rw_ext.task.task import Task
 
+from .flat_graph import one_at_a_time
+
 _EXACT: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,
     "skip_no_tensor_aliasing_guards_on_parameters": False,
@@ -111,15 +113,15 @@ class Guards:
                 "there is a hook for all modules (torch.nn.modules.module.register_module_...), "
                 "which Dynamo does not follow"
             )
-        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
-            raise SwitchedOffError("a step of another thread is traced")
         clean = None if task.clean_size is None else (task.clean_inputs, task.clean_targets)
         batch = (task.inputs, task.targets)
         recurrent = any(isinstance(module, nn.RNNBase) for _, module in task.members.modules)
         rnn = torch._dynamo.config.patch(allow_rnn=True) if recurrent else contextlib.nullcontext()
         marked = _marked(tensors((batch, clean))) if self._dynamic else contextlib.nullcontext()
-        with rnn, marked, self._settings, without_cached_weights():
+        with one_at_a_time, rnn, marked, self._settings, without_cached_weights():
             try:
+                if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+                    raise SwitchedOffError("another thread traces a function")
                 self._forwards(
                     task.model, task.loss_fn, task.clean_loss_fn, task.weighing, batch, clean
                 )

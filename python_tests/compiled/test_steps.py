@@ -460,6 +460,7 @@ def test_threads() -> None:
             errors.append(error)
 
     expected: list[Any] = []
+    methods = nn.Module.__call__, nn.Module.__getattr__
     pairs = [Pair(mlp()) for _ in range(3)]
     threads = [
         threading.Thread(target=work, args=(p, [(vectors(6), vectors(4)) for _ in range(25)]))
@@ -470,6 +471,7 @@ def test_threads() -> None:
     for thread in threads:
         thread.join()
     assert not errors
+    assert (nn.Module.__call__, nn.Module.__getattr__) == methods  # no trace has left its own
     assert len(expected) == 75
     for pair, batch, clean, step in expected:
         again = pair.eager.backward(batch, clean)
