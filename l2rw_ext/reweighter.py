@@ -456,7 +456,8 @@ class Reweighter:
                 each clean batch. If the layer-wise engine is not exact for the model, or
                 parameters are sharded, each direction has its own pass over the training batch.
                 With ``compile`` they run eagerly. Over several processes the ranks give the same
-                names in the same order, and for each of them at least one gives a batch.
+                names in the same order, and for each of them at least one gives a batch. On CUDA
+                the host waits for each clean loss.
             batch_size: as for :meth:`backward`; m is then that of each clean batch.
 
         Returns:
@@ -465,9 +466,9 @@ class Reweighter:
             float32 (float64 for float64 losses); not finite where a loss or gradient is not.
 
         Raises:
-            ValueError: the mapping is empty, or given with ``every`` > 1 or ``direction_decay``,
-                which remember one direction; the ranks give other names.
-            RuntimeError: a mapping is given inside of :meth:`accumulate`.
+            ValueError: the mapping is empty; or the options ``every`` > 1 or ``direction_decay``
+                are on, which remember a direction; the ranks give other names.
+            RuntimeError: it is called inside of :meth:`accumulate`, which holds a direction.
 
         Otherwise the errors are those of :meth:`backward`. From Python 3.11 on, a note beneath an
         error says which clean batch it belongs to.
@@ -490,24 +491,22 @@ class Reweighter:
         processes = self._processes()
         if isinstance(clean, Mapping):
             return self._scores_of_sets(processes, batch, clean, batch_size)
-        task, *_ = self._begun("scores()", processes, batch, clean, batch_size)
-        with self._dry():
-            return self._step(processes, task, None, None, dry=True).step.scores
+        return self._scores_of_sets(processes, batch, {"clean": clean}, batch_size)[..., 0]
 
     def _scores_of_sets(
         self, processes: Processes | None, batch: Any, sets: Mapping[Any, Any], batch_size: Any
     ) -> Tensor:
         """The scores along the direction of each clean batch, shape (n, q)."""
-        with _together(processes, "scores() of several clean batches") as meeting:
+        with _together(processes, "scores()") as meeting:
             if not sets:
                 raise ValueError("clean: the mapping is empty; give at least one clean batch")
             if self._direction_options.remembers:
                 raise ValueError(
-                    "clean: every > 1 and direction_decay remember one direction, so that scores "
-                    "along several cannot be taken; make another Reweighter for them"
+                    "clean: every > 1 and direction_decay remember a direction, so that scores "
+                    "along another cannot be taken; make another Reweighter for them"
                 )
             if self._accumulation is not None:
-                raise RuntimeError("scores() of several clean batches runs outside of accumulate()")
+                raise RuntimeError("scores() runs outside of accumulate(), which holds a direction")
             meeting.tell = (zlib.crc32(repr(list(sets)).encode()),)
         if processes is not None and len(set(map(tuple, meeting.told))) > 1:
             processes.fail(ValueError("clean: the ranks give other names, or in another order"))

@@ -16,13 +16,14 @@ Example:
     >>> reweighter = l2rw.Reweighter(model, loss_fn, weighing=l2rw.weighing.top_k(2))
     >>> reweighter.weights((x, y), (x[:2].clone(), y[:2])).sort(descending=True).values[:3]
     tensor([0.5000, 0.5000, 0.0000])
-    >>> own = l2rw.Reweighter(model, loss_fn, weighing=lambda u: (u > u.mean()) / len(u))
+    >>> own = l2rw.Reweighter(model, loss_fn, weighing=lambda u: (u > u.median()) / len(u))
 """
 
 from __future__ import annotations
 
 import abc
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -102,7 +103,7 @@ class _Threshold(Proportional):
         return (scores > self.t).to(scores.dtype)
 
     def __repr__(self) -> str:
-        return f"threshold({self.t:g})"
+        return f"threshold({self.t!r})"
 
 
 def threshold(t: float = 0.0) -> Proportional:
@@ -135,7 +136,7 @@ class _Softmax(Proportional):
         return ((scores - level) / self.temperature).exp()
 
     def __repr__(self) -> str:
-        return f"softmax({self.temperature:g})"
+        return f"softmax({self.temperature!r})"
 
 
 def softmax(temperature: float) -> Proportional:
@@ -220,9 +221,9 @@ def top_k(k: int) -> Weighing:
     Raises:
         ValueError: it is not.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"top_k: k must be a whole number of at least 1, got {k!r}")
-    return _TopK(k)
+    return _TopK(int(k))
 
 
 def own_function(weighing: Weighing) -> Weighing | None:
@@ -258,6 +259,6 @@ def checked(weights: Tensor, scores: Tensor) -> Tensor:
 
 
 def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     return float(value)

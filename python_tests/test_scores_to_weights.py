@@ -174,6 +174,39 @@ def test_on_a_device_what_is_no_weight_is_an_error_when_it_is_read(
         _ = step.loss
 
 
+def test_in_accumulate_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "synchronous", lambda x: False)
+    model, batch, clean = mlp(), vectors(6), vectors(3)
+    own = weighing.proportional(torch.sqrt)  # not a number where a score is negative
+    reweighter = Reweighter(model, cross_entropy, weighing=own)
+    with reweighter.accumulate() as accumulation:
+        reweighter.backward(batch, clean)
+    assert not flat(gradients_of(model).values()).any()
+    with pytest.raises(ValueError, match="negative or not finite"):
+        _ = accumulation.weights
+
+
+@pytest.mark.parametrize("compile", [False, "eager"])
+def test_weight_for_what_is_left_out_alone_is_no_weight(compile: Any) -> None:
+    model, batch, clean = mlp(), vectors(6), vectors(3)
+    batch[0][2] = math.nan
+    calls = []
+
+    def own(u: Tensor) -> Tensor:
+        calls.append(1)
+        return (u == -math.inf).to(u.dtype)
+
+    reweighter = Reweighter(
+        model, cross_entropy, weighing=own, on_degenerate="skip", compile=compile
+    )
+    for _ in range(4):
+        step = reweighter.backward(batch, clean)
+        before = len(calls)
+        assert step.degenerate
+        assert len(calls) == before  # nobody who reads a result asks again
+        assert next(model.parameters()).grad is None
+
+
 class Learned(nn.Module):
     """A weighing with a parameter, which a step does not train."""
 

@@ -63,7 +63,7 @@ def whole_step(
     ) -> Computed:
         engine, plan = about
         weights, scores, losses, clean_loss, *flags = tensors[: len(tensors) - len(parameters)]
-        excluded, contaminated, invalid, mask, overflow = flags
+        excluded, contaminated, invalid, mask, empty, overflow = flags
         gradients = tensors[len(tensors) - len(parameters) :]
         step = Step(
             weights,
@@ -75,6 +75,7 @@ def whole_step(
             contaminated,
             invalid,
             mask,
+            empty,
             rules.weighing,
         )
         pairs = list(zip(parameters, gradients, strict=True))
@@ -94,6 +95,7 @@ def whole_step(
             ("whether it has contaminated gradients", step._contaminated),
             ("whether its weights are invalid", step._invalid),
             ("its mask", step.mask),
+            ("whether it is degenerate", step._empty),
             ("whether it overflows", computed.overflow),
             *_named("its gradient", computed.gradients, task),
         ]

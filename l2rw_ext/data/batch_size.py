@@ -45,7 +45,7 @@ class BatchSize:
         per: Per = "example",
     ) -> None:
         self._name = name
-        self._per_position = per == "position"
+        self._per = per
         self.mask: Tensor | None = None
         """Which positions count, of the shape of the losses, once these are known; None for all."""
         self.count: Tensor | None = None
@@ -69,7 +69,7 @@ class BatchSize:
 
     def like(self, inputs: Any, targets: Any) -> BatchSize:
         """The size of another batch of the same kind, which has to show it."""
-        return BatchSize(self._name, inputs, targets)
+        return BatchSize(self._name, inputs, targets, per=self._per)
 
     def losses(self, loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
         """Call ``loss_fn`` and check that it returned one unreduced loss for each example.
@@ -81,15 +81,15 @@ class BatchSize:
             TypeError, ValueError: it did not.
         """
         losses, mask = loss_fn(outputs, targets), None
-        if self._per_position and isinstance(losses, tuple) and len(losses) == 2:
+        if self._per == "position" and isinstance(losses, tuple) and len(losses) == 2:
             losses, mask = losses
         with torch._C.DisableTorchFunction():  # a function mode is to see the model's calls only
             self._check(losses, loss_fn, targets)
             if mask is not None:
                 self._check_mask(mask, losses)
-                mask = plain(mask)
+                mask = plain(mask).clone()  # which a loader may write to
             self.mask, self.number = mask, losses.shape[0]
-            if self._per_position:
+            if self._per == "position":
                 counted = torch.ones_like(losses) if mask is None else mask
                 self.count = counted.sum(dtype=torch.float64)
             # Of inputs or targets of a subclass; what a step hands out and differentiates is plain.
@@ -126,7 +126,7 @@ class BatchSize:
             raise TypeError(
                 f"{name}: loss_fn must return a tensor of shape ({n},), got {type(losses).__name__}"
             )
-        if self._per_position:
+        if self._per == "position":
             if losses.dim() < 2 or not self._explains(losses.shape[0]):
                 rows = losses.numel() // n
                 hint = f"; losses.view({n}, {rows}) if its rows follow one another"

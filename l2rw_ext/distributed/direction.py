@@ -27,7 +27,7 @@ def union_direction(
     """
     with processes.owing(lambda: _sums(processes, task, None)):
         own = None if task.clean_size is None else of_clean_batch()
-        if own is not None and devices.synchronous(own.clean_loss):
+        if own is not None and devices.synchronous(own.clean_loss) and own.count != 0:
             check_clean_loss(own.clean_loss)  # while it is known whose it is
     return _sums(processes, task, own)
 
@@ -42,12 +42,14 @@ def _sums(processes: Processes, task: Task, own: Direction | None) -> Direction:
     if own is not None:
         counts[0] = m
         counts[1] = m * own.clean_loss
+        if own.count is not None:
+            counts[1].masked_fill_(own.count == 0, 0)
     work = dist.all_reduce(counts, group=processes.group, async_op=True)
     values = Sums(processes, task.parameters, {} if own is None else own.values, m)
     work.wait()
     values.divisor = counts[0].clamp(min=1)  # there is none, if a rank failed that had them all
     dtype = task.parameters[0].dtype if own is None else own.clean_loss.dtype
-    return Direction(values, (counts[1] / values.divisor).to(dtype))
+    return Direction(values, (counts[1] / counts[0]).to(dtype))
 
 
 def said_of(processes: Processes, *, replicated_clean: bool) -> str:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from l2rw_ext.distributed.group import Processes
 from l2rw_ext.ops.arithmetic import accumulation_dtype
 from l2rw_ext.task.task import Direction
-from l2rw_ext.weighing import Proportional
+from l2rw_ext.weighing import Proportional, own_function
 
 from .gradients import Gradients, filled_if
 from .union import check_dtypes, dtypes_of
-from .weighing import Computed, effective_sample_size, equal, kept
+from .weighing import Computed, effective_sample_size, equal, kept, no_weights
 
 
 class Accumulation:
@@ -47,6 +47,8 @@ class Accumulation:
         self._factors: list[Tensor] = []
         """The sum of h of each micro-batch that has no equal weights."""
         self._overflow: Tensor | None = None
+        self._invalid: Tensor | None = None
+        """Whether a user's function gave numbers that are no weights, shape (); None for ours."""
         self._recorded: list[tuple[Tensor, Tensor]] = []
         self._uniform = False
         self._weights: list[Tensor] | None = None
@@ -61,9 +63,12 @@ class Accumulation:
 
         Raises:
             RuntimeError: the context has not ended, or ended with an error.
+            ValueError: the weighing returned no weights (on CUDA, where no step waited to know).
         """
         if self._weights is None:
             raise RuntimeError("the weights are known when the accumulate() context has ended")
+        if self._invalid is not None and self._invalid:
+            raise no_weights(self._weighing)
         return self._weights
 
     @property
@@ -119,6 +124,7 @@ class Accumulation:
         if self.error is not None:
             raise self.error
 
+    @torch.no_grad()
     def add(self, computed: Computed) -> None:
         """Add the gradient of a micro-batch, whose weights sum to one or are all zero.
 
@@ -179,6 +185,7 @@ class Accumulation:
         overflows = self._overflow is not None
         return scores.numel(), self._uniform, recorded, overflows, dtypes_of(scores)
 
+    @torch.no_grad()
     def finish(self, processes: Processes | None, told: Sequence[Sequence[float]]) -> Gradients:
         """The weighted gradient of all micro-batches; from now on the weights are known.
 
@@ -206,6 +213,8 @@ class Accumulation:
             first = sum(n[: processes.rank])
         level = self._weighing.level(scores)
         shares = self._weighing.shares(scores, level)
+        if own_function(self._weighing) is not None:
+            self._invalid = ~(shares.isfinite() & (shares >= 0)).all()
         if processes is not None:
             uniform = any(alike for _, alike, *_ in told) and not bool(shares.any())
         total = (kept(scores) if uniform else shares).sum()
@@ -240,5 +249,6 @@ class Accumulation:
         return list(zip(processes.gather(index, n), processes.gather(scores, n), strict=True))
 
     def filled(self, gradients: Gradients) -> Gradients:
-        """The gradients as they are delivered: infinite if some overflowed."""
+        """The gradients as they are delivered: infinite if some overflowed, zero if no weights."""
+        gradients = filled_if(self._invalid, gradients, 0)
         return filled_if(self._overflow, gradients, float("inf"))

@@ -68,6 +68,8 @@ class Step:
     _invalid: Tensor | None = None
     """Whether the weights of a user's weighing are no weights, shape (); None if there is none."""
     mask: Tensor | None = None
+    _empty: Tensor | None = None
+    """Whether the weighing gave no example a weight, shape (); None if the weights say it."""
     _weighing: Weighing = rectified
     _union: Step | None = None
     """The step on the examples of all ranks, if there are others."""
@@ -100,7 +102,7 @@ class Step:
                 "gradient was accumulated"
             )
         if whole._invalid is not None and whole._invalid:
-            raise _no_weights(whole._weighing)
+            raise no_weights(whole._weighing)
         return whole
 
     @property
@@ -136,7 +138,7 @@ class Step:
         With ``on_degenerate="uniform"``, whether they would be.
         """
         whole = self._checked()
-        return not bool(_weights(whole._weighing, whole.weighed).any())
+        return not whole.weights.any() if whole._empty is None else bool(whole._empty)
 
     @property
     def nonfinite(self) -> int:
@@ -226,9 +228,7 @@ def weigh(
                 contaminated = torch.stack(list(found.values())).any()
                 excluded = excluded | contaminated
     weighing = rules.weighing
-    step = Step(
-        scores, scores, losses, engine, clean_loss, excluded, contaminated, None, mask, weighing
-    )
+    step = Step(scores, scores, losses, engine, clean_loss, excluded, contaminated, mask=mask)
     weighed = step.weighed
     weights = _weights(weighing, weighed)
     with BelowAutograd():
@@ -236,18 +236,19 @@ def weigh(
             weights = weights.masked_fill(weighed == -math.inf, 0)
             valid = (weights.isfinite() & (weights >= 0)).all()
             if decides and not valid:
-                raise _no_weights(weighing)
+                raise no_weights(weighing)
             if not decides:
                 invalid = ~valid
                 weights = weights.masked_fill(invalid, 0)
         if not decides:
             weights = weights.where(clean_loss.isfinite(), torch.zeros_like(weights))
+        empty = ~weights.any()
         for_gradient: Tensor | None = weights
         uniform = skip = False
         if partial or devices.tracing():
             if rules.on_degenerate == "uniform":
-                for_gradient = weights = weights.where(weights.any(), equal(weighed))
-        elif decides and not weights.any():
+                for_gradient = weights = torch.where(empty, equal(weighed), weights)
+        elif decides and empty:
             for_gradient = None
             skip = rules.on_degenerate == "skip" and not (overflow is not None and bool(overflow))
             if rules.on_degenerate == "uniform":
@@ -258,7 +259,7 @@ def weigh(
         weights = weights.view(scores.shape)
         if for_gradient is not None:
             for_gradient = for_gradient.view(scores.shape)
-    step = replace(step, weights=weights, _invalid=invalid)
+    step = replace(step, weights=weights, _invalid=invalid, _empty=empty, _weighing=weighing)
     return Computed(step, for_gradient, uniform, skip, overflow)
 
 
@@ -271,7 +272,8 @@ def _weights(weighing: Weighing, scores: Tensor) -> Tensor:
         return checked(weighing(scores.clone()), scores)
 
 
-def _no_weights(weighing: Weighing) -> ValueError:
+def no_weights(weighing: Weighing) -> ValueError:
+    """The error of a user's function whose numbers cannot be weights."""
     return ValueError(
         f"weighing {name_of(weighing)} returned weights that are negative or not finite. No "
         "gradient was accumulated"

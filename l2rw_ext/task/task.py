@@ -99,7 +99,7 @@ class Task:
             if self.clean_size.mask is None or self.clean_size.count is None:
                 return losses
             # The mean over all positions is then that over those that count.
-            return losses * (losses.numel() / self.clean_size.count)
+            return losses * (losses.numel() / self.clean_size.count.clamp(min=1))
 
     def forward(self, inputs: Any) -> Any:
         """The model's outputs."""
@@ -233,7 +233,10 @@ def clean_direction(task: Task, snapshot: Snapshot) -> Direction:
     direction = direction_of(task, losses)
     snapshot.restore_state()
     assert task.clean_size is not None
-    return replace(direction, count=task.clean_size.count)
+    count, clean_loss = task.clean_size.count, direction.clean_loss
+    if count is not None:  # of no losses there is no mean
+        clean_loss = clean_loss.masked_fill(count == 0, math.nan)
+    return replace(direction, clean_loss=clean_loss, count=count)
 
 
 def direction_of(task: Task, losses: Tensor, *, retain: bool = False) -> Direction:

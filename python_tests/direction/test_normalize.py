@@ -302,6 +302,36 @@ def test_squares_of_gradients_neither_vanish_nor_overflow(name: str, size: float
     assert relative_error(reweighter.scores((x, y), (x_clean, y_clean)), exact) < 1e-4
 
 
+class Difference(nn.Module):
+    """Two positions whose gradients are each other's negative, for inputs that are nearly equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(64, 64), nn.Linear(64, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return self.head(h[:, 1] - h[:, 0])
+
+
+def test_a_gradient_much_smaller_than_its_terms() -> None:
+    """In float32, whose Gram matrices would leave nothing of its norm."""
+    torch.manual_seed(0)
+    model = Difference()
+    a, b, c = (torch.randn(8, 1, 64) for _ in range(3))
+    near = torch.tensor([1, 1, 1, 1, 1e-2, 1e-3, 3e-4, 1e-4]).view(8, 1, 1)
+    batch = torch.cat([a, a + near * c], 1), torch.randint(CLASSES, (8,))
+    clean = torch.cat([b, b + c], 1)[:4], torch.randint(CLASSES, (4,))
+    found = Reweighter(model, cross_entropy, normalize="example", layers=["inner"])
+    scores = found.scores(batch, clean)
+    (x, y), (x_clean, y_clean) = batch, clean
+    names = ("inner.weight", "inner.bias")
+    exact = _cosines(
+        copy.deepcopy(model).double(), (x.double(), y), (x_clean.double(), y_clean), names=names
+    )
+    assert relative_error(scores, exact) < 1e-3
+
+
 def test_a_direction_of_zero() -> None:
     model, batch, clean = mlp(), vectors(6), vectors(4)
     for clean_loss in (lambda o, y: o[:, 0] * 0, lambda o, y: y.double()):

@@ -57,6 +57,17 @@ def test_union(pool: Pool, option: str) -> None:
         assert relative_error(gradient, flat(gradients)) < 1e-10
 
 
+def test_a_rank_of_whose_clean_positions_none_counts(pool: Pool) -> None:
+    batches: list[Any] = [(words(n), words(m)) for n, m in SIZES]
+    batches[0][1][1].zero_()
+    found = pool.run(_steps, {}, batches, 2, ranks=2)
+    batch, clean = union(batches)
+    _, weights, gradients = expected_of(_model(), masked, batch, clean)
+    assert relative_error(torch.cat([w for w, _ in found]), weights) < 1e-11
+    for _, gradient in found:
+        assert relative_error(gradient, flat(gradients)) < 1e-10
+
+
 def _sharded(group: dist.ProcessGroup, batches: list[Any]) -> str:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard

@@ -79,6 +79,22 @@ def test_micro_batches_are_one_normalisation() -> None:
     assert relative_error(flat(gradients_of(model).values()), flat(gradients)) < 1e-10
 
 
+def test_a_mask_that_is_written_to_later() -> None:
+    model = Language().double()
+    x, y = words(5)
+    mask = y != PADDING
+
+    def loss_fn(outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        return next_word(outputs, targets[0]), targets[1]
+
+    reweighter = Reweighter(model, loss_fn, per="position")
+    step = reweighter.backward((x, (y, mask)), (x.clone(), (y, mask)))
+    before = mask.clone()
+    mask.zero_()
+    assert step.mask is not None
+    assert torch.equal(step.mask, before)
+
+
 def test_no_position_has_a_positive_score() -> None:
     model = Language().double()
     batch = words(4)

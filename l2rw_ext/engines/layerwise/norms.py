@@ -69,9 +69,12 @@ class _Held:
         squares = []
         if rows:
             a, b = _over(rows[0], p), _over(_over(rows[1], q), power / (p * q))
+            if looked_up:  # which may be the opposite of what the rows are
+                a, b = a.double(), b.double()
             squares.append(_of_rows(a, b))
         if looked_up:
             index, c = looked_up[0], _over(looked_up[1], power)
+            c = c.double() if rows else c
             squares.append(_of_indices(index, c))
             if rows:
                 squares.append(2 * _between(index, c, a, b))
@@ -108,7 +111,8 @@ def _of_rows(a: Tensor, b: Tensor) -> Tensor:
         return a.to(dtype).square().sum((1, 2)) * b.to(dtype).square().sum((1, 2))
     if T * (i + k) > i * k:
         return product(a.mT, b, dtype).square().sum((1, 2))
-    # Σ_{t,t'} (a_t·a_t') (b_t·b_t')
+    # Σ_{t,t'} (a_t·a_t') (b_t·b_t'), whose terms may cancel as those of the sum do not.
+    a, b, dtype = a.double(), b.double(), torch.float64
     return (product(a, a.mT, dtype) * product(b, b.mT, dtype)).sum((1, 2))
 
 
