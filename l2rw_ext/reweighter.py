@@ -122,11 +122,11 @@ class Reweighter:
             Algorithm 1 then looks ahead along its step instead of one of plain gradient descent.
             Under Adam the inner product is <∇f_i, P v>, P = 1 / (sqrt(v̂) + eps); under SGD with
             momentum the clean gradient is taken at the point where momentum leads.
-        normalize: ``"example"`` takes the cosine in place of the inner product, u_i =
-            <∇f_i, v> / (|∇f_i| |v|), over the parameters that scores use: an example with a large
-            gradient counts for its direction alone. A gradient or a direction of zero has score 0.
-            Only the layer-wise engine forms the norms; where it is not exact, or parameters are
-            sharded, that is an error.
+        normalize: ``"example"`` takes the cosine in place of the inner product,
+            ``u_i = <∇f_i, v> / (|∇f_i| |v|)``, over the parameters that scores use: an example with
+            a large gradient counts for its direction alone. A gradient or a direction of zero has
+            score 0. Only the layer-wise engine forms the norms; where it is not exact, or
+            parameters are sharded, that is an error.
         compile: turn the whole step into one graph and give it to a backend of ``torch.compile``:
             ``True`` for ``"inductor"``, or the name of a backend; ``"eager"`` runs the graph as it
             is, which saves Python's time and needs no compiler. The first two steps of a kind run
@@ -363,7 +363,7 @@ class Reweighter:
 
         Raises:
             RuntimeError: the context is entered twice.
-            ValueError: the ``weighing`` needs all scores at once, as :func:`~weighing.top_k` does.
+            ValueError: the ``weighing`` needs all scores at once, as ``top_k`` does.
 
         Example:
             >>> import torch
